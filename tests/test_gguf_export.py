@@ -257,11 +257,11 @@ def test_a_mixed_file_is_read_as_the_model_up_to_its_rounding(tmp_path: Path) ->
             dataclasses.replace(DENSE, qk_norm=True, rope_scaling=Llama3Rope()),
             "as Llama 3 does in its own family alone",
         ),
-        (dataclasses.replace(DENSE, nope_layers=(1,)), "leaves every fourth layer without rotation"),
+        (dataclasses.replace(DENSE, nope_layers=(1,)), "without rotation in every fourth layer"),
         (dataclasses.replace(LATENT, scoring_func="softmax", norm_topk_prob=False), "does not limit V2's experts"),
         (dataclasses.replace(LATENT, q_lora_rank=None), "by its 26 or 27 layers"),
         (dataclasses.replace(DENSE, sliding_window=8), "would attend to the whole context"),
-        (EXPERTS, "it has no dense layers"),
+        (EXPERTS, "experts in every layer"),
         (dataclasses.replace(LATENT, rope_interleaved=False), "llama.cpp rotates neighbouring pairs"),
         (
             dataclasses.replace(LATENT, rope_scaling=dataclasses.replace(YARN, mscale=1.0)),

@@ -6,6 +6,7 @@ latents is in two parts of which the keys' is transposed, and Llama's query and 
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +23,6 @@ from finback.model.rope_scaling import LinearRope, Llama3Rope, LongRope, Yarn
 from finback.model.transformer import Transformer
 
 LITE = (26, 27)
-
-
-def architecture_of(config: ModelConfig) -> str:
-    """GGUF's name for such a model; UserError where there is none, or where llama.cpp would compute something else."""
-    family = family_of(config)
-    if family not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError("--format", "gguf", f"finback writes no GGUF of {family}", f"It writes {known}.")
-    for wrong, problem in (
-        (config.attention == "mla" and not config.rope_interleaved, "llama.cpp rotates neighbouring pairs in this one"),
-        (
-            config.attention == "mla" and config.q_lora_rank is None and config.num_hidden_layers not in LITE,
-            "llama.cpp knows V2-Lite, which has no query latent, by its 26 or 27 layers",
-        ),
-        (
-            family == "deepseek_v2" and config.topk_group < config.n_group,
-            "llama.cpp does not limit V2's experts to groups",
-        ),
-        (
-            family == "gemma3_text" and not _is_gemma3(config),
-            "llama.cpp knows it by scores scaled by the width of heads, no biases, and full layers alone scaled",
-        ),
-        (
-            family in ("phi3", "olmo2", "olmo3") and not _is_square(config),
-            "llama.cpp knows it with heads that are together as wide as the hidden state, and no biases",
-        ),
-        (
-            family == "olmo3" and not _is_olmo3(config),
-            "llama.cpp knows it by layers of one base, of which the full ones alone are scaled",
-        ),
-        (
-            isinstance(config.rope_scaling, Llama3Rope) and ARCHITECTURES[family] != "llama",
-            "llama.cpp scales as Llama 3 does in its own family alone",
-        ),
-        (
-            family == "smollm3" and not _is_smollm3(config),
-            "llama.cpp leaves every fourth layer without rotation, and has no biases there",
-        ),
-        (
-            family == "gpt_oss" and not _is_gpt_oss(config),
-            "llama.cpp knows it by windows, biases, and gates of 1.702 up to 7",
-        ),
-        (
-            (config.sliding_window or math.inf) < config.max_position_embeddings and ARCHITECTURES[family] not in STEPS,
-            "llama.cpp would attend to the whole context, not to windows",
-        ),
-        (family == "qwen3_moe" and not config.norm_topk_prob, "llama.cpp always normalises the weights of its experts"),
-        (family == "qwen3_moe" and bool(config.dense_layers or config.first_k_dense_replace), "it has no dense layers"),
-        (
-            isinstance(config.rope_scaling, Yarn) and not _is_plain(config),
-            "its YaRN has settings that GGUF has no key for",
-        ),
-    ):
-        if wrong:
-            raise UserError("--format", f"gguf of {family}", problem, "Export a Hugging Face folder.")
-    return ARCHITECTURES[family]
 
 
 def _is_gemma3(c: ModelConfig) -> bool:
@@ -99,7 +44,13 @@ def _is_square(c: ModelConfig) -> bool:
 
 def _is_olmo3(c: ModelConfig) -> bool:
     """Whether llama.cpp's graph is this model's."""
-    return c.local_rope_theta == c.rope_theta if c.rope_scaling else c.local_rope_theta in (None, c.rope_theta)
+    bases = (c.rope_theta,) if c.rope_scaling else (None, c.rope_theta)
+    return _is_square(c) and c.local_rope_theta in bases
+
+
+def _is_qwen3_moe(c: ModelConfig) -> bool:
+    """Whether llama.cpp's graph is this model's."""
+    return c.norm_topk_prob and not c.dense_layers and not c.first_k_dense_replace
 
 
 def _is_gpt_oss(c: ModelConfig) -> bool:
@@ -115,6 +66,51 @@ def _is_plain(config: ModelConfig) -> bool:
     assert isinstance(yarn, Yarn), "asked of YaRN alone"
     is_cut = yarn.truncate or config.attention_sinks
     return is_cut and (config.attention == "gqa" or yarn.gain == 1.0)
+
+
+# families of which llama.cpp knows some models: whether one is among them, and what they are
+_KNOWN: dict[str, tuple[Callable[[ModelConfig], bool], str]] = {
+    "gemma3_text": (_is_gemma3, "by scores scaled by the width of heads, no biases, and full layers alone scaled"),
+    "smollm3": (_is_smollm3, "without rotation in every fourth layer, and without biases"),
+    "gpt_oss": (_is_gpt_oss, "by windows, biases, and gates of 1.702 up to 7"),
+    "phi3": (_is_square, "with heads that are together as wide as the hidden state, and no biases"),
+    "olmo2": (_is_square, "with heads that are together as wide as the hidden state, and no biases"),
+    "olmo3": (_is_olmo3, "as OLMo 2, by layers of one base, of which the full ones alone are scaled"),
+    "qwen3_moe": (_is_qwen3_moe, "with experts in every layer, whose weights are normalised"),
+}
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """GGUF's name for such a model; UserError where there is none, or where llama.cpp would compute something else."""
+    family, scaling = family_of(config), config.rope_scaling
+    if family not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError("--format", "gguf", f"finback writes no GGUF of {family}", f"It writes {known}.")
+    arch, is_mla, (is_known, form) = ARCHITECTURES[family], config.attention == "mla", _KNOWN.get(family, (bool, ""))
+    for wrong, problem in (
+        (not is_known(config), f"llama.cpp knows it {form}"),
+        (is_mla and not config.rope_interleaved, "llama.cpp rotates neighbouring pairs in this one"),
+        (
+            is_mla and config.q_lora_rank is None and config.num_hidden_layers not in LITE,
+            "llama.cpp knows V2-Lite, which has no query latent, by its 26 or 27 layers",
+        ),
+        (
+            family == "deepseek_v2" and config.topk_group < config.n_group,
+            "llama.cpp does not limit V2's experts to groups",
+        ),
+        (
+            isinstance(scaling, Llama3Rope) and arch != "llama",
+            "llama.cpp scales as Llama 3 does in its own family alone",
+        ),
+        (
+            (config.sliding_window or math.inf) < config.max_position_embeddings and arch not in STEPS,
+            "llama.cpp would attend to the whole context, not to windows",
+        ),
+        (isinstance(scaling, Yarn) and not _is_plain(config), "its YaRN has settings that GGUF has no key for"),
+    ):
+        if wrong:
+            raise UserError("--format", f"gguf of {family}", problem, "Export a Hugging Face folder.")
+    return arch
 
 
 def write(model: Transformer, path: Path, kind: GgufType, vocabulary: dict[str, Any]) -> None:
