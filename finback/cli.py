@@ -37,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 def main() -> None:
     """Run a command; turn every foreseen failure into one line and an exit code."""
+    front_page.open_streams()
     if "RANK" in os.environ:  # until the run can stop at a safe point
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

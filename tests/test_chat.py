@@ -74,6 +74,7 @@ def test_another_model_answers_and_a_dialogue_goes_on(model: Path, tmp_path: Pat
     chat._keep(kept, talk.messages)
     assert chat._kept(kept) == talk.messages and stat.S_IMODE(kept.stat().st_mode) == 0o600
     assert chat._kept(tmp_path / "none.json") == []
+    assert not chat._keep(kept / "below a file", talk.messages)
     kept.write_text("{")
     with pytest.raises(UserError, match="damaged"):
         chat._kept(kept)

@@ -1,5 +1,6 @@
 """Bad input at the command line: exit code 2, one line with field, value and remedy, no traceback, nothing written."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import finback as front_door
 from finback import __version__, extras
 from finback.config import UserError
 from finback.model.config import ModelConfig
-from finback.report import objects
+from finback.report import front_page, objects
 from finback.runs.recipe import load
 from finback.train import compiling
 from tests.toy import RECIPE, ROOT, environment, finback, write_recipe
@@ -119,6 +120,7 @@ def test_show_explains_whatever_stands_in_a_recipe() -> None:
     ]  # its names are Hugging Face's
     assert [(one.name, knob.name) for one in described for knob in one.knobs if not knob.comment] == []
     assert all(objects.describe(cls.__name__).as_text() for cls in everything) and len(everything) > 35
+    assert objects.describe("grpo") == objects.describe("GRPO")
     typo = finback("show", "GPRO")
     assert typo.returncode == 2 and "'GRPO'" in typo.stderr
 
@@ -165,6 +167,17 @@ def test_version_and_a_reader_that_leaves() -> None:
         values = environment() | {"PYTHONUNBUFFERED": unbuffered}
         piped = subprocess.run(["bash", "-c", command], env=values, capture_output=True, text=True, cwd=ROOT)
         assert (piped.returncode, piped.stderr) == (0, ""), given
+
+
+def test_streams_that_are_closed_or_know_few_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9\n"), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", few)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    front_page.open_streams()
+    with sys.stdout, sys.stderr, few:
+        print("…", flush=True)
+        assert few.readline() == "caf\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\n"
 
 
 def test_chat_without_a_model(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.test_page import served_two
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 expect = playwright.expect
-PATIENCE = 60_000  # milliseconds: a machine may be busy, and who waits for an event loses nothing by waiting long
+PATIENCE = 240_000  # milliseconds: a machine may be busy, and who waits for an event loses nothing by waiting long
 expect.set_options(timeout=PATIENCE)
 CHROMIUM = os.environ.get("FINBACK_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
 pytestmark = pytest.mark.skipif(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from finback import cli
 from finback.config import UserError, as_json
 from finback.model.rope_scaling import Yarn
 from finback.parallel.mesh import World
+from finback.runs import reader
 from finback.runs.files import read_json, read_lines, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun, prepare_folder
 from finback.runs.ledger import cost, spent
+from finback.runs.reader import finished_stages
 from finback.runs.recipe import Recipe, Stage, claim, execute, load, overridden, write_summary
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.prepare import TaskText
@@ -171,7 +174,9 @@ def test_a_missing_recipe_file_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)  # where there is no folder of recipes
     with refusal(f"recipe = '{tmp_path / 'mime.py'}': no such file. Did you mean '{tmp_path / 'mine.py'}'?"):
         load(tmp_path / "mime.py")
-    with refusal(f"recipe = '{tmp_path / 'no' / 'mine.py'}': no such file. Known: none."):
+    with refusal(
+        f"recipe = '{tmp_path / 'no' / 'mine.py'}': no such file. No recipe lies there, nor in recipes/ of this folder."
+    ):
         load(tmp_path / "no" / "mine.py")
 
 
@@ -344,6 +349,25 @@ def test_finished_stages_are_not_run_again(tmp_path: Path) -> None:
     manifest = read_json(tmp_path / "b" / "manifest.json")
     assert manifest["results"] == {"steps": 2} and "config.json" in manifest["files"]
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_copied_run_keeps_the_order_of_its_stages(tmp_path: Path) -> None:
+    """Whatever times the copies have; what has finished since summary.json was written is the newest."""
+    for second, name in enumerate(("left", "zero", "after", "base")):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "manifest.json", {})
+        os.utime(tmp_path / name / "manifest.json", (second, second))
+    summary = tmp_path / "summary.json"
+    assert [folder.name for folder in finished_stages(tmp_path)] == ["left", "zero", "after", "base"]
+    write_json(summary, {"stages": {"base": {}, "zero": {}, "after": {}}})
+    assert [folder.name for folder in finished_stages(tmp_path)] == ["left", "base", "zero", "after"]
+    os.utime(summary, (0, 0))
+    os.utime(tmp_path / "left" / "manifest.json", (9, 9))
+    assert [folder.name for folder in finished_stages(tmp_path)] == ["base", "zero", "after", "left"]
+    summary.write_text("[]")
+    assert [folder.name for folder in finished_stages(tmp_path)] == ["zero", "after", "base", "left"]
+    with pytest.raises(UserError, match="Delete that file and run the recipe again"):
+        reader.summary(tmp_path)
 
 
 def test_an_interrupted_stage_is_done_again_and_those_before_it_are_not(tmp_path: Path) -> None:

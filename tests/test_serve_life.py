@@ -11,8 +11,11 @@ import httpx
 import pytest
 
 from finback.checkpoint import models
+from finback.config import UserError
 from finback.engine.engine import EngineConfig
 from finback.engine.open import open_engine
+from finback.serve.models_folder import with_first
+from finback.serve.options import ServeOptions
 from tests.serving import (
     CHAT,
     HELLO,
@@ -244,6 +247,11 @@ def test_models_of_a_folder_are_read_when_asked_for_and_leave_by_least_use(tmp_p
         small_tokenizer().save(folder)
     (root / "link").symlink_to(elsewhere)
     (root / "notes").mkdir()
+    alone = with_first(ServeOptions(models_dir=root))
+    assert (alone.model, alone.name) == (root / "a", "a") and with_first(alone) is alone
+    for options in (ServeOptions(), ServeOptions(models_dir=root / "notes")):
+        with pytest.raises(UserError, match="models-dir"):
+            with_first(options)
     with served(Scripted("9"), models_dir=root, models_max=1, rows=2, tokens=512) as client:
 
         def states() -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from finback.serve.schema_ends import can_end
 from tests.serving import CHAT, HELLO, Scripted, served, wait_for
 
 
@@ -140,6 +141,47 @@ def test_a_wrong_request_is_refused(client: httpx.Client, name: str) -> None:
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert (error["param"] or "").startswith(param or "") and len(error["message"]) < 1000
     assert response.headers["x-should-retry"] == "false"
+
+
+ITSELF = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"stop": ["a"] * 17}, "at most 16 items"),
+        ({"guided_regex": "("}, "unclosed group"),
+        (form(ITSELF), "no answer could end"),
+        (form({"type": "array", "prefixItems": [ITSELF], "minItems": 1}), "no answer could end"),
+        (
+            form({"$defs": {"a": {"anyOf": [{"$ref": "#"}, ITSELF]}}, "allOf": [{"$ref": "#/$defs/a"}]}),
+            "no answer could end",
+        ),
+        (call({"type": "object", "properties": {"a": ITSELF}, "required": ["a"]}), "no answer could end"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(client: httpx.Client, request_: dict[str, Any], words: str) -> None:
+    response = client.post(CHAT, json=HELLO | request_)
+    assert response.status_code == 400 and words in response.json()["error"]["message"], response.text
+
+
+@pytest.mark.parametrize(
+    ("schema", "ends"),
+    [
+        (
+            {"type": "object", "properties": {"a": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["a"]},
+            True,
+        ),
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}}, True),
+        ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, True),  # a number fits
+        ({"type": "array", "items": {"$ref": "#"}}, True),
+        ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"type": "null"}}, "$ref": "#/$defs/a"}, True),
+        ({"$defs": {"a": ITSELF | {"properties": {"a": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"}, False),
+        ({"$ref": "#/$defs/none"}, True),  # said elsewhere
+    ],
+)
+def test_schemas_that_can_end(schema: dict[str, Any], ends: bool) -> None:
+    assert can_end(schema) is ends
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_stop_looks_at_the_answer_and_not_at_the_chain(client: httpx.Client, eng
 def test_a_chain_that_is_begun_or_whose_opening_is_missing(client: httpx.Client, engine: Scripted) -> None:
     engine.script = "4+5=9</think>It is 9."
     user = {"role": "user", "content": "4+5?"}
-    for begun in ("<think>\n", "<think>"):
+    for begun in ("<think>\n", "<think>", " \n<think>"):
         messages = [user, {"role": "assistant", "content": begun, "prefix": True}]
         message = ask(client, messages=messages, max_tokens=90)["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == ("4+5=9", "It is 9.")

@@ -109,9 +109,10 @@ def _encodable(
 
 def begun_chain(message: Message) -> tuple[Message, bool]:
     """An assistant's message with the chain of thought that its content begins with in its place; whether it is open."""
-    if not message.content.startswith(THINK):
+    begun = message.content.lstrip()
+    if not begun.startswith(THINK):
         return message, False
-    chain, closed, answer = message.content.removeprefix(THINK).partition(END_THINK)
+    chain, closed, answer = begun.removeprefix(THINK).partition(END_THINK)
     chain = chain.removeprefix("\n")
     return replace(message, reasoning=chain.rstrip() if closed else chain, content=answer.lstrip("\n")), not closed
 

@@ -159,8 +159,8 @@ def loop(options: ChatOptions, as_json: bool, color: bool) -> None:
             print(f"{PLAIN if color else ''} (stopped)", file=sys.stderr)
         last = conversation.messages[-1]
         dialogue.append({"user": line, "thinking": last.reasoning, "assistant": last.content})
-        if kept is not None and (person or options.resume):
-            _keep(kept, conversation.messages)
+        if kept is not None and (person or options.resume) and not _keep(kept, conversation.messages):
+            kept = None
     if as_json:
         print(json.dumps({"model": str(folder), "dialogue": dialogue}, ensure_ascii=False))
 
@@ -200,11 +200,16 @@ def is_command(line: str) -> bool:
     return word in COMMANDS or bool(difflib.get_close_matches(word, COMMANDS, cutoff=0.7))
 
 
-def _keep(path: Path, messages: Sequence[Message]) -> None:
-    """Store a dialogue for --continue, for this user alone."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(path, [m.to_openai() for m in messages])
-    path.chmod(0o600)
+def _keep(path: Path, messages: Sequence[Message]) -> bool:
+    """Store a dialogue for --continue, for this user alone; whether that is possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(path, [m.to_openai() for m in messages])
+        path.chmod(0o600)
+    except OSError as error:
+        print(f"this dialogue is not kept for --continue: {path}: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def _kept(path: Path) -> list[Message]:

@@ -1,8 +1,10 @@
 """What `finback` says where no command runs: where to begin, what a command is for, what is wrong with a command line. No torch here."""
 
+import io
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -47,12 +49,22 @@ def explained(context: typer.Context, command: str) -> str:
 
 def complaint(error: Any) -> str:
     """What click says of a command line, and where to read more."""
-    said, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    said, context = error.format_message().rstrip(".").replace("Value error, ", ""), getattr(error, "ctx", None)
     if context is None:
         return f"{said}."
     if unknown := re.match(r"No such command '(.*?)'", said):
         return f"{unknown[0]}. {did_you_mean(unknown[1], context.command.commands)} `finback help` explains them."
     return f"{said}. `finback help {context.info_name}` explains it."
+
+
+def open_streams() -> None:
+    """Let a stream that is closed, as `>&-` leaves it, lead nowhere, and let no character end a command by its encoding."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 (for as long as we run)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def without_reader(error: BaseException) -> int:

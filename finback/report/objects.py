@@ -57,6 +57,7 @@ class Described:
 def describe(name: str) -> Described:
     """The object of this name; UserError with the nearest names otherwise."""
     known = {cls.__name__: cls for cls in objects()}
+    name = next((each for each in known if each.lower() == name.lower()), name)
     if name not in known:
         problem = "neither a run folder, a recipe file nor anything that stands in a recipe"
         raise UserError("show", name, problem, did_you_mean(name, known))

@@ -163,9 +163,19 @@ def _stage(folder: Path, lenient: bool) -> StageFolder | None:
 
 
 def finished_stages(root: Path) -> Iterator[Path]:
-    """Folders under `root` that hold a manifest, oldest first."""
-    done = [p.parent for p in root.glob(f"*/{MANIFEST}")]
-    yield from sorted(done, key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
+    """Folders under `root` that hold a manifest, oldest first.
+
+    As far as summary.json lists them its order counts, the recipe's: files of a run that was copied have any times.
+    """
+    listed = _object(root, SUMMARY, lenient=True).get("stages")
+    place = {name: i for i, name in enumerate(listed if isinstance(listed, dict) else ())}
+    written = _time_of(root / SUMMARY)
+
+    def age(folder: Path) -> tuple[float, float]:
+        finished = _time_of(folder / MANIFEST)
+        return place.get(folder.name, len(place) if finished > written else -1), finished
+
+    yield from sorted((p.parent for p in root.glob(f"*/{MANIFEST}")), key=age)
 
 
 def is_run(root: Path) -> bool:
@@ -261,7 +271,8 @@ def _lenient(path: Path) -> dict[str, Any]:
 
 def torn(path: Path, problem: str) -> UserError:
     """The error of a file in a run folder that cannot be read."""
-    return UserError("run", str(path), problem, "Delete that stage's folder and run the recipe again.")
+    what = "that file" if path.name in (RECIPE, SUMMARY) else "that stage's folder"
+    return UserError("run", str(path), problem, f"Delete {what} and run the recipe again.")
 
 
 def _time_of(path: Path) -> float:

@@ -128,7 +128,10 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     Where the recipe is a function, a `name=value` text gives one of its parameters.
     """
     if not path.is_file():
-        raise UserError("recipe", str(path), "no such file", did_you_mean(str(path), _recipes_near(path)))
+        problem = "a folder, not a recipe's file" if path.is_dir() else "no such file"
+        near = _recipes_near(path)
+        nothing = "" if near else "No recipe lies there, nor in recipes/ of this folder."
+        raise UserError("recipe", str(path), problem, did_you_mean(str(path), near, nothing))
     try:
         stages = runpy.run_path(str(path)).get("recipe")
         if inspect.isfunction(stages):

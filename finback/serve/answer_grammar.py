@@ -14,6 +14,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from finback.serve.errors import bad
 from finback.serve.protocol import ChatRequest, small
+from finback.serve.schema_ends import can_end, target
 from finback.serve.tool_calls import ToolForm
 
 # one line, a space at most behind commas and colons: a model that does not want to go on could write spaces for ever
@@ -121,7 +122,7 @@ def _object(given: Any, param: str) -> Any:
 def readable(schema: Any, strict: bool, param: str) -> tuple[Any, tuple[str, ...]]:
     """The schema as llguidance can follow it, and what was left out; ApiError 400 where that changes a `strict` one.
 
-    A `$ref` that leads back to itself describes nothing and is refused.
+    A `$ref` that leads back to itself describes nothing, and what demands itself within itself never ends: both are refused.
     """
     notes: list[str] = []
 
@@ -148,6 +149,8 @@ def readable(schema: Any, strict: bool, param: str) -> tuple[Any, tuple[str, ...
         return found
 
     made = walk(schema, "#")
+    if not can_end(made):
+        raise bad(f"{param}: it demands itself within itself, so that no answer could end", param)
     return (made | {"x-guidance": COMPACT} if isinstance(made, dict) else made), tuple(notes[:8])
 
 
@@ -158,14 +161,4 @@ def _check_reference(value: dict[str, Any], schema: Any, at: str, param: str) ->
         if reference in seen or reference == at:
             raise bad(f"{param}: the $ref at {at[:200]} refers to itself; no answer fits it", param)
         seen.append(reference)
-        value = _target(schema, reference)
-
-
-def _target(schema: Any, reference: str) -> Any:
-    """What a local reference refers to; None where there is no such place."""
-    if reference != "#" and not reference.startswith("#/"):
-        return None
-    for part in reference.split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
-        schema = schema.get(name) if isinstance(schema, dict) else None
-    return schema
+        value = target(schema, reference)

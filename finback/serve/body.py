@@ -25,7 +25,7 @@ async def read(request: Request, form: type[Form]) -> Form:
 
 def _validated(raw: bytes, form: type[Form]) -> Form:
     try:
-        found = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
+        found = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
     except UnicodeDecodeError as error:
         raise bad(f"the body is not UTF-8 (byte {error.start})", code="invalid_json") from None
     except RecursionError:

@@ -101,7 +101,8 @@ def from_pydantic(error: ValidationError, body: Any) -> ApiError:
     found = error.errors(include_url=False, include_context=False, include_input=False)
     places = [_place(each["loc"], body, each["type"] == "missing") for each in found]
     # a value may be of several kinds: what is wrong within the one that comes nearest says most
-    at = max((i for i, p in enumerate(places) if p[: len(places[0])] == places[0]), key=lambda i: len(places[i]))
+    near = [i for i, place in enumerate(places) if place[: len(places[0])] == places[0]]
+    at = max(near, key=lambda i: (len(places[i]), not found[i]["type"].endswith("_type")))
     message, param = found[at]["msg"].removeprefix("Value error, "), path_of(places[at]) or None
     return bad(f"{param}: {message}" if param else message, param)
 

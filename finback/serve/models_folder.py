@@ -29,17 +29,8 @@ class ModelsFolder:
         self._lock = asyncio.Lock()  # one is read at a time
 
     def paths(self) -> dict[str, Path]:
-        """The models by name. A request's name is looked up here, never made into a path; links lead nowhere else."""
-        found, root = {}, self.root.resolve()
-        for path in sorted(self.root.iterdir()):
-            if path.name.startswith(".") or not path.resolve().is_relative_to(root):
-                continue
-            try:
-                find_model(path)
-            except UserError:  # something else
-                continue
-            found[path.stem if path.suffix == ".gguf" else path.name] = path
-        return found
+        """The models by name."""
+        return _models_in(self.root)
 
     async def load(self, name: str) -> "Service | None":
         """The model of this name, read if it has to be; None where there is none. ApiError 503 where it does not fit."""
@@ -87,6 +78,34 @@ class ModelsFolder:
         self.first.all.remove(service)
         await service.schemas.close()
         await asyncio.to_thread(service.worker.close)
+
+
+def with_first(options: ServeOptions) -> ServeOptions:
+    """The options with a model to begin with: where none is named, the first of the folder. UserError where there is none."""
+    if options.model is not None:
+        return options
+    if options.models_dir is None:
+        remedy = "Name a run such as runs/tiny, or a folder of models with --models-dir."
+        raise UserError("MODEL", "", "nothing to serve", remedy)
+    for name, path in _models_in(options.models_dir).items():
+        return dataclasses.replace(options, model=path, name=options.name or name)
+    raise UserError(
+        "--models-dir", str(options.models_dir), "holds no model", "Name a folder of run folders or models."
+    )
+
+
+def _models_in(folder: Path) -> dict[str, Path]:
+    """The models in a folder by name. A request's name is looked up here, never made into a path; links lead nowhere else."""
+    found, root = {}, folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.resolve().is_relative_to(root):
+            continue
+        try:
+            find_model(path)
+        except UserError:  # something else
+            continue
+        found[path.stem if path.suffix == ".gguf" else path.name] = path
+    return found
 
 
 def _size(path: Path, dtype: str) -> int:

@@ -28,7 +28,7 @@ def _number_or_none(text: str) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise UserError("--queue", text, "neither a number nor none", "Use for example 64.") from None
+        raise ValueError(f"{text!r} is neither a number nor none") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,9 @@ class ServeOptions(ListenOptions):
     """What a server answers with, and how much it takes on."""
 
     model: Annotated[
-        Path,
+        Path | None,
         Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder, a .gguf file or org/model of the hub."),
-    ]
+    ] = None
     port: Annotated[int, "Which port."] = 8000
     name: Annotated[str, "What requests call the model; default its folder."] = ""
     aliases: Annotated[tuple[str, ...], Option("--alias", help="Another name for it; repeatable.")] = ()
@@ -106,7 +106,9 @@ class ServeOptions(ListenOptions):
     concurrent: Annotated[int, "Requests per key at a time; 0 is any number."] = 0
     drain: Annotated[float, "Seconds that running answers get after SIGTERM."] = 30.0
     also: Annotated[tuple[Path, ...], Option(metavar="MODEL", help="One more model; repeatable.")] = ()
-    models_dir: Annotated[Path | None, "A folder of further models, each read when a request names it."] = None
+    models_dir: Annotated[
+        Path | None, "A folder of models, each read when a request names it; without MODEL the first is read at once."
+    ] = None
     models_max: Annotated[int, "Of them at a time; the least used leaves."] = 4
     lora: Annotated[
         tuple[str, ...],
@@ -150,7 +152,7 @@ class ServeOptions(ListenOptions):
     stalled: float = 30.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or model_name(Path(self.model)))
+        object.__setattr__(self, "name", self.name or (model_name(Path(self.model)) if self.model else ""))
         super().__post_init__()
         check_positive(self, "--", "rows", "chunk", "tokens", "models_max", "replicas")
         self._check_engine()

@@ -26,6 +26,7 @@ HOST = "127.0.0.1"  # nobody but this server reaches those that it starts
 @contextmanager
 def opened(options: ServeOptions) -> Iterator[tuple[UpstreamEngine, Tokenizer]]:
     """The engines that the options name, as one, for as long as the context; UserError where one is not there or has another model."""
+    assert options.model is not None, "there is one to begin with"
     source = find_model(options.model)
     tokenizer = Tokenizer(source)
     with ExitStack() as stack:

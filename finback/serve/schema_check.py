@@ -72,8 +72,7 @@ class SchemaChecker:
             await self.close()
             raise
         if problem:
-            first = problem.splitlines()[0][:500]
-            raise bad(f"the schema cannot be followed: {first}", param)
+            raise bad(f"the schema cannot be followed: {_in_one_line(problem)}", param)
 
     async def _start(self) -> asyncio.subprocess.Process:
         command = (sys.executable, "-m", "finback.serve.schema_child")
@@ -90,3 +89,10 @@ class SchemaChecker:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.communicate()
+
+
+def _in_one_line(problem: str) -> str:
+    """The first line, which of a regex says only that it is one that is wrong, and then what it says of the error."""
+    first, *others = problem.splitlines()
+    why = next((line.removeprefix("error:") for line in others if line.startswith("error: ")), "")
+    return f"{first}{why}"[:500]

@@ -31,6 +31,7 @@ from finback.serve.body import read
 from finback.serve.completions import CHAT, TEXT
 from finback.serve.errors import ApiError, bad
 from finback.serve.http import Seldom, application, configuration, listen_as, secured, url
+from finback.serve.models_folder import with_first
 from finback.serve.options import ServeOptions
 from finback.serve.page import Page
 from finback.serve.protocol import ControlRequest
@@ -83,7 +84,8 @@ def build(
 
 def run(options: ServeOptions, planned: Planned | None = None) -> None:
     """Serve the models that the options name until a signal ends it."""
-    o = secured(options)
+    o = secured(with_first(options))
+    assert o.model is not None, "there is one to begin with"
     listener = listen_as(o)  # before the model is read: a port that is taken shows at once
     if o.engine != "finback":
         with programs.opened(o) as (upstream, tokenizer):

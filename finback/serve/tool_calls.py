@@ -227,9 +227,9 @@ def bare_calls(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping
 def _follows(reader: IncrementalReader, is_list: bool, found: bool) -> Wait[bool]:
     """Whether another object may begin here; what joins it to one that was found is read."""
     gap = yield from reader.blank()
-    joined = yield from reader.match((",",) if is_list else (";",)) if found else ""
+    joined = bool(found and (yield from reader.match((",",) if is_list else (";",))))
     yield from reader.blank()
-    return bool(not found or joined or (not is_list and "\n" in gap))
+    return not found or joined or (not is_list and "\n" in gap)
 
 
 def _bare_call(reader: IncrementalReader, schemas: Mapping[str, Any]) -> Wait[tuple[str, str] | None]:
