@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finback.data.rows import PADDING, Row
-from finback.model.config import ModelConfig
+from finback.model.config import CSA, HCA, SLIDING, ModelConfig
 from finback.model.logprobs import text_logprobs
 from finback.model.recompute import Policy
 from finback.model.transformer import Transformer
@@ -30,11 +30,18 @@ from finback.train.optim import Adam, Muon, is_matrix
 from finback.train.sharded_options import ShardedOptions
 from finback.train.sharded_trainer import ShardedTrainer
 from finback.train.trainer import ReplicatedTrainer, Trainer
-from tests.toy import CONFIG
+from tests.toy import CONFIG, V4
 
 MANY = dataclasses.replace(
     CONFIG, num_hidden_layers=4, n_routed_experts=8, n_group=2, topk_group=1, initializer_range=0.15
 )
+KINDS: Any = (CSA, HCA, SLIDING, CSA)
+# with a clamp as far out as the release's: a step over it jumps, and rounding decides which side a number is on
+V4_MANY = dataclasses.replace(
+    V4, vocab_size=320, num_hidden_layers=4, layer_types=KINDS, num_nextn_predict_layers=1, hc_mult=2
+)
+V4_MANY = dataclasses.replace(V4_MANY, swiglu_limit=10.0)
+SPARSE_MANY = dataclasses.replace(MANY, index_topk=6, index_n_heads=16, index_head_dim=8)
 
 ROWS, SEQ_LEN, STEPS = 8, 16, 20
 MTP_WEIGHT, BALANCE_ALPHA, BIAS_SPEED, MAX_GRAD_NORM = 0.3, 0.05, 0.02, 1.0
@@ -119,7 +126,7 @@ def on_one(way: Way, steps: int = STEPS) -> tuple[Numbers, dict[str, Tensor]]:
 def one_rank(way: Way) -> ReplicatedTrainer:
     """The whole model, its gradients and optimizers."""
     model = way.options.put_on(Transformer(way.config, way.options.dtype).initialise(5)).train()
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
     first = (
         Muon(matrices, World(), compute=way.options.dtype)
@@ -127,7 +134,7 @@ def one_rank(way: Way) -> ReplicatedTrainer:
         else Adam(matrices, (0.9, 0.95), 0.05)
     )
     adam = Adam([(n, p) for n, p in named if not is_matrix(n, p)], (0.9, 0.95), 0.0)
-    return ReplicatedTrainer(model, World(), (first, adam), ema_decay=way.ema_decay)
+    return ReplicatedTrainer(model, World(), (first, adam), named, ema_decay=way.ema_decay)
 
 
 def on_many(layout: Layout, way: Way = Way(), seed: int = 5) -> ShardedTrainer:

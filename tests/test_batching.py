@@ -24,8 +24,7 @@ from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
-from tests.test_v4 import V4
-from tests.toy import CONFIG, toy_model
+from tests.toy import CONFIG, V4, toy_model
 
 DENSE = ModelConfig(
     vocab_size=320,

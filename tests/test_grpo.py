@@ -35,8 +35,7 @@ from finback.tasks.task import Problem, Verdict
 from finback.train import loop
 from finback.train.correction import Correction
 from finback.train.grpo_loss import Objective, advantages
-from tests.test_v4 import V4
-from tests.toy import CONFIG, ROOT, WORDS, toy_model
+from tests.toy import CONFIG, ROOT, V4, WORDS, toy_model
 
 TRUNCATED = Correction(mode="token_truncate")
 

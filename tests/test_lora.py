@@ -26,8 +26,7 @@ from finback.model.lora import (
 )
 from finback.model.transformer import Transformer
 from finback.train.batch import of_windows
-from tests.test_v4 import V4
-from tests.toy import CONFIG, backward_batch
+from tests.toy import CONFIG, V4, backward_batch
 
 MLA = dataclasses.replace(CONFIG, initializer_range=0.15)
 # queries straight from the hidden state, as V2-Lite has them

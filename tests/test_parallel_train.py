@@ -26,6 +26,8 @@ from finback.train.sharded_trainer import ShardedTrainer
 from tests.many import (
     MANY,
     ROWS,
+    SPARSE_MANY,
+    V4_MANY,
     Numbers,
     Way,
     agrees,
@@ -237,6 +239,22 @@ def test_every_layout_trains_like_one_rank(one: dict[Any, Any], layout: Layout, 
 def test_other_models_do_too(one: dict[Any, Any], config: ModelConfig, layout: Layout, tmp_path: Path) -> None:
     """A head that is the embedding, no MTP and no shared expert, fewer experts than can be dealt out evenly."""
     agrees(one, layout, tmp_path, Way(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        (V4_MANY, Layout(dp=2, ep=2)),
+        (V4_MANY, Layout(dp=2, sharding="zero1")),
+        (V4_MANY, pipeline("zbv")),
+        (SPARSE_MANY, Layout(dp=2, ep=2)),
+        (SPARSE_MANY, pipeline("1f1b")),
+    ],
+)
+def test_sparse_attention_does_too(one: dict[Any, Any], config: ModelConfig, layout: Layout, tmp_path: Path) -> None:
+    """V4 and V3.2, documents that share rows among them; the model is looked at where it lies and whole."""
+    agrees(one, layout, tmp_path, Way(config, packed=True, ema_decay=0.9, looks=(1, 9)))
 
 
 def _owners() -> None:

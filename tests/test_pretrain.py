@@ -37,8 +37,7 @@ from finback.train.ema import EMA
 from finback.train.loss import Losses, training_losses
 from finback.train.rates import Phase, along, level, ramp
 from finback.train.spikes import ENOUGH, Spikes
-from tests.test_v4 import V4
-from tests.toy import CONFIG, WORDS, backward, backward_batch, environment, toy_model
+from tests.toy import CONFIG, V4, WORDS, backward, backward_batch, environment, toy_model
 
 TRILLION = 10**12
 

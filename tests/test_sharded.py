@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from finback.checkpoint import models
 from finback.config import UserError
+from finback.model.logprobs import text_logprobs
+from finback.model.moe import router_buffers
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
 from finback.runs import recipe as recipes
@@ -130,6 +132,26 @@ def test_a_layout_trains_as_whole_copies_do(name: str, plain: tuple[Path, list[f
     assert bits[0] == pytest.approx(bits[1], abs=1e-4)
     exams = [(folder / "runs" / n / "after/sums.jsonl").read_text() for n in (name, "plain")]
     assert [json.loads(line)["question"] for line in exams[0].splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["experts", "zero1", "piped"])
+@pytest.mark.parametrize("config", ["V4_MANY", "SPARSE_MANY"])
+def test_sparse_attention_trains_with_its_indexers(
+    config: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V4 and V3.2, whose indexers learn beside the rest; the model that goes out is one rank's."""
+    recipe = RECIPE.replace("tests.toy import CONFIG", f"tests.many import {config} as CONFIG")
+    monkeypatch.setattr("tests.test_sharded.RECIPE", recipe.replace(", num_hidden_layers=3", ""))
+    expected = run_plainly(tmp_path, "plain", PHASES)
+    found = run(tmp_path, name, LAYOUTS[name])
+    for key in ("loss", "mtp_loss", "grad_norm"):
+        assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], abs=1e-5), key
+    one, many = (models.load(tmp_path / "runs" / n / "base") for n in ("plain", name))
+    tables = router_buffers(one)
+    assert tables and all(torch.equal(table, router_buffers(many)[n]) for n, table in tables.items())
+    tokens = torch.arange(2 * 24).view(2, 24)
+    torch.testing.assert_close(text_logprobs(one, tokens), text_logprobs(many, tokens), atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow

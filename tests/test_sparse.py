@@ -19,8 +19,7 @@ from finback.stages.sparsify import Sparsify
 from finback.train.rates import Phase
 from tests.test_model import SPARSE, random_model
 from tests.test_pretrain import prepared, pretrain, trained
-from tests.test_v4 import V4
-from tests.toy import CONFIG
+from tests.toy import CONFIG, V4
 
 __all__ = ["prepared"]
 

@@ -30,17 +30,7 @@ from finback.model.transformer import Transformer
 from finback.planner.this_machine import muon_parameters
 from finback.report.verify import verify
 from finback.train.optim import is_matrix
-from tests.toy import backward
-
-V4 = ModelConfig(
-    **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24},
-    **{"attention": "compressed", "q_lora_rank": 20, "head_dim": 16, "qk_rope_head_dim": 8, "sliding_window": 5},
-    **{"layer_types": (CSA, SLIDING, HCA), "compress_rate_hca": 8, "o_groups": 2, "o_lora_rank": 8, "hc_mult": 4},
-    **{"index_topk": 3, "index_n_heads": 16, "index_head_dim": 16, "rope_theta": 4000.0, "local_rope_theta": 1000.0},
-    **{"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    **{"num_hash_layers": 1, "scoring_func": "sqrtsoftplus", "swiglu_limit": 1.0, "max_position_embeddings": 64},
-    initializer_range=0.15,
-)
+from tests.toy import V4, backward
 
 
 @pytest.fixture(scope="module")

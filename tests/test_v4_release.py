@@ -21,7 +21,7 @@ from finback.config import UserError
 from finback.kernels import formats, fp8, moe_gemm
 from finback.model.quantized import QuantizedLinear, QuantizedMoE
 from finback.model.transformer import Transformer
-from tests.test_v4 import V4
+from tests.toy import V4
 
 CONFIG = dataclasses.replace(V4, hidden_size=160, moe_intermediate_size=64, num_nextn_predict_layers=1)
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

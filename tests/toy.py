@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from torch import Tensor
 
 from finback.cli import main
-from finback.model.config import TINY, ModelConfig
+from finback.model.config import CSA, HCA, SLIDING, TINY, ModelConfig
 from finback.model.transformer import Transformer
 from finback.train.batch import Batch, of_windows
 from finback.train.loss import Losses, LossTerms, training_losses
@@ -51,6 +52,40 @@ DENSE = replace(
     num_nextn_predict_layers=0,
     rope_interleaved=False,
 )
+
+# V4's parts: a layer of each kind of attention, streams, hash routing, clamps
+_V4: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "attention": "compressed",
+    "q_lora_rank": 20,
+    "head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "sliding_window": 5,
+    "layer_types": (CSA, SLIDING, HCA),
+    "compress_rate_hca": 8,
+    "o_groups": 2,
+    "o_lora_rank": 8,
+    "hc_mult": 4,
+    "index_topk": 3,
+    "index_n_heads": 16,
+    "index_head_dim": 16,
+    "rope_theta": 4000.0,
+    "local_rope_theta": 1000.0,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "num_hash_layers": 1,
+    "scoring_func": "sqrtsoftplus",
+    "swiglu_limit": 1.0,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+}
+V4 = ModelConfig(**_V4)
 
 RECIPE = """
 from pathlib import Path

@@ -8,7 +8,7 @@ from finback.checkpoint.shares import Values, whole
 from finback.model.config import ModelConfig
 from finback.model.frozen import BaseFormat, base_dtype, freeze
 from finback.model.layers import Linear
-from finback.model.moe import MoE
+from finback.model.moe import MoE, router_buffers
 from finback.model.transformer import Transformer
 
 
@@ -31,6 +31,6 @@ def load_quantized(
     for module in model.modules():
         if not isinstance(module, Linear | MoE):
             read(module)
-    values.fill([whole(name, bias) for name, bias in model.named_buffers() if name.endswith("router.bias")])
+    values.fill([whole(name, bias) for name, bias in router_buffers(model).items()])
     freeze(model, form, filled)
     return model, peft.digest(model, known=known)

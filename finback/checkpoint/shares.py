@@ -15,7 +15,7 @@ from torch import Tensor
 from finback.checkpoint.shards import Weights
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
-from finback.model.layers import first_value
+from finback.model.layers import OwnStart, first_value
 from finback.model.transformer import Transformer
 
 # Numbers that are drawn at a time. A multiple of 16: torch draws normal numbers in blocks of 16, so that pieces are drawn
@@ -84,7 +84,7 @@ class Seeded(Values):
         wanted: dict[str, list[Share]] = {}
         for share in shares:
             wanted.setdefault(share.name, []).append(share)
-        generator = torch.Generator().manual_seed(self.seed)
+        by_name, generator = dict(wanted), torch.Generator().manual_seed(self.seed)
         with torch.device("meta"):
             model = Transformer(self.config)
         for name, parameter in model.named_parameters():
@@ -96,10 +96,23 @@ class Seeded(Values):
             targets = [run for share in mine for run in share.runs()]
             for begin, numbers in drawn(parameter.numel(), self.config.initializer_range, generator):
                 _take(targets, begin, numbers)
+        for name, tensor in own_starts(model, generator):
+            for share in by_name.get(name, ()):
+                _take(share.runs(), 0, tensor.flatten())
+            wanted.pop(name, None)
         for name, left in wanted.items():
             assert name.endswith("router.bias"), f"the model has no {name}"
             for share in left:
                 share.local.zero_()
+
+
+def own_starts(model: Transformer, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """What parts of a blank model start with of their own, by name, in the order of `initialise`."""
+    for name, part in list(model.named_modules()):
+        if isinstance(part, OwnStart):
+            part.to_empty(device="cpu", recurse=False)
+            part.start(generator)
+            yield from ((f"{name}.{leaf}", getattr(part, leaf).detach()) for leaf in part.starts)
 
 
 def drawn(count: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:

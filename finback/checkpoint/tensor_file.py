@@ -12,7 +12,7 @@ from torch import Tensor
 from finback.runs.provenance import sha256
 
 Contents = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # by name, what a file's tensors are
-WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.int64: "I64"}
 
 
 class TensorFile:

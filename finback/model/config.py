@@ -263,13 +263,6 @@ class ModelConfig:
         return self.n_routed_experts > 0 and not is_dense
 
 
-def refuse_compressed(config: ModelConfig, what: str) -> None:
-    """UserError where a model has V4's attention, which `what` leaves out so far."""
-    if config.attention == "compressed":
-        problem = f"{what} leaves V4's attention out so far"
-        raise UserError("model.attention", config.attention, problem, "Use a model with another.")
-
-
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """Plain values of a config, the kind of rope scaling under `rope_type`; `from_json` takes them back."""
     fields = dataclasses.asdict(config)

@@ -15,6 +15,8 @@ class HashRouter(Router, OwnStart):
     """A router whose choice is a table (vocabulary, k) that comes with the weights and never changes."""
 
     table: Tensor
+    kept = ("table",)
+    starts = ("table",)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

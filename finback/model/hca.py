@@ -22,6 +22,8 @@ from finback.model.windows import CompressedWindows, windowed, windows_of
 class Compressor(OwnStart):
     """Entries of `width` numbers, one for each window of `size` tokens (V4 eq. 20-23)."""
 
+    starts = ("position_bias",)
+
     # how many entries a token is in
     series = 1
 

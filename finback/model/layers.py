@@ -149,6 +149,9 @@ def precise(*shape: int) -> nn.Parameter:
 class OwnStart(nn.Module, ABC):
     """A part of which some values do not start as `initialise` has all others start."""
 
+    # their names
+    starts: tuple[str, ...]
+
     @abstractmethod
     def start(self, generator: torch.Generator) -> None:
         """Set them."""

@@ -22,6 +22,8 @@ from finback.model.layers import OwnStart, UnweightedNorm, precise
 class HyperConnection(OwnStart):
     """The mixtures of one part of a block, computed in fp32."""
 
+    starts = ("scale",)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -71,7 +73,9 @@ def merged(streams: Tensor, shares: Tensor) -> Tensor:
 
 
 class StreamMerge(OwnStart):
-    """Streams out of one hidden state, and one hidden state out of streams: Σ_k σ(s w_k · x + b_k) X_k."""
+    """One hidden state out of streams: Σ_k σ(s w_k · x + b_k) X_k."""
+
+    starts = ("scale",)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -85,10 +89,6 @@ class StreamMerge(OwnStart):
     def start(self, generator: torch.Generator) -> None:
         """As HyperConnection's."""
         self.scale.fill_(0.01)
-
-    def widen(self, x: Tensor) -> Tensor:
-        """x (b, t, d) -> (b, t, n, d)."""
-        return x[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
 
     def leave(self, streams: Tensor) -> None:
         """Keep the trunk's streams for the MTP modules."""
@@ -108,9 +108,6 @@ class StreamMerge(OwnStart):
 
 class OneStream(nn.Module):
     """What stands in the place of a StreamMerge where the residual is a single hidden state."""
-
-    def widen(self, x: Tensor) -> Tensor:
-        return x
 
     def leave(self, streams: Tensor) -> None:
         """Nothing: what the trunk returns is all there is."""

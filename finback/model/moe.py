@@ -22,6 +22,8 @@ class Router(nn.Module):
 
     bias: Tensor
     load: Tensor
+    # names of its buffers that belong to a model's weights
+    kept: tuple[str, ...] = ("bias",)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,6 +81,12 @@ class Router(nn.Module):
             self.bias += speed * torch.sign(self.load.mean() - self.load)
             self.bias -= self.bias.mean()
         self.load.zero_()
+
+
+def router_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model's routers belongs to its weights and is no parameter, by name: biases, and the tables of hash routing."""
+    found = [(name, router) for name, router in model.named_modules() if isinstance(router, Router)]
+    return {f"{name}.{leaf}": router.get_buffer(leaf) for name, router in found for leaf in router.kept}
 
 
 def affinities(logits: Tensor, scoring_func: str) -> Tensor:

@@ -32,6 +32,8 @@ Far = tuple[Tensor, Seen]
 class SWA(OwnStart):
     """Attention over the last `sliding_window` tokens, itself included."""
 
+    starts = ("sink",)
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         c = self.config = config

@@ -177,7 +177,7 @@ class Transformer(nn.Module):
         documents that share a row, each in one piece: none sees another, and each counts its positions from 0. With
         `prefixes` (b,) the first so many tokens of a row, its document 0, stand before each of the others.
         """
-        x = self.merge.widen(self.embedded(tokens))
+        x = self.streams(tokens)
         cos, sin, attention_mask = self._positions(tokens.size(1), cache, document_ids, prefixes)
         for index, block in enumerate(self.blocks):
             stored = cache.layer(index) if cache is not None else None
@@ -185,6 +185,11 @@ class Transformer(nn.Module):
         if len(self.mtp) and (cache is None or cache.pool.drafts):
             self.merge.leave(x)
         return self.norm(self.merge(x))
+
+    def streams(self, tokens: Tensor) -> Tensor:
+        """What the first block reads of tokens (b, t): (b, t, d), or mHC's streams (b, t, n, d), which begin alike."""
+        x, n = self.embedded(tokens), self.config.hc_mult
+        return x[:, :, None].expand(-1, -1, n, -1) if n else x
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """tokens (b, t) -> (b, t, d) in the dtype of activations."""

@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from finback.checkpoint.shares import Share, Values
 from finback.model.config import ModelConfig
-from finback.model.moe import MoE
+from finback.model.moe import MoE, router_buffers
 from finback.model.transformer import Transformer
 from finback.parallel.context import spread_context
 from finback.parallel.experts import spread_experts
 from finback.parallel.layout import Layout, share
 from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline import Loss, PipelineStage, cut
-from finback.parallel.shard import FullyShard, Sharding, ZeroOne, router_biases, share_of
+from finback.parallel.shard import FullyShard, Sharding, ZeroOne, share_of
 
 
 class Built(NamedTuple):
@@ -99,4 +99,4 @@ def _shares(model: Transformer, mesh: Mesh) -> list[Share]:
             members, member, (experts, *rest) = mesh.ep.size(), mesh.ep.get_local_rank(), mine.shape
             mine = Share(name, (members * experts, *rest), (member * experts, 0, 0), mine.local)
         found.append(mine)
-    return found + [share_of(name, bias) for name, bias in router_biases(model).items()]
+    return found + [share_of(name, bias) for name, bias in router_buffers(model).items()]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from finback.checkpoint.shares import Share
+from finback.model.moe import router_buffers
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import Mesh
-from finback.parallel.shard import router_biases
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def gather(held: dict[str, Tensor], mesh: Mesh, into: Transformer, fills: bool =
     names: list[list[str]] = [[] for _ in range(mesh.pp.size())]
     dist.all_gather_object(names, list(held), group=group)
     owners = {name: rank for rank in reversed(range(len(names))) for name in names[rank]}
-    wanted: dict[str, Tensor] = dict(into.named_parameters()) | router_biases(into)
+    wanted: dict[str, Tensor] = dict(into.named_parameters()) | router_buffers(into)
     for name, target in wanted.items():
         if owners[name] == mesh.pp.get_local_rank():
             mine = held[name].detach()

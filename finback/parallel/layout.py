@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finback.config import UserError, check_fields, check_positive
-from finback.model.config import ModelConfig, refuse_compressed
+from finback.model.config import ModelConfig
 from finback.parallel.schedules import SCHEDULES, Schedule, ScheduleName
 
 Sharding = Literal["fsdp", "zero1", "ddp"]
@@ -116,6 +116,9 @@ class Layout:
             raise UserError("rows", rows, problem, f"Use a multiple of {self.dp * self.micro_batches}.")
         if c.attention_sinks and self.cp > 1:
             raise UserError("layout.cp", self.cp, "heads that are exchanged leave their sinks behind", "Use 1.")
+        if self.cp > 1 and (c.index_topk or c.attention == "compressed"):
+            problem = "an indexer and compressed entries are of all heads and of whole rows, and ranks exchange heads for tokens"
+            raise UserError("layout.cp", self.cp, problem, "Use 1.")
         if c.num_attention_heads % self.cp:
             problem = f"does not divide {c.num_attention_heads} heads, of which each rank attends with its share"
             raise UserError("layout.cp", self.cp, problem, "Use a divisor.")
@@ -137,10 +140,6 @@ class Layout:
         for name, value, instead in (("schedule", "dualpipe", "dualpipev"), ("sharding", "ddp", "zero1")):
             if getattr(self, name) == value:
                 raise UserError(f"layout.{name}", value, "can be planned, not trained", f'Use "{instead}".')
-        refuse_compressed(c, "training on many ranks")
-        if c.index_topk:
-            problem = "an indexer, which training on many ranks leaves out so far"
-            raise UserError("model.index_topk", c.index_topk, problem, "Use ranks with the whole model: no layout.")
         self.check(c, rows)
 
     def _check_experts(self, c: ModelConfig) -> None:

@@ -4,8 +4,8 @@ Its runtime does what the tables of parallel/pipeline_tables.py say, the same th
 
 The first stage has the embedding, the last the final norm, the head and the MTP modules. What both ends need, the
 embedding for MTP or for a tied head, each has a copy of, with one gradient, their sum; V3's DualPipe shares the memory
-instead. Besides the hidden states, stages hand on the sum of balance losses so far, so that one loss at the end has all
-its parts and one backward pass all gradients.
+instead. Besides the hidden states, or mHC's streams, stages hand on the sums of balance losses and of indexers' divergences so
+far, so that one loss at the end has all its parts and one backward pass all gradients.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
 from finback.model.config import ModelConfig
+from finback.model.dsa_training import take_divergences
 from finback.model.logprobs import token_logprobs
 from finback.model.moe import take_balance_losses
 from finback.model.recompute import Recomputed
@@ -29,9 +30,10 @@ from finback.parallel.shard import ShardedParameter, local
 
 # A batch's tensors by name, (b, t + depths): tokens, labels, and where there are any padding_mask and document_ids
 Rows = dict[str, Tensor]
-# The last stage's model, final hidden states (b, t, d), the micro-batch, and what says the mean balance loss over all
-# MoE layers, with the MTP modules' or without -> the loss, and its parts (main, MTP, balance) without gradient
-Loss = Callable[[Transformer, Tensor, Rows, Callable[[bool], Tensor]], tuple[Tensor, Tensor]]
+# The last stage's model, final hidden states (b, t, d), the micro-batch, and what says the mean balance loss over all MoE
+# layers, with the MTP modules' or without, and the indexers' divergence -> the loss, and its parts (main, MTP, balance)
+# without gradient
+Loss = Callable[[Transformer, Tensor, Rows, Callable[[bool], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
 
 
 def cut(model: Transformer, stage: int, stages: int) -> Transformer:
@@ -41,7 +43,7 @@ def cut(model: Transformer, stage: int, stages: int) -> Transformer:
     model.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in layers if i < config.num_hidden_layers})  # type: ignore[assignment]
     if not last:
         model.mtp = nn.ModuleList()
-        del model.norm, model.head
+        del model.norm, model.head, model.merge
     if not first and not (last and is_twice(config)):
         del model.embed
     return model
@@ -63,7 +65,8 @@ class PipelineStage(nn.Module):
         self.losses: list[Tensor] = []  # (main, MTP, balance) of each micro-batch since they were last taken
 
     def forward(self, *carried: Tensor, **rows: Tensor) -> Any:
-        """carried: hidden states (b, t, d) and the sum of balance losses (1,), but nothing of use at the first stage.
+        """carried: hidden states (b, t, d) or streams (b, t, n, d) and the sums of losses of layers (2,), but nothing of use at the
+        first stage.
 
         rows: see `Rows`. The last stage gives the loss, a scalar, or in evaluation the labels' log-probabilities (b, t).
         """
@@ -73,25 +76,29 @@ class PipelineStage(nn.Module):
             rows[n][:, :length] if n in rows else None for n in ("padding_mask", "document_ids")
         )
         if self.is_first:
-            x = model.embedded(tokens[:, :length])
-            balance = torch.zeros(1, device=x.device)
+            x = model.streams(tokens[:, :length])
+            sums = torch.zeros(2, device=x.device)
         else:
-            x, balance = carried
+            x, sums = carried
         cos, sin, attention_mask = model._positions(length, None, document_ids)
         for block in model.blocks.values():  # type: ignore[operator]
-            x = block(x, cos, sin, None, padding_mask, attention_mask)
+            x = block(x, cos, sin, None, padding_mask, attention_mask, tokens[:, :length])
         if not self.is_last:
-            return x, balance + self._balance()
+            return x, sums + self._sums()
+        hidden = model.norm(model.merge(x))
         if not self.training:
             labels = rows["labels"][:, :length]
-            return token_logprobs(model, model.norm(x).flatten(0, 1), labels.flatten())[0].view_as(labels)
+            return token_logprobs(model, hidden.flatten(0, 1), labels.flatten())[0].view_as(labels)
+        if len(model.mtp):
+            model.merge.leave(x)
 
-        def mean_balance(with_mtp: bool) -> Tensor:
+        def of_layers(with_mtp: bool) -> tuple[Tensor, Tensor]:
             c = model.config
             layers = c.num_hidden_layers + (c.num_nextn_predict_layers if with_mtp else 0)
-            return (balance + self._balance()).squeeze(0) / max(1, sum(map(c.is_moe, range(layers))))
+            balance, divergence = sums + self._sums()
+            return balance / max(1, sum(map(c.is_moe, range(layers)))), divergence
 
-        total, losses = self.loss(model, model.norm(x), rows, mean_balance)
+        total, losses = self.loss(model, hidden, rows, of_layers)
         self.losses.append(losses)
         return total
 
@@ -107,10 +114,13 @@ class PipelineStage(nn.Module):
         uses = len(model.mtp) + model.config.tie_word_embeddings if self.is_last else 0
         return uses < 2 and not self.is_compiled and not any(isinstance(m, Recomputed) for m in model.modules())
 
-    def _balance(self) -> Tensor | float:
-        """The sum over this stage's MoE layers that the pass has met."""
-        losses = take_balance_losses(self.model)
-        return torch.stack(losses).sum() if losses else 0.0
+    def _sums(self) -> Tensor:
+        """Balance losses and indexers' divergences (2,), summed over this stage's layers that the pass has met."""
+        balances, divergence = take_balance_losses(self.model), take_divergences(self.model)
+        none = torch.zeros((), device=next(self.model.parameters()).device)
+        return torch.stack(
+            [torch.stack(balances).sum() if balances else none, none if divergence is None else divergence]
+        )
 
 
 class Pipeline:
@@ -147,13 +157,13 @@ class Pipeline:
         owners = dict(sorted((stage, rank) for rank in range(layout.pp) for stage in layout.stages_of(rank)))
         labels = tokens[:, 1:]
         rows = {"tokens": nn.functional.pad(tokens[:, :-1], (0, config.num_nextn_predict_layers)), "labels": labels}
-        balance = torch.zeros(1, device=tokens.device)  # no part of an evaluation
-        x = torch.empty(*labels.shape, config.hidden_size, dtype=self.stages[0].model.compute, device=tokens.device)
+        sums = torch.zeros(2, device=tokens.device)  # no part of an evaluation
+        x = torch.empty(*labels.shape, *_width(config), dtype=self.stages[0].model.compute, device=tokens.device)
         logp = torch.empty(labels.shape, device=tokens.device)
         for number, owner in owners.items():
             following = owners.get(number + 1, owner)
             if owner == me:
-                made = mine[number](x, balance, **rows)
+                made = mine[number](x, sums, **rows)
                 x, logp = (x, made) if mine[number].is_last else (made[0], logp)
             if following != owner and owner == me:
                 dist.send(x, group=group, group_dst=following)
@@ -167,8 +177,8 @@ class Pipeline:
         model, device = self.stages[0].model, self.mesh.device
         config, micro = model.config, rows // layout.micro_batches
         length = width - config.num_nextn_predict_layers
-        hidden = torch.empty(micro, length, config.hidden_size, dtype=model.compute, device=device)
-        carried = hidden.requires_grad_(), torch.empty(1, device=device, requires_grad=True)
+        states = torch.empty(micro, length, *_width(config), dtype=model.compute, device=device)
+        carried = states.requires_grad_(), torch.empty(2, device=device, requires_grad=True)
         tokens = torch.empty(micro, width, dtype=torch.long, device=device)
         loss = torch.empty((), device=device, requires_grad=True)
         pieces = []
@@ -177,6 +187,11 @@ class Pipeline:
             kind = TorchStage if stage.splits else _Unsplit
             pieces.append(kind(stage, index, layout.stages, device, *ends, group=self.mesh.pp.get_group()))
         return _Tabled(pieces, layout)
+
+
+def _width(config: ModelConfig) -> tuple[int, ...]:
+    """What of a token goes from stage to stage: (d,), or mHC's (n, d)."""
+    return (config.hc_mult, config.hidden_size) if config.hc_mult else (config.hidden_size,)
 
 
 class _Unsplit(TorchStage):

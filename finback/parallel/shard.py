@@ -66,11 +66,6 @@ def share_of(name: str, tensor: Tensor) -> Share:
     return Share(name, shape, offset, local(tensor.detach()))
 
 
-def router_biases(model: Transformer) -> dict[str, Tensor]:
-    """What a model has beside its parameters that belongs to its weights, by name."""
-    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("router.bias")}
-
-
 def materialise(root: nn.Module, model: Transformer, device: torch.device) -> None:
     """Give a blank model, shared already or not, memory for what this rank holds of it; parameters have no values yet."""
     root.to_empty(device=device)
@@ -232,7 +227,7 @@ def _view(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
         DTensor.from_local(t, where, placements, run_check=False, shape=torch.Size(shape), stride=stride)
         for t in (_narrow(parameter.detach(), members, me), _narrow(parameter.grad, members, me))
     )
-    part = nn.Parameter(value)
+    part = nn.Parameter(value, parameter.requires_grad)
     part.grad = gradient
     return part
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,6 +24,7 @@ from finback.runs.folder import StageRun
 from finback.stages.pretraining import Pretraining
 from finback.train.optim import BETAS, Adam, Muon, is_matrix
 from finback.train.precision import choose_expert_kernel, dtype_of, use_expert_kernel, use_fp8
+from finback.train.sharded_options import ShardedOptions
 from finback.train.trainer import ReplicatedTrainer
 
 if TYPE_CHECKING:
@@ -81,6 +83,12 @@ def _with_values(
         model = with_indexers(start, config, compute, seed)
     else:
         model = start.with_config(config, compute)
+    _prepare(stage, config, model)
+    return model
+
+
+def _prepare(stage: "Pretrain", config: ModelConfig, model: Transformer) -> None:
+    """Freeze what a stage does not teach of a model, in place, and have its indexers learn where they do."""
     teaches = _teaches_indexers(stage, config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.learns(name) and (teaches or ".indexer." not in name))
@@ -90,7 +98,17 @@ def _with_values(
                 raise stage.wrong(knob, "is not for sparse attention", "Leave it out.")
         if teaches:
             teach_indexers(model, stage.attends_densely)
-    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingOptions(ShardedOptions):
+    """Those of a stage that says what of a model learns."""
+
+    prepare: Callable[[Transformer], None] = lambda model: None
+
+    def put_on(self, model: Transformer) -> Transformer:
+        self.prepare(model)
+        return super().put_on(model)
 
 
 def _teaches_indexers(stage: "Pretrain", config: ModelConfig) -> bool:
@@ -100,7 +118,6 @@ def _teaches_indexers(stage: "Pretrain", config: ModelConfig) -> bool:
 
 
 def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
-    from finback.train.sharded_options import ShardedOptions
     from finback.train.sharded_trainer import ShardedTrainer  # a second of imports that only it needs
 
     assert stage.layout is not None, "without a layout there is nothing to share out"
@@ -110,12 +127,14 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         config = _fresh(stage, stage.model, run)
     else:
         config, values = models.stored(_start(stage, run), world.rank, world.size)
-        config = stage.adapted(config)
+        had, config = config.index_topk, stage.adapted(config)
+        if config.index_topk and not had:
+            raise stage.wrong("layout", "the indexers of a model that has none are drawn on one rank", "Leave it out.")
     precision = _precision(stage, config, run, world)
     if stage.compile:
         _check_compiler(stage, run)
-    options = ShardedOptions(**{f.name: getattr(stage, f.name) for f in dataclasses.fields(ShardedOptions)})
-    options = dataclasses.replace(options, compute=precision)
+    knobs = {f.name: getattr(stage, f.name) for f in dataclasses.fields(ShardedOptions)} | {"compute": precision}
+    options = PretrainingOptions(**knobs, prepare=partial(_prepare, stage, config))
     if stage.probe is not None:
         whole = 4 * count.parameters(config) / 2**20
         run.say(

@@ -31,6 +31,7 @@ from finback.model.lora import (
     put_on_experts,
 )
 from finback.model.low_rank import LowRank
+from finback.model.moe import router_buffers
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
 from finback.parallel.build import build
@@ -39,7 +40,7 @@ from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh, World
 from finback.parallel.quantizing import Quantizing
 from finback.parallel.served_weights import ServedWeights, whole_copy
-from finback.parallel.shard import router_biases, share_of
+from finback.parallel.shard import share_of
 from finback.runs.folder import StageRun
 from finback.train.lean_adam import adam_of
 from finback.train.optim import Gradients, exact_norm
@@ -127,7 +128,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
         if self._whole is None:
             options = self.options
             copy, fills = whole_copy(self.config, options.dtype, options.param_dtype, self.world, options.freeze)
-            received = gather(self.base | router_biases(self.model), self.mesh, copy, fills)
+            received = gather(self.base | router_buffers(self.model), self.mesh, copy, fills)
             whole = _under(self.model, copy)
             self._whole = ServedWeights(whole, self._take_over if self.parted else None)
             self._whole.bytes = received

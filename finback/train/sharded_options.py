@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from finback.model.dsa_training import is_taught
 from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Transformer
 from finback.train.precision import ExpertKernel, dtype_of, use_expert_kernel, use_fp8
@@ -32,7 +33,13 @@ class ShardedOptions:
         return dtype_of(self.compute)
 
     def put_on(self, model: Transformer) -> Transformer:
-        """Have a model compute so, in place: a blank one, or some stages of it, before its parameters are shared."""
+        """Have a model compute so, in place: a blank one, or some stages of it, before its parameters are shared.
+
+        Indexers that are not taught stay as they are: no loss reaches them.
+        """
+        for name, parameter in model.named_parameters() if not is_taught(model) else ():
+            if ".indexer." in name:
+                parameter.requires_grad_(False)
         if self.compute == "fp8":
             use_fp8(model)
         elif self.expert_kernel == "grouped_mm":

@@ -18,7 +18,7 @@ from finback.checkpoint.store import KEEP
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
 from finback.model.logprobs import text_logprobs
-from finback.model.moe import Router, max_violation
+from finback.model.moe import Router, max_violation, router_buffers
 from finback.model.transformer import Transformer
 from finback.parallel.build import build, shares
 from finback.parallel.context import in_parts
@@ -27,7 +27,7 @@ from finback.parallel.gather import gather
 from finback.parallel.layout import Layout, split_layers
 from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline import Pipeline, PipelineStage, Rows, is_twice, sum_copies
-from finback.parallel.shard import ShardedParameter, finish, like, local, router_biases, share_of
+from finback.parallel.shard import ShardedParameter, finish, like, local, share_of
 from finback.runs.folder import StageRun
 from finback.train.batch import Batch
 from finback.train.ema import EMA
@@ -97,13 +97,17 @@ class ShardedTrainer(Trainer):
 
     def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon | ShardedAdam | ShardedLeanAdam, ...]:
         """Of hidden matrices, and of the rest."""
-        matrices = [(p.name, p.value) for p in parts if is_matrix(p.name, p.value)]
-        others = [(p.name, p.value) for p in parts if not is_matrix(p.name, p.value)]
+        learnt = [(part.name, part.value) for part in self._learnt(parts)]
+        matrices, others = ([named for named in learnt if is_matrix(*named) == is_one] for is_one in (True, False))
         decay = self.options.weight_decay
         adam = ShardedAdam(others, betas=BETAS, weight_decay=0.0)
         if self.options.optimizer == "adamw":
             return ShardedAdam(matrices, betas=BETAS, weight_decay=decay), adam
         return ShardedMuon(matrices, weight_decay=decay, compute=self.options.dtype), adam
+
+    @staticmethod
+    def _learnt(parts: list[ShardedParameter]) -> list[ShardedParameter]:
+        return [part for part in parts if part.value.requires_grad]
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -131,20 +135,21 @@ class ShardedTrainer(Trainer):
         return losses.cpu()
 
     def _loss(
-        self, model: Transformer, hidden: Tensor, rows: Rows, mean_balance: Callable[[bool], Tensor]
+        self, model: Transformer, hidden: Tensor, rows: Rows, of_layers: Callable[[bool], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """The loss at the end of a pipeline, and its parts (3,)."""
         terms = self.terms
         tensors: dict[str, Any] = dict(rows)
         main, mtp = token_losses(model, hidden, Batch(**tensors, seq_len=hidden.size(1)), terms)
-        losses = Losses(main, mtp, mean_balance(terms.mtp_weight > 0) * terms.row_share)
+        balance, divergence = (loss * terms.row_share for loss in of_layers(terms.mtp_weight > 0))
+        losses = Losses(main, mtp, balance, divergence if self.config.index_topk else None)
         return losses.total(terms), losses.detached()
 
     def finish(self, max_norm: float) -> float:
         self.sharding.reduce()
         if self.layout.pp > 1 and is_twice(self.config):
             sum_copies(self.parts, self.mesh, self.layout)
-        return finish(self.parts, max_norm)
+        return finish(self._learnt(self.parts), max_norm)
 
     def update(self, *lrs: float) -> None:
         """The learning rates of hidden matrices and of the rest."""
@@ -270,7 +275,7 @@ class ShardedTrainer(Trainer):
 
     def _biases(self) -> dict[str, Tensor]:
         """The routers' biases on this rank."""
-        return {name: bias for model in self.models for name, bias in router_biases(model).items()}
+        return {name: bias for model in self.models for name, bias in router_buffers(model).items()}
 
     def _state(self, copies: bool) -> dict[str, Tensor]:
         """Parameters, their averages and optimizers' state: those that an earlier stage has as well, or all others."""

@@ -19,7 +19,7 @@ from finback.model.config import ModelConfig
 from finback.model.frozen import BaseFormat, base_dtype, freeze
 from finback.model.logprobs import text_logprobs
 from finback.model.lora import learnt_parameters
-from finback.model.moe import Router
+from finback.model.moe import Router, router_buffers
 from finback.model.quantized import factors_as_parameters
 from finback.model.transformer import Transformer
 from finback.parallel.build import build
@@ -27,7 +27,7 @@ from finback.parallel.context import in_parts, summed_parts, whole_rows
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh
 from finback.parallel.served_weights import ServedWeights, whole_copy
-from finback.parallel.shard import ShardedParameter, Sharding, finish, local, router_biases
+from finback.parallel.shard import ShardedParameter, Sharding, local
 from finback.runs.folder import StageRun
 from finback.train import router_health
 from finback.train.batch import Batch, idle
@@ -151,21 +151,14 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
     @property
     def learnt(self) -> list[ShardedParameter]:
         """This rank's shares of what learns."""
-        return [part for part in self.parts if part.value.requires_grad]
+        return self._learnt(self.parts)
 
     def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedAdam | ShardedLeanAdam, ...]:
         """One, of all that learns."""
-        named, decay = (
-            [(part.name, part.value) for part in parts if part.value.requires_grad],
-            self.options.weight_decay,
-        )
+        named, decay = ([(part.name, part.value) for part in self._learnt(parts)], self.options.weight_decay)
         if self.options.moments == "fp32":
             return (ShardedAdam(named, BETAS, decay),)
         return (ShardedLeanAdam(named, BETAS, decay, self.options.moments),)
-
-    def finish(self, max_norm: float) -> float:
-        self.sharding.reduce()
-        return finish(self.learnt, max_norm)
 
     def update(self, *lrs: float) -> None:
         super().update(*lrs)
@@ -214,14 +207,14 @@ class FrozenShare:
     @torch.no_grad()
     def refresh(self, model: Transformer) -> None:
         """Take over what another model of the same layout has learnt, while it is shared out."""
-        theirs: dict[str, Tensor] = dict(model.named_parameters()) | router_biases(model)
+        theirs: dict[str, Tensor] = dict(model.named_parameters()) | router_buffers(model)
         for name, mine in self.state().items():
             local(mine).copy_(local(theirs[name.removeprefix(f"{self.prefix}.")]))
 
     def state(self) -> dict[str, Tensor]:
         """Its shares, under the names that one rank gives them."""
         mine: dict[str, Tensor] = {part.name: part.value.detach() for part in self.sharding.parts[0]}
-        return {f"{self.prefix}.{name}": tensor for name, tensor in (mine | router_biases(self.model)).items()}
+        return {f"{self.prefix}.{name}": tensor for name, tensor in (mine | router_buffers(self.model)).items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take them back, unless they were read in place."""
