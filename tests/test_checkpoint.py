@@ -25,7 +25,7 @@ from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import SamplingParams
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
-from finback.model.rope_scaling import LinearRope, Yarn
+from finback.model.rope_scaling import LinearRope, LongRope, Yarn
 from finback.model.transformer import Transformer
 from finback.report.logit_parity import against_transformers
 from tests.families import FAMILIES, OTHERS, build, spell_as_released
@@ -600,3 +600,60 @@ def test_models_that_no_family_covers_are_refused(changes: dict[str, Any], messa
     with pytest.raises(UserError, match=message):
         export(small(**changes), tmp_path / "out", "fp32")
     assert not (tmp_path / "out").exists()
+
+
+GQA_SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+KINDS = ["sliding_attention", "full_attention"]
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # what transformers computes by
+        ({"model_type": "qwen3", "is_causal": False}, "is_causal = False: finback runs True only"),
+        ({"model_type": "mistral", "layer_types": KINDS}, "one sliding_window for all layers, or none"),
+        ({"model_type": "mixtral", "layer_types": KINDS}, "one sliding_window for all layers, or none"),
+        ({"model_type": "deepseek_v2", "rope_interleave": False}, "rope_interleave = False: finback runs True only"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "phi3 has longrope or none"),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
+            "rotates parts of heads, which this family does not",
+        ),
+        # and by what not
+        ({"model_type": "olmo3", "partial_rotary_factor": 0.5}, ""),
+        ({"model_type": "gemma3_text", "partial_rotary_factor": 0.5, "query_pre_attn_scalar": 8}, ""),
+        ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 4.0} | LONG}, ""),
+    ],
+)
+def test_fields_count_as_transformers_counts_them(changes: dict[str, Any], message: str) -> None:
+    if message:
+        with pytest.raises(UserError, match=message):
+            model_config(GQA_SIZES | changes)
+        return
+    config = model_config(GQA_SIZES | changes)
+    assert config.partial_rotary_factor == 1.0 and isinstance(config.rope_scaling, LongRope | None)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_a_list_of_dense_layers_counts_before_their_number(family: str) -> None:
+    raw = json.loads(json.dumps(raw_config(dataclasses.replace(SMALL, num_nextn_predict_layers=0), "float32")))
+    raw |= {"model_type": family, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "num_hidden_layers": 4}
+    kinds = ["dense", "sparse", "dense", "sparse"]
+    config = model_config(raw | {"mlp_layer_types": kinds, "first_k_dense_replace": 3})
+    assert [config.is_moe(layer) for layer in range(4)] == [kind == "sparse" for kind in kinds]
+    assert model_config(raw | {"first_k_dense_replace": 3}).is_moe(3)
+
+
+def test_sliding_layers_that_are_scaled_go_out_as_no_family() -> None:
+    for family in ("olmo3", "gemma3_text"):
+        config = model_config(GQA_SIZES | {"model_type": family, "rope_scaling": {"type": "linear", "factor": 2.0}})
+        with pytest.raises(UserError, match="sliding layers are not scaled in a family of this shape"):
+            raw_config(dataclasses.replace(config, local_rope_theta=None), "float32")
+        assert model_config(raw_config(config, "float32")) == config

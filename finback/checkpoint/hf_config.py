@@ -54,6 +54,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     if name != "gemma3_text":
         fields.demand("hidden_act", "silu")
     fields.demand("mlp_bias", False)
+    fields.demand("is_causal", True)
     common: dict[str, Any] = {name: fields.integer(name) for name in SIZES} | {
         "max_position_embeddings": fields.integer("max_position_embeddings", 4096),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),

@@ -73,6 +73,8 @@ def _latent_family(config: ModelConfig) -> str:
             raise UserError("model.scoring_func", "softmax", "models with an indexer use sigmoid", "Use it.")
         if config.dense_layers:
             raise _no_family(config, "dense_layers", "no family has them with an indexer")
+        if not config.rope_interleaved:
+            raise _no_family(config, "rope_interleaved", "families with an indexer rotate neighbouring pairs")
         return "glm_moe_dsa" if config.index_rope_interleaved else "deepseek_v32"
     if softmax:
         return "deepseek_v2"
@@ -124,6 +126,7 @@ def _gemma_family(config: ModelConfig) -> str:
     _demand(config, wanted, "Gemma 3, whose other parts it has,")
     if config.attention_bias == "qkv":
         raise _no_family(config, "attention_bias", "Gemma 3 has none or all")
+    _demand_bases(config)
     return "gemma3_text"
 
 
@@ -142,7 +145,16 @@ def _post_norm_family(config: ModelConfig) -> str:
         raise _no_family(config, "norms", "OLMo 2 has them with qk_norm over the whole projection")
     if config.attention_bias == "qkv":
         raise _no_family(config, "attention_bias", "OLMo 2 has none or all")
-    return "olmo2" if config.sliding_window is None else "olmo3"
+    if config.sliding_window is None:
+        return "olmo2"
+    _demand_bases(config)
+    return "olmo3"
+
+
+def _demand_bases(config: ModelConfig) -> None:
+    """UserError where sliding layers are scaled as the full ones are, which no family has whose layers differ in their base."""
+    if config.rope_scaling is not None and config.sliding_window is not None and config.local_rope_theta is None:
+        raise _no_family(config, "local_rope_theta", "sliding layers are not scaled in a family of this shape")
 
 
 def _demand(config: ModelConfig, wanted: dict[str, Any], who: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from finback.checkpoint import hf_grouped
 from finback.checkpoint.hf_fields import Fields
-from finback.checkpoint.hf_latent import Found, latent, lite_gate, sparse, v2_gate, v3_gate
+from finback.checkpoint.hf_latent import Found, latent, listed_gate, sparse, v2_gate, v3_gate
 from finback.checkpoint.hf_v4 import DEFAULTS as V4_DEFAULTS
 from finback.checkpoint.hf_v4 import read_v4
 
@@ -26,13 +26,18 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", lambda f: latent(f, v2_gate, mtp=False)),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", lambda f: latent(f, v2_gate, mtp=False, halves=False)),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", lambda f: latent(f, v3_gate, mtp=True)),
     "deepseek_v32": Family("DeepseekV32ForCausalLM", lambda f: sparse(f, interleaved=False)),
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", lambda f: sparse(f, interleaved=True)),
     "deepseek_v4": Family("DeepseekV4ForCausalLM", read_v4, V4_DEFAULTS, reads_rope=True),
     "kimi_k2": Family("DeepseekV3ForCausalLM", lambda f: latent(f, v3_gate, mtp=True)),
-    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", lambda f: latent(f, lite_gate, mtp=True), {"rms_norm_eps": 1e-5}),
+    # GLM-4.7-Flash, of which the first layer is dense
+    "glm4_moe_lite": Family(
+        "Glm4MoeLiteForCausalLM",
+        lambda f: latent(f, lambda g, found: listed_gate(g, found, [0]), mtp=True),
+        {"rms_norm_eps": 1e-5},
+    ),
     "llama": Family("LlamaForCausalLM", hf_grouped.grouped),
     "mistral": Family(
         "MistralForCausalLM",

@@ -3,6 +3,7 @@
 from finback.checkpoint.hf_fields import Fields
 from finback.checkpoint.hf_latent import Found, first_run, mtp_depth, v3_gate
 from finback.checkpoint.hf_rope import read_rope
+from finback.model.rope_scaling import LongRope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -43,6 +44,10 @@ def _slide(window: int, kinds: list[str]) -> Found:
 def window_of_all(fields: Fields, default: int | None) -> Found:
     """A window of every layer; null means none, and a missing field what the class takes."""
     window = fields.raw.get("sliding_window", default)
+    if (SLIDING if window is None else FULL) in fields.words("layer_types", (FULL, SLIDING)):
+        fields.refuse(
+            "layer_types", "this family has one sliding_window for all layers, or none", "Use another checkpoint."
+        )
     return {} if window is None else {"sliding_window": fields.integer("sliding_window", default)}
 
 
@@ -103,6 +108,8 @@ def glm4_moe(fields: Fields) -> Found:
 def phi3(fields: Fields) -> Found:
     """Its files have queries, keys and values in one matrix, gate and up in another; see stored_names.py."""
     fields.demand("attention_bias", False)
+    if not isinstance(read_rope(fields)["rope_scaling"], LongRope | None):
+        fields.refuse("rope_scaling", "phi3 has longrope or none")
     return grouped(fields) | window_of_all(fields, None)
 
 
@@ -121,7 +128,11 @@ def _two_rotations(fields: Fields, kinds: list[str], local_theta: float) -> Foun
     local = nested.get(SLIDING) or {}
     if (local.get("rope_type") or "default") != "default":
         fields.refuse("rope_parameters", "scales the sliding layers too", "Use another checkpoint.")
-    rope = read_rope(fields, full)
+    rope = read_rope(fields, full | {"partial_rotary_factor": full.get("partial_rotary_factor") or 1.0})
+    if rope["partial_rotary_factor"] != 1.0:
+        fields.refuse(
+            "rope_parameters", "rotates parts of heads, which this family does not", "Use another checkpoint."
+        )
     theta = Fields(local, fields.defaults | {"rope_theta": local_theta}).number("rope_theta")
     is_one = rope["rope_scaling"] is None and theta == rope["rope_theta"]
     slides = _slide(fields.integer("sliding_window", 4096), kinds)

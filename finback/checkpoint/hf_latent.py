@@ -12,8 +12,10 @@ INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
 Found = dict[str, Any]
 
 
-def latent(fields: Fields, is_moe: Callable[[Fields, Found], Found], mtp: bool) -> Found:
-    """DeepSeek's fields; is_moe reads those of the experts, unless all layers are dense."""
+def latent(fields: Fields, is_moe: Callable[[Fields, Found], Found], mtp: bool, halves: bool = True) -> Found:
+    """DeepSeek's fields; is_moe reads those of the experts, unless all layers are dense. halves: heads may be rotated so."""
+    if not halves:
+        fields.demand("rope_interleave", True)
     fields.demand("attention_bias", False)
     fields.demand("moe_layer_freq", 1)
     rank = fields.raw.get("q_lora_rank")
@@ -75,13 +77,14 @@ def sparse(fields: Fields, interleaved: bool) -> Found:
             fields.refuse(name, "finback gives each layer an indexer of its own", "Use another checkpoint.")
     fields.demand("index_topk_freq", 1)
     indexer = {name: fields.integer(name) for name in INDEXER} | {"index_rope_interleaved": interleaved}
-    return latent(fields, v3_gate, mtp=True) | indexer
+    dense = list(range(fields.integer("first_k_dense_replace")))
+    return latent(fields, lambda f, found: listed_gate(f, found, dense), mtp=True, halves=False) | indexer
 
 
-def lite_gate(fields: Fields, found: Found) -> Found:
-    """GLM-4.7-Flash: V3's gate, and a list of the layers that have experts."""
+def listed_gate(fields: Fields, found: Found, dense: list[int]) -> Found:
+    """V3's gate, and a list of the layers that have experts; where there is none, those layers have not that are `dense`."""
     kinds = fields.words("mlp_layer_types", ("dense", "sparse"))
-    first, further = first_run([i for i, kind in enumerate(kinds) if kind == "dense"] if kinds else [0])
+    first, further = first_run([i for i, kind in enumerate(kinds) if kind == "dense"] if kinds else dense)
     return v3_gate(fields, found, first) | {"dense_layers": further}
 
 

@@ -31,6 +31,8 @@ def read_rope(fields: Fields, given: dict[str, Any] | None = None) -> dict[str, 
 
 def _scaling(fields: Fields, given: dict[str, Any]) -> RopeScaling | None:
     kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "yarn" and "short_factor" in given:  # which Phi-3 called so once
+        kind = "longrope"
     window = (
         fields.raw.get("original_max_position_embeddings")
         or given.get("original_max_position_embeddings")
