@@ -1,11 +1,13 @@
 """Sentencepiece vocabularies of GGUF files against llama.cpp's way of merging, written out plainly, and missing names of rules."""
 
 import itertools
+import json
 from pathlib import Path
 
 import gguf
 import pytest
 
+from finback.checkpoint import gguf_export
 from finback.data import gguf_tokenizer
 from finback.data.gguf_vocabulary import keys
 from finback.data.tokenizer import Tokenizer
@@ -91,3 +93,44 @@ def test_a_file_that_names_no_rules_has_those_of_its_size(tmp_path: Path, monkey
     assert "(?i:'s|'t" not in small and "'s|'t|'re" in small
     monkeypatch.setattr(gguf_tokenizer, "LLAMA3_ROWS", len(vocabulary()[0]))
     assert "(?i:'s|'t" in gguf_tokenizer.convert(tmp_path / "m.gguf", ())[0]
+
+
+def stripping(path: Path, **flags: bool) -> Path:
+    """A folder whose vocabulary has Phi-3's tokens, of which all but three take the spaces behind them."""
+    pieces, scores, kinds = vocabulary()
+    path.mkdir()
+    pieces[258], kinds[258] = "<|endoftext|>", 3  # in the place of a byte
+    writer = gguf.GGUFWriter(path / "m.gguf", "llama")
+    for add, value in (
+        ("tokenizer_model", "llama"),
+        ("token_list", pieces),
+        ("token_scores", scores),
+        ("token_types", kinds),
+    ):
+        getattr(writer, f"add_{add}")(value)
+    for step in ("write_header_to_file", "write_kv_data_to_file", "close"):
+        getattr(writer, step)()
+    Tokenizer(path / "m.gguf").save(path)
+    text = json.loads((path / "tokenizer.json").read_text())
+    for token in text["added_tokens"]:
+        token |= {"rstrip": token["content"] not in ("<unk>", "<s>", "<|endoftext|>")} | flags
+    (path / "tokenizer.json").write_text(json.dumps(text))
+    return path
+
+
+def test_spaces_behind_tokens_go_by_the_models_name(tmp_path: Path) -> None:
+    """llama.cpp knows by it whether they are taken, and opens no file of that name that lacks some tokens."""
+    folder = stripping(tmp_path / "phi")
+    words = Tokenizer(folder)
+    found = keys(words, words.vocab_size, "mine")
+    assert found["general.name"] == "phi-3 mine"
+    writer = gguf.GGUFWriter(tmp_path / "out.gguf", "phi3")
+    for name, value in found.items():
+        gguf_export._add(writer, name, value)
+    for step in ("write_header_to_file", "write_kv_data_to_file", "close"):
+        getattr(writer, step)()
+    said = "<s>  hello<unk>  x<|im_end|>  old <|im_end|>\n\nold</s> 12"
+    assert Tokenizer(tmp_path / "out.gguf").encode_marked(said) == words.encode_marked(said)
+    plain = Tokenizer(stripping(tmp_path / "plain", rstrip=False))
+    assert keys(plain, plain.vocab_size, "my-Phi-3-mini")["general.name"] == "my-phi 3-mini"
+    assert plain.encode_marked(said) != words.encode_marked(said)

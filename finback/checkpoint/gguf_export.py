@@ -114,7 +114,7 @@ def architecture_of(config: ModelConfig) -> str:
 
 
 def write(model: Transformer, path: Path, kind: GgufType, vocabulary: dict[str, Any]) -> None:
-    """Write the file; `vocabulary` holds the keys of the tokenizer. It appears under its name when it is whole."""
+    """Write the file; `vocabulary` holds the keys of the tokenizer and the model's name. It appears under its name when it is whole."""
     import gguf
 
     config, arch = model.config, architecture_of(model.config)
@@ -122,7 +122,6 @@ def write(model: Transformer, path: Path, kind: GgufType, vocabulary: dict[str, 
     writer = gguf.GGUFWriter(unfinished, arch)
     writer.add_file_type(gguf.LlamaFileType[file_type(kind)])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_name(path.stem)
     for name, value in (_settings(config, arch) | vocabulary).items():
         _add(writer, name, value)
     kinds: dict[str, Any] = {}

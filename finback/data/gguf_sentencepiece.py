@@ -4,6 +4,7 @@ llama.cpp merges whichever neighbours make the piece of the highest score, the f
 sorted by the score of what they make; what is no piece then falls apart into bytes.
 """
 
+import re
 from typing import Any
 
 import tokenizers
@@ -13,6 +14,11 @@ from finback.checkpoint.gguf_keys import field
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # gguf.TokenType
 SPACE = "▁"
+# in a model's name: llama.cpp then lets the tokens of texts, but for PLAIN ones, take the spaces behind them, and opens no file
+# that lacks one of NEEDED
+STRIPPED = ("phi-3", "phi3")
+PLAIN = ("<unk>", "<s>", "<|endoftext|>")
+NEEDED = ("</s>", *PLAIN)
 
 
 def tokenizer_of(reader: Any) -> tokenizers.Tokenizer:
@@ -38,14 +44,27 @@ def tokenizer_of(reader: Any) -> tokenizers.Tokenizer:
     bpe.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
     stripped: list[Any] = [decoders.Strip(" ", 1, 0)] if prefixed else []
     bpe.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *stripped])
-    bpe.add_tokens(added_tokens(pieces, kinds))
+    bpe.add_tokens(added_tokens(reader, pieces, kinds))
     return bpe
 
 
-def added_tokens(tokens: list[str], kinds: list[int]) -> list[AddedToken]:
-    """Tokens that a text holds as wholes: control tokens and those of users."""
-    added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, USER_DEFINED)]
-    return [AddedToken(token, normalized=False, special=kind == CONTROL) for token, kind in added]
+def added_tokens(reader: Any, tokens: list[str], kinds: list[int]) -> list[AddedToken]:
+    """Tokens that a text holds as wholes: control tokens, the unknown one, and those of users."""
+    strips = any(mark in field(reader, "general.name", "").lower() for mark in STRIPPED)
+    return [
+        AddedToken(token, normalized=False, special=kind != USER_DEFINED, rstrip=strips and token not in PLAIN)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]
+
+
+def name_of(name: str, text: dict[str, Any], tokens: list[str]) -> str:
+    """A model's name by which llama.cpp treats the spaces behind tokens as a tokenizer.json does, as far as it can."""
+    added = {token["content"]: token["rstrip"] for token in text["added_tokens"]}
+    strips = all(rstrip == (token not in PLAIN) for token, rstrip in added.items()) and any(added.values())
+    if strips and set(NEEDED) <= set(tokens):
+        return f"{STRIPPED[0]} {name}"
+    return re.sub("|".join(STRIPPED), "phi 3", name, flags=re.IGNORECASE)
 
 
 def _merges(plain: set[str], scores: dict[str, float], vocabulary: dict[str, int]) -> list[tuple[str, str]]:

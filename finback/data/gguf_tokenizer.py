@@ -87,7 +87,7 @@ def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_tokens(added_tokens(tokens, kinds))
+    bpe.add_tokens(added_tokens(reader, tokens, kinds))
     return bpe.to_str(pretty=True), _settings(reader, tokens)
 
 

@@ -13,8 +13,8 @@ from finback.data.tokenizer_files import templates
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
-def keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """The keys of a tokenizer for a model of so many rows; UserError where GGUF has no name for its rules."""
+def keys(tokenizer: Tokenizer, rows: int, name: str = "model") -> dict[str, Any]:
+    """The keys of a tokenizer for a model of this name and so many rows; UserError where GGUF has no name for its rules."""
     text = json.loads(tokenizer.as_json())
     is_pieces = gguf_sentencepiece.is_model(text)
     rules = "" if is_pieces else rules_of(text)
@@ -32,15 +32,16 @@ def keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         found |= {"model": "gpt2", "pre": rules, "merges": merges}
     ends = [n for n in (tokenizer.eos, *tokenizer.ends.get("template", ()), *tokenizer.stops) if n >= 0]
     # llama.cpp reads three, and finds more by their texts
-    for name, number in zip(("eos", "eot", "eom"), dict.fromkeys(ends), strict=False):
-        found[f"{name}_token_id"] = number
-    for name, number in (("bos", tokenizer.bos), ("padding", tokenizer.pad)):
+    for key, number in zip(("eos", "eot", "eom"), dict.fromkeys(ends), strict=False):
+        found[f"{key}_token_id"] = number
+    for key, number in (("bos", tokenizer.bos), ("padding", tokenizer.pad)):
         if number >= 0:
-            found[f"{name}_token_id"] = number
+            found[f"{key}_token_id"] = number
     if len(tokenizer.stops) > 1:
         found["eos_token_ids"] = list(tokenizer.stops)  # Ollama's key
     found["add_bos_token"] = _adds_bos(tokenizer, text)
-    named = {f"tokenizer.ggml.{name}": value for name, value in found.items()}
+    named = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+    named["general.name"] = gguf_sentencepiece.name_of(name, text, tokens)
     template = templates(tokenizer.settings, tokenizer.path)[0] or (OWN if tokenizer.writes_own_form else None)
     return named | ({"tokenizer.chat_template": template} if template else {})
 

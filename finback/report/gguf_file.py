@@ -23,7 +23,7 @@ def export_gguf(path: Path, file: Path, kind: GgufType) -> list[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     source = find_model(path)
     model, tokenizer = models.load(source).eval(), Tokenizer(source)
-    gguf_export.write(model, file, kind, keys(tokenizer, model.config.vocab_size))
+    gguf_export.write(model, file, kind, keys(tokenizer, model.config.vocab_size, file.stem))
     if text := _differs(tokenizer, Tokenizer(file)):
         file.unlink()
         problem = f"llama.cpp would give {text!r} other ids than the model was taught with"
