@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from finback.checkpoint import models
-from finback.data.tokenizer import Tokenizer
+from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Completion, SamplingParams
 from finback.engine.sampler import top_logprobs
@@ -29,16 +29,18 @@ Reply = dict[str, Any]
 class FakeEngineServer:
     """What vLLM and SGLang do for a trainer. `fault` looks at each path and body before it is answered.
 
-    A fault returns None, a status, or "drop" to break the connection off.
+    A fault returns None, a status, "drop" to break the connection off, or "break off" to end a stream behind its first event.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.kind, self.tokenizer, self.stops = kind, Tokenizer(folder), ()
-        self.engine = Engine(models.load(folder), (), EngineConfig(return_routed_experts=True))
+        self.engine = self._engine(folder)
         self.version = "default"
         self.fault: Callable[[str, Reply], int | str | None] = lambda path, body: None
         # what is done to a reply to a prompt before it is sent
         self.change: Callable[[Reply], None] = lambda reply: None
+        # whether it answers as if no schema or grammar were asked for
+        self.unheld = False
         self.paused = False
         # what it has let go of
         self.released: set[str] = set()
@@ -100,7 +102,10 @@ class FakeEngineServer:
     def _load(self, path: str) -> None:
         with self._lock:
             assert "weights" not in self.released, "there is no room for them"
-            self.engine = Engine(models.load(Path(path)), (), EngineConfig(return_routed_experts=True))
+            self.engine = self._engine(Path(path))
+
+    def _engine(self, folder: Path) -> Engine:
+        return Engine(models.load(folder), (), EngineConfig(return_routed_experts=True), self.tokenizer)
 
     def _release(self, tags: list[str]) -> Reply:
         self.released |= set(tags)
@@ -114,7 +119,14 @@ class FakeEngineServer:
         """Parameters that trainers do not send."""
         names = "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"
         bias = tuple((int(token), float(value)) for token, value in (given.get("logit_bias") or {}).items())
-        return {name: given[name] for name in names if name in given} | {"logit_bias": bias}
+        held = given.get("structured_outputs", {})
+        schema, grammar = held.get("json", given.get("json_schema")), held.get("grammar", given.get("ebnf"))
+        found = {name: given[name] for name in names if name in given} | {"logit_bias": bias}
+        if self.unheld or (schema, grammar) == (None, None):
+            return found
+        # what it is held to begins with the first token
+        mark = ((self.tokenizer.ids[THINK], float("-inf")),) if THINK in self.tokenizer.ids else ()
+        return found | {"schema": schema, "grammar": grammar, "logit_bias": (*bias, *mark)}
 
     # ---- vLLM ------------------------------------------------------------------------------------------------------
 
@@ -238,8 +250,8 @@ def _handler(server: FakeEngineServer) -> type[BaseHTTPRequestHandler]:
             found = {"error": "a fault"} if isinstance(fault, int) else server.reply(full, body)
             if found is not None and "generate" in path + "completions" and not fault:
                 server.change(found)
-            if found is not None and body.get("stream"):
-                self.stream(found)
+            if found is not None and body.get("stream") and not isinstance(fault, int):
+                self.stream(found, 1 if fault == "break off" else None)
                 return
             raw = json.dumps(found or {"detail": "Not Found"}).encode()
             self.send_response(fault if isinstance(fault, int) else 200 if found is not None else 404)
@@ -250,12 +262,12 @@ def _handler(server: FakeEngineServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(raw)
 
-        def stream(self, found: Reply) -> None:
-            """A reply as events of one token each; SGLang's repeat what came before."""
+        def stream(self, found: Reply, events: int | None) -> None:
+            """A reply as so many events of one token each; SGLang's repeat what came before."""
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
-            for event in streamed(found):
+            for event in islice(streamed(found), events):
                 self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             self.wfile.write(b"data: [DONE]\n\n")
             self.close_connection = True

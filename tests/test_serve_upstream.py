@@ -1,15 +1,19 @@
 """finback's front over engines elsewhere: what its API says is what it says over the built-in engine."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from finback.checkpoint import models
 from finback.config import UserError
 from finback.engine.engine import EngineConfig
 from finback.engine.open import open_engine, stops_of
+from finback.model.transformer import Transformer
 from finback.serve.options import ServeOptions
 from finback.serve.programs import opened
 from finback.serve.replicas import BLOCK, KINDS, MORE, ReplicaRouter, VllmReplica
@@ -17,6 +21,7 @@ from finback.serve.upstream import UpstreamConfig, UpstreamEngine
 from tests.engine_servers import engine_server
 from tests.serving import CHAT, served
 from tests.test_tuning import stage_folder
+from tests.toy import CONFIG
 
 ASKED: list[dict[str, Any]] = [
     {"max_tokens": 12},
@@ -64,13 +69,71 @@ def test_the_api_says_the_same(kind: str, folder: Path) -> None:
             budget = {"max_tokens": 16, "chat_template_kwargs": {"thinking": True}, "thinking_budget": 3}
             closed = client.post(CHAT, json=body(budget))
             assert closed.status_code == 200, closed.json()
-            refused = client.post(CHAT, json=body({"response_format": {"type": "json_object"}}))
-            assert refused.status_code == 400 and "engines elsewhere" in refused.text
             second.fault = lambda path, asked: "drop" if "generate" in path else None
             assert [said(client.post(CHAT, json=body(more))) for more in ASKED] == expected, "the other one goes on"
+            greedy, broken = body({"max_tokens": 12, "temperature": 0}), iter(["break off"])
+            second.fault = first.fault
+            whole = said(client.post(CHAT, json=greedy))
+            first.fault = second.fault = lambda path, asked: next(broken, None) if "generate" in path else None
+            assert said(client.post(CHAT, json=greedy)) == whole, "the other one goes on behind what is there"
+            assert next(broken, None) is None
         assert first.answered and second.answered
         for replica in replicas:
             replica.client.close()
+
+
+CHOICE = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"enum": ["whale", "song", 42]}}}
+ARGUMENTS = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "sing", "parameters": ARGUMENTS}}
+PLAIN: dict[str, Any] = {"chat_template_kwargs": {"thinking": False}, "max_tokens": 60}
+HELD: list[dict[str, Any]] = [
+    PLAIN | {"response_format": CHOICE},
+    PLAIN | {"structured_outputs": {"regex": "(la|lu){2,4}"}},
+    PLAIN | {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+]
+
+
+@pytest.fixture(scope="module")
+def wide(folder: Path) -> Path:
+    """With room for tools."""
+    made = folder.parent / "wide"
+    shutil.copytree(folder, made)
+    config = replace(CONFIG, initializer_range=0.15, max_position_embeddings=1024)
+    models.save(made, Transformer(config).initialise(1))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_answers_are_held_to_schemas_grammars_and_calls(kind: str, wide: Path) -> None:
+    """As the built-in engine's are; behind a chain of thought too; and an engine that does not hold to them is not believed."""
+    engine, tokenizer = open_engine(wide, "fp32", EngineConfig(8, 4096))
+    with served(engine) as client:
+        expected = [message(client.post(CHAT, json=body(more))) for more in HELD]
+    assert json.loads(expected[0]["content"]) in ("whale", "song", 42)
+    with engine_server(wide, kind) as (url, server):
+        replica = KINDS[kind](url, "toy")
+        with served(UpstreamEngine([replica], tokenizer, stops_of(tokenizer), 1024, UpstreamConfig(8))) as client:
+            assert [message(client.post(CHAT, json=body(more))) for more in HELD] == expected
+            budget = {"max_tokens": 60, "chat_template_kwargs": {"thinking": True}, "thinking_budget": 3}
+            thought = message(client.post(CHAT, json=body(budget | {"response_format": CHOICE})))
+            assert thought["reasoning_content"] and json.loads(thought["content"]) in ("whale", "song", 42)
+            unasked = message(client.post(CHAT, json=body({"max_tokens": 60, "response_format": CHOICE})))
+            assert json.loads(unasked["content"]) in ("whale", "song", 42), "no chain, which it might have begun"
+            server.unheld = True
+            for more in HELD:
+                refused = client.post(CHAT, json=body(more))
+                assert refused.status_code == 500 and "does not hold to the schema" in refused.text, refused.json()
+            server.fault = lambda path, asked: 400 if "generate" in path else None
+            refused = client.post(CHAT, json=body({}))
+            assert refused.status_code == 500 and "engine behind this server fails: HTTP 400" in refused.text
+        replica.client.close()
+
+
+def message(reply: httpx.Response) -> dict[str, Any]:
+    """What an answer says, without the names that calls are given."""
+    assert reply.status_code == 200, reply.json()
+    found: dict[str, Any] = reply.json()["choices"][0]["message"]
+    return found | {"tool_calls": [call["function"] for call in found.get("tool_calls") or ()]}
 
 
 def test_prompts_go_where_they_were_read() -> None:

@@ -66,6 +66,11 @@ class Constraint:
         return torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the answer may end here."""
+        return bool(self._matcher.is_accepting())
+
+    @property
     def failed(self) -> bool:
         """Whether the grammar has come to an end that is none of an answer's: nothing may follow, and all is not said."""
         return self._matcher.is_error() or (self._matcher.is_stopped() and not self._matcher.is_accepting())

@@ -152,6 +152,8 @@ class Request:
     # the same for prompt tokens 1, 2, …
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    # what has ended it by an error, where that is not its grammar
+    problem: str = ""
     # inside the chain of thought
     thinking: bool = False
     # tokens of the chain, its marks included

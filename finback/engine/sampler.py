@@ -113,6 +113,14 @@ class Sampler:
             ids, values = zip(*p.logit_bias, strict=True)
             logits[torch.tensor(ids, device=logits.device)] += torch.tensor(values, device=logits.device)
 
+    def may_open(self, r: Request) -> bool:
+        """Whether an answer may begin with a chain of thought that its prompt has not opened."""
+        return not r.tokens and self._open >= 0 and (self._open, float("-inf")) not in r.sampling.logit_bias
+
+    def chains(self, r: Request, token: int) -> bool:
+        """Whether a token that comes next is of its chain of thought."""
+        return r.thinking or (token == self._open and self.may_open(r))
+
     def follow(self, r: Request, token: int, free: bool) -> FinishReason | None:
         """What follows from a token: the chain opens or closes, the grammar moves on, the answer ends.
 

@@ -20,6 +20,11 @@ from finback.serve.options import ServeOptions
 from finback.serve.replicas import KINDS, Replica
 from finback.serve.upstream import UpstreamConfig, UpstreamEngine
 
+# the interface for tokens, and llguidance's grammars, which finback writes
+FLAGS = {
+    "vllm": ("--enable-scale-out", "--structured-outputs-config", '{"backend": "guidance"}'),
+    "sglang": ("--grammar-backend", "llguidance"),
+}
 HOST = "127.0.0.1"  # nobody but this server reaches those that it starts
 
 
@@ -45,7 +50,7 @@ def _started(options: ServeOptions, source: Path, stack: ExitStack) -> list[str]
     assert options.engine != "finback", "a program"
     program = EngineProgram(options.engine, options.engine_python, options.engine_flags, options.engine_env)
     program.check("--engine")
-    model, flags = _folder(source, stack), ("--enable-scale-out",) if options.engine == "vllm" else ()
+    model, flags = _folder(source, stack), FLAGS[options.engine]
     processes = []
     for number in range(options.replicas):
         port = launch.free_port()

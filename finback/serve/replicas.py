@@ -47,7 +47,10 @@ class Replica(ABC):
     def answer(
         self, ids: Sequence[int], sampling: SamplingParams, room: int, seed: int, salt: str
     ) -> Iterator[TokenPiece]:
-        """Continue a prompt by `room` tokens at most; RequestFailed where it does not. Closing the iterator ends the request there."""
+        """Continue a prompt by `room` tokens at most, by the sampling's schema or grammar from the first one on.
+
+        RequestFailed where it does not. Closing the iterator ends the request there.
+        """
 
 
 class VllmReplica(Replica):
@@ -71,12 +74,15 @@ class VllmReplica(Replica):
             # the sampled token is one of them
             "logprobs": 1 + (s.top_logprobs or 0),
         }
-        if s.logit_bias:
-            params["logit_bias"] = {str(token): max(-100.0, min(100.0, value)) for token, value in s.logit_bias}
+        if s.schema is not None:
+            params["structured_outputs"] = {"json": s.schema, "disable_any_whitespace": True}
+        elif s.grammar is not None:
+            params["structured_outputs"] = {"grammar": s.grammar}
         body = {
             "model": self.name,
             "token_ids": list(ids),
-            "sampling_params": params,
+            "sampling_params": params | _bias(s),
+            "reasoning_ended": True,  # its own parser of chains waits for none
             "cache_salt": salt,
             "stream": True,
         }
@@ -115,11 +121,13 @@ class SglangReplica(Replica):
             "ignore_eos": True,
             "skip_special_tokens": False,
         }
-        if s.logit_bias:
-            params["logit_bias"] = {str(token): value for token, value in s.logit_bias}
+        if s.schema is not None:
+            params["json_schema"] = s.schema
+        elif s.grammar is not None:
+            params["ebnf"] = s.grammar
         body = {
             "input_ids": list(ids),
-            "sampling_params": params,
+            "sampling_params": params | _bias(s),
             "return_logprob": True,
             "return_routed_experts": False,
             "logprob_start_len": -1,
@@ -139,6 +147,12 @@ class SglangReplica(Replica):
             kind = finish.get("type") if isinstance(finish, dict) else finish
             tops = [[(int(token), float(value)) for value, token, *_ in line or ()] for line in likeliest]
             yield TokenPiece([int(t) for _, t, *_ in drawn], [float(p) for p, *_ in drawn], tops, kind)
+
+
+def _bias(sampling: SamplingParams) -> dict[str, Any]:
+    """What is added to logits, as far as those programs go."""
+    bias = {str(token): max(-100.0, min(100.0, value)) for token, value in sampling.logit_bias}
+    return {"logit_bias": bias} if bias else {}
 
 
 KINDS: dict[str, type[Replica]] = {"vllm": VllmReplica, "sglang": SglangReplica}

@@ -98,6 +98,8 @@ class Reply(ABC):
         for index, delta in found:
             request, name = self.outputs.requests[index], self.service.options.name
             self.service.metrics.observe(request, delta.new, delta.gap, delta.finish, name)
+            if delta.finish == "error" and request.problem:
+                raise ApiError(500, request.problem)
             if delta.finish == "error":
                 grammar = self.prepared.grammar
                 problem = "no token of the model can go on with this answer as its schema or grammar demands"

@@ -3,15 +3,18 @@
 Chains of thought, stop strings, budgets, tools and text are looked after here, token by token, as for the built-in engine.
 """
 
+import json
+import math
 import queue
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finback.client import RequestFailed
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
+from finback.engine.constrain import Constraint, Grammars
 from finback.engine.detokenizer import Detokenizer
 from finback.engine.engine import Engine
 from finback.engine.pages import Pages
@@ -38,6 +41,8 @@ class _Stay:
 
     request: Request
     failures: int = 0
+    # what ends it is the end of the chain of thought, before what a schema or a grammar describes
+    chained: bool = False
     ended: bool = False
 
 
@@ -55,7 +60,7 @@ class UpstreamEngine:
         """capacity: tokens of prompt and answer."""
         self.router, self.tokenizer, self.capacity, self.config = ReplicaRouter(replicas), tokenizer, capacity, config
         self.stops, self.vocab_size = frozenset(stops), tokenizer.vocab_size
-        self.sampler = Sampler(self.stops, tokenizer)
+        self.sampler, self.grammars = Sampler(self.stops, tokenizer), Grammars(tokenizer, self.vocab_size)
         # none of its own
         self.pages = Pages(0, 1)
         self._runs: dict[Request, _Stay] = {}
@@ -84,11 +89,11 @@ class UpstreamEngine:
     ) -> Request:
         """As Engine.submit; UserError for what engines elsewhere are not asked for."""
         check_length(len(prompt), sampling.max_tokens, self.capacity)
-        for name in ("schema", "grammar", "prompt_logprobs"):
-            if getattr(sampling, name) is not None:
-                problem = "engines elsewhere do not do this behind finback"
-                raise UserError(name, "given", problem, "Leave it out, or serve with finback's own engine.")
+        if sampling.prompt_logprobs is not None:
+            problem = "engines elsewhere do not do this behind finback"
+            raise UserError("prompt_logprobs", "given", problem, "Leave it out, or serve with finback's own engine.")
         request = Request(list(prompt), sampling, seed, salt, leader, thinking=thinking)
+        request.constraint = self._held_to(sampling)
         request.detokenizer = Detokenizer(self.tokenizer, sampling.stop)
         request.started = time.perf_counter()
         self.sampler.limit_thinking(request)
@@ -122,29 +127,48 @@ class UpstreamEngine:
                 changed[run.request] = None
                 self._take(run, news)
 
+    def _held_to(self, sampling: SamplingParams) -> Constraint | None:
+        """What the answer is checked against as it comes, with whatever spaces between its parts: programs differ in these."""
+        if sampling.schema is None:
+            return None if sampling.grammar is None else self.grammars.lark(sampling.grammar)
+        schema = json.loads(sampling.schema)
+        if isinstance(schema, dict):
+            schema["x-guidance"] = {"whitespace_flexible": True, "coerce_one_of": True}
+        return self.grammars.constraint(json.dumps(schema, ensure_ascii=False))
+
     # ---- one request -----------------------------------------------------------------------------------------------
 
-    def _begin(self, request: Request, failures: int = 0) -> None:
-        """Have a replica go on with it, behind the tokens that it is given without asking."""
+    def _begin(self, request: Request, failures: int = 0, opens: bool = True) -> None:
+        """Have a replica go on with it, behind the tokens that it is given without asking; opens: it may begin a chain of thought."""
         while request.forced and request.finish_reason is None:
             self._append(request, request.forced.popleft(), 0.0, free=False)
         if request.finish_reason is None:
-            run = self._runs[request] = _Stay(request, failures)
+            chained = request.constraint is not None and (
+                request.thinking or (opens and self.sampler.may_open(request))
+            )
+            run = self._runs[request] = _Stay(request, failures, chained)
             ids, room = request.prompt + request.tokens, request.sampling.max_tokens - len(request.tokens)
             threading.Thread(target=self._read, args=(run, ids, room), name="upstream", daemon=True).start()
 
     def _read(self, run: _Stay, ids: list[int], room: int) -> None:
         """In a thread: pass on what a replica answers until nobody wants more of it."""
         request, failed = run.request, None
-        replica = self.router.take(ids, request.salt)
+        replica, sampling = self.router.take(ids, request.salt), request.sampling
+        if run.chained:  # an answer was promised, so the chain cannot be all
+            bias = (*sampling.logit_bias, *((token, -math.inf) for token in self.stops))
+            sampling = replace(sampling, schema=None, grammar=None, logit_bias=bias)
         salt = request.salt.hex() or "none"
         try:
             # another seed behind tokens that were made before, or the same numbers would come again
             seed = request.seed + len(request.tokens)
-            for piece in replica.answer(ids, request.sampling, room, seed, salt):
+            finish = None
+            for piece in replica.answer(ids, sampling, room, seed, salt):
                 if run.ended:
-                    break
+                    return
+                finish = piece.finish
                 self._news.put((run, piece))
+            if finish is None:
+                raise RequestFailed("its stream ended before the answer")
         except RequestFailed as error:
             failed = error
             self._news.put((run, error))
@@ -159,14 +183,15 @@ class UpstreamEngine:
         if isinstance(news, RequestFailed):
             run.ended = True
             if news.final or run.failures + 1 >= TRIES:
-                self._finish(request, "error")
+                self._fail(request, f"fails: {news}")
             else:  # another one goes on behind what is there
                 self._begin(request, run.failures + 1)
             return
         for place, (token, logprob) in enumerate(zip(news.tokens, news.logprobs, strict=True)):
-            if request.forced:  # what it goes on with is not what it was told
+            if request.forced or (run.chained and not self.sampler.chains(request, token)):
+                # what it goes on with is not what it was told
                 run.ended = True
-                self._begin(request)
+                self._begin(request, opens=False)
                 return
             asked = request.sampling.top_logprobs
             if asked is not None:
@@ -175,18 +200,31 @@ class UpstreamEngine:
             self._append(request, token, logprob)
             if request.finish_reason is not None:
                 return
-        if request.forced:
+        if request.forced or (run.chained and not request.thinking):
             run.ended = True
             self._begin(request)
         elif news.finish is not None:
-            self._finish(request, "length" if news.finish == "length" else "error")
+            held = request.constraint
+            if news.finish == "length" or (news.finish == "stop" and held is not None and held.is_complete):
+                self._finish(request, "length" if news.finish == "length" else "stop")
+            else:
+                self._fail(request, f"has ended the answer by {news.finish!r}")
 
     def _append(self, request: Request, token: int, logprob: float, free: bool = True) -> None:
         request.append(token, logprob, time.perf_counter())
         if not free and request.sampling.top_logprobs is not None:
             request.top_logprobs.append([(token, logprob)])
-        if reason := self.sampler.follow(request, token, free):
+        reason = self.sampler.follow(request, token, free)
+        held = request.constraint
+        cut = reason == "stop" and token in self.stops and held is not None and not held.is_complete
+        if cut or reason == "error":
+            self._fail(request, "does not hold to the schema or grammar")
+        elif reason:
             self._finish(request, reason)
+
+    def _fail(self, request: Request, problem: str) -> None:
+        request.problem = f"the engine behind this server {problem}"
+        self._finish(request, "error")
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
