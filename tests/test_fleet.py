@@ -146,15 +146,24 @@ def test_programs_on_ray(engine: Any, asked: Asked, tmp_path: Path) -> None:  # 
     asked.ask(r)
     first = r.members[0]._server.url
     os.kill(pid(r.members[0]), signal.SIGKILL)
-    with Client(first, timeout=2) as client:
-        until = time.monotonic() + 60
-        while client.has("/health") and time.monotonic() < until:
-            time.sleep(0.1)
-        assert not client.has("/health"), "it has ended with its worker"
+    ended(first)
     asked.ask(r)
     r.update(1)
     asked.ask(r)
     assert len(r.ready) == 2 and r.members[0]._server.url != first
+    last = [member._server.url for member in r.members]
+    OPENED.pop().close()
+    for url in last:
+        ended(url)
+
+
+def ended(url: str) -> None:
+    """Wait until a program does not answer any more."""
+    until = time.monotonic() + 60
+    with Client(url, timeout=2) as client:
+        while client.has("/health") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not client.has("/health"), "it has ended with its worker"
 
 
 def test_a_silent_engine_is_replaced(asked: Asked, tmp_path: Path) -> None:  # noqa: F811

@@ -247,6 +247,8 @@ def test_a_program_ends_with_whoever_started_it() -> None:
     worker = int(process.log.read_text().split()[1])
     os.kill(worker, 0)
     assert process.is_well()
+    watcher = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+    assert os.getpgid(watcher) != os.getpgid(process.pid), "Ray ends the whole group of a worker"
     os.kill(process.pid, signal.SIGKILL)  # as Ray does with the children of a worker that it ends
     process.close()
     assert not process.is_well() and not process.log.exists()

@@ -1,8 +1,8 @@
 """Runs a command that ends with whoever has started it: `python guard.py COMMAND ...`, by its path, for it imports nothing of finback.
 
 Its standard input is a pipe that nobody writes to. When the other end closes, however that process ended, the command and all
-that it has started are killed; a GPU is not left to an engine that nobody asks any more. A second process watches: Ray kills the
-children of a worker that it ends, but not theirs.
+that it has started are killed; a GPU is not left to an engine that nobody asks any more. A second process watches, in a
+session of its own: Ray kills the children of a worker that it ends, and its whole process group.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ def main() -> int:
     """The command's exit code."""
     if watcher := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(watcher, 0)[1]) & 0xFF
+    os.setsid()
     process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
 
     def end() -> None:
