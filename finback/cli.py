@@ -137,8 +137,7 @@ def plan(options: PlanOptions, as_json: Json = False) -> None:
         return command.measure(rank, int(os.environ["WORLD_SIZE"]), threads, path)
     if options.calibrate and (code := launch.launch(sys.argv[1:], options.ranks or launch.default_ranks())):
         raise typer.Exit(code)
-    _print(*command.run(options, path), as_json)
-    return None
+    return _print(*command.run(options, path), as_json)
 
 
 @app.command()

@@ -289,10 +289,12 @@ def test_what_a_kill_has_torn_is_shown_as_torn(opened: Opened, tmp_path: Path) -
             ("zero", "stopped", ""),
         ]
         assert torn["state"] == "torn" and client.get("/api/run?run=whole").json()["state"] == "done"
+        (run / "recipe.json").write_text('{"rec')
         page = opened(client, "/#run=toy")
         expect(page.locator(".stages .state")).to_have_text(["Torn", "Torn", "Stopped"])
         expect(page.locator(".alerts li")).to_have_text(
             [
+                "recipe.json is torn: delete it and run the recipe again",
                 "base manifest.json is torn: delete the folder base and run the recipe again",
                 "exam config.json is torn: delete the folder exam and run the recipe again",
                 "zero line 2 of ledger.jsonl is torn, and left out",

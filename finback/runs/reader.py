@@ -206,6 +206,11 @@ def has_summary(root: Path) -> bool:
     return plain_file(root, SUMMARY)
 
 
+def damaged(root: Path) -> list[str]:
+    """The files of a run, beside its stages', that are there and cannot be read."""
+    return [name for name in (RECIPE, SUMMARY) if plain_file(root, name) and not _object(root, name, lenient=True)]
+
+
 def is_locked(root: Path) -> bool:
     """Whether somebody is at work in a run folder; where locks cannot be asked, whether it changed a minute ago."""
     try:

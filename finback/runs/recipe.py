@@ -24,6 +24,7 @@ from finback.runs.declaration import DECLARATION, Declaration
 from finback.runs.files import CONFIG, HUB, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_object, write_json
 from finback.runs.folder import Interrupted, Ranks, StageRun
 from finback.runs.ledger import cost, spent
+from finback.runs.recipe_files import demand_file
 
 CONTENTS = "contents"  # the key in a begun stage's declaration
 _REMEDY = "Choose another folder with --runs, or delete that stage's folder and those after it."
@@ -115,23 +116,12 @@ class Recipe:
         raise UserError(f"{stage} input", start, problem, hint)
 
 
-def _recipes_near(path: Path) -> list[str]:
-    """Files that look like recipes where a missing one was looked for, and in the folder `recipes`."""
-    folders = dict.fromkeys((path.parent, Path("recipes")))
-    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-    return [str(file) for file in files if re.search(r"^recipe\b.*=", file.read_text("utf-8", "replace"), re.MULTILINE)]
-
-
 def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Run a recipe file, apply `stage.field=value` texts and check the list; a mistake is reported with its line.
 
     Where the recipe is a function, a `name=value` text gives one of its parameters.
     """
-    if not path.is_file():
-        problem = "a folder, not a recipe's file" if path.is_dir() else "no such file"
-        near = _recipes_near(path)
-        nothing = "" if near else "No recipe lies there, nor in recipes/ of this folder."
-        raise UserError("recipe", str(path), problem, did_you_mean(str(path), near, nothing))
+    demand_file(path)
     try:
         stages = runpy.run_path(str(path)).get("recipe")
         if inspect.isfunction(stages):

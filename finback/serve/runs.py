@@ -56,13 +56,15 @@ def overview(name: str, root: Path, begun: list[StageFolder]) -> dict[str, Any]:
     listed = [stage_state(stage, busy and stage is begun[-1]) for stage in begun]
     recipe = reader.recipe(root, lenient=True)
     running = any(s["state"] == "running" for s in listed)
-    torn = any(s["state"] == "torn" for s in listed)
+    damaged = reader.damaged(root)
+    torn = damaged or any(s["state"] == "torn" for s in listed)
     done = bool(listed) and all(s["state"] == "done" for s in listed) and reader.has_summary(root)
     return {
         "name": name,
         "recipe": str(recipe.get("recipe", "?")),
         "seed": recipe.get("seed"),
         "stages": listed,
+        "torn": damaged,
         "state": "running" if running or busy else "torn" if torn else "done" if done else "stopped",
         "changed": reader.changed(root),
         "seconds": sum(s["seconds"] for s in listed),

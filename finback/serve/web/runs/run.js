@@ -15,7 +15,10 @@ const VIEWS = [
 
 export function Run({ run, place }) {
   const [name, , View] = VIEWS.find(([view]) => view === place.view) ?? VIEWS[0];
-  const alerts = run.stages.flatMap((stage) => stage.alerts.map((alert) => ({ ...alert, stage: stage.name })));
+  const alerts = [
+    ...run.torn.map((file) => ({ kind: "torn", stage: file, text: "is torn: delete it and run the recipe again" })),
+    ...run.stages.flatMap((stage) => stage.alerts.map((alert) => ({ ...alert, stage: stage.name }))),
+  ];
   return html`
     <p class="crumbs"><a href="#">All runs</a></p>
     <div class="title"><h1>${run.name}</h1><${State} state=${run.state} /></div>
