@@ -22,8 +22,8 @@ from finback.stages.grpo import GRPO
 from finback.stages.sft import SFT
 from finback.tasks.math import Chains
 from tests.many import on_ranks
-from tests.toy import DENSE, ROOT, environment, finback_process
-from tests.tuned import EXACT, STEPWISE, alone, begun, on_layout, prepared, weights
+from tests.toy import DENSE, ROOT, V4, environment, finback_process
+from tests.tuned import EXACT, SPREAD, STEPWISE, alone, begun, on_layout, prepared, weights
 
 FAST = ("sft", "lora grpo")
 
@@ -81,6 +81,8 @@ SHAPES = {
         swiglu_limit=0.5,
     ),
     "smollm3": replace(_GROUPED, nope_layers=(1,), tie_word_embeddings=True),
+    "deepseek_v32": replace(SPREAD, index_topk=6, index_n_heads=16, index_head_dim=8),
+    "deepseek_v4": replace(V4, vocab_size=320, max_position_embeddings=256, swiglu_limit=10.0),
     "olmo3": replace(_GROUPED, **_SLIDES, norms="post", qk_norm=True, qk_norm_over="projection"),
 }
 
@@ -88,13 +90,17 @@ SHAPES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SHAPES)
 def test_every_family_learns_on_two_ranks_as_on_one(family: str, tmp_path: Path) -> None:
-    """SFT, and RL of an adapter."""
+    """SFT, and RL of an adapter; sparse attention also on a base that is quantized but for what is fp32 everywhere."""
     root = prepared(tmp_path / "runs", SHAPES[family])
-    alone(root, FAST, 2)
+    is_sparse = family.startswith("deepseek")
+    names = (*FAST, "qlora sft") if is_sparse else FAST
+    alone(root, names, 2)
     layout = Layout(cp=2, ep=2) if SHAPES[family].n_routed_experts else Layout(cp=2)
     if family == "gpt_oss":  # neither its sinks nor its experts' biases travel
         layout = Layout(dp=2)
-    on_ranks(2, on_layout, str(root), FAST, layout, 2)
+    if is_sparse:  # an indexer is of all heads
+        layout = Layout(dp=2, ep=2)
+    on_ranks(2, on_layout, str(root), names, layout, 2)
 
 
 @pytest.mark.slow

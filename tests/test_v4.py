@@ -329,8 +329,3 @@ def test_packed_matrices_answer_as_bf16_does() -> None:
             packed = pack(Transformer(V4, torch.bfloat16, torch.bfloat16).initialise(0).eval(), form)
             off = (packed.logits(packed(tokens)) - expected).abs().median()
             assert off <= most * (plain - expected).abs().median()
-
-
-def test_what_leaves_v4_out_says_so(model: Transformer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="format"):
-        export(model, tmp_path / "out", "fp8")

@@ -14,13 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finback.checkpoint import names
+from finback.checkpoint.export import export
 from finback.checkpoint.hf_config import raw_config
 from finback.checkpoint.inference import load_for_inference
 from finback.checkpoint.models import load, load_audited, part
+from finback.checkpoint.shards import Shards
 from finback.config import UserError
 from finback.kernels import formats, fp8, moe_gemm
 from finback.model.quantized import QuantizedLinear, QuantizedMoE
 from finback.model.transformer import Transformer
+from finback.report.verify import verify
 from tests.toy import V4
 
 CONFIG = dataclasses.replace(V4, hidden_size=160, moe_intermediate_size=64, num_nextn_predict_layers=1)
@@ -155,3 +158,22 @@ def test_factors_that_are_lacking_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="FP8 without factors, or without quantization_config"):
         load(tmp_path / "release")
+
+
+def test_exports_are_the_releases_form_and_come_back_to_the_bit(tmp_path: Path) -> None:
+    """Names, dtypes and shapes of the release, what was quantized before the same numbers again; other widths are refused."""
+    wanted = release(tmp_path / "release")
+    export(load(tmp_path / "release"), tmp_path / "out", "fp8", shard_bytes=200_000)
+    stored, found = (
+        {n: (s.dtype, tuple(s.shape)) for n, s in Shards(tmp_path / name).specs.items()} for name in ("release", "out")
+    )
+    assert found.keys() == stored.keys()
+    assert all(found[name] == spec for name, spec in stored.items() if spec[0] not in ("F32", "BF16"))
+    model, audit = load_audited(tmp_path / "out")
+    assert audit.holds and verify(tmp_path / "out").holds
+    again = model.state_dict()
+    assert all(torch.equal(again[name], tensor.to(again[name])) for name, tensor in wanted.items())
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    assert raw["expert_dtype"] == "fp4" and raw["quantization_config"]["scale_fmt"] == "ue8m0"
+    with pytest.raises(UserError, match="blocks of 32, which do not divide moe_intermediate_size = 24"):
+        export(Transformer(V4).initialise(0), tmp_path / "refused", "fp8")

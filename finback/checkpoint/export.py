@@ -23,7 +23,7 @@ from finback.checkpoint.shards import BESIDE, INDEX, SCALE, SINGLE
 from finback.checkpoint.store import as_os_error
 from finback.checkpoint.stored_names import fuse, fused, fused_shapes
 from finback.config import UserError
-from finback.kernels import fp8
+from finback.kernels import formats, fp8
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 
@@ -37,6 +37,7 @@ RELEASED_MTP_LAYERS = {
     "glm4_moe_lite": (47,),
     "glm_moe_dsa": (78,),
 }
+V4_SCALE = "scale"  # in V4's files in the place of "weight"
 SHARD_BYTES = 5_000_000_000  # of a file at most
 
 
@@ -76,6 +77,8 @@ def config_json(config: ModelConfig, fmt: Format, settings: dict[str, Any] | Non
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
         } | raw.get("quantization_config", {})
+        if config.attention == "compressed":
+            raw["quantization_config"]["scale_fmt"], raw["expert_dtype"] = "ue8m0", "fp4"
     return raw
 
 
@@ -84,7 +87,12 @@ def begin(folder: Path, config: ModelConfig, fmt: Format) -> Path:
     if fmt == "fp8" and fused(config):
         raise UserError("format", fmt, "this family joins matrices that have factors of their own", "Use bf16.")
     if fmt == "fp8" and config.attention == "compressed":
-        raise UserError("format", fmt, "V4's own layout of FP8 is not written", "Use bf16.")
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if (width := getattr(config, name)) % formats.MXFP4_BLOCK:
+                problem = (
+                    f"V4's experts are FP4 in blocks of {formats.MXFP4_BLOCK}, which do not divide {name} = {width}"
+                )
+                raise UserError("format", fmt, problem, "Use bf16.")
     needed = sum(size for _, size in _sizes(config, fmt))
     free = shutil.disk_usage(folder.parent).free
     if free < 1.05 * needed:
@@ -133,7 +141,7 @@ def _apart(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
                 continue
             scale = part(factors, index, len(theirs))
             if fmt == "fp8":  # kept in FP8: the same values go out again
-                yield name + SCALE, scale.contiguous()
+                yield factors_name(name), scale.to(_factors_dtype(name)).contiguous()
                 yield name, piece.contiguous()
             else:
                 yield name, fp8.dequantize(piece, scale, _DTYPES[fmt])
@@ -151,9 +159,13 @@ def cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]]
     """What is stored of a tensor, as `stored_as` announces it."""
     if (kept := _own_dtype(name)) is not None:
         yield name, tensor.to(kept).contiguous()
+    elif fmt == "fp8" and v4_names.is_fp4(name):
+        values, scale = formats.mxfp4(tensor)
+        yield factors_name(name), scale.view(torch.float8_e8m0fnu)
+        yield name, values.view(torch.int8)
     elif fmt == "fp8" and is_quantized(name):
-        values, scale = fp8.quantize(tensor)
-        yield name + SCALE, scale
+        values, scale = fp8.quantize(tensor, v4_names.is_fp8(name))
+        yield factors_name(name), scale.to(_factors_dtype(name))
         yield name, values
     else:
         yield name, tensor.to(_DTYPES[fmt]).contiguous()
@@ -167,18 +179,43 @@ def _own_dtype(name: str) -> torch.dtype | None:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether DeepSeek keeps this tensor in FP8: projections, not norms, router, embeddings, head or eh_proj."""
-    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
+    """Whether DeepSeek keeps this tensor in FP8: projections, not norms, router, embeddings, head, eh_proj or weights of heads."""
+    if v4_names.is_fp8(name):
+        return True
+    is_plain = name.endswith(("eh_proj.weight", "weights_proj.weight"))
+    ends = "_proj.weight", "kv_a_proj_with_mqa.weight", "indexer.wq_b.weight", "indexer.wk.weight"
+    return name.endswith(ends) and not is_plain
+
+
+def factors_name(name: str) -> str:
+    """That of the factors of a tensor that is quantized; V4's files have another word for them."""
+    if v4_names.is_fp8(name) or v4_names.is_fp4(name):
+        return name.removesuffix("weight") + V4_SCALE
+    return name + SCALE
+
+
+def _factors_dtype(name: str) -> torch.dtype:
+    return torch.float8_e8m0fnu if v4_names.is_fp8(name) else torch.float32
+
+
+def _owner(name: str) -> str:
+    """The tensor that a file's tensor belongs to: itself, or that which it has factors of."""
+    if name.endswith(f".{V4_SCALE}"):
+        return name.removesuffix(V4_SCALE) + "weight"
+    return name.removesuffix(SCALE)
 
 
 def stored_as(name: str, shape: tuple[int, ...], fmt: Format) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The dtypes and shapes that a file has of a tensor: its own, and in FP8 those of its factors."""
     if (kept := _own_dtype(name)) is not None:
         return {name: (kept, shape)}
+    if fmt == "fp8" and v4_names.is_fp4(name):
+        factors = shape[0], shape[1] // formats.MXFP4_BLOCK
+        return {factors_name(name): (torch.float8_e8m0fnu, factors), name: (torch.int8, (shape[0], shape[1] // 2))}
     if fmt != "fp8" or not is_quantized(name):
         return {name: (_DTYPES[fmt], shape)}
     factors = fp8.blocks(shape[0]), fp8.blocks(shape[1])
-    return {name + SCALE: (torch.float32, factors), name: (torch.float8_e4m3fn, shape)}
+    return {factors_name(name): (_factors_dtype(name), factors), name: (torch.float8_e4m3fn, shape)}
 
 
 def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
@@ -228,10 +265,10 @@ def _write_weights(model: Transformer, folder: Path, fmt: Format, shard_bytes: i
     pending: dict[str, dict[str, Tensor]] = {file: {} for file in left}
     weight_map: dict[str, str] = {}
     for name, tensor in tensors(model, fmt):
-        file = plan[name.removesuffix(SCALE)]
+        file = plan[_owner(name)]
         pending[file][name] = tensor
         weight_map[name] = file
-        left[file] -= not name.endswith(SCALE)
+        left[file] -= _owner(name) == name
         if left[file] == 0:
             save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
     indexed = {name: file for name, file in weight_map.items() if file != BESIDE}

@@ -13,6 +13,7 @@ from finback.runs.provenance import sha256
 
 Contents = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # by name, what a file's tensors are
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.int64: "I64"}
+WORDS |= {torch.int8: "I8", torch.float8_e8m0fnu: "F8_E8M0"}
 
 
 class TensorFile:

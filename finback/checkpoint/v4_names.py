@@ -34,6 +34,21 @@ TABLE = "tid2eid"  # the one tensor of whole numbers
 PRECISE = ("attn_sink", "compressor.ape", BIAS, *(f"_{part}" for part in _MIXTURE.values()))
 
 
+# matrices that the release's files have in FP8, and in FP4
+_FP8 = re.compile(r".*\.(attn(\.indexer)?\.(w[qo]_[ab]|wkv)|ffn\.shared_experts\.w[123]|[eh]_proj)\.weight")
+_FP4 = re.compile(r".*\.ffn\.experts\.\d+\.w[123]\.weight")
+
+
+def is_fp8(name: str) -> bool:
+    """Whether the release has a tensor of this name in FP8."""
+    return _FP8.fullmatch(name) is not None
+
+
+def is_fp4(name: str) -> bool:
+    """Whether the release has a tensor of this name in MXFP4."""
+    return _FP4.fullmatch(name) is not None
+
+
 def table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Every tensor of a V4 model: our name -> the release's tensors it is made of, in row order."""
     names: _Names = {"embed": ("embed.weight",), "norm.weight": ("norm.weight",)} | _merge("merge.", "hc_head")

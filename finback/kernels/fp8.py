@@ -22,15 +22,17 @@ def blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """weight (..., rows, columns) -> E4M3 values of that shape and factors (..., ⌈rows/128⌉, ⌈columns/128⌉), fp32.
 
-    The factor is a block's largest magnitude / 448, so nothing overflows. It is what multiplies the values back.
+    The factor is a block's largest magnitude / 448, so nothing overflows. It is what multiplies the values back. With
+    `power_of_two` it is rounded up to one, and a block's largest magnitude counts as 1e-4 at least: V4's files.
     """
     rows, columns = weight.shape[-2:]
     fp32 = weight.float()
     padded = F.pad(fp32, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    scale = _tiles(padded).abs().amax(dim=(-3, -1)).clamp(min=1e-12) / LARGEST
+    scale = _tiles(padded).abs().amax(dim=(-3, -1)).clamp(min=1e-4 if power_of_two else 1e-12) / LARGEST
+    scale = rounded_up(scale) if power_of_two else scale
     return (fp32 / expand_blocks(scale, rows, columns)).to(torch.float8_e4m3fn), scale
 
 
