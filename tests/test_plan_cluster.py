@@ -45,6 +45,8 @@ def test_what_deepseek_published_comes_out() -> None:
     assert all(abs(claims[name].off) < 1e-3 for name in ("V3 GFLOPs per token", "V2 GFLOPs per token"))
     for name in ("V3 H800-hours per trillion tokens", "V3 dollars in all", "R1 dollars"):
         assert abs(claims[name].off) < 0.1, claims[name]
+    shares = [round(claim.ours) for what, claim in claims.items() if what.startswith("V4")]
+    assert shares == [10, 27], "single-token FLOPs in FP8's"
     assert all(claim.rule and claim.source for claim in claims.values())
     # first principles by hand: 250.456 GFLOPs over 38.94 % of 987.9 TFLOPS
     by_hand = 250.455926784e9 * 1e12 / (0.3894 * 432e12 / 0.4373) / 3600

@@ -22,6 +22,7 @@ from finback.kernels.packed import available
 from finback.model.compressed_cache import CompressedCache, CompressedPool, pool_of
 from finback.model.config import CSA, HCA, SLIDING, V3_2, V4_FLASH, V4_PRO, ModelConfig, from_json, to_json
 from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops
+from finback.model.decode_flops import fp8_flops
 from finback.model.mhc import sinkhorn
 from finback.model.pack import pack
 from finback.model.recompute import use_recompute
@@ -204,6 +205,13 @@ def test_products_of_a_row_by_hand_and_shares_of_v3_2() -> None:
         0.14,
         0.34,
     ]
+    shares = [fp8_flops(c, 2**20) / fp8_flops(V3_2, 2**20) for c in (V4_FLASH, V4_PRO)]
+    assert [round(share, 2) for share in shares] == [0.10, 0.27]  # the report's
+    one = dataclasses.replace(
+        V4, num_hidden_layers=1, layer_types=(CSA,)
+    )  # 5 near and 3 of 25 entries, in bf16; 25 keys in FP4
+    weights = parameters(one, active=True) - 2 * 50 * 32
+    assert fp8_flops(one, 100) == 2 * weights + 4 * 50 * 32 + 4 * (5 + 3) * 2 * 4 * 16 + 25 * 16 * 16
     assert [cache_bytes(c) for c in (V4_FLASH, V4_PRO)] == [6880, 9848]
     pool = pool_of(V4_FLASH, 1, 0, torch.bfloat16, torch.device("meta"))
     assert pool.bytes_per_token == 6880 + 20 * 2 * 7 * 512 // 128  # HCA's entries take the room of eight

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from finback.model.config import V2, V3
+from finback.model.config import V2, V3, V3_2, V4_FLASH, V4_PRO
 from finback.model.count import cache_bytes, parameters, router_biases, training_flops
+from finback.model.decode_flops import fp8_flops
 from finback.parallel.layout import Layout
 from finback.planner import cost, hardware
 from finback.planner.hardware import Fact
@@ -26,6 +27,7 @@ class Claim:
 
 
 V3_TOKENS = 14.8e12
+LONG = 2**20  # tokens
 # context extension (V3 report 4.3): 1000 steps each of so many rows and tokens per row
 EXTENSION = ((1920, 32768), (480, 131072))
 POST_TRAINING_HOURS = 5e3  # its tokens are not published
@@ -50,6 +52,23 @@ def _of_models() -> list[Claim]:
         Claim("V3 GFLOPs per token", 250.5, v3, causal, f"{isca}, table 2 (250)"),
         Claim("V2 GFLOPs per token", 155.3, v2, causal, f"{isca}, table 2 (155)"),
         Claim("V3 cache bytes per token", 70_272, cache_bytes(V3), cache, f"{isca}, table 1"),
+        *_of_long_texts(),
+    ]
+
+
+def _of_long_texts() -> list[Claim]:
+    """V4's products of a token that decodes behind 2^20 others, as shares of V3.2's."""
+    rule, sparse = "products with weights 1, head and attention 2, indexer 1 (V4: 1/2)", fp8_flops(V3_2, LONG)
+    shares = (("V4-Flash", V4_FLASH, 10.0), ("V4-Pro", V4_PRO, 27.0))
+    return [
+        Claim(
+            f"{name} FLOPs at 1M, % of V3.2's",
+            share,
+            100 * fp8_flops(model, LONG) / sparse,
+            rule,
+            "DeepSeek-V4 report, 1",
+        )
+        for name, model, share in shares
     ]
 
 
