@@ -1,5 +1,6 @@
 """Endpoints that stream, stall, lie and refuse: nothing lost, nothing counted wrong, what failed is asked again."""
 
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -104,6 +105,25 @@ def test_a_hopeless_endpoint_is_left_alone() -> None:
         assert HOPELESS <= len(fake.bodies) <= HOPELESS + 1
         told = [f.problem for f in found if isinstance(f, Failure) and f.problem.startswith("not asked")]
         assert len(told) == 100 - len(fake.bodies) and all("HTTP 401" in problem for problem in told)
+
+
+def test_servers_of_one_model_share_the_questions() -> None:
+    """One that is not there is asked nothing more by whoever has found that out; the address alone says which they are."""
+    both = threading.Barrier(2)
+
+    def behave(n: int, body: dict[str, Any]) -> Reply:
+        if not n:
+            both.wait(60)
+        return Reply(right(body))
+
+    with faking(behave) as one, faking(behave) as two:
+        endpoint = Endpoint(f"{one.url},http://127.0.0.1:9/v1,{two.url}", "m", concurrency=1, **FAST | {"timeout": 60})
+        found = list(endpoint.answers(some(30), RULES))
+        assert len(found) == 30 and all(isinstance(each, Answer) for each in found)
+        assert len(one.asked) + len(two.asked) == 30, "each once"
+        assert sum(each.tries for each in found if isinstance(each, Answer)) <= 31
+    with pytest.raises(UserError, match="--endpoint = 'nowhere': not the url of a server"):
+        Endpoint.parse("http://127.0.0.1:9/v1,nowhere#m")
 
 
 def test_nobody_there() -> None:

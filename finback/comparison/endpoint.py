@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,8 +153,9 @@ def _thoughts(content: Any) -> str:
 
 @dataclass
 class Endpoint:
-    """A server's address and what it calls the model; the key is sent to it and shown nowhere."""
+    """A server's address and what it calls the model, or those of several, which share the questions; the key is shown nowhere."""
 
+    # with commas between several
     url: str
     model: str
     name: str = ""
@@ -161,6 +163,7 @@ class Endpoint:
     # goes into every request; null takes a field out
     extra: dict[str, Any] = field(default_factory=dict)
     price: Price = field(default_factory=Price)
+    # requests at a time, to each server
     concurrency: int = 8
     # requests a minute; 0 is any number
     rate: float = 0.0
@@ -169,7 +172,8 @@ class Endpoint:
     retries: Retries = Retries()
 
     def __post_init__(self) -> None:
-        check_url(self.url, "--endpoint", "http://127.0.0.1:8000/v1#MODEL", query=True)
+        for url in self.urls:
+            check_url(url, "--endpoint", "http://127.0.0.1:8000/v1#MODEL", query=True)
         check_positive(self, "endpoint", "concurrency", "timeout")
         self.name = self.name or self.model
 
@@ -183,6 +187,11 @@ class Endpoint:
         return cls(url, model, **more)
 
     @property
+    def urls(self) -> list[str]:
+        """Of its servers."""
+        return self.url.split(",")
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The address and the name; what stands behind them, only its owner knows."""
         return {"url": self.url, "model": self.model, "extra": self.extra}
@@ -193,7 +202,8 @@ class Endpoint:
         lock, limit = threading.Lock(), RateLimit(threading.Event(), self.rate)
         first: list[Answer | Failure] = []  # outcomes, HOPELESS at most
 
-        def work(client: Client) -> None:
+        def work(clients: list[Client]) -> None:
+            """Ask the first of these; where it fails the next one, and from then on that."""
             while not limit.stop.is_set():
                 with lock:
                     ask = next(left, None)
@@ -204,17 +214,19 @@ class Endpoint:
                     if len(failures) == HOPELESS:
                         found.put(Failure(ask, f"not asked, for {HOPELESS} before it failed: {failures[-1]}"))
                         continue
-                    each = self._answer(ask, rules, client, limit)
+                    each = self._answer(ask, rules, clients, limit)
                     with lock:
                         first.extend([each] if len(first) < HOPELESS else [])
                     found.put(each)
                 except BaseException as error:  # a defect of ours, to be raised where somebody sees it
                     found.put(error)
 
-        with Client(self.url, self.key, self.timeout) as client:
-            for _ in range(min(self.concurrency, len(asks))):
+        with ExitStack() as stack:
+            clients = [stack.enter_context(Client(url, self.key, self.timeout)) for url in self.urls]
+            for number in range(min(self.concurrency * len(clients), len(asks))):
+                mine = number % len(clients)
                 # not joined at the end: after Ctrl-C nobody waits for what a server still has to say
-                threading.Thread(target=work, args=(client,), daemon=True).start()
+                threading.Thread(target=work, args=(clients[mine:] + clients[:mine],), daemon=True).start()
             try:
                 for _ in asks:
                     each = found.get()
@@ -224,18 +236,25 @@ class Endpoint:
             finally:
                 limit.stop.set()
 
-    def _answer(self, ask: EvalRequest, rules: SamplingProtocol, client: Client, limit: RateLimit) -> Answer | Failure:
+    def _answer(
+        self, ask: EvalRequest, rules: SamplingProtocol, clients: list[Client], limit: RateLimit
+    ) -> Answer | Failure:
         body, began = self._body(ask, rules), 0.0
 
         def request() -> ChatCompletion:
             nonlocal began
             began = time.monotonic()
-            return complete(client, body)
+            try:
+                return complete(clients[0], body)
+            except RequestFailed as error:
+                if not error.final:
+                    clients.append(clients.pop(0))
+                raise
 
         try:
             reply, tries = self.retries.send(request, limit)
         except RequestFailed as error:
-            return Failure(ask, client.without_key(str(error)))
+            return Failure(ask, clients[0].without_key(str(error)))
         same = {name: getattr(reply, name) for name in ("finish", "prompt_tokens", "tokens", "model")}
         spent = time.monotonic() - began
         return parse_answer(ask, reply.content, reply.reasoning, seconds=spent, tries=tries, **same)

@@ -132,6 +132,9 @@ class _LmEval:
     environment: Mapping[str, str]
 
     def ask_endpoint(self, contestant: Endpoint, folder: Path) -> dict[str, Any]:
+        if len(contestant.urls) > 1:
+            remedy = "Put `finback serve --upstream` in front of them."
+            raise UserError("--endpoint", contestant.url, "the harness asks one server", remedy)
         arguments = {
             "base_url": f"{contestant.url.rstrip('/')}/chat/completions",
             "model": contestant.model,

@@ -27,7 +27,11 @@ class CompareOptions(Options):
     ] = ()
     endpoints: Annotated[
         tuple[str, ...],
-        Option("--endpoint", metavar="URL#MODEL", help="A model behind an OpenAI-compatible API; repeatable."),
+        Option(
+            "--endpoint",
+            metavar="URL[,URL]#MODEL",
+            help="A model behind an OpenAI-compatible API, on one server or shared by several; repeatable.",
+        ),
     ] = ()
     problems: Annotated[int | None, "Questions of each suite; default all."] = None
     samples: Annotated[int | None, "Answers to each question; default 4, or 1 if greedy."] = None
@@ -58,7 +62,7 @@ class CompareOptions(Options):
     extra: Annotated[
         str, Option(metavar="JSON", help="Fields for every request to an endpoint; null takes one out.")
     ] = ""
-    concurrency: Annotated[int, "Requests to an endpoint at a time."] = 8
+    concurrency: Annotated[int, "Requests to an endpoint at a time, to each of its servers."] = 8
     rate: Annotated[float, "Requests to an endpoint per minute; 0 is any number."] = 0.0
     timeout: Annotated[float, "Seconds that an endpoint may be silent."] = 300.0
     rows: Annotated[int, "Answers that a model here makes at a time."] = 32
