@@ -19,7 +19,7 @@ PURPOSES = {
     "hub": "data sets of the Hugging Face hub",
     "track": "curves for TensorBoard",
     "scale": "engines that generate for RL in processes of their own, on one machine or many",
-    "sandbox": "programs that models write, behind a security boundary",
+    "sandbox": "functions that models write, run by an interpreter that reaches nothing of the machine (monty)",
 }
 
 

@@ -13,7 +13,7 @@ import finback as front_door
 from finback import __version__, extras
 from finback.config import UserError
 from finback.model.config import ModelConfig
-from finback.report import front_page, objects
+from finback.report import doctor, front_page, objects
 from finback.runs.recipe import load
 from finback.train import compiling
 from tests.toy import RECIPE, ROOT, environment, finback, write_recipe
@@ -126,7 +126,9 @@ def test_show_explains_whatever_stands_in_a_recipe() -> None:
 
 
 def test_the_front_page_and_help() -> None:
-    assert all(words in finback().stdout for words in ("quickstart", "finback run recipes/tiny.py", "finback doctor"))
+    welcome = finback().stdout
+    assert all(words in welcome for words in ("quickstart", "finback run recipes/tiny.py", "finback doctor"))
+    assert max(map(len, welcome.splitlines())) <= 80
     assert "chat" in finback("--help").stdout and finback("help", "run").stdout == finback("run", "-h").stdout
     assert "--install-completion" in finback("help").stdout
     for arguments, words in (
@@ -152,6 +154,9 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not by_name["data"]["ok"] and by_name["hub"]["ok"]
     assert by_name["data"]["remedy"] == f"Run: {sys.executable} -m pip install 'pyarrow>=20'"
     assert "finback[" not in json.dumps(found)
+    monkeypatch.setattr(doctor, "columns", lambda: 60)
+    narrow = doctor.text([doctor.Finding("bf16", False, "word " * 30, "Run: " + "x" * 90)]).splitlines()
+    assert [len(line) <= 60 for line in narrow] == [True, True, True, False, True, True]  # a command stays whole
 
 
 def test_no_message_names_a_package_that_nobody_owns() -> None:

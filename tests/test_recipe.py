@@ -411,7 +411,9 @@ def test_a_folder_of_another_recipe_or_seed_is_refused(tmp_path: Path) -> None:
     with refusal(f"runs = '{tmp_path}': belongs to seed 0, this is 1. {remedy}"):
         claim(recipe(stage), tmp_path, 1)
     (tmp_path / "recipe.json").unlink()
-    with refusal(f"runs = '{tmp_path}': holds stages of an unknown recipe. Choose another folder with --runs."):
+    written = f'write {{"recipe": "notes", "seed": 0}} into {tmp_path / "recipe.json"}'
+    remedy = f"Choose another folder with --runs, or, if they are of this one, {written}."
+    with refusal(f"runs = '{tmp_path}': holds stages of an unknown recipe. {remedy}"):
         claim(recipe(stage), tmp_path, 0)
 
 

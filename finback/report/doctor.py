@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from finback import extras
 from finback.kernels import native
 from finback.runs import processor
+from finback.runs.terminal import columns
 from finback.tasks import sandbox
 from finback.train import compiling
 
@@ -45,11 +47,13 @@ def findings(environment: Mapping[str, str]) -> list[Finding]:
 
 
 def text(found: list[Finding]) -> str:
-    """For a terminal."""
+    """For a terminal, as wide as it is; commands stay whole, to be copied."""
     width = max(len(f.what) for f in found)
-    lines = []
+    lines, room = [], max(20, columns() - width - 7)
     for f in found:
-        lines.append(f"{'ok  ' if f.ok else '-   '} {f.what:{width}}  {f.found}")
+        first, *others = textwrap.wrap(f.found, room)
+        lines.append(f"{'ok  ' if f.ok else '-   '} {f.what:{width}}  {first}")
+        lines += [f"{'':{width + 7}}{other}" for other in others]
         if f.remedy:
             lines.append(f"     {'':{width}}  {f.remedy}")
     missing = sum(not f.ok for f in found)
@@ -79,8 +83,10 @@ def _machine() -> Iterator[Finding]:
 
 def _speed() -> Iterator[Finding]:
     bf16 = processor.multiplies_bf16()
-    found = "the processor multiplies bf16 itself; recipes take it from a width of 128 on"
-    yield Finding("bf16", bf16, found if bf16 else "the processor emulates bf16; recipes that leave it open take fp32")
+    found = "the processor multiplies bf16 itself; recipes use it for models from a width of 128 on"
+    yield Finding(
+        "bf16", bf16, found if bf16 else "the processor emulates bf16; recipes use fp32 unless they say otherwise"
+    )
     if sys.platform != "linux":
         yield Finding("C++ kernels", False, "for Linux alone; the plain ones are slower")
     elif native.library() is not None:
@@ -98,9 +104,9 @@ def _features(environment: Mapping[str, str]) -> Iterator[Finding]:
         found = f"{purpose} (missing: {named})" if missing else purpose
         yield Finding(extra, not missing, found, extras.how_to_get(extra) if missing else "")
     why = sandbox.why_unavailable("bubblewrap")
-    boundary = "what models write runs behind a security boundary"
+    boundary = "programs that models write run behind a security boundary"
     remedy = "" if why is None else "Allow user namespaces, or run as a user that is not root."
-    without = f"{why}: what models write runs under resource limits alone"
+    without = f"{why}: programs that models write run under resource limits alone"
     yield Finding("bubblewrap", why is None, boundary if why is None else without, remedy)
     try:
         importlib.import_module("transformers")

@@ -17,19 +17,22 @@ HELP = ["-h", "--help"]
 
 WELCOME = f"""finback {__version__} builds, trains, checks and serves DeepSeek-class language models.
 
-Begin with the quickstart, minutes on a laptop: a tiny model learns to think before it answers.
+Begin with the quickstart, minutes on a laptop: a tiny model learns to think
+before it answers.
 
-  finback run recipes/tiny.py      pre-train it, then let RL teach it
-  finback chat runs/tiny           talk to what came of it
-  finback watch                    look at its runs in a browser
+  finback run recipes/tiny.py    pre-train it, then let RL teach it
+  finback chat runs/tiny         talk to what came of it
+  finback watch                  look at its runs in a browser
 
-Three more to begin with:
+Three more to begin with: teach an open checkpoint a task of yours, ask two
+models the same questions, and see what a run takes before it starts.
 
-  finback run recipes/your_task.py --set rl.start=MODEL    teach an open checkpoint a task of yours
-  finback compare MODEL OTHER --tasks gsm8k                  ask both the same questions
-  finback plan v3 --on h800:2048                             what a run takes before it starts
+  finback run recipes/your_task.py --set rl.start=MODEL
+  finback compare MODEL OTHER --tasks gsm8k
+  finback plan v3 --on h800:2048
 
-`finback help` lists all commands, `finback help COMMAND` explains one, `finback doctor` says what this machine can do."""
+`finback help` lists all commands, `finback help COMMAND` explains one, and
+`finback doctor` says what this machine can do."""
 
 
 def explained(context: typer.Context, command: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from finback.config import UserError, did_you_mean
 from finback.runs.recipe import Stage
+from finback.runs.terminal import columns
 
 # their modules define what a recipe may hold; subclasses are known once a module is imported
 PACKAGES = ("finback.stages", "finback.tasks", "finback.rollouts")
@@ -46,11 +47,12 @@ class Described:
 
     def as_text(self) -> str:
         """For a terminal: a line a knob, what it means below it."""
+        wide = min(100, columns())
         lines = [f"{self.name} (from {self.module} import {self.name})", "", self.doc, ""]
         for knob in self.knobs:
             default = f" = {knob.default}" if knob.default else "  (must be given)"
             lines.append(f"{knob.name}: {knob.type}{default}")
-            lines += textwrap.wrap(knob.comment, 96, initial_indent="    ", subsequent_indent="    ")
+            lines += textwrap.wrap(knob.comment, wide, initial_indent="    ", subsequent_indent="    ")
         return "\n".join(lines)
 
 

@@ -216,7 +216,10 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
                 problem = f"belongs to {field} {theirs.get(field)!r}, this is {value!r}"
                 raise UserError("runs", str(root), problem, "Choose another folder with --runs, or delete this one.")
     elif any(root.glob(f"*/{CONFIG}")):
-        raise UserError("runs", str(root), "holds stages of an unknown recipe", "Choose another folder with --runs.")
+        remedy = (
+            f"Choose another folder with --runs, or, if they are of this one, write {json.dumps(mine)} into {marker}."
+        )
+        raise UserError("runs", str(root), "holds stages of an unknown recipe", remedy)
     for stage in recipe.stages:
         _check_knobs(stage, root / stage.name / CONFIG)
     pins = theirs.get(HUB, {})

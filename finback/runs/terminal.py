@@ -14,6 +14,11 @@ GAP = 2  # spaces between two columns
 UNLIMITED = 100_000  # characters of a line that goes to a file or a pipe
 
 
+def columns() -> int:
+    """How wide the terminal is; a file or a pipe is as wide as it need be."""
+    return Console().width if sys.stdout.isatty() else UNLIMITED
+
+
 def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = (), indent: int = 0, right: bool = True) -> str:
     """Rows of cells as lines of text, no longer than the terminal is wide; in a file or a pipe as long as they need.
 
@@ -21,7 +26,7 @@ def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = (), indent: in
     its side if that makes it narrower, and otherwise goes on in the next line of its column.
     """
     cells = [list(row) for row in rows]
-    width = (Console().width if sys.stdout.isatty() else UNLIMITED) - indent
+    width = columns() - indent
     if headers and _width([headers, *cells]) > width:
         turned = [list(column) for column in zip(headers, *cells, strict=True)]
         if _width(turned) < _width([headers, *cells]):
