@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finback.checkpoint import packed_folders
 from finback.checkpoint.export import export
 from finback.checkpoint.inference import load_for_inference
 from finback.checkpoint.models import load
+from finback.checkpoint.packed_folders import PackedShards
+from finback.checkpoint.shards import Shards
 from finback.config import UserError
 from finback.kernels import formats
 from finback.model.frozen import unfreeze
@@ -25,6 +29,7 @@ from tests.toy import DENSE
 
 Parts = dict[str, Tensor]
 GROUP = 32
+PACKED = Path(__file__).parent / "data/packed.safetensors"
 CONFIG = replace(DENSE, hidden_size=64, intermediate_size=128, num_hidden_layers=1, head_dim=16, initializer_range=0.15)
 EXPERTS = replace(
     CONFIG,
@@ -193,6 +198,7 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]],
     "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, awq, True),
     "gptq": ({"quant_method": "gptq", "bits": 4}, gptq(4), True),
     "gptq v2": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, gptq(4, v2=True), True),
+    "gptq v2 by its newer name": ({"quant_method": "gptq", "bits": 4, "format": "gptq_v2"}, gptq(4, v2=True), True),
     "gptq by activation": ({"quant_method": "gptq", "bits": 4, "desc_act": True}, gptq(4, permuted=True), False),
     "gptq 8": ({"quant_method": "gptq", "bits": 8}, gptq(8), False),
     "gptq 3": ({"quant_method": "gptq", "bits": 3}, gptq(3), True),
@@ -245,6 +251,23 @@ def test_what_is_read_is_what_was_packed(kind: str, tmp_path: Path) -> None:
     tokens = torch.randint(320, (2, 12))
     with torch.no_grad():
         assert torch.equal(kept.logits(kept(tokens)), plain.logits(plain(tokens)))
+
+
+with safe_open(PACKED, "pt") as _file:
+    PACKERS = _file.metadata()
+
+
+@pytest.mark.parametrize("kind", PACKERS)
+def test_what_packers_pack_is_what_they_unpack(kind: str, tmp_path: Path) -> None:
+    """Matrices of autoawq 0.2.9, auto-gptq 0.7.1 and compressed-tensors 0.20.1, and what they themselves make of them."""
+    held = {name.removeprefix(f"{kind}."): t for name, t in load_file(PACKED).items() if name.startswith(f"{kind}.")}
+    wanted = held.pop("wanted")
+    save_file(held, tmp_path / "model.safetensors")
+    settings = json.loads(PACKERS[kind])
+    packed_folders.check(settings)
+    found = PackedShards(Shards(tmp_path), settings, CONFIG)
+    assert list(found.specs) == ["proj.weight"] and found.specs["proj.weight"].shape == wanted.shape
+    torch.testing.assert_close(found.read("proj.weight"), wanted, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["awq", "gptq by activation", "int8", "nf4"])
@@ -320,8 +343,13 @@ def test_int4_packs_what_it_reads() -> None:
     ("settings", "message"),
     [
         ({"quant_method": "quark"}, r"finback reads fp8 with weight_block_size \[128, 128\], awq, gptq, "),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv': finback reads gemm"),
-        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "packed as 'gemv': finback reads gemm"),
+        ({"quant_method": "awq", "bits": 4, "format": "gemv_fast"}, "packed as 'gemv_fast': finback reads gemm"),
+        (
+            {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+            "packed as 'marlin': finback reads gptq and",
+        ),
+        ({"quant_method": "gptq", "bits": 3, "format": "gptq_p"}, "packed as 'gptq_p'"),
         ({"quant_method": "gptq", "bits": 5.5}, r"5\.5 bits"),
         (BNB, "no tensor of the files is packed as bitsandbytes packs"),
     ],

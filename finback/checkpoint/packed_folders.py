@@ -171,7 +171,7 @@ class PackedShards(Weights):
         if self.method == "awq":
             return packings.awq(parts["qweight"], parts["qzeros"], parts["scales"])
         if self.method == "gptq":
-            return packings.gptq(parts, self._bits(), self.settings.get("checkpoint_format") == "gptq_v2")
+            return packings.gptq(parts, self._bits(), _form(self.settings) == "gptq_v2")
         if self.method == "bitsandbytes":
             return (parts["weight"], parts["SCB"].float()[:, None] / 127) if "SCB" in parts else parts
         if self.method == "fp8":
@@ -271,10 +271,15 @@ def check(settings: dict[str, Any]) -> None:
         raise UserError(
             "config.json quantization_config", settings, problem, "Use the bf16 or DeepSeek-FP8 weights of this model."
         )
-    if method == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
-        raise _wrong(settings, f"version {settings['version']!r}: finback reads gemm")
-    if method == "gptq" and settings.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
-        raise _wrong(settings, f"checkpoint_format {settings['checkpoint_format']!r}: finback reads gptq and gptq_v2")
+    known = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}.get(str(method), ())
+    if known and (form := _form(settings)) not in known:
+        raise _wrong(settings, f"packed as {form!r}: finback reads {' and '.join(known)}")
+
+
+def _form(settings: dict[str, Any]) -> str:
+    """How words are laid out: AWQ calls it version and GPTQ checkpoint_format, and newer writers of both format."""
+    name, usual = {"awq": ("version", "gemm"), "gptq": ("checkpoint_format", "gptq")}[settings["quant_method"]]
+    return str(settings.get(name) or settings.get("format") or usual).lower()
 
 
 def factored(specs: dict[str, Spec]) -> dict[str, Spec]:
