@@ -14,12 +14,12 @@ from finback.engine.request import SamplingParams
 from finback.kernels import fp8, fp8_hopper, fp8_train, native, reference
 from finback.kernels.fp8_products import Emulated, Operand, Products, round_, round_e5m6, round_tiles
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
-from finback.model.config import TINY
+from finback.model.config import TINY, ModelConfig
 from finback.model.moe import MoE
 from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Transformer
 from finback.train.precision import use_fp8
-from tests.toy import CONFIG, DENSE, backward, toy_model
+from tests.toy import CONFIG, DENSE, V4, backward, toy_model
 
 SHAPES = ((1, 1), (5, 7), (128, 128), (130, 260), (256, 384))
 
@@ -410,11 +410,17 @@ def test_exactly_the_papers_modules_are_in_fp8() -> None:
     assert all(any(h in n for h in high) for n in set(names.values()) - quantized)
 
 
-def test_without_rounding_the_model_is_the_fp32_model() -> None:
+SPARSE = replace(CONFIG, index_topk=4, index_n_heads=4, index_head_dim=8)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SPARSE, replace(V4, vocab_size=320)], ids=["v3", "v3.2", "v4"])
+def test_without_rounding_the_model_is_the_fp32_model(config: ModelConfig) -> None:
+    """V4's experts are clamped at 1, and its groups of heads are projected apart."""
     losses, gradients = [], []
-    for model in (toy_model().train(), use_fp8(toy_model().train(), Exact())):
+    made = [Transformer(replace(config, initializer_range=0.15)).initialise(1).train() for _ in range(2)]
+    for model in (made[0], use_fp8(made[1], Exact())):
         losses.append(backward(model, tokens(2, 12, 320), 0.3, 1e-4).main)
-        gradients.append([p.grad for p in model.parameters()])
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1])
 

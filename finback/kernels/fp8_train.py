@@ -19,6 +19,7 @@ from torch import Tensor
 from finback.kernels import fp8_hopper
 from finback.kernels.fp8_products import Emulated, Operand, Products
 from finback.kernels.moe_gemm import Blocks, layout
+from finback.kernels.swiglu import clamped
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Numerics:
     keep_e5m6: bool = False
     # None: as the device has them
     products: Products | None = None
+    # of SwiGLU, as kernels.swiglu has it
+    limit: float | None = None
 
 
 LINEAR = Numerics()
@@ -97,7 +100,7 @@ class _Fp8SwiGLU(torch.autograd.Function):
         p, rows = products_for(x, numerics), x.flatten(0, -2)
         tiles = p.tiles(rows, numerics.input_power_of_two)
         ctx.numerics, ctx.blocks = numerics, [(0, 0, len(rows))]
-        y, saved = _feed_forward(p, tiles, gate_up[None], down[None], ctx.blocks, x.dtype)
+        y, saved = _feed_forward(p, tiles, (gate_up[None], down[None]), ctx.blocks, x.dtype, numerics.limit)
         ctx.save_for_backward(*saved)
         return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])  # no view: what is returned may get hooks
 
@@ -118,7 +121,7 @@ class _Fp8Experts(torch.autograd.Function):
         order = torch.empty_like(slots).index_copy_(0, slots, torch.arange(n * k, device=x.device))
         # quantized before they are sent, once for all experts
         tiles = tuple(t[order // k] for t in p.tiles(x, numerics.input_power_of_two))
-        sorted_y, saved = _feed_forward(p, tiles, gate_up, down, ctx.blocks, x.dtype)
+        sorted_y, saved = _feed_forward(p, tiles, (gate_up, down), ctx.blocks, x.dtype, numerics.limit)
         y = sorted_y[slots].view(n, k, -1)
         ctx.save_for_backward(slots, order, y, weight, *saved)
         ctx.numerics = numerics
@@ -136,15 +139,15 @@ class _Fp8Experts(torch.autograd.Function):
 
 
 def _feed_forward(
-    p: Products, tiles: Operand, gate_up: Tensor, down: Tensor, blocks: Blocks, dtype: torch.dtype
+    p: Products, tiles: Operand, weights: tuple[Tensor, Tensor], blocks: Blocks, dtype: torch.dtype, limit: float | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows, grouped by expert, through gate_up (e, 2m, d) and down (e, d, m) -> (rows, d), and what backward needs.
 
     SwiGLU's input is kept in FP8 and its output not at all (V3 3.3.3); the forward pass uses it as it was.
     """
-    w_in, w_out = p.blocks(gate_up), p.blocks(down)
+    w_in, w_out = (p.blocks(weight) for weight in weights)
     hidden = _per_expert(p, tiles, w_in, blocks, dtype)
-    gate, up = hidden.chunk(2, dim=-1)
+    gate, up = (hidden if limit is None else clamped(hidden, limit)).chunk(2, dim=-1)
     y = _per_expert(p, p.tiles(F.silu(gate) * up), w_out, blocks, dtype)
     return y, (*tiles, *p.tiles(hidden), *w_in, *w_out)
 
@@ -155,7 +158,9 @@ def _feed_back(
     """From the gradient of the rows' outputs to those of the rows, gate_up and down."""
     each = len(saved) // 4
     tiles, hidden, w_in, w_out = (tuple(saved[i : i + each]) for i in range(0, len(saved), each))
-    gate, up = p.dequantize(hidden).to(grad.dtype).chunk(2, dim=-1)
+    kept = p.dequantize(hidden).to(grad.dtype)
+    inner = kept if numerics.limit is None else clamped(kept, numerics.limit)
+    gate, up = inner.chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
     sent = p.tiles(grad, numerics.gradient_power_of_two)
@@ -165,6 +170,8 @@ def _feed_back(
     d_down = _outer(p, seen, silu * up, blocks, len(w_out[0]), (numerics.gradient_power_of_two, False))
     # silu'(g) = s + silu·(1 - s)
     d_hidden = torch.cat([d_act * up * torch.addcmul(sigmoid, silu, 1 - sigmoid), d_act * silu], dim=-1)
+    if numerics.limit is not None:
+        d_hidden.masked_fill_(inner != kept, 0)
     d_rows = _per_expert(p, p.tiles(d_hidden), _transposed(w_in), blocks, grad.dtype)
     rows = p.dequantize(tiles)
     d_gate_up = _outer(p, d_hidden, rows, blocks, len(w_in[0]), (False, numerics.input_power_of_two))

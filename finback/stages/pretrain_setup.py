@@ -57,7 +57,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     use_recompute(model, stage.recompute).train()
     _use_expert_kernel(stage, run, world, model)
     if stage.compile:
-        _check_compiler(stage, run)
+        _check_compiler(stage, config, run)
         from finback.train import compiling  # seconds of imports that only it needs
 
         compiling.compile_blocks(model)
@@ -92,12 +92,8 @@ def _prepare(stage: "Pretrain", config: ModelConfig, model: Transformer) -> None
     teaches = _teaches_indexers(stage, config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.learns(name) and (teaches or ".indexer." not in name))
-    if config.index_topk or config.attention == "compressed":
-        for knob, refused in (("compile", True), ("compute", "fp8")):
-            if getattr(stage, knob) == refused:
-                raise stage.wrong(knob, "is not for sparse attention", "Leave it out.")
-        if teaches:
-            teach_indexers(model, stage.attends_densely)
+    if teaches and config.index_topk:
+        teach_indexers(model, stage.attends_densely)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +128,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
             raise stage.wrong("layout", "the indexers of a model that has none are drawn on one rank", "Leave it out.")
     precision = _precision(stage, config, run, world)
     if stage.compile:
-        _check_compiler(stage, run)
+        _check_compiler(stage, config, run)
     knobs = {f.name: getattr(stage, f.name) for f in dataclasses.fields(ShardedOptions)} | {"compute": precision}
     options = PretrainingOptions(**knobs, prepare=partial(_prepare, stage, config))
     if stage.probe is not None:
@@ -167,8 +163,10 @@ def _start(stage: "Pretrain", run: StageRun) -> Path:
     return folder
 
 
-def _check_compiler(stage: "Pretrain", run: StageRun) -> None:
-    """UserError where blocks cannot be compiled here."""
+def _check_compiler(stage: "Pretrain", config: ModelConfig, run: StageRun) -> None:
+    """UserError where a model's blocks cannot be compiled, or none here."""
+    if config.index_topk or config.attention == "compressed":
+        raise stage.wrong("compile", "the shapes of sparse attention's parts follow from the data", "Leave it out.")
     from finback.train import compiling  # seconds of imports that only it needs
 
     problem = compiling.why_not()

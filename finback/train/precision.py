@@ -1,5 +1,6 @@
 """What pays on this machine, for this model, decided by timing: bf16, grouped products; and which may be in FP8."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -62,22 +63,25 @@ def use_fp8(model: Transformer, products: Products | None = None) -> Transformer
     """Have a model's linear maps multiply in FP8 from now on, in place, as V3 trains (3.3.1, 3.3.3).
 
     These are the linear maps of attention, the feed-forwards and the experts, those of the MTP module's block included.
-    Embedding, head, routers, norms, attention itself and the MTP projection stay as they are, as do the parameters.
+    Embedding, head, routers, norms, attention itself and the MTP projection stay as they are, as do the parameters; so do indexers
+    and compressors (V4's release has these in BF16).
     The model's own `compute` is the dtype between operators: bf16 as in the paper. `products` is for comparing forms.
     """
     assert all(p.dtype == torch.float32 for p in model.parameters()), "FP8 training needs fp32 masters"
     if model.config.swiglu_alpha is not None:
         raise UserError("compute", "fp8", "experts that have biases do not train in it", "Use bf16.")
+    apart = re.compile(r"\.(indexer|compressor)\.")
     for name, module in model.named_modules():
         if isinstance(module, MoE):
-            assert module.experts is moe_gemm.routed_experts, "experts on several ranks do not train in FP8"
-            module.experts = partial(fp8_train.routed_experts, numerics=replace(ROUTED, products=products))
+            assert "experts" not in vars(module), "experts on several ranks do not train in FP8"
+            numerics = replace(ROUTED, products=products, limit=model.config.swiglu_limit)
+            module.experts = partial(fp8_train.routed_experts, numerics=numerics)
         elif isinstance(module, SwiGLU):
-            recast(module, Fp8SwiGLU).numerics = replace(LINEAR, products=products)
+            recast(module, Fp8SwiGLU).numerics = replace(LINEAR, products=products, limit=module.limit)
         elif isinstance(module, GeGLU):
             for part in (module.gate_up, module.down):
                 recast(part, Fp8Linear).numerics = replace(LINEAR, products=products)
-        elif isinstance(module, Linear) and ".attention." in name:
+        elif isinstance(module, Linear) and ".attention." in name and not apart.search(name):
             numerics = AFTER_ATTENTION if name.endswith(".out") else LINEAR
             recast(module, Fp8Linear).numerics = replace(numerics, products=products)
     return model
@@ -89,7 +93,11 @@ class Fp8Linear(Linear):
     numerics: Numerics
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fp8_train.linear(x, self.weight, self.numerics)
+        if self.groups is None:
+            y = fp8_train.linear(x, self.weight, self.numerics)
+        else:  # tiles along tokens and inputs are a group's own
+            each = zip(x.unbind(-2), self.weight.chunk(self.groups), strict=True)
+            y = torch.cat([fp8_train.linear(part, weight, self.numerics) for part, weight in each], dim=-1)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
