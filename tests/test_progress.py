@@ -90,7 +90,10 @@ def test_a_bar_where_there_is_room_and_no_color_where_none_is_wanted() -> None:
     assert "\x1b" not in in_terminal(code, 100, TERM="dumb")
 
 
-def test_piped_it_is_a_line_every_ten_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_piped_it_is_a_line_every_ten_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finback.runs.progress.time", types.SimpleNamespace(monotonic=lambda: 100.0))
     run = StageRun(tmp_path, "base", 0, types.SimpleNamespace(rank=0, size=2))  # type: ignore[arg-type]
     line = Progress(run, 100, "steps", spent=3600)
     line.began -= 10
@@ -153,7 +156,7 @@ def test_a_table_is_as_wide_as_it_needs_where_nobody_looks(monkeypatch: pytest.M
     assert table([["a", "[b]1[/b] :smile:"]], right=False) == "a  [b]1[/b] :smile:"
 
 
-@pytest.mark.parametrize("columns", [45, 60, 80])
+@pytest.mark.parametrize("columns", [24, 45, 60, 80])
 def test_a_table_is_no_wider_than_the_terminal(columns: int) -> None:
     rows, headers = [[*row, "$0.001", "1.25 s"] for row in ROWS], [*HEADERS, "$/answer", "s/answer"]
     code = f"from finback.runs.terminal import table\nprint(table({rows!r}, {headers!r}))"
@@ -161,4 +164,5 @@ def test_a_table_is_no_wider_than_the_terminal(columns: int) -> None:
     assert all(len(line) <= columns for line in lines)
     words = " ".join(lines).split()
     assert all(word in words for row in rows for cell in row for word in cell.split())
-    assert (lines[0].split()[:2] == ["model", "a"]) == (columns < 80)  # turned on its side
+    assert (lines[0].split()[:2] == ["model", "a"]) == (24 < columns < 80)  # turned on its side
+    assert (lines[0] == "a model") == (columns == 24)  # row by row

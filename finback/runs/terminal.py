@@ -1,7 +1,8 @@
 """What is printed for people: tables of columns, by rich. No torch here."""
 
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 
 from rich.cells import cell_len
@@ -23,14 +24,18 @@ def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = (), indent: in
     """Rows of cells as lines of text, no longer than the terminal is wide; in a file or a pipe as long as they need.
 
     The first column stands to the left, the others to the right unless `right` is False. What is too wide is turned on
-    its side if that makes it narrower, and otherwise goes on in the next line of its column.
+    its side if that makes it narrower, and otherwise goes on in the next line of its column; where not even the words
+    fit, each row becomes lines of its own.
     """
-    cells = [list(row) for row in rows]
+    given = [list(row) for row in rows]
+    cells, named = given, headers
     width = columns() - indent
     if headers and _width([headers, *cells]) > width:
         turned = [list(column) for column in zip(headers, *cells, strict=True)]
         if _width(turned) < _width([headers, *cells]):
             headers, cells = turned[0], turned[1:]
+    if headers and _width([[row[0], *map(_longest_word, row[1:])] for row in (headers, *cells)], 1) > width:
+        return "\n".join(line for row in given for line in _apart(named, row, width, " " * indent))
     gap = GAP if _width([headers or cells[0], *cells]) <= width else 1
     made = Table(box=None, show_header=bool(headers), pad_edge=False, padding=(0, gap, 0, 0), header_style="")
     for place, header in enumerate(headers or cells[0]):
@@ -45,5 +50,17 @@ def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = (), indent: in
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def _width(rows: Sequence[Sequence[str]]) -> int:
-    return sum(max(map(cell_len, column)) + GAP for column in zip(*rows, strict=True)) - GAP
+def _apart(headers: Sequence[str], row: Sequence[str], width: int, margin: str) -> Iterator[str]:
+    """A row as lines: its first cell, and what the others are that hold something."""
+    yield margin + row[0]
+    for header, cell in ((h, c) for h, c in zip(headers[1:], row[1:], strict=True) if c):
+        for place, line in enumerate(textwrap.wrap(f"{header}  {cell}".strip(), max(8, width - 2 * GAP))):
+            yield f"{margin}{' ' * (GAP if place == 0 else 2 * GAP)}{line}"
+
+
+def _longest_word(text: str) -> str:
+    return max(text.split(), key=cell_len, default="")
+
+
+def _width(rows: Iterable[Iterable[str]], gap: int = GAP) -> int:
+    return sum(max(map(cell_len, column)) + gap for column in zip(*rows, strict=True)) - gap
