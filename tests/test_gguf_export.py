@@ -191,6 +191,31 @@ def test_keys_that_change_what_is_computed_are_refused(
         assert load_audited(tmp_path / "m.gguf")[1].holds
 
 
+def test_files_that_hold_no_model_or_scale_twice_are_named(tmp_path: Path) -> None:
+    config = dataclasses.replace(MODELS["qwen3"], num_hidden_layers=1)
+    held = dict(gguf_export.tensors(filled(config)))
+    ones, llamas = torch.ones(6), dict(gguf_export.tensors(filled(MODELS["llama"])))["rope_freqs.weight"]
+    for name, kind, more in (("m", "model", ones), ("twice", "model", llamas), ("lora", "adapter", ones)):
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "qwen3")
+        writer.add_type(kind)
+        for key, value in gguf_export._settings(config, "qwen3").items():
+            gguf_export._add(writer, key, value)
+        for key, tensor in (held | {"rope_freqs.weight": more}).items():
+            writer.add_tensor(key, tensor.detach().contiguous().numpy())
+        for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+            getattr(writer, step)()
+    back, _ = load_audited(tmp_path / "m.gguf")
+    assert isinstance(back.config.rope_scaling, Yarn)  # beside frequencies that are divided by 1
+    (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1")
+    for name, problem in (
+        ("twice", "scales its rotation in 2 ways at once"),
+        ("lora", r"holds no model \(adapter\). Name the model's file; adapters are read as PEFT folders"),
+        ("pointer", "git's pointer to the file"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            load_audited(tmp_path / f"{name}.gguf")
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
 def test_matrices_are_stored_as_asked(kind: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(MODELS["qwen3_moe"], hidden_size=64, moe_intermediate_size=32, head_dim=16)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -83,7 +84,8 @@ def test_a_tied_model_that_stores_its_head_alone(tmp_path: Path) -> None:
     assert audit.holds and torch.equal(ours.embed, theirs.model.embed_tokens.weight)
 
 
-def test_a_file_that_was_saved_after_the_index_is_the_model(tmp_path: Path) -> None:
+def test_a_single_file_counts_before_an_index(tmp_path: Path) -> None:
+    """Whichever was saved last: clones and downloads do not keep the time."""
     first, second = small(0, num_nextn_predict_layers=0), small(1, num_nextn_predict_layers=0)
     export(first, tmp_path / "out", "fp32", shard_bytes=100_000)
     export(second, tmp_path / "new", "fp32")
@@ -91,8 +93,14 @@ def test_a_file_that_was_saved_after_the_index_is_the_model(tmp_path: Path) -> N
     shutil.move(tmp_path / "new/model.safetensors", tmp_path / "out/model.safetensors")
     for file in (tmp_path / "out").glob("model-*.safetensors"):
         file.unlink()
-    (tmp_path / "out/model.safetensors").touch()
-    assert same(load(tmp_path / "out"), second)
+    for age in (0, 1e9):
+        os.utime(tmp_path / "out/model.safetensors", (age, age))
+        os.utime(tmp_path / "out" / INDEX, (1e6, 1e6))
+        assert same(load(tmp_path / "out"), second)
+    raw = json.loads((tmp_path / "out/config.json").read_text()) | {"transformers_weights": "other.safetensors"}
+    (tmp_path / "out/config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"transformers_weights = 'other\.safetensors': finback takes"):
+        load(tmp_path / "out")
 
 
 def test_a_split_gguf_file_is_read_from_its_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,9 @@ def examine(path: Path) -> tuple[Weights, Audit]:
         result.notes.append(f"GGUF, dequantized from {', '.join(file.kinds)}")
         return file, result
     raw = read_config(path)
+    if (named := raw.get("transformers_weights")) is not None:
+        remedy = f"Leave {named} alone in the folder, as model.safetensors, and remove this field."
+        raise UserError("config.json transformers_weights", named, "finback takes the usual files", remedy)
     config, files = model_config(raw), Shards(path)
     if config.swiglu_alpha is not None:
         return _stacked(config, files, raw)

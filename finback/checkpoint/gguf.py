@@ -14,6 +14,7 @@ from torch import Tensor
 from finback.checkpoint.gguf_config import ROTATIONS, raw_config
 from finback.checkpoint.gguf_keys import field
 from finback.checkpoint.gguf_names import PAIRED, StoredPart, pieces
+from finback.checkpoint.places import is_pointer
 from finback.checkpoint.shards import Spec, Weights
 from finback.config import UserError
 from finback.extras import how_to_install
@@ -33,7 +34,12 @@ def open_gguf(path: Path) -> Any:
     if not path.is_file():
         raise UserError("model", str(path), "no such file", "Name a .gguf file.")
     try:
+        if is_pointer(path):
+            problem = "git's pointer to the file, not the file"
+            raise UserError("model", str(path), problem, "Run `git lfs pull` in its folder.")
         return gguf.GGUFReader(path)
+    except UserError:
+        raise
     except PermissionError as error:
         problem = f"cannot be read ({error.strerror})"
         raise UserError("model", str(path), problem, "Give yourself the right to read it.") from None

@@ -47,6 +47,13 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
         )
     get = Get(reader, arch)
     embedding = tensors.get("token_embd.weight")
+    if (kind := field(reader, "general.type", "model")) != "model":
+        remedy = (
+            "Name the model's file; adapters are read as PEFT folders."
+            if kind == "adapter"
+            else "Name the model's file."
+        )
+        raise UserError("model", str(path), f"a GGUF file that holds no model ({kind})", remedy)
     if embedding is None:
         raise UserError("model", str(path), "has no token_embd.weight", "Use a complete file.")
     raw = {
@@ -66,13 +73,11 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
     raw |= _latent(get) if arch == "deepseek2" else _grouped(get, tensors)
     raw |= _windows(get, raw)
     raw |= _of_family(arch, get, raw, tensors)
-    if (scaling := _scaling(get)) is not None:
-        # no key says that the ramp of gpt-oss ends between pairs
-        raw["rope_scaling"] = scaling | ({"truncate": False} if arch == "gpt-oss" else {})
-    if FREQUENCIES in tensors:
-        raw["rope_scaling"] = _llama3(torch.tensor(tensors[FREQUENCIES].data), raw, path)
-    if LONG in tensors and SHORT in tensors:
-        raw["rope_scaling"] = _long(get, tensors)
+    if found := _scalings(get, raw, tensors, path):
+        raw["rope_scaling"], *more = found
+        if more:
+            problem = f"scales its rotation in {len(found)} ways at once"
+            raise UserError("model", str(path), problem, "Use the model's safetensors files.")
     # what may be said again of the sliding layers, or of values
     heads = dict.fromkeys(("value_length", "key_length_swa", "value_length_swa"), raw.get("head_dim"))
     repeated = {f"attention.{name}": width for name, width in heads.items()} | {"rope.freq_base_swa": raw["rope_theta"]}
@@ -175,6 +180,19 @@ def _latent(get: Get) -> dict[str, Any]:
         "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy",
         "num_nextn_predict_layers": 0,
     }
+
+
+def _scalings(get: Get, raw: dict[str, Any], tensors: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """How the file scales its rotation: by keys, and by tensors."""
+    found = []
+    if (scaling := _scaling(get)) is not None:
+        # no key says that the ramp of gpt-oss ends between pairs
+        found.append(scaling | ({"truncate": False} if get.arch == "gpt-oss" else {}))
+    if FREQUENCIES in tensors and not (tensors[FREQUENCIES].data == 1).all():
+        found.append(_llama3(torch.tensor(tensors[FREQUENCIES].data), raw, path))
+    if LONG in tensors and SHORT in tensors:
+        found.append(_long(get, tensors))
+    return found
 
 
 def _scaling(get: Get) -> dict[str, Any] | None:

@@ -240,8 +240,7 @@ def _kept(
     if isinstance(found, Mxfp4):
         return None if columns % MXFP4_BLOCK else (MXFP4, found.values, found.scale)
     if isinstance(found, Grouped):
-        fits = found.group is None and not columns % 2 and int(found.q.max()) < 16
-        if not fits or columns % found.scale.size(1):
+        if found.group is not None or columns % 2 or int(found.q.max()) > 15 or columns % found.scale.size(1):
             return None
         q = found.q.to(torch.uint8)
         return INT4, q[:, ::2] << 4 | q[:, 1::2], torch.stack([found.scale, found.zero], dim=-1)
@@ -271,7 +270,7 @@ def check(settings: dict[str, Any]) -> None:
         raise UserError(
             "config.json quantization_config", settings, problem, "Use the bf16 or DeepSeek-FP8 weights of this model."
         )
-    known = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}.get(str(method), ())
+    known = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}.get(method, ())
     if known and (form := _form(settings)) not in known:
         raise _wrong(settings, f"packed as {form!r}: finback reads {' and '.join(known)}")
 

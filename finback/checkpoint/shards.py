@@ -72,7 +72,9 @@ class Shards(Weights):
 
     def __init__(self, folder: Path) -> None:
         self.specs: dict[str, Spec] = {}
-        indexed = _read_index(folder / INDEX) if _is_current(folder / INDEX) else {}
+        # a single file counts before an index, whichever is newer, as in transformers
+        is_indexed = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
+        indexed = _read_index(folder / INDEX) if is_indexed else {}
         if folder.is_file():
             self.files = [folder]
         elif indexed:
@@ -173,12 +175,6 @@ def _check(file: Path) -> None:
         raise UserError("weights", str(file), problem, "Give yourself the right to read it.") from None
     except (SafetensorError, OSError) as error:
         raise UserError("weights", str(file), f"not a whole safetensors file ({error})", "Download it again.") from None
-
-
-def _is_current(index: Path) -> bool:
-    """Whether an index is there and no newer single file beside it, which is then what was saved last."""
-    single = index.with_name(SINGLE)
-    return index.is_file() and not (single.is_file() and single.stat().st_mtime_ns > index.stat().st_mtime_ns)
 
 
 def _read_index(path: Path) -> dict[str, str]:
