@@ -1,6 +1,6 @@
 """The verbs of the command line for Python and notebooks: `finback.run`, `finback.plan` and `finback.compare`.
 
-No torch here until one of them is called.
+Does not import torch until one of them is called.
 """
 
 import os

@@ -1,7 +1,7 @@
 """The command line: help, run, plan, show, doctor, chat, serve, watch, verify, compare, export, docs, track.
 
-Progress and prose go to stderr, results to stdout. Exit codes: 0 done, 2 the user's mistake (one line, no
-traceback), 130 interrupted (run the same command to continue). Only this file reads the environment, and
+Progress and messages go to stderr, results to stdout. Exit codes: 0 success, 2 user error (one line, no traceback),
+130 interrupted (the same command continues the run). Environment variables are read only here and in
 kernels/native.py, which looks for a compiler.
 """
 
@@ -36,9 +36,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def main() -> None:
-    """Run a command; turn every foreseen failure into one line and an exit code."""
+    """Runs a command and turns every foreseen failure into one line and an exit code."""
     front_page.open_streams()
-    if "RANK" in os.environ:  # until the run can stop at a safe point
+    if "RANK" in os.environ:  # until the run installs its own handler, which stops at a safe point
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
@@ -57,17 +57,17 @@ def main() -> None:
             raise
         code = _fail(text)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # click's own complaints about the command line
+        if not hasattr(error, "format_message"):  # click's errors about the command line have it
             raise
         code = _fail(front_page.complaint(error))
     _end(code or 0)
 
 
 def _end(code: int) -> None:
-    """Leave with an exit code; one rank of several leaves without taking the interpreter down first.
+    """Exits with a code. One rank of several skips the shutdown of the interpreter.
 
-    The threads of an ended process group may still hold tensors. Freeing one while the interpreter is going ends the
-    whole process by signal 6, after all its work is done and on disk.
+    Threads of a finished process group may still hold tensors. Freeing one during interpreter shutdown aborts the process
+    with signal 6, although all its work is done and on disk.
     """
     if "RANK" not in os.environ:
         sys.exit(code)
@@ -92,7 +92,7 @@ def version(
 @app.command("help")
 def help_(
     context: typer.Context,
-    command: Annotated[str, typer.Argument(metavar="COMMAND", help="What to explain; all commands without one.")] = "",
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help="What to explain; default: all commands.")] = "",
 ) -> None:
     """Explain a command, or list them all."""
     print(front_page.explained(context, command))
@@ -104,12 +104,12 @@ def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/tiny.py.")],
     runs: Annotated[Path, "Folder that holds the run folders."] = Path("runs"),
     settings: Settings = (),
-    seed: Annotated[int, "Seed of everything random."] = 0,
+    seed: Annotated[int, "Seed of all random numbers."] = 0,
     ranks: Annotated[int, "Processes; 0 means one per GPU or, without any, per core."] = 0,
-    ray: Annotated[str, "Where fleets find Ray, e.g. auto or HOST:6379; else what they say."] = "",
+    ray: Annotated[str, "Ray's address for all fleets, e.g. auto or HOST:6379; default: the recipe's."] = "",
     as_json: Json = False,
 ) -> None:
-    """Run a recipe, or continue it: finished stages are kept, an interrupted one resumes."""
+    """Run a recipe, or continue it: finished stages are reused, an interrupted stage resumes."""
     plan = on_ray(recipes.load(recipe, settings), ray)
     root = runs / plan.name
     try:
@@ -128,7 +128,7 @@ def run(
 @app.command()
 @with_options
 def plan(options: PlanOptions, as_json: Json = False) -> None:
-    """Say what a run will take before it starts: layout, memory, time, money, energy, and where each number is from."""
+    """Estimate a run before it starts: layout, memory, time, money and energy, with the source of each number."""
     from finback.planner import calibration_file, command
 
     path = options.calibration or calibration_file.default_path(os.environ)
@@ -144,18 +144,18 @@ def plan(options: PlanOptions, as_json: Json = False) -> None:
 @with_options
 def show(
     what: Annotated[
-        str, typer.Argument(metavar="RUN|RECIPE|NAME", help="A run folder, a recipe file, or what stands in a recipe.")
+        str, typer.Argument(metavar="RUN|RECIPE|NAME", help="A run folder, a recipe file, or the name of a class.")
     ],
     settings: Settings = (),
     samples: Annotated[
         bool, typer.Option("--samples", help="Show the model's answers in RL, and their rewards.")
     ] = False,
-    stage: Annotated[str, "With --samples: of this stage alone."] = "",
-    step: Annotated[int, "With --samples: of this step; else first, middle, last."] = 0,
+    stage: Annotated[str, "With --samples: only this stage."] = "",
+    step: Annotated[int, "With --samples: only this step; default: the first, a middle and the last one."] = 0,
     count: Annotated[int, "With --samples: questions per step."] = 2,
     as_json: Json = False,
 ) -> None:
-    """Show a run's results or samples, a recipe's knobs, or those of anything that stands in one (GRPO, Questions, …)."""
+    """Show a run's results or samples, or the knobs of a recipe or of anything in one (GRPO, Questions, …)."""
     from finback.report import show as report
 
     if samples:
@@ -168,7 +168,7 @@ def show(
 @app.command()
 @with_options
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine and installation can do, what is missing, and how to get it."""
+    """Report what this machine and installation can do, what is missing, and how to install it."""
     from finback.report import doctor as report
 
     _print(*report.report(os.environ), as_json)
@@ -177,7 +177,7 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 @with_options
 def chat(options: ChatOptions, as_json: Json = False) -> None:
-    """Chat with a model: one line a turn, thinking dimmed. /new forgets the dialogue, /help names more, Ctrl-D ends it."""
+    """Chat with a model: one line a turn, thinking dimmed. /new starts a new dialogue, /help lists more, Ctrl-D quits."""
     from finback.report.chat import loop
 
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
@@ -187,7 +187,7 @@ def chat(options: ChatOptions, as_json: Json = False) -> None:
 @app.command()
 @with_options
 def serve(options: ServeOptions) -> None:
-    """Serve a model with OpenAI's and DeepSeek's API, on this machine alone unless --host names another address."""
+    """Serve a model with OpenAI's and DeepSeek's API; reachable from this machine only, unless --host names another address."""
     from finback.serve import server
 
     server.run(replace(options, api_key=os.environ.get("FINBACK_API_KEY", "")), _planned)
@@ -196,7 +196,7 @@ def serve(options: ServeOptions) -> None:
 @app.command()
 @with_options
 def watch(options: WatchOptions) -> None:
-    """Watch runs in a browser: stages, curves, and what the model says as it learns. Reads run folders only."""
+    """Watch runs in a browser: stages, curves, and the model's answers as it learns. It only reads run folders."""
     from finback.serve import watch as page
 
     page.run(replace(options, api_key=os.environ.get("FINBACK_API_KEY", "")), _planned)
@@ -205,7 +205,7 @@ def watch(options: WatchOptions) -> None:
 @app.command()
 @with_options
 def verify(options: VerifyOptions, as_json: Json = False) -> None:
-    """Check a checkpoint against its config, its closed form and transformers; exit code 1 unless all holds."""
+    """Check a checkpoint against its config, its closed form and transformers; exit code 1 unless every check passes."""
     from finback.report import verify as report
 
     card = report.verify(options.folder, options.against, options.max_kl)
@@ -215,7 +215,7 @@ def verify(options: VerifyOptions, as_json: Json = False) -> None:
     except OSError as error:
         if options.out is not None:
             raise
-        print(f"the card was not written to {options.card}: {error.strerror}; name a place with --out", file=sys.stderr)
+        print(f"the card was not written to {options.card}: {error.strerror}; set another --out", file=sys.stderr)
     if not card.holds:
         raise typer.Exit(1)
 
@@ -223,16 +223,16 @@ def verify(options: VerifyOptions, as_json: Json = False) -> None:
 @app.command(cls=comparing.Spread)
 @with_options
 def compare(options: comparing.CompareOptions, as_json: Json = False) -> None:
-    """Ask models the same questions: scores with intervals, which differences are significant, and what an answer costs.
+    """Ask models the same questions: scores with intervals, significant differences, and the cost of an answer.
 
-    Answers are kept in --out, and the same command asks only what is missing. Exit code 1 if requests failed for good.
+    Answers are stored in --out; the same command asks only what is missing. Exit code 1 if some requests failed for good.
     """
     from finback.comparison.compare import run
 
     report, text, complete = run(options, os.environ)
     _print(report, text, as_json)
     if not complete:
-        print("some requests failed; the same command asks them again", file=sys.stderr)
+        print("some requests failed; run the same command to retry them", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -251,7 +251,7 @@ def export(options: ExportOptions, as_json: Json = False) -> None:
 @app.command()
 @with_options
 def docs(options: DocsOptions, as_json: Json = False) -> None:
-    """Write what a model's maker owes the public, from a run's records: report, card, EU forms, bills of materials."""
+    """Write the documents that a model's maker must publish, from a run's records: report, card, EU forms, bills of materials."""
     from finback.report.docs import command, questionnaire
 
     if options.questions:
@@ -266,18 +266,18 @@ def docs(options: DocsOptions, as_json: Json = False) -> None:
 @app.command()
 @with_options
 def track(options: TrackOptions, as_json: Json = False) -> None:
-    """Send a run's curves to another viewer, while it goes on or afterwards."""
+    """Send a run's curves to another viewer, during the run or afterwards."""
     from finback.report import track as report
 
     sent = report.track(options.run, options.to, options.out, options.follow)
-    text = f"{sum(sent.values()):,} lines of {len(sent)} stages sent to {options.to}"
+    text = f"{sum(sent.values()):,} rows of {len(sent)} stages sent to {options.to}"
     if options.to == "tensorboard":
-        text += f"\nLook at them: tensorboard --logdir {options.out}"
+        text += f"\nView them: tensorboard --logdir {options.out}"
     _print({"to": options.to, "lines": sent}, text, as_json)
 
 
 def _beside_plan(root: Path) -> tuple[dict[str, Any], str]:
-    """What a run took beside what it was to take, as JSON values and as text."""
+    """Plan and actual of a run, as JSON values and as text."""
     from finback.planner import calibration_file, plan_vs_actual
 
     beside = plan_vs_actual.plan_and_actual(root, calibration_file.default_path(os.environ))
@@ -285,7 +285,7 @@ def _beside_plan(root: Path) -> tuple[dict[str, Any], str]:
 
 
 def _planned(root: Path) -> dict[str, dict[str, float]]:
-    """What a run's stages were to take, for the page."""
+    """The planned costs of a run's stages, for the page."""
     from finback.planner import calibration_file, plan_vs_actual
 
     return plan_vs_actual.planned(root, calibration_file.default_path(os.environ))

@@ -1,4 +1,4 @@
-"""The one HTTP client: JSON goes to a server, its reply comes back whole or as a stream of events. No torch here.
+"""The one HTTP client: JSON goes to a server, its reply comes back whole or as a stream of events. Does not import torch.
 
 No proxies and no redirects: a request and its key go to the address that was named, and nowhere else. The key stands
 in no error. httpx is imported by the first client, because it takes longer than all else that a command starts with.

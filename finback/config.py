@@ -1,7 +1,7 @@
 """Knobs: type-checked dataclasses, `--set` overrides, and the one error a user sees.
 
 Every stage and model is a frozen dataclass; this file turns text into field values, refuses what does not
-fit, and says what would. No torch here: `finback show` and bad input must answer at once.
+fit, and says what would. Does not import torch: `finback show` and bad input must answer at once.
 """
 
 import dataclasses

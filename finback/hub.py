@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub by the package `datasets`: their rows, and at which commit they stand. No torch here."""
+"""Data sets of the Hugging Face hub, read with the package `datasets`: their rows and their commit. Does not import torch."""
 
 import hashlib
 import re
@@ -20,33 +20,33 @@ class HubRows:
     name: str
     subset: str = ""
     split: str = "train"
-    # a commit, a tag or a branch; "" is what stands behind @, else the newest
+    # a commit, tag or branch; "": what follows the @ in the name, else the newest commit
     revision: str = ""
-    # read instead of what the data set says of itself
+    # data files to read instead of those that the data set declares
     files: str = ""
 
     def load(self, field: str) -> Any:
-        """The rows in order; UserError about `field` where the hub or the cache does not give them."""
+        """All rows in order. Raises UserError about `field` if neither the hub nor the cache has them."""
         datasets, (name, revision) = self._library(field), self.named()
         subset, files = self.subset or None, self.files or None
         try:
             rows = datasets.load_dataset(name, subset, split=self.split, revision=revision, data_files=files)
-        except Exception as error:  # the package raises its own, those of the hub, of HTTP and of the file system
+        except Exception as error:  # `datasets` raises its own errors and those of the hub, HTTP and the file system
             reason = " ".join(str(error).split())[:300]
             problem = f"the hub did not give subset {self.subset!r}, split {self.split!r}: {reason}"
             raise UserError(field, self.name, problem, _REMEDY) from None
         made = getattr(rows, "cache_files", ())
         commit = Path(made[0]["filename"]).parent.name if made else ""
         pinned = _COMMIT.fullmatch(revision or "") and _COMMIT.fullmatch(commit)
-        if pinned and revision != commit:  # without a network the package takes the newest commit that it has
-            problem = f"the cache has commit {commit[:12]} of it, not {str(revision)[:12]}"
-            raise UserError(field, self.name, problem, "Go online once, or name the commit that you have.")
+        if pinned and revision != commit:  # offline, the package silently uses the newest cached commit
+            problem = f"the cache has commit {commit[:12]}, not {str(revision)[:12]}"
+            raise UserError(field, self.name, problem, "Go online once, or name the cached commit.")
         return rows
 
     def version(self) -> str:
-        """What tells whether the rows are others than they were: "commit …", or a folder's SHA-256; "" where neither can be told.
+        """A string that changes when the rows change: "commit …", or a folder's SHA-256; "" if neither is known.
 
-        Without a network it is the commit in the cache, which is the one that would be read.
+        Offline this is the cached commit, which is also the one that would be read.
         """
         if Path(self.name).is_dir():
             return _digest(Path(self.name))
@@ -56,12 +56,12 @@ class HubRows:
             builder = datasets.load_dataset_builder(
                 name, self.subset or None, revision=revision, data_files=self.files or None
             )
-        except Exception:  # whoever reads the rows says what is wrong
+        except Exception:  # `load` reports what is wrong
             return ""
         return f"commit {builder.hash}" if builder.hash else ""
 
     def named(self) -> tuple[str, str | None]:
-        """The name for the package, and the revision."""
+        """The name that the package expects, and the revision."""
         if Path(self.name).exists():
             return self.name, self.revision or None
         name, _, revision = self.name.partition("@")
@@ -77,7 +77,7 @@ class HubRows:
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 of the names and contents of a folder's files, hidden ones left out."""
+    """SHA-256 over the names and contents of a folder's files, without hidden ones."""
     whole = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

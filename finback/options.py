@@ -1,7 +1,7 @@
-"""Options of the verbs as dataclasses: defaults, help and checks in one place, and the command line made of them.
+"""Options of the commands as dataclasses: defaults, help and checks in one place. The command line is built from them.
 
-A field whose annotation carries a help text, a `typer.Option` or a `typer.Argument` is also an option of the command. No
-torch here.
+A field is an option of the command if its annotation carries a help text, a `typer.Option` or a `typer.Argument`.
+This file does not import torch.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from finback.config import UserError, check_fields, did_you_mean
 
 Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "int8", "kept"],
-    "auto, fp32, bf16, int8 (weights alone, rounded), or kept (weights as a GGUF file or packed folder has them).",
+    "auto, fp32, bf16, int8 (weights only, rounded), or kept (weights as a GGUF file or packed folder stores them).",
 ]
 Settings = Annotated[
     tuple[str, ...], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")
@@ -26,7 +26,7 @@ Settings = Annotated[
 
 
 def check_names(options: type["Options"], given: Iterable[str]) -> None:
-    """UserError for the first name that is not one of the options."""
+    """Raises UserError for the first name that is not an option."""
     known = [field.name for field in dataclasses.fields(options)]
     for name in given:
         if name not in known:
@@ -35,7 +35,7 @@ def check_names(options: type["Options"], given: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of all options. Lists become tuples and texts become paths where a field is annotated so."""
+    """Base class of all options. Lists become tuples and strings become paths where the annotation says so."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -50,7 +50,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer: in place of a parameter that is an Options class it takes one for each of its options."""
+    """Wraps a command for typer: each parameter that is an Options class becomes one parameter per option."""
     parameters: list[inspect.Parameter] = []
     made_of: dict[str, tuple[type[Options], list[str]]] = {}
     hints = get_type_hints(command, include_extras=True)
@@ -76,7 +76,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
-    """An annotated parameter with a type that typer knows."""
+    """A parameter whose annotation typer understands."""
     kind, more = get_args(hint)
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
@@ -86,7 +86,7 @@ def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
 
 
 def _for_typer(hint: Any) -> Any:
-    """Texts for a Literal, which the class checks with a better message, and a list for a tuple of any length."""
+    """str for a Literal, because the dataclass checks it with a better message; list for a tuple of any length."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return str

@@ -1,6 +1,7 @@
-"""Files to lines, paragraphs and records, one at a time: text, JSON, tables and parquet, plain or compressed. No torch here.
+"""Reads files as streams of lines, paragraphs and records: text, JSON, tables and parquet, plain or compressed.
 
-Training text, SFT's dialogues and questions with answers are all read here; what their records hold is for their readers to say.
+Training text, dialogues for SFT and questions with answers are all read here. The callers interpret the records.
+Does not import torch.
 """
 
 import csv
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 from finback.config import UserError
 from finback.extras import how_to_get
 
-# what holds records and no plain text
+# file types that hold records, not plain text
 RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 _BLANK_LINES = re.compile(r"\s*\n")
@@ -27,24 +28,24 @@ _BLANK_LINES = re.compile(r"\s*\n")
 
 @dataclass
 class BytesRead:
-    """How many bytes of a source's files have been read, for showing progress."""
+    """Counts the bytes read from a source's files, for a progress display."""
 
     count: float = 0
 
 
 def kind(path: Path) -> str:
-    """The ending that says what a file holds: .jsonl for all of a.jsonl, a.JSONL, a.ndjson, a.jsonl.gz and a.jsonl.zst."""
+    """The normalized suffix of a file: .jsonl for a.jsonl, a.JSONL, a.ndjson, a.jsonl.gz and a.jsonl.zst."""
     ending = (Path(path.stem).suffix if is_compressed(path) else path.suffix).lower()
     return ".jsonl" if ending == ".ndjson" else ending
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the name says so."""
+    """Whether the file name has a suffix of compression."""
     return path.suffix.lower() in COMPRESSED
 
 
 def lines(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterator[str]:
-    """Lines of a UTF-8 file without their newlines; UserError for what is empty, not text or damaged."""
+    """Lines of a UTF-8 file without newlines. Raises UserError if the file is empty, damaged or not text."""
     bytes_read = bytes_read or BytesRead()
     before, position, blank = bytes_read.count, 0, True
     with _opened(path, where) as (handle, raw):
@@ -61,10 +62,10 @@ def lines(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterat
 def records(
     path: Path, where: str, bytes_read: BytesRead | None = None, fields: Collection[str] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """A file's records and where each stands, such as a.jsonl:12; a UserError in place of one that cannot be read.
+    """Each record of a file with its location, such as a.jsonl:12; a UserError in place of a record that cannot be read.
 
-    `fields` are those that the records are read for, none: all. Columns of parquet that are not among them are not read, and an
-    object in a .json file that has one of them is a record, though it holds a list of objects too.
+    `fields` names the fields that the caller reads; empty means all. Other parquet columns are not read. An object in a
+    .json file that has one of these fields is one record, even if it also holds a list of objects.
     """
     count = 0
     for each in _records(path, where, bytes_read, fields):
@@ -94,12 +95,12 @@ def _json_lines(path: Path, given: Iterable[str]) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:  # also too deep, or a number of too many digits
+            except (ValueError, RecursionError) as error:  # nested too deep, a number too long
                 yield f"{path}:{number}", _no_json(line, error, "Write one JSON object per line.")
 
 
 def _json_list(path: Path, where: str, text: str, fields: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """The objects of a list, or of the one list in an object; JSON lines under this name are read as such."""
+    """The objects of a JSON list, or of the only list in a JSON object. Falls back to JSON lines."""
     begin = text[:1000].lstrip()[:1]
     if begin != "[":
         try:
@@ -127,7 +128,7 @@ def _json_list(path: Path, where: str, text: str, fields: Collection[str]) -> It
         place += text[place] == ","
         yield f"{path}:{line}", record
     if text[place : place + 1] != "]" or text[place + 1 :].strip():
-        problem = "the list of records does not end, or something stands behind it"
+        problem = "the list of records is not closed, or text follows it"
         raise UserError(where, str(path), problem, "Correct the file, or leave it out.")
 
 
@@ -136,7 +137,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _skip(text: str, place: int) -> int:
-    """Where the next character that is no white space stands."""
+    """The position of the next character that is not whitespace."""
     while text[place : place + 1].isspace():
         place += 1
     return place
@@ -147,8 +148,8 @@ def _no_json(text: str, error: Exception, remedy: str, where: str = "record") ->
 
 
 def _table(path: Path, given: Iterable[str], separator: str) -> Iterator[tuple[str, Any]]:
-    """Rows by the names of their columns; semicolons are found by themselves."""
-    csv.field_size_limit(1 << 30)  # chains of thought are longer than csv allows by default
+    """Rows as dicts keyed by column name. The separator may also be a semicolon, which is detected."""
+    csv.field_size_limit(1 << 30)  # chains of thought exceed csv's default limit
     numbered = (f"{line}\n" for line in given)
     head = next(numbered, "")
     separator = ";" if separator not in head and ";" in head else separator
@@ -156,7 +157,7 @@ def _table(path: Path, given: Iterable[str], separator: str) -> Iterator[tuple[s
     try:
         names = reader.fieldnames or ()
         if len({*names}) < len(names):
-            raise UserError(f"{path}:1", head[:60], "two columns have one name", "Rename one of them.")
+            raise UserError(f"{path}:1", head[:60], "two columns have the same name", "Rename one of them.")
         for row in reader:
             at = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
@@ -169,10 +170,10 @@ def _table(path: Path, given: Iterable[str], separator: str) -> Iterator[tuple[s
 
 
 def paragraphs(given: Iterable[str]) -> Iterator[str]:
-    """Texts between blank lines."""
+    """Blocks of text between blank lines."""
     part: list[str] = []
     for line in given:
-        line = line.removesuffix("\r")  # of a file from Windows
+        line = line.removesuffix("\r")  # files from Windows end lines with \r\n
         if line:
             part.append(line)
         elif part:
@@ -182,7 +183,7 @@ def paragraphs(given: Iterable[str]) -> Iterator[str]:
 
 
 def trim(text: str) -> str:
-    """A text without blank lines and spaces around it; the indentation of the first of several lines stays."""
+    """Strips blank lines and spaces around a text; the indentation of the first of several lines stays."""
     text = text.rstrip()
     if "\n" not in text:
         return text.strip()
@@ -191,7 +192,7 @@ def trim(text: str) -> str:
 
 
 def _parquet(path: Path, where: str, bytes_read: BytesRead | None, fields: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet file as records, a thousand in memory; of columns that are not read for themselves None is left out."""
+    """Rows of a parquet file, 1000 in memory at a time. Without `fields`, columns that are None are left out of a row."""
     bytes_read = bytes_read or BytesRead()
     before, size, done = bytes_read.count, path.stat().st_size, 0
     arrow = _pyarrow(path, where)
@@ -199,7 +200,7 @@ def _parquet(path: Path, where: str, bytes_read: BytesRead | None, fields: Colle
         table = arrow.parquet.ParquetFile(arrow.BufferReader(content(path, where)) if is_compressed(path) else path)
         columns = [name for name in table.schema_arrow.names if name in fields]
         for batch in table.iter_batches(1000, columns=columns or None):
-            for row in batch.to_pylist():  # what a row has not, its columns hold as None
+            for row in batch.to_pylist():  # a field that a row lacks is None
                 yield {name: _whole(value) for name, value in row.items() if not fields or value is not None}
             done += batch.num_rows
             bytes_read.count = before + size * done / table.metadata.num_rows
@@ -208,7 +209,7 @@ def _parquet(path: Path, where: str, bytes_read: BytesRead | None, fields: Colle
 
 
 def _whole(value: Any) -> Any:
-    """A whole number that a column of floats holds, as pandas makes them where a value is missing."""
+    """Converts a float that is whole to int: pandas stores int columns with missing values as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
 
 
@@ -224,7 +225,7 @@ def _pyarrow(path: Path, where: str) -> Any:
 
 @contextmanager
 def _opened(path: Path, where: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The bytes of a file, and the file on the disk that they come from."""
+    """A reader of a file's decompressed bytes, and the underlying file on disk."""
     with _open(path, where) as raw:
         if path.suffix.lower() == ".gz":
             with gzip.open(raw) as handle:
@@ -251,7 +252,7 @@ def _next(handle: BinaryIO, path: Path, where: str) -> bytes:
 
 
 def content(path: Path, where: str) -> bytes:
-    """A file's bytes, unpacked."""
+    """A file's bytes, decompressed."""
     try:
         with _opened(path, where) as (handle, _):
             return handle.read()
@@ -260,12 +261,12 @@ def content(path: Path, where: str) -> bytes:
 
 
 def _not_whole(path: Path, where: str, error: Exception) -> UserError:
-    packed = {".gz": "not a whole gzip file: ", ".zst": "not a whole zstd file: "}
+    packed = {".gz": "not a complete gzip file: ", ".zst": "not a complete zstd file: "}
     return damaged(path, where, error, packed.get(path.suffix.lower(), ""))
 
 
 def damaged(path: Path, where: str, error: Exception, what: str = "") -> UserError:
-    """What is said of a file that does not hold what its name says."""
+    """The error for a file whose content does not match its type."""
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return UserError(where, str(path), f"damaged ({what}{reason})", "Download it again or leave it out.")
 

@@ -52,7 +52,7 @@ def walk(repository: str, folder: Path, quick: bool) -> list[dict[str, Any]]:
         if done.returncode:
             raise SystemExit(f"{command}: exit code {done.returncode}")
         after = size(folder)
-        shown = command.replace(settings, "...") if settings else command.replace(repository, "REPOSITORY")
+        shown = command.replace(settings or "\0", "...").replace(repository, "REPOSITORY")
         found.append({"step": name, "command": shown, "seconds": round(seconds, 1), "bytes": after - before})
         before = after
     found[-1]["answer"] = done.stdout.strip()
@@ -63,13 +63,17 @@ def main() -> None:
     from record import machine
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repository", default=str(ROOT))
+    parser.add_argument("--repository", default=str(ROOT), help="a path or a URL that git can clone")
     parser.add_argument("--folder", type=Path, help="an empty folder; default a temporary one")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/newcomer.json")
     asked = parser.parse_args()
+    local = Path(asked.repository).resolve()  # git runs in another folder
+    repository = str(local) if local.exists() else asked.repository
     with tempfile.TemporaryDirectory() as temporary:
-        steps = walk(asked.repository, asked.folder or Path(temporary), asked.quick)
+        folder = (asked.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = walk(repository, folder, asked.quick)
     report = {
         "benchmark": "newcomer",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

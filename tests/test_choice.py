@@ -131,9 +131,9 @@ def test_choices_that_speak_of_places_stay(last: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"choices": CITIES, "answer": "E"}, r"a\.jsonl:1 answer = 'E': names none of the choices.*place from 0"),
-        ({"choices": CITIES, "answer": 4}, r"answer = 4: names none"),
-        ({"choices": CITIES, "answer": -1}, r"answer = -1: names none"),
+        ({"choices": CITIES, "answer": "E"}, r"a\.jsonl:1 answer = 'E': is none of the choices.*index from 0"),
+        ({"choices": CITIES, "answer": 4}, r"answer = 4: is none"),
+        ({"choices": CITIES, "answer": -1}, r"answer = -1: is none"),
         ({"choices": ["B", "A"], "answer": "A"}, r"answer = 'A': could be a letter or a text"),
         ({"choices": CITIES}, r"a\.jsonl:1 = 'answer': the record has no such field. Known: choices, question"),
         ({"answer": "A"}, r"a\.jsonl:1 = 'choices': the record has no such field"),

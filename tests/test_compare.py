@@ -495,7 +495,7 @@ def test_failures_end_with_code_1(catalogue: list[Any], tmp_path: Path) -> None:
             "--endpoint", f"{fake.url}#m", "--tasks", "sums", "--problems", 3, "--samples", 1, "--out", tmp_path
         )
     assert result.exit_code == 1 and "3 answers failed" in result.stdout
-    assert "asks them again" in result.output
+    assert "to retry them" in result.output
 
 
 def test_published_alone_needs_no_model(catalogue: list[Any], tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_changed_file_is_refused_when_a_run_goes_on(tmp_path: Path) -> None:
         begin(runs / name, stage)
         path.write_text(LINE.replace("9", "8"))
         with pytest.raises(
-            UserError, match=rf"^reads\.{knob} = 'sha256 .*': the content is another than .* delete that"
+            UserError, match=rf"^reads\.{knob} = 'sha256 .*': the content has changed since .* delete that"
         ):
             begin(runs / name, stage)
         path.write_text(LINE)
@@ -89,7 +89,7 @@ def test_a_data_set_of_the_hub_that_moved_is_refused(tmp_path: Path, monkeypatch
     commits[0] = None
     begin(tmp_path / "runs", stages)
     commits[0] = "b" * 40
-    text = r"^reads\.task\.source = 'commit b{12}': the content is another than .*reads was made with, commit a{12}\."
+    text = r"^reads\.task\.source = 'commit b{12}': the content has changed since .*reads was made, commit a{12}\."
     with pytest.raises(UserError, match=text):
         begin(tmp_path / "runs", stages)
 
@@ -113,7 +113,7 @@ def test_a_folder_read_as_a_data_set_is_known_by_its_files(tmp_path: Path, monke
     (folder / "train.jsonl").write_text(LINE.replace("9", "8"))
     assert not prepare.claim([source]), "what an interrupted call made of other rows is not gone on with"
     assert [document.messages[1].content for document in source.documents()] == ["8"]
-    with pytest.raises(UserError, match=r"^reads\.text\.0\.path = 'sha256 .*': the content is another than"):
+    with pytest.raises(UserError, match=r"^reads\.text\.0\.path = 'sha256 .*': the content has changed since"):
         begin(tmp_path / "runs", Reads(name="reads", text=(source,)))
 
 
@@ -121,7 +121,7 @@ def test_another_commit_than_was_asked_for_is_refused(monkeypatch: pytest.Monkey
     rows = types.SimpleNamespace(cache_files=[{"filename": f"/cache/a___b/default/0.0.0/{'c' * 40}/b-train.arrow"}])
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: rows))
     assert HubRows("a/b@main").load("x") is HubRows("a/b@" + "c" * 40).load("x") is rows
-    with pytest.raises(UserError, match=r"^x = 'a/b@d+': the cache has commit c{12} of it, not d{12}\."):
+    with pytest.raises(UserError, match=r"^x = 'a/b@d+': the cache has commit c{12}, not d{12}\."):
         HubRows("a/b@" + "d" * 40).load("x")
 
 
@@ -178,7 +178,7 @@ def test_a_changed_checker_is_refused_when_a_run_goes_on(before: str, after: str
     if not refused:
         begin(tmp_path / "runs", *again)
         return
-    with pytest.raises(UserError, match=rf"^{refused} = 'sha256 .*': the content is another than"):
+    with pytest.raises(UserError, match=rf"^{refused} = 'sha256 .*': the content has changed since"):
         begin(tmp_path / "runs", *again)
 
 

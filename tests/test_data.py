@@ -149,19 +149,16 @@ def test_a_json_line_ends_only_at_a_newline(odd: str, tmp_path: Path) -> None:
     [
         ('{"text": "a"', "not JSON (Expecting ',' delimiter). Write one JSON object per line."),
         ("hello", "not JSON (Expecting value). Write one JSON object per line."),
-        ('{"words": "a"}', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
-        ('["a"]', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
-        ('{"text": 1}', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
-        ('{"question": "a"}', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
-        ('{"messages": []}', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
+        ('{"words": "a"}', 'no usable field. Give "text", "question" and "answer", or "messages".'),
+        ('["a"]', 'no usable field. Give "text", "question" and "answer", or "messages".'),
+        ('{"text": 1}', 'no usable field. Give "text", "question" and "answer", or "messages".'),
+        ('{"question": "a"}', 'no usable field. Give "text", "question" and "answer", or "messages".'),
+        ('{"messages": []}', 'no usable field. Give "text", "question" and "answer", or "messages".'),
         (
             '{"messages": [{"role": "judge", "content": "a"}]}',
-            'no field that can be learnt from. Give "text", "question" and "answer", or "messages".',
+            'no usable field. Give "text", "question" and "answer", or "messages".',
         ),
-        (
-            '{"messages": [{"role": "user"}]}',
-            'no field that can be learnt from. Give "text", "question" and "answer", or "messages".',
-        ),
+        ('{"messages": [{"role": "user"}]}', 'no usable field. Give "text", "question" and "answer", or "messages".'),
     ],
 )
 def test_bad_json_lines_are_named_by_number(line: str, message: str, tmp_path: Path) -> None:
@@ -229,7 +226,7 @@ def test_paths_that_lead_nowhere_are_refused(pattern: str, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ((), "mine.paths = (): no files named. Name files or globs."),
+        ((), "mine.paths = (): no files given. Give files or globs."),
         ("a.txt", "mine.paths = 'a.txt': expected tuple[str, ...], got str. Correct the value in the recipe."),
     ],
 )

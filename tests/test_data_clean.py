@@ -55,7 +55,7 @@ def test_quality_by_hand(text: str, fault: str) -> None:
         (lambda: Quality(min_letters=60.0), "quality.min_letters = 60.0: a share is between 0 and 1. Correct it."),
         (
             lambda: NearDuplicates(threshold=1.0),
-            "near.threshold = 1.0: not between 0 and 1. Repeats that are exact go anyway.",
+            "near.threshold = 1.0: not between 0 and 1. Exact repeats are dropped anyway.",
         ),
         (lambda: NearDuplicates(shingle=0), "near.shingle = 0: not above 0. Use 1 or more."),
     ],

@@ -345,7 +345,7 @@ def test_a_corpus_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.Monk
     ("options", "message"),
     [
         ({"fim": 1.5}, "prepare.fim = 1.5: a share is between 0 and 1. Correct it."),
-        ({"workers": -1}, "prepare.workers = -1: below 0. Use 0 for this process alone."),
+        ({"workers": -1}, "prepare.workers = -1: below 0. Use 0 for this process only."),
         ({"shard_tokens": 0}, "prepare.shard_tokens = 0: not above 0. Use 1 or more."),
     ],
 )

@@ -228,7 +228,7 @@ def test_windows_without_documents_are_learnt_whole(tmp_path: Path) -> None:
 def test_states_of_other_packings_and_older_versions(tmp_path: Path) -> None:
     shards(tmp_path, {"a": many(1)})
     stream, fitted = loader(tmp_path, {"a": 1}, "stream"), loader(tmp_path, {"a": 1})
-    with pytest.raises(AssertionError, match="packed otherwise"):
+    with pytest.raises(AssertionError, match="used other packing"):
         fitted.load_state(stream.state())
     stream.draw(7)
     older = loader(tmp_path, {"a": 1}, "stream")
@@ -274,5 +274,5 @@ def test_a_shard_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None
     path.write_bytes(raw)
     record = json.loads((tmp_path / "a.train.json").read_text())
     (tmp_path / "a.train.json").write_text(json.dumps(record | {"dtype": "<u4"}))
-    with pytest.raises(UserError, match="holds 2 tokens of 32 bits, 4 were written"):
+    with pytest.raises(UserError, match="has 2 tokens of 32 bits, but 4 were written"):
         pack.read(path)

@@ -90,7 +90,7 @@ def test_parquet_rows_are_records(tmp_path: Path) -> None:
     parquet.write_table(arrow.table(columns), tmp_path / "b.parquet")
     assert list(Files((str(tmp_path / "b.parquet"),)).documents()) == DOCUMENTS
     parquet.write_table(arrow.Table.from_pylist([{"words": "a"}]), tmp_path / "c.parquet")
-    with pytest.raises(UserError, match=r"c\.parquet\[0\] = .*no field that can be learnt from"):
+    with pytest.raises(UserError, match=r"c\.parquet\[0\] = .*no usable field"):
         list(Files((str(tmp_path / "c.parquet"),)).documents())
 
 

@@ -336,9 +336,9 @@ def test_licences_contradict_limits_money_and_sources(run: Path) -> None:
         ("base/manifest.json", None, "not finished: base"),
         ("base/manifest.json", "{", "damaged"),
         ("base/manifest.json", "[]", "not an object"),
-        ("base/manifest.json", '{"results": 3}', "its results are no object"),
+        ("base/manifest.json", '{"results": 3}', "its results are not an object"),
         ("base/config.json", "{}", "missing, or not the knobs of a stage"),
-        ("zero/model.json", '{"vocab_size": 3}', "no model's shapes"),
+        ("zero/model.json", '{"vocab_size": 3}', "not the config of a model"),
     ],
 )
 def test_a_torn_or_foreign_folder_is_refused(file: str, text: str | None, problem: str, run: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_torn_or_foreign_folder_is_refused(file: str, text: str | None, proble
         ("summary.json", lambda found: {"recipe": "toy"}, "not a recipe's stages"),
         ("summary.json", lambda found: found | {"stages": {"base": None}}, "not a recipe's stages"),
         ("summary.json", lambda found: {"stages": {}}, "not a recipe's stages"),
-        ("summary.json", lambda found: found | {"stages": {"base": {"cost": {}}}}, "does not say what base cost"),
+        ("summary.json", lambda found: found | {"stages": {"base": {"cost": {}}}}, "has no cost of base"),
         ("base/config.json", lambda found: None, "not an object"),
         ("after/manifest.json", lambda found: found | {"results": {}}, "does not hold an evaluation's results"),
         ("after/manifest.json", lambda found: found | {"results": None}, "does not hold an evaluation's results"),
@@ -413,7 +413,7 @@ def test_documents_appear_when_all_are_written(run: Path, tmp_path: Path, monkey
     monkeypatch.undo()
     build.write(found, Answers({}), out, NOW)
     assert NOT_PROVIDED in (out / "eu" / "copyright_policy.md").read_text()
-    with pytest.raises(UserError, match="exists and holds something else"):
+    with pytest.raises(UserError, match="exists and has other contents"):
         build.write(found, filled(), run, NOW)
 
 
@@ -442,8 +442,8 @@ def test_the_template_is_an_answers_file_without_answers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[provider]\nnam = 'x'", "provider.nam.*nobody asks for this.*Did you mean 'provider.name'"),
-        ("name = 'x'", "nobody asks for this"),
+        ("[provider]\nnam = 'x'", "provider.nam.*no such question.*Did you mean 'provider.name'"),
+        ("name = 'x'", "no such question"),
         ("[model]\nlanguages = 'en'", "expected list"),
         ("[model]\nlanguages = [1]", "expected list"),
         ("[model]\nmonetised = 'no'", "expected yes or no"),
@@ -487,7 +487,7 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert str(run / "documents" / "report.html") in told["files"] and told["complete"] is False
     assert docs(questions=True) == 0 and capsys.readouterr().out == asked.TEMPLATE
     (tmp_path / "other.toml").write_text("[x]\ny = 1")
-    with pytest.raises(UserError, match="nobody asks"):
+    with pytest.raises(UserError, match="no such question"):
         docs(answers=tmp_path / "other.toml")
     complete: dict[str, dict[str, Any]] = {}
     for key, value in filled().given.items():
@@ -692,7 +692,7 @@ def test_open_licences_are_known_however_they_are_spelt(made: Path) -> None:
     local = Answers({"model.licence": "MIT", "data.collection": "see /home/me/notes.txt", "data.latest": "03/2026"})
     told = completeness.contradictions(found, Answers(local.given | {"model.released": "2026-02-01"}))
     assert told == [
-        "data.collection names a file of a machine, which nobody else can read",
+        "data.collection names a local file, which nobody else can read",
         "data.latest 03/2026 is after model.released 2026-02-01",
     ]
     assert told[0] in build.outcome([], build.examine(found, local, NOW)), "said where papers are written too"
@@ -704,9 +704,9 @@ def test_ledgers_that_cannot_be_are_named_by_the_check(run: Path) -> None:
     examined = build.examine(facts.read(run, "zero"), filled(), NOW)
     count = len(read_lines(run / "base" / "ledger.jsonl"))
     assert [text.split(" says ")[-1] for text in examined.unrecorded[:3]] == [
-        "joules = -5, which is left out",
-        "seconds = nan, which is left out",
-        f"base: line {count + 1} of ledger.jsonl is torn, and left out",
+        "joules = -5, which is ignored",
+        "seconds = nan, which is ignored",
+        f"base: line {count + 1} of ledger.jsonl is torn and was ignored",
     ]
     assert "nan" not in texts(run, filled())["MODEL_CARD.md"] and "joules = -5" in texts(run, filled())["report.md"]
 

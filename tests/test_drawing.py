@@ -111,9 +111,10 @@ def test_questions_that_are_too_long_are_left_out_before_the_first(words: Tokeni
     said = [""]
     of = order(questions(tmp_path, 20, longest=5), words, said=said)
     assert of.too_long == 5 and len({p.question for p in drawn(of, 15)}) == 15
-    assert said[1:] == ["5 questions left out: with max_tokens = 12 longer than the 256 tokens of the window"]
+    assert said[1:] == ["5 questions left out: with max_tokens = 12 they exceed the window of 256 tokens"]
     with pytest.raises(
-        UserError, match=r"^question = 'one and .*…': its \d+ tokens and max_tokens = 12 are more than the 256"
+        UserError,
+        match=r"^question = 'one and .*…': its \d+ tokens and max_tokens = 12 exceed the model's window of 256",
     ):
         order(questions(tmp_path, 5, longest=50), words)
 
@@ -205,7 +206,7 @@ def test_questions_that_an_exam_asks_are_left_out(tmp_path: Path, capfd: pytest.
     drawn_ = [sampler.order.draw(random.Random(i)) for i in range(60)]
     found = {p.question for p in drawn_ if p.tags["part"] == 0}
     assert len(found) == 9 and found.isdisjoint(record["question"] for record in asked_too)
-    assert "3 questions left out that exams ask: file (3)" in capfd.readouterr().err
+    assert "3 questions left out because exams ask them: file (3)" in capfd.readouterr().err
     exams = ExamQuestions(run)
     assert len(exams.without(task, tasks.distinct(task, "train", 12, 0))) == 9 and exams.left_out == {"file": 3}
     made = TaskText((task,), 40)
@@ -258,6 +259,6 @@ def test_evaluation_and_rejection_sampling_leave_out_what_is_too_long(
     stage = Reject(name="kept", start="base", task=task, prompts=10, num_generations=2, max_tokens=4)
     run = StageRun(tmp_path, "kept", 0, World())
     run.folder.mkdir()
-    with pytest.raises(UserError, match="nothing to keep of 14 answers"):
+    with pytest.raises(UserError, match="none of 14 answers can be kept"):
         stage.run(run)
     assert "3 questions left out" in capfd.readouterr().err

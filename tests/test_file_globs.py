@@ -101,5 +101,5 @@ def test_prepare_names_what_it_reads_once(tree: Path) -> None:
     record = json.loads((folder / "sources.json").read_text())
     assert record["one"]["skipped"] == {"deep/up": "read as ."} and "skipped" not in record["two"]
     assert record["one"]["documents"]["kept"] == 4
-    assert any("one: 1 ways not gone (deep/up: read as .)" in line for line in said)
+    assert any("one: 1 paths skipped (deep/up: read as .)" in line for line in said)
     assert any(f"two and one both read {tree}/a.txt" in line for line in said)

@@ -179,8 +179,8 @@ def test_a_silent_engine_is_replaced(asked: Asked, tmp_path: Path) -> None:  # n
 @pytest.mark.parametrize(
     ("fleet", "text"),
     [
-        (Fleet(1, num_gpus=1.0), r"zero\.rollouts\.num_gpus = 1\.0: 1 engines with 1 GPUs each want 1, and Ray has 0"),
-        (Fleet(64), r"zero\.rollouts\.num_cpus = 1: 64 engines with 1 CPUs each want 64, and Ray has 3"),
+        (Fleet(1, num_gpus=1.0), r"zero\.rollouts\.num_gpus = 1\.0: 1 engines with 1 GPUs each need 1, but Ray has 0"),
+        (Fleet(64), r"zero\.rollouts\.num_cpus = 1: 64 engines with 1 CPUs each need 64, but Ray has 3"),
     ],
 )
 def test_too_little_of_ray_is_said(fleet: Fleet, text: str, asked: Asked, tmp_path: Path) -> None:  # noqa: F811

@@ -54,7 +54,7 @@ def test_programs_answer_sleep_and_come_back(
         asked.ask(r)
         r.rest()
         assert all(server.released == {"weights", "kv_cache"} for server in cluster.servers)
-        with pytest.raises(AssertionError, match="updated before it is asked"):
+        with pytest.raises(AssertionError, match="`update` must come before generating"):
             r.generate(asked.prompts, SAMPLING, range(24))
     r.update(1)
     assert [server.version for server in cluster.servers] == [f"{r.token}-1"] * 2
@@ -222,7 +222,7 @@ def test_other_versions_on_a_node_are_said(
 ) -> None:
     skewed = provenance.software() | {"torch": "1.0"}
     monkeypatch.setattr("finback.rollouts.fleet_engine.FleetEngine.software", lambda engine: skewed)
-    with pytest.raises(UserError, match=r"Ray server: has torch 1\.0, the trainer .*Install the same version"):
+    with pytest.raises(UserError, match=r"Ray server: has torch 1\.0, but the trainer .*Install the same version"):
         connected(asked, tmp_path, fleet=Fleet(1, **QUICK))
 
 
@@ -281,9 +281,9 @@ def test_commands_of_programs() -> None:
 @pytest.mark.parametrize(
     ("knobs", "text"),
     [
-        ({"engine": "vllm"}, r"rollouts\.python = '': vllm lives in an environment of its own"),
+        ({"engine": "vllm"}, r"rollouts\.python = '': vllm runs in its own environment"),
         ({"engine": "sglang", "python": "p", "env": ("X",)}, r"rollouts\.env = 'X': not NAME=value"),
-        ({"python": "p"}, r"rollouts\.python = 'p': is of programs"),
+        ({"python": "p"}, r"rollouts\.python = 'p': applies to programs"),
         ({"engine": "tgi"}, r"rollouts\.engine = 'tgi'"),
     ],
 )

@@ -359,6 +359,6 @@ def test_ends_of_a_file_are_llama_cpps(tmp_path: Path, stage: Path) -> None:
 
 def test_export_gguf_names_a_text_that_would_be_read_otherwise(stage: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(gguf_vocabulary, "rules_of", lambda text: "qwen2")
-    with pytest.raises(UserError, match="other ids than the model was taught with"):
+    with pytest.raises(UserError, match="other ids than in training"):
         export_gguf(stage, tmp_path / "m.gguf", "f16")
     assert not list(tmp_path.iterdir())

@@ -176,9 +176,9 @@ SOUND = {"truncated": 0.1, "groups_with_gradient": 0.5, "accuracy": 0.5, "well_f
     ("metrics", "words"),
     [
         ({}, None),
-        ({"groups_with_gradient": 0.0}, "earn the same"),
+        ({"groups_with_gradient": 0.0}, "get the same reward"),
         ({"groups_with_gradient": 0.0, "accuracy": 0.0}, "no answer is right"),
-        ({"groups_with_gradient": 0.0, "accuracy": 0.0, "well_formed": 0.0}, "no answer has the form"),
+        ({"groups_with_gradient": 0.0, "accuracy": 0.0, "well_formed": 0.0}, "no answer has the required form"),
         ({"groups_with_gradient": 0.0, "accuracy": 1.0}, "ask harder questions"),
         ({"truncated": 1.0}, "every answer was cut off"),
     ],
@@ -200,10 +200,10 @@ def test_rl_that_teaches_nothing_says_so_and_stops(tmp_path: Path, capsys: pytes
     r = saying(reinforcement(tmp_path, steps=50, patience=7), nothing)
     r.run.quiet = False
     with pytest.raises(
-        UserError, match=r"zero\.patience = 7: nothing was learnt in the last 7 steps: no answer is right"
+        UserError, match=r"zero\.patience = 7: nothing was learned in the last 7 steps: no answer is right"
     ):
         loop.run(r)
-    assert capsys.readouterr().err.count("warning: nothing was learnt in 5 steps") == 1
+    assert capsys.readouterr().err.count("warning: nothing was learned in 5 steps") == 1
     assert len(read_lines(r.run.folder / "metrics.jsonl")) == 7
     again = saying(reinforcement(tmp_path, steps=50, patience=9), nothing)
     with pytest.raises(UserError, match="in the last 9 steps"):  # goes on from where it stopped
@@ -634,5 +634,5 @@ def test_a_question_too_long_for_the_window_is_named(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, max_tokens=10)
     window = r.model.config.max_position_embeddings
     problem = Problem("1+1 " * window, "2", key="long")
-    with pytest.raises(UserError, match=r"question = '1\+1 .*…': its \d+ tokens and max_tokens = 10 are more"):
+    with pytest.raises(UserError, match=r"question = '1\+1 .*…': its \d+ tokens and max_tokens = 10 exceed"):
         r.sampler.ask([problem], [("answer", 1, 0)])

@@ -288,5 +288,5 @@ def test_settings_are_used() -> None:
     problem = task.draw(random.Random(0))
     assert not set("*/") & set(problem.question) and problem.question.count("+") <= 1
     assert task.name == "sums" and Gym("chain_sum").name == "gym-chain_sum"
-    with pytest.raises(UserError, match="no sound problem"):
+    with pytest.raises(UserError, match="no valid problem"):
         Gym("calendar_arithmetic", {"tasks": ("weekday_of_date_from_first_date",)}).draw(random.Random(0))

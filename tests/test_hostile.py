@@ -152,7 +152,7 @@ def left_over() -> list[psutil.Process]:
             is_zombie = process.status() == psutil.STATUS_ZOMBIE
         except psutil.Error:
             continue
-        if "What runs inside the sandbox" in words and not is_zombie:
+        if "Runs inside the sandbox" in words and not is_zombie:
             found.append(process)
     return found
 

@@ -188,7 +188,7 @@ def test_nonsense_is_a_tie_unless_there_is_nothing_else(server: Server) -> None:
     assert judge(server).prefer("How?", ["a", "b"]) == [0.5, 0.5]
     for nothing in ("I cannot compare.", "", None, "3"):
         server.behave = lambda n, first, second, nothing=nothing: nothing  # type: ignore[misc]
-        with pytest.raises(UserError, match=r"judge\.model = 'some-model': its replies hold no 1, 2 or 0"):
+        with pytest.raises(UserError, match=r"judge\.model = 'some-model': its replies contain no 1, 2 or 0"):
             judge(server).prefer("How?", ["a", "b"])
 
 
@@ -224,13 +224,15 @@ def test_requests_go_side_by_side_but_not_all_at_once(server: Server) -> None:
         (lambda n, a, b: (302, {"Location": "http://127.0.0.1:1/"}), 1, "HTTP 302"),
         (lambda n, a, b: b"<html>", 2, "no JSON but b'<html>'"),
         (lambda n, a, b: b"[" * 100_000, 2, "no JSON"),
-        (lambda n, a, b: b'{"choices": []}', 2, "no chat completion but {'choices': \\[\\]}"),
+        (lambda n, a, b: b'{"choices": []}', 2, "not a chat completion: {'choices': \\[\\]}"),
         (lambda n, a, b: time.sleep(0.6) or "1", 2, "TimeoutError"),
     ],
 )
 def test_a_judge_that_stays_away(behaviour: Behaviour, tries: int, message: str, server: Server) -> None:
     server.behave = behaviour
-    with pytest.raises(UserError, match=rf"judge\.url = '{server.url}': .*{message}.* the run goes on where it was"):
+    with pytest.raises(
+        UserError, match=rf"judge\.url = '{server.url}': .*{message}.* the run continues where it stopped"
+    ):
         judge(server, tries=2, concurrency=1, timeout=0.3).prefer("How?", ["a", "b"])
     assert len(server.bodies) in (tries, tries + 1)  # the second request may have begun when the first had failed
 

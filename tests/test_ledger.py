@@ -328,6 +328,6 @@ def test_energy_without_its_gpus_says_so(tmp_path: Path) -> None:
     began: dict[str, Any] = {"seconds": 3.0, "cores": 1, "machine": {"gpus": ["H200"]}, "metered": ""}
     for metered, said in (("", True), ("RAPL of processor packages and memory", True), ("NVML of 1 GPUs", False)):
         write_lines(tmp_path / "ledger.jsonl", [began | {"metered": metered}])
-        assert ("GPUs took is NOT in it" in cost(tmp_path)["basis"]) == said
+        assert ("GPUs is NOT included" in cost(tmp_path)["basis"]) == said
     write_lines(tmp_path / "ledger.jsonl", [began | {"machine": {"gpus": []}}, {"machine": "old"}])
     assert "GPUs" not in cost(tmp_path)["basis"]

@@ -54,18 +54,18 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, capfd: pytest.
     assert [each["where"] for each in named] == [f"{path}:{line}" for line in (2, 3, 4, 5)]
     assert [each["why"].split(" (")[0] for each in named] == [
         "record: not JSON",
-        "record: no field that can be learnt from",
+        "record: no usable field",
         "messages[0].content: half a character",
         "messages: the answer is empty",
     ]
     said = capfd.readouterr().err
-    assert "4 records of mine cannot be used" in said and all(each["where"] in said for each in named)
+    assert "4 records of mine are unusable" in said and all(each["where"] in said for each in named)
 
 
 def test_a_source_of_which_nothing_can_be_used_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", *BAD[1:])
     with pytest.raises(
-        UserError, match=rf"tuned\.text = 'mine': nothing in it can be learnt: {path}:1 \(record: no field"
+        UserError, match=rf"tuned\.text = 'mine': it has no usable records: {path}:1 \(record: no usable field"
     ):
         read(tmp_path, path)
 
@@ -91,9 +91,9 @@ def test_an_exams_questions_are_not_learnt(tmp_path: Path, capfd: pytest.Capture
     assert HELD_OUT and len(lessons) == len(QUESTIONS) - len(HELD_OUT)
     assert results["contaminated"] == {"mine": {"own": len(HELD_OUT)}}
     assert results["sources"]["mine"]["documents"] == {"kept": len(lessons), "contaminated": len(HELD_OUT)}
-    assert f"{len(HELD_OUT)} records of mine hold questions of exams and are left out: own" in capfd.readouterr().err
+    assert f"{len(HELD_OUT)} records of mine contain exam questions and are left out: own" in capfd.readouterr().err
     assert len(read(tmp_path, path)[0]) == len(QUESTIONS)
-    with pytest.raises(UserError, match=r"tuned\.text = 'mine': nothing in it can be learnt: all hold .* exam all"):
+    with pytest.raises(UserError, match=r"tuned\.text = 'mine': it has no usable records: all contain .* exam all"):
         read(tmp_path, path, Exam("all", suite=str(path)))
 
 

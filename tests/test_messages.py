@@ -424,7 +424,7 @@ def test_broken_arguments_are_written_as_they_are(marked: Tokenizer, tmp_path: P
     for i, template in enumerate((V31, QWEN3, QWEN25)):
         (tmp_path / str(i)).mkdir()
         assert "[1" in written(broken, templated(marked, template, tmp_path / str(i)))[0]
-    with pytest.raises(UserError, match="the model's chat template refuses them"):
+    with pytest.raises(UserError, match="the model's chat template rejects them"):
         written(broken, templated(marked, STRICT, tmp_path))
 
 
@@ -488,7 +488,7 @@ TEXT_ONLY = 'the model reads text only. Send parts of type "text".'
             "messages[0].tool_calls[0].function.arguments = 'dict': no JSON",
         ),
         ([said("9", tool_calls=[call(number=7)])], {}, "messages[0].tool_calls[0].id = 7: not a text."),  # type: ignore[arg-type]
-        ([user(), result("9")], {}, "messages[1].role = 'tool': no tool was called before it. Put it right behind"),
+        ([user(), result("9")], {}, "messages[1].role = 'tool': no tool was called before it. Put it directly after"),
         (
             [*CALLING, result("9", "c7")],
             {},
@@ -531,7 +531,7 @@ def test_a_vocabulary_without_think_marks(words: Tokenizer, tmp_path: Path) -> N
     assert written([user()], plain, think=False) == (f"{BOS}{USER}4+5?{ASSISTANT}", False)
     assert THINK not in written([*CALLING, result("9")], plain)[0]
     for messages, think in (([user()], True), ([user(), said("", reasoning="r", prefix=True)], None)):
-        with pytest.raises(UserError, match=r"^think = True: the model's vocabulary has no marks"):
+        with pytest.raises(UserError, match=r"^think = True: the model's vocabulary has no tokens for"):
             dialogue(messages, plain, think=think)
     state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] != USER]
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))

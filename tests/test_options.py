@@ -81,7 +81,7 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     ),
     (ServeOptions, {"model": MODEL, "reasoning": "nope"}, "--reasoning = 'nope': expected one of both, deepseek"),
     (ServeOptions, {"model": MODEL, "drain": math.nan}, "--drain = nan: expected float"),
-    (ServeOptions, {"model": MODEL, "also": ["a/toy"]}, "--also = .*two models of one name"),
+    (ServeOptions, {"model": MODEL, "also": ["a/toy"]}, "--also = .*two models have the same name"),
     (PlanOptions, {"on": 8}, "--on = 8: expected str, got int"),
     (PlanOptions, {"micro_rows": 0}, "--micro-rows = 0"),
     (PlanOptions, {"recompute": "some"}, "--recompute = 'some': expected one of none, attention"),

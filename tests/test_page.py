@@ -538,7 +538,7 @@ def test_alerts(tmp_path: Path) -> None:
     stage.folder.mkdir()
     write(stage.folder / "metrics.jsonl", *({"step": s, "engines_idle": 0.8} for s in range(1, 30)))
     assert _alerts(stage) == [
-        "Look at 'zero': those who answer wait for the trainer 80% of the time in the last 20 steps: take engines away, or raise max_staleness."
+        "Look at 'zero': the engines wait for the trainer 80% of the time in the last 20 steps: use fewer engines, or raise max_staleness."
     ]
     assert alerts_of(tmp_path, calm, running=True) == []
     long_ago = time.time() - 3600

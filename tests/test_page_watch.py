@@ -297,7 +297,7 @@ def test_what_a_kill_has_torn_is_shown_as_torn(opened: Opened, tmp_path: Path) -
                 "recipe.json is torn: delete it and run the recipe again",
                 "base manifest.json is torn: delete the folder base and run the recipe again",
                 "exam config.json is torn: delete the folder exam and run the recipe again",
-                "zero line 2 of ledger.jsonl is torn, and left out",
+                "zero line 2 of ledger.jsonl is torn and was ignored",
             ]
         )
         page.click(".tabs >> text=Curves")

@@ -102,8 +102,8 @@ def test_published_rates_and_the_picture(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--measured = .*no stage of RL has logged a step there"):
+    with pytest.raises(UserError, match=r"--measured = .*no RL stage has logged a step there"):
         engines.measured(tmp_path)
-    with pytest.raises(UserError, match=r"--picture = .*nothing is known of engines"):
+    with pytest.raises(UserError, match=r"--picture = .*the engines of this recipe are unknown"):
         command.recipe(recipe(), PlanOptions(picture=tmp_path / "p.png"), tmp_path / "none")
     assert DECLARATION in config_json(recipe().stages[2])

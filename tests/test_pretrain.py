@@ -440,7 +440,7 @@ def test_going_on_and_extending(prepared: Path) -> None:
     further = begin(prepared, pretrain(Extend, name="longer", **knobs | {"start": "long", "window": 4 * window}))
     assert further.config.rope_scaling == scaling
     for wrong, words in [
-        ({"start": "long", "factor": 2.0}, "is scaled already"),
+        ({"start": "long", "factor": 2.0}, "already has RoPE scaling"),
         ({"window": window // 2}, "reads 256 already"),
     ]:
         with pytest.raises(UserError, match=words):
@@ -476,7 +476,7 @@ def test_another_tokenizer_is_refused(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     tokenizer.train([WORDS.upper()], 320, tmp_path / "other" / "tokenizer.json")
     models.save(tmp_path / "other", toy_model())
-    with pytest.raises(UserError, match="another tokenizer than the data"):
+    with pytest.raises(UserError, match="does not have the tokenizer of the data"):
         begin(prepared, pretrain(name="foreign", start=str(tmp_path / "other")))
 
 

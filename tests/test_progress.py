@@ -102,7 +102,7 @@ def test_piped_it_is_a_line_every_ten_seconds(
     line._last -= 10
     line.show(60, "loss 1.0")
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "base 50/100 steps, $0.0802, loss 2.0"  # what was done before is no rate
+    assert first == "base 50/100 steps, $0.0802, loss 2.0"  # what was already done is no rate
     assert second == "base 60/100 steps, 1/s, 0:40 left, $0.0802, loss 1.0"
     Progress(StageRun(tmp_path, "base", 0, run.ranks, quiet=True), 1, "steps").show(1)
     assert capsys.readouterr().err == ""

@@ -250,7 +250,7 @@ def test_numbers_of_other_kinds_are_scores(score: Any, tmp_path: Path, capsys: p
     assert task.check(task.draw(random.Random(0)), "Paris").correct and not capsys.readouterr().err
     task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=lambda record, answer: score, label="generous")
     assert task.check(task.draw(random.Random(0)), "Paris").correct
-    assert "the checker of 'generous' pays for an empty answer" in capsys.readouterr().err
+    assert "the checker of 'generous' rewards an empty answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", FAULTS)

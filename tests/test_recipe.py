@@ -127,7 +127,7 @@ def test_an_unknown_field_is_named_with_its_line_and_its_neighbour(line: str, me
             "name='prepare', text=[]",
             "prepare.text = []: expected tuple[finback.data.sources.Chitchat | finback.data.sources.Files | finback.data.sources.Hub | finback.data.package_sources.PackageSource, ...], got list. Correct the value in the recipe.",
         ),
-        ("name='prepare'", "prepare.text = []: sources need distinct names, and one at least. Name them."),
+        ("name='prepare'", "prepare.text = []: needs at least one source, with distinct names. Name them."),
         (
             "name='Prepare me', text=(Chitchat(),)",
             "name = 'Prepare me': not a folder name. Use lower-case letters, digits, - and _.",
@@ -165,7 +165,7 @@ def test_a_recipe_is_a_list_of_stages(text: str, tmp_path: Path) -> None:
 
 
 def test_an_empty_recipe_is_refused(tmp_path: Path) -> None:
-    with refusal("recipe = 'mine': has no stages. Put at least one stage into the list."):
+    with refusal("recipe = 'mine': has no stages. Add at least one stage."):
         load(written(tmp_path, "recipe = []"))
 
 
@@ -214,7 +214,7 @@ def test_a_stage_may_read_a_finished_stage_elsewhere(tmp_path: Path) -> None:
 
 
 def test_two_stages_of_one_name_are_refused() -> None:
-    with refusal("name = 'a': two stages have this name. Rename one of them."):
+    with refusal("name = 'a': two stages have the same name. Rename one of them."):
         recipe(Note(name="a"), Note(name="b"), Note(name="a"))
 
 
@@ -257,7 +257,7 @@ def test_settings_change_knobs() -> None:
             "base.data=zero",
             "base input = 'zero': comes later in the recipe. A stage can only read earlier ones; reorder them.",
         ),
-        ("before.name=zero", "name = 'zero': two stages have this name. Rename one of them."),
+        ("before.name=zero", "name = 'zero': two stages have the same name. Rename one of them."),
         (
             "prepare.tasks=chains",
             "prepare.tasks = 'chains': a TaskText cannot be given on the command line. Edit the recipe file.",

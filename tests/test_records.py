@@ -27,7 +27,7 @@ def test_a_file_is_read_once_and_again_when_it_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"the file has no records. Fill it"),
+        ("", r"the file has no records. Use another file"),
         ('{"question": "a", "answer": "b"}\nx\n', r"a\.jsonl:2 = 'x': not JSON .*one JSON object per line"),
         ("[1]\n", r"a\.jsonl:1 = \[1\]: not a JSON object"),
         ('{"question": "a"}\n', r"a\.jsonl:1 = 'answer': the record has no such field. Known: question"),
@@ -58,7 +58,7 @@ def test_bad_sources_are_refused(tmp_path: Path) -> None:
     for name, message in {
         "mime.jsonl": "no such file. Did you mean 'mine.jsonl'",
         "no/a.jsonl": "no such file",
-        "a.txt": "not a kind of file that can be read. Use .jsonl",
+        "a.txt": "not a supported file type. Use .jsonl",
         "a.json": "not a list",
         "a.parquet": "not parquet",
     }.items():
@@ -107,11 +107,11 @@ def test_a_table_and_a_packed_file_hold_the_same_records(tmp_path: Path) -> None
     [
         ("a.csv", b"question,answer\nx\n", r"a\.csv:2 = .*not one value for each of the 2 columns"),
         ("a.csv", b'question,answer\n"x,y\n', r"a\.csv:1 = .*not a table"),
-        ("a.jsonl.gz", b"{}", "not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 999, mtime=0)[:20], "not a whole gzip file"),
-        ("a.jsonl.zst", b"{}", "not a whole zstd file"),
+        ("a.jsonl.gz", b"{}", "not a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 999, mtime=0)[:20], "not a complete gzip file"),
+        ("a.jsonl.zst", b"{}", "not a complete zstd file"),
         ("a.parquet.gz", gzip.compress(b"no", mtime=0), "not parquet"),
-        ("a.txt.gz", b"", "not a kind of file"),
+        ("a.txt.gz", b"", "not a supported file type"),
     ],
 )
 def test_bad_tables_and_packed_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
         Mixture((Chains(),), (1.0, 2.0))
     with pytest.raises(UserError, match=r"mixture\.tasks"):
         Mixture(())
-    with pytest.raises(UserError, match="holds another mixture"):
+    with pytest.raises(UserError, match="contains another mixture"):
         Mixture((mixture, SmallTalk()))
 
 

@@ -213,7 +213,7 @@ def test_a_model_without_a_mark_answers_without_a_chain(tmp_path: Path) -> None:
     plain.ids.pop(THINK), plain.ids.pop(END_THINK)
     with served(Scripted(words=plain)) as client:
         reply = client.post(CHAT, json=HELLO | {"thinking": {"type": "enabled"}})
-        assert reply.status_code == 200 and "no mark" in reply.json()["notes"][0] and reply.headers["finback-note"]
+        assert reply.status_code == 200 and "no token" in reply.json()["notes"][0] and reply.headers["finback-note"]
         assert client.get("/v1/models/toy").json()["thinking"] is False
         assert "notes" not in client.post(CHAT, json=HELLO).json()
 

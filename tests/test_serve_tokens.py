@@ -107,10 +107,10 @@ def test_weights_that_do_not_fit_change_nothing(tokens_client: httpx.Client, fol
     (folder / "toy").mkdir()
     models.save(folder / "toy", toy_model())  # another window
     cases = {
-        "another shape": folder / "toy",
+        "its shape or precision differs": folder / "toy",
         "holds no model": folder,
         "no such file or folder": folder / "nowhere",
-        "not within": folder.parent,
+        "not inside": folder.parent,
     }
     for problem, path in cases.items():
         refused = tokens_client.post(UPDATE, json={"model_path": str(path), "weight_version": "1"})

@@ -158,7 +158,7 @@ def test_what_is_not_there_is_said(folder: Path) -> None:
         opened(ServeOptions(**options, upstream=("http://127.0.0.1:9",))),
     ):
         pass
-    with pytest.raises(UserError, match="--engine-python = '': vllm lives in an environment of its own"):
+    with pytest.raises(UserError, match="--engine-python = '': vllm runs in its own environment"):
         ServeOptions(**options)
     with pytest.raises(UserError, match="--upstream"):
         ServeOptions(model=folder, upstream=("http://127.0.0.1:9",))
@@ -166,5 +166,8 @@ def test_what_is_not_there_is_said(folder: Path) -> None:
         with opened(ServeOptions(**options, upstream=(url,))) as (engine, _):
             assert engine.capacity == 256
         server.tokenizer = type("Other", (), {"encode": lambda self, text: [1]})()  # type: ignore[assignment]
-        with pytest.raises(UserError, match="another tokenizer"), opened(ServeOptions(**options, upstream=(url,))):
+        with (
+            pytest.raises(UserError, match="does not have the tokenizer"),
+            opened(ServeOptions(**options, upstream=(url,))),
+        ):
             pass

@@ -112,15 +112,15 @@ def test_rows_cut_into_micro_batches_are_those_of_one_pass(ten: Path) -> None:
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"layout": Layout(pp=2)}, r"tuned\.layout\.pp = 2: is for pre-training alone\. Use dp, cp and ep"),
+        ({"layout": Layout(pp=2)}, r"tuned\.layout\.pp = 2: is supported in pre-training only\. Use dp, cp and ep"),
         ({"layout": Layout(dp=2, sharding="zero1")}, r"tuned\.layout\.sharding = 'zero1': .* Use \"fsdp\""),
         (
             {"layout": Layout(dp=2, gather="bf16"), "adapter": LoRA(base="nf4")},
-            r"tuned\.layout\.gather = 'bf16': nf4 travels as it is stored\. Leave it out\.",
+            r"tuned\.layout\.gather = 'bf16': nf4 is gathered as it is stored\. Leave it out\.",
         ),
         (
             {"layout": Layout(dp=2), "adapter": LoRA(base="int8", dora=True, targets=("attention",))},
-            r"tuned\.adapter\.dora = True: the rows of int8 .* Use base=\"bf16\", or leave out layout\.",
+            r"tuned\.adapter\.dora = True: DoRA needs the norms of whole rows, .* int8 .* Use base=\"bf16\", or leave out layout\.",
         ),
     ],
 )
@@ -132,7 +132,7 @@ def test_what_a_layout_does_not_do_here_is_refused(knobs: dict[str, Any], words:
 
 
 def test_rl_cuts_answers_by_tokens() -> None:
-    with pytest.raises(UserError, match=r"rl\.layout\.micro_batches = 2: answers are cut by micro_tokens"):
+    with pytest.raises(UserError, match=r"rl\.layout\.micro_batches = 2: answers are split by micro_tokens"):
         GRPO(name="rl", start="base", task=Chains(), layout=Layout(dp=2, micro_batches=2))
 
 

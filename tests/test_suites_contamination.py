@@ -85,7 +85,7 @@ def test_long_documents_lose_nothing_at_a_seam(suite: Suite, prepared: Path, mon
 def test_what_is_no_prepared_corpus(suite: Suite, prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder of a finished prepare stage .*such as runs/tiny/prepare"):
         check(suite, tmp_path)
-    with pytest.raises(UserError, match=r"not among the prepared\. Did you mean 'clean'"):
+    with pytest.raises(UserError, match=r"not a prepared source\. Did you mean 'clean'"):
         check(suite, prepared, sources=("clea",))
     with pytest.raises(UserError, match="single words are in every text"):
         check(suite, prepared, ngram=1)

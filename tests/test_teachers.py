@@ -144,7 +144,7 @@ def test_a_server_that_says_too_little_or_reads_otherwise_is_refused(tmp_path: P
             loss(t, batch)
         t.close()
     tokenizer.train(["zzyy yyzz xxyy zyxw" * 50], 320, tmp_path / "foreign/tokenizer.json")
-    with engine_server(tmp_path / "foreign") as (url, _), pytest.raises(UserError, match="another tokenizer"):
+    with engine_server(tmp_path / "foreign") as (url, _), pytest.raises(UserError, match="different tokenizer"):
         tune(tmp_path, Distill, teacher=Servers((url,), **QUICK), top_k=5, **ON_POLICY)
 
 

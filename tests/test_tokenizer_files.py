@@ -200,7 +200,7 @@ def test_a_base_model_that_ends_dialogues_by_its_template(trained: Path, tmp_pat
         ({"tokenizer_config": {**SETTINGS, "eos_token": "<|im_end|>"}, "config": {"eos_token_id": 5}}, "contradict"),
         (
             {"tokenizer_config": {**SETTINGS, "eos_token": BASE}, "generation_config": {"eos_token_id": [1, 299]}},
-            "299, which is no token",
+            "299, which is not a token",
         ),
         (
             {"tokenizer_config": {**SETTINGS, "eos_token": "<|mine|>"}, "rows": 292},
@@ -229,7 +229,7 @@ def test_a_folder_that_names_no_end_never_verifies(trained: Path, tmp_path: Path
     )
     found = check(verify(source), "tokenizer")
     assert found.holds is False and found.details == [
-        "nothing ends an answer: put eos_token into tokenizer_config.json"
+        "no end-of-sequence token: add eos_token to tokenizer_config.json"
     ]
 
 

@@ -88,7 +88,7 @@ def test_a_template_writes_the_prompt(words: Tokenizer, opens: str) -> None:
 
 
 def test_nothing_to_learn_is_refused(words: Tokenizer) -> None:
-    with pytest.raises(UserError, match="nothing that an assistant says"):
+    with pytest.raises(UserError, match="there is no assistant turn"):
         lessons((Message("user", "hi"),), words)
 
 
@@ -208,7 +208,7 @@ def test_sources_are_limited_and_named_apart(tmp_path: Path) -> None:
     assert t.batches.results["lessons_by_source"] == {"kept": 60, "more": 7}
     with pytest.raises(UserError, match=r"tuned\.limits = 'mroe'"):
         tune(tmp_path, limits={"mroe": 7})
-    with pytest.raises(UserError, match="one name"):
+    with pytest.raises(UserError, match="the same name"):
         tune(tmp_path, text=(Files((str(more),), name="kept"),))
     (tmp_path / "plain.txt").write_text("no turns here")
     with pytest.raises(UserError, match=r"tuned\.text = 'no turns here'"):
@@ -295,7 +295,7 @@ def test_hard_targets_alone_are_sft(tmp_path: Path) -> None:
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     stage_folder(tmp_path, 2, "foreign")
     tokenizer.train(["zzyy yyzz xxyy zyxw" * 50], 320, tmp_path / "foreign/tokenizer.json")
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="does not have the student's tokenizer"):
         tune(tmp_path, Distill, teacher="foreign")
 
 
@@ -379,7 +379,7 @@ def test_reject_says_when_nothing_is_left(tmp_path: Path) -> None:
     stage = Reject(name="kept", start="base", task=Chains(2, 3), prompts=4, num_generations=2, max_tokens=4)
     run = StageRun(tmp_path, "kept", 0, World(), quiet=True)
     run.folder.mkdir()
-    with pytest.raises(UserError, match=r"kept\.start = 'base': nothing to keep of 8 answers"):
+    with pytest.raises(UserError, match=r"kept\.start = 'base': none of 8 answers can be kept"):
         stage.run(run)
 
 
@@ -435,7 +435,7 @@ def test_a_lesson_ends_with_what_the_model_stops_at(words: Tokenizer) -> None:
     own.eos, own.stops = -1, (7,)
     assert lessons(TALK, own)[0].ids[-1] == 7
     own.stops = ()
-    with pytest.raises(UserError, match="names no token that ends an answer"):
+    with pytest.raises(UserError, match="has no end-of-sequence token"):
         lessons(TALK, own)
 
 

@@ -148,7 +148,7 @@ def test_what_rl_has_cost_is_told_from_chance() -> None:
         return [{"accuracy": a, "answers": prompts * 8.0} for a in accuracies]
 
     fallen = rl_health.lost(rows(*[0.6] * 5, *[0.5] * 20, *[0.3] * 5), 8)
-    assert fallen == "the model answers worse than before: 60.0% right in the first 3 steps, 30.0% in the last"
+    assert fallen == "accuracy has fallen: 60.0% right in the first 3 steps, 30.0% in the last"
     assert not rl_health.lost(rows(*[0.6] * 5, *[0.5] * 20, *[0.55] * 5), 8), "within chance"
     assert not rl_health.lost(rows(*[0.6] * 5, *[0.7] * 25), 8) and not rl_health.lost(rows(0.6, 0.1), 8)
     assert not rl_health.lost(rows(*[0.9] * 5, *[0.1] * 5, prompts=2), 8), "too few questions"

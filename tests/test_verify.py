@@ -57,7 +57,7 @@ def test_a_whole_export_holds_and_says_what_was_checked(folder: Path) -> None:
         "values": True,
         "logits": True,
     }
-    assert "max difference" in check(card, "logits").text and "Everything that was checked holds." in card.as_text()
+    assert "max difference" in check(card, "logits").text and "All checks passed." in card.as_text()
 
 
 def change(folder: Path, name: str, tensor: torch.Tensor | None, file: str = "model.safetensors") -> None:
@@ -167,7 +167,7 @@ def test_a_template_that_opens_the_chain_itself(folder: Path) -> None:
     chat = Conversation(folder, 0, max_tokens=4)
     pieces = list(chat.reply("hello"))
     assert pieces[0] == "<think>" and chat.messages[-1].content == ""  # four tokens of an open chain are no answer
-    with pytest.raises(UserError, match="writes dialogues by a template of its own"):
+    with pytest.raises(UserError, match="has its own chat template"):
         encode_document(asked, words)
 
 
@@ -193,7 +193,7 @@ def test_what_stands_in_a_tokenizers_files_is_taken_with_care(folder: Path) -> N
     several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ 1 // 0 }}"}]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several, "eos_token": 7}))
     words = Tokenizer(folder)
-    with pytest.raises(UserError, match="the model's chat template refuses them"):
+    with pytest.raises(UserError, match="the model's chat template rejects them"):
         encode_prompt([Message("user", "x")], words)
     assert words.settings["chat_template"] == several
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")

@@ -1,4 +1,4 @@
-"""Hugging Face `config.json` to ModelConfig and back, for the families finback runs. No torch here.
+"""Hugging Face `config.json` to ModelConfig and back, for the families finback runs. Does not import torch.
 
 What finback would have to guess or could not run is refused with the field's name.
 """

@@ -1,4 +1,4 @@
-"""Which of transformers' families a model goes out as, or why as none. No torch here."""
+"""Which of transformers' families a model goes out as, or why as none. Does not import torch."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The families of open checkpoints by `model_type`: who reads their configs, and transformers' defaults. No torch here.
+"""The families of open checkpoints by `model_type`: who reads their configs, and transformers' defaults. Does not import torch.
 
 Defaults are those of transformers' classes, which count where a file says nothing.
 """

@@ -1,4 +1,4 @@
-"""A raw config.json whose values are checked as they are taken. No torch here."""
+"""A raw config.json whose values are checked as they are taken. Does not import torch."""
 
 import math
 from typing import Any, NoReturn

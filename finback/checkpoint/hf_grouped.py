@@ -1,4 +1,4 @@
-"""What configs of grouped-query attention say beyond the common fields: windows, norms, bases, experts. No torch here."""
+"""What configs of grouped-query attention say beyond the common fields: windows, norms, bases, experts. Does not import torch."""
 
 from finback.checkpoint.hf_fields import Fields
 from finback.checkpoint.hf_latent import Found, first_run, mtp_depth, v3_gate

@@ -1,4 +1,4 @@
-"""What configs of latent attention say beyond the common fields, and of DeepSeek's gates. No torch here."""
+"""What configs of latent attention say beyond the common fields, and of DeepSeek's gates. Does not import torch."""
 
 from collections.abc import Callable
 from typing import Any

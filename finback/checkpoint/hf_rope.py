@@ -1,4 +1,4 @@
-"""Rotary settings of a config.json, in and out: `rope_theta` and `rope_scaling`, or `rope_parameters`. No torch here.
+"""Rotary settings of a config.json, in and out: `rope_theta` and `rope_scaling`, or `rope_parameters`. Does not import torch.
 
 Which wins is transformers 5's rule (RotaryEmbeddingConfigMixin): `rope_scaling` over `rope_parameters`, as a whole; within it
 `rope_theta` and `partial_rotary_factor` over the ones beside it; a window of pre-training that stands beside it over that within.

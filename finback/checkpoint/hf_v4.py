@@ -1,4 +1,4 @@
-"""DeepSeek-V4's config.json to ModelConfig and back, in the release's spelling or transformers'. No torch here.
+"""DeepSeek-V4's config.json to ModelConfig and back, in the release's spelling or transformers'. Does not import torch.
 
 The release says `compress_ratios`, one for each layer and a 0 for the MTP module's; transformers makes lists of words of them.
 """

@@ -1,4 +1,4 @@
-"""What lies at a path that holds no model, said so that one knows where the model is. No torch here."""
+"""What lies at a path that holds no model, said so that one knows where the model is. Does not import torch."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """`finback compare`: contestants x suites -> one report. Ask what is not known yet, judge all of it, and say what it shows.
 
-One contestant after the other, so that two models are never in memory together. No torch here.
+One contestant after the other, so that two models are never in memory together. Does not import torch.
 """
 
 import json

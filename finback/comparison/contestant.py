@@ -1,4 +1,4 @@
-"""Who is compared: what every contestant has, what it answers and at what price; its answers on disk. No torch here.
+"""Who is compared: what every contestant has, what it answers and at what price; its answers on disk. Does not import torch.
 
 An answer is one line in a file as soon as it is there, so that nothing that was paid for is asked twice. It holds its text
 and its cost; whether it is right is judged anew each time.

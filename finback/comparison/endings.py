@@ -1,4 +1,4 @@
-"""How answers end, in the words of many servers, and stop tokens that a server left in a text. No torch here."""
+"""How answers end, in the words of many servers, and stop tokens that a server left in a text. Does not import torch."""
 
 import re
 from typing import Literal

@@ -2,7 +2,7 @@
 
 A reply, streamed or whole, counts only when it is complete: a stream that ends without saying so, a chunk that is no
 JSON, or an error behind a status of 200 is no answer. What comes to nothing in the end is a failure of the server, never a
-wrong answer of the model. No torch here.
+wrong answer of the model. Does not import torch.
 """
 
 import json

@@ -1,7 +1,7 @@
 """lm-evaluation-harness against our server or somebody's, its results as rows of our report.
 
 The harness is a program of its own, often in an environment of its own. A model here is served to it on this machine
-alone; the replies stay in the harness's cache beside our answers. No torch here.
+alone; the replies stay in the harness's cache beside our answers. Does not import torch.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Answers judged by their suite's task, and what each was made of. No torch here."""
+"""Answers judged by their suite's task, and what each was made of. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The options of `finback compare`. No torch here."""
+"""The options of `finback compare`. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Accuracy against what an answer costs, with intervals: one pair of axes for each suite. No torch here."""
+"""Accuracy against what an answer costs, with intervals: one pair of axes for each suite. Does not import torch."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""How questions are put: R1's protocol by default (2501.12948, section 3). No torch here.
+"""How questions are put: R1's protocol by default (2501.12948, section 3). Does not import torch.
 
 Every contestant gets the same messages, the same knobs and, for the n-th sample of a question, the same seed.
 """

@@ -1,4 +1,4 @@
-"""What a reader must know of the answers before believing a score: each kind of flaw counted and named. No torch here."""
+"""What a reader must know of the answers before believing a score: each kind of flaw counted and named. Does not import torch."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""From judged answers to what a table says of one contestant on one suite, and of two contestants together. No torch here."""
+"""From judged answers to what a table says of one contestant on one suite, and of two contestants together. Does not import torch."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A report as Markdown: one table for each suite, then what the differences show. No torch here."""
+"""A report as Markdown: one table for each suite, then what the differences show. Does not import torch."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,16 +1,16 @@
-"""Long texts a block at a time, so that none takes many times its own length in memory. No torch here."""
+"""Processes long texts block by block, so that memory stays proportional to a text's length. Does not import torch."""
 
 import re
 from collections.abc import Iterator
 
 BLOCK = 1 << 18  # characters
 _SPACE = re.compile(r"\s")
-# no split rule joins what stands on both sides: a word before a space and a word, the first letter of a line
+# points that no split rule joins across: between words at a space, and before a letter that starts a line
 _BOUNDARY = re.compile(r"[A-Za-z](?= [A-Za-z])|\n(?=[A-Za-z])")
 
 
 def blocks(text: str, size: int = BLOCK) -> Iterator[str]:
-    """The parts of a text, each of `size` characters and up to the next white space; no word is cut."""
+    """The parts of a text, each of `size` characters plus the rest of a word; no word is cut."""
     start = 0
     while len(text) - start > size:
         space = _SPACE.search(text, start + size)
@@ -21,9 +21,9 @@ def blocks(text: str, size: int = BLOCK) -> Iterator[str]:
 
 
 def pieces(text: str, size: int = BLOCK) -> Iterator[str]:
-    """The parts of a text that a tokenizer makes the same tokens of as of the whole, of 2 x `size` characters at most.
+    """The parts of a text, at most 2 x `size` characters each, that tokenize exactly as the whole.
 
-    Where nothing parts words for so long, one is cut: only its own tokens differ.
+    If no word boundary occurs for so long, a word is cut; only its own tokens differ then.
     """
     start = 0
     while len(text) - start > size:
@@ -35,12 +35,12 @@ def pieces(text: str, size: int = BLOCK) -> Iterator[str]:
 
 
 def squeeze(text: str) -> str:
-    """The words of a text with a space between them."""
+    """The words of a text, separated by single spaces."""
     return " ".join(filter(None, (" ".join(block.split()) for block in blocks(text))))
 
 
 def runs(text: str, pattern: re.Pattern[str], n: int) -> Iterator[str]:
-    """All runs of n words of a text, a space between them; a word is what the pattern matches, white space is none."""
+    """All n-grams of words of a text, separated by spaces; a word is a match of the pattern, without white space."""
     before: list[str] = []
     for block in blocks(text):
         words = before + pattern.findall(block)

@@ -1,4 +1,4 @@
-"""Cleaning: what is taken out of raw documents, and how much of it, counted for the record."""
+"""Cleans raw documents, and counts what was removed for provenance."""
 
 import hashlib
 import re
@@ -18,17 +18,17 @@ from finback.data.sources import Document
 from finback.data.turn import Message
 from finback.readers import trim
 
-# categories Cc, without newline and tab, and Cs; those that are spaces (a form feed) separate words
+# categories Cc (except newline and tab) and Cs; those that are spaces (a form feed) separate words
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass
 class CleaningCounts:
-    """How many documents came in, and why the missing ones were dropped; the first reason that holds counts."""
+    """Number of documents read, and of those dropped by reason; the first applicable reason counts."""
 
     read: int = 0
     empty: int = 0
-    # dialogues nobody answered
+    # dialogues without an answer
     one_turn: int = 0
     short: int = 0
     repetitive: int = 0
@@ -42,13 +42,13 @@ class CleaningCounts:
 
 @dataclass(frozen=True)
 class Quality:
-    """Rules for text from the web, after Gopher's (Rae et al. 2021, A.1.1), each off at the value named."""
+    """Rules for web text, after Gopher's (Rae et al. 2021, A.1.1); each can be turned off with the value given."""
 
-    # 0: off
+    # minimum number of words; 0: off
     min_words: int = 5
-    # share of lines that repeat an earlier one; 1: off
+    # largest share of lines that repeat an earlier one; 1: off
     max_repeated_lines: float = 0.3
-    # share of letters among the characters that are not spaces; 0: off
+    # minimum share of letters among the non-space characters; 0: off
     min_letters: float = 0.6
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Quality:
         check_share(self, "quality", "max_repeated_lines", "min_letters")
 
     def fault(self, text: str) -> str:
-        """Why a text is dropped: the name of a count, or nothing."""
+        """Why a text is dropped, as the name of a count; "" if it is kept."""
         if sum(len(block.split()) for block in blocks(text)) < self.min_words:
             return "short"
         lines = [line.strip() for line in text.split("\n") if line.strip()]
@@ -71,32 +71,32 @@ class Quality:
 
 @dataclass(frozen=True)
 class CleaningRules:
-    """What a document is checked for in addition to emptiness and exact repeats; None: not at all."""
+    """Checks of a document besides emptiness and exact repetition; None: no check."""
 
     quality: Quality | None = None
     decontaminator: Decontaminator | None = None
     signer: MinHashSigner | None = None
-    # make every message one line, of a source whose spacing means nothing
+    # join every message into one line, for sources whose line breaks are meaningless
     one_line: bool = False
 
 
 @dataclass(frozen=True)
 class CheckedDocument:
-    """A normalised document and what is known of it without the others."""
+    """A normalized document, and the results of checks that need no other document."""
 
     document: Document
-    # why it is dropped, if it is
+    # why it is dropped, "" if it is not
     fault: str
     redacted: int
-    # equal for repeats
+    # equal for exact repeats
     key: bytes = b""
     signature: np.ndarray | None = field(default=None, compare=False)
-    # whose question it holds
+    # the task whose question it contains
     task: str = ""
 
 
 def check(raw: Document, rules: CleaningRules) -> CheckedDocument:
-    """Normalise a document, redact private data, and apply the rules that need no other document."""
+    """Normalizes a document, redacts private data, and applies the rules that need no other document."""
     counts = CleaningCounts()
     document = _normalise(raw, counts, rules.one_line)
     plain = document.plain
@@ -115,7 +115,7 @@ def check(raw: Document, rules: CleaningRules) -> CheckedDocument:
 
 
 class DocumentFilter:
-    """Finds exact and near repeats, which only show across all documents, and counts every outcome."""
+    """Finds exact and near repeats, which need all documents, and counts every outcome."""
 
     def __init__(self, source: str, index: SignatureIndex | None = None) -> None:
         self.source, self.index = source, index
@@ -125,7 +125,7 @@ class DocumentFilter:
     def sift(
         self, given: Iterable[CheckedDocument], note: Callable[[dict[str, Any]], None] | None = None
     ) -> Iterator[tuple[int, CheckedDocument]]:
-        """Kept documents with their numbers in the source; `note` takes a record of each that was dropped for its likeness to something."""
+        """Kept documents with their index in the source; `note` receives a record of each that was dropped for its similarity to another."""
         for number, checked in enumerate(given):
             fault, like = self._fault(checked)
             self.counts.read += 1
@@ -139,7 +139,7 @@ class DocumentFilter:
                 note({"id": f"{self.source}:{number}", "reason": fault, "like": like})
 
     def _fault(self, checked: CheckedDocument) -> tuple[str, str]:
-        """Why it is dropped, and what it is like."""
+        """Why it is dropped, and what it is similar to."""
         if checked.fault:
             return checked.fault, checked.task
         if checked.key in self.seen:
@@ -159,16 +159,16 @@ def _normalise(document: Document, counts: CleaningCounts, one_line: bool) -> Do
     for m in document.messages:
         content, calls = text(m.content), tuple(replace(c, arguments=text(c.arguments)) for c in m.tool_calls)
         if not content and not calls:
-            break  # what follows would answer nothing
+            break  # later messages would answer nothing
         name = m.name and text(m.name)
         messages.append(replace(m, content=content, reasoning=text(m.reasoning), tool_calls=calls, name=name))
     if document.messages and len(messages) < 2:
-        return Document()  # a dialogue needs someone to answer
+        return Document()  # a dialogue needs an answer
     return Document(tuple(messages), _text(document.text, counts, one_line=False))
 
 
 def _text(text: str, counts: CleaningCounts, one_line: bool) -> str:
-    """A text in NFC without control characters and private data; lines and their indentation stay."""
+    """A text in NFC without control characters and private data; lines and their indentation are kept."""
     if not text:
         return ""
     if "\r" in text:

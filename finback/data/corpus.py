@@ -1,8 +1,8 @@
-"""A corpus on its way to shards: read and clean, store, encode, write; each source's steps are done once.
+"""Turns sources into shards: read and clean, store, encode, write; each step of a source is done only once.
 
-work/stamps.json          which files the rest was made from: if they change, it is thrown away
-work/<source>.read.json   written when a source is read and cleaned
-work/<source>.pack.json   written when its shards are
+work/stamps.json          files that the rest was made from; if they change, it is discarded
+work/<source>.read.json   written when a source has been read and cleaned
+work/<source>.pack.json   written when its shards are complete
 """
 
 import importlib.metadata
@@ -37,28 +37,28 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class ExecutorConfig:
-    """Which processes do the work, and in pieces of what size."""
+    """Number of processes, and size of their pieces of work."""
 
-    # of datatrove's executor; 0: this process
+    # processes of datatrove's executor; 0: this process only
     workers: int = 0
-    # of one piece of work
+    # documents per piece of work
     segment_documents: int = document_store.SEGMENT
-    # of one file of a shard
+    # tokens per file of a shard
     shard_tokens: int = pack.LARGE
 
 
 class Corpus:
-    """What a prepare stage has on the disk between its passes."""
+    """A prepare stage's data on disk between its passes."""
 
     def __init__(
         self, run: StageRun, rules: CleaningRules, index: SignatureIndex | None, executor: ExecutorConfig
     ) -> None:
         self.stage_run, self.rules, self.index, self.executor = run, rules, index, executor
         self.folder = run.folder / "work"
-        self.documents: dict[str, int] = {}  # how many of each source were kept
+        self.documents: dict[str, int] = {}  # documents kept of each source
 
     def claim(self, sources: Sequence[Source]) -> bool:
-        """Whether what an interrupted call left can be used: if it was made from the files that are there now."""
+        """Whether data of an interrupted call can be reused: only if the files have not changed."""
         stamps: Record = {
             s.name: [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in s.files()] for s in sources
         }
@@ -73,7 +73,7 @@ class Corpus:
         return False
 
     def _name_shared(self, sources: Sequence[Source]) -> None:
-        """Say which files two sources have: each of them is then learnt twice."""
+        """Reports files that two sources share, since they are trained on twice."""
         owners: dict[Path, str] = {}
         for source in sources:
             files = [path.resolve() for path in source.files()]
@@ -84,7 +84,7 @@ class Corpus:
             owners |= dict.fromkeys(files, source.name)
 
     def gather(self, source: Source, mix: Callable[[Document], Document], rng: random.Random) -> Record:
-        """Read and clean a source; `mix` may change what is kept, and draws from `rng` alone."""
+        """Reads and cleans a source; `mix` may change kept documents, using random numbers of `rng` only."""
         done = self._marker(source.name, "read")
         if done.is_file():
             return self._known(source.name, read_json(done), rng)
@@ -101,12 +101,12 @@ class Corpus:
         if skipped := source.skipped():
             record["skipped"] = skipped
             named = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-            self.stage_run.say(f"{self.stage_run.name:10} {source.name}: {len(skipped):,} ways not gone ({named})")
+            self.stage_run.say(f"{self.stage_run.name:10} {source.name}: {len(skipped):,} paths skipped ({named})")
         write_json(done, {"record": record, "kept": document_filter.counts.kept, "rng": rng.getstate()})
         return record
 
     def generate(self, name: str, licence: str, documents: Iterable[Document], total: int) -> Record:
-        """Keep documents that a program writes as they are."""
+        """Stores generated documents unchanged."""
         done = self._marker(name, "read")
         if done.is_file():
             return self._known(name, read_json(done), None)
@@ -125,7 +125,7 @@ class Corpus:
         return chain.from_iterable(map(document_store.read_documents, self._segments(name)))
 
     def write(self, name: str, tokenizer: Tokenizer, validates: bool, fim: float, seed: int) -> Record:
-        """A source's shards; with `validates`, one document in twenty goes to the validation side."""
+        """Writes a source's shards; with `validates`, one document in twenty goes to validation."""
         done = self._marker(name, "pack")
         if done.is_file():
             return dict(read_json(done))
@@ -143,7 +143,7 @@ class Corpus:
         return record
 
     def finish(self) -> None:
-        """Remove what only the passes needed, and what a killed one left half written."""
+        """Deletes what only the passes needed, and incomplete files of a killed one."""
         shutil.rmtree(self.folder)
         for part in self.stage_run.folder.glob("*.part"):
             part.unlink()
@@ -152,7 +152,7 @@ class Corpus:
         return self.folder / f"{name}.{step}.json"
 
     def _known(self, name: str, found: Record, rng: random.Random | None) -> Record:
-        """Take over what an interrupted call found out about a source."""
+        """Restores the counts of an interrupted call for a source."""
         self.documents[name] = found["kept"]
         if rng:
             version, state, gauss = found["rng"]
@@ -205,7 +205,7 @@ class Corpus:
 
     @contextmanager
     def _removed(self, name: str) -> Iterator[Callable[[Record], None] | None]:
-        """Writes down what was removed for a reason that names something; None where no rule does."""
+        """A function that records what was removed because of a similarity; None if no rule does so."""
         if self.rules.decontaminator is None and self.index is None:
             yield None
             return
@@ -215,7 +215,7 @@ class Corpus:
 
     @contextmanager
     def _signatures(self, name: str) -> Iterator[Callable[[int, CheckedDocument], Document]]:
-        """Keeps the signatures of kept documents, which later sources are compared with, also after a restart."""
+        """A function that stores signatures of kept documents, for comparison with later sources, also after a restart."""
         with (self.folder / f"{name}.signatures").open("wb") as handle:
 
             def sign(number: int, checked: CheckedDocument) -> Document:

@@ -1,4 +1,4 @@
-"""The two passes over a corpus cut into pieces for other processes: reading a file, encoding a segment of what is stored."""
+"""The two parallel passes over a corpus: reading a file, and encoding a segment of stored documents."""
 
 import json
 import os
@@ -16,24 +16,24 @@ from finback.data.encoding import encode_documents
 from finback.data.sources import Document, Source
 from finback.data.tokenizer import Tokenizer
 
-TRAIN = -1  # in place of the bytes of a document on the validation side
+TRAIN = -1  # marks training documents, instead of a validation document's number of bytes
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """Work that is cut into a piece for each file; each leaves a part in the folder."""
+    """Work divided into one piece per file; each piece leaves a part in the folder."""
 
     folder: Path
     files: Sequence[Path]
 
     def parts(self) -> list[Path]:
-        """What the pieces leave, in order."""
+        """The parts of all pieces, in order."""
         return [self.folder / f"{piece:05}.part" for piece in range(len(self.files))]
 
 
 @dataclass(frozen=True)
 class ReadPass(_Pass):
-    """A piece is a file of a source: read, normalised and checked by the rules that need no other document."""
+    """A piece is one file of a source: it is read, normalized and checked by the rules that need no other document."""
 
     source: Source
     rules: CleaningRules
@@ -46,7 +46,7 @@ class ReadPass(_Pass):
 
 @dataclass(frozen=True)
 class EncodePass(_Pass):
-    """A piece is a file of stored documents: its ids, and the side each document is on."""
+    """A piece is one file of stored documents: writes their ids, and whether each is for validation."""
 
     tokenizer: Path
     validates: bool
@@ -64,7 +64,7 @@ class EncodePass(_Pass):
 def encode_sides(
     documents: Iterable[Document], tokenizer: Tokenizer, validates: bool, fim: float, seed: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Ids of documents, each with the bytes of its text if it is for validation, otherwise TRAIN."""
+    """Ids of documents, each with the number of bytes of its text if it is for validation, otherwise TRAIN."""
     for document, ids in encode_documents(documents, tokenizer, fim, seed):
         plain = document.plain if validates else ""
         valid = validates and pack.is_validation(plain)
@@ -72,7 +72,7 @@ def encode_sides(
 
 
 def read_encoded(path: Path) -> Iterator[tuple[np.ndarray, int]]:
-    """What `EncodePass` left of a piece."""
+    """Reads a part written by `EncodePass`."""
     with np.load(path) as found:
         ids, ends, counted = found["ids"], np.cumsum(found["sizes"]).tolist(), found["counted"].tolist()
     for start, end, n in zip([0, *ends], ends, counted, strict=False):
@@ -80,7 +80,7 @@ def read_encoded(path: Path) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def read_checked(path: Path) -> Iterator[CheckedDocument]:
-    """What `ReadPass` left of a piece."""
+    """Reads a part written by `ReadPass`."""
     with path.open(encoding="ascii") as handle:
         yield from map(_load, handle)
 
@@ -99,7 +99,7 @@ def _load(line: str) -> CheckedDocument:
 
 @contextmanager
 def _atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when all is written; another process may be at the same piece."""
+    """A file that gets its name once it is complete; another process may be writing the same one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as handle:

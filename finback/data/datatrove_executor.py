@@ -1,12 +1,12 @@
-"""datatrove's executor as the engine for corpora that one process is too slow for.
+"""datatrove's executor for corpora that are too large for one process.
 
-Its local executor gives each file of a source, and later each segment of what was kept, to one of several processes,
-marks what is finished and skips that when it is started again. What is done to a document is finback's own, and what
-depends on all documents is decided in their order by one process: so the outputs are those of one process, byte for
-byte. datatrove's own MinHash blocks are not used, since they keep other documents: theirs has no order, a cluster of
-near duplicates is found first and then reduced to one.
+Its local executor assigns each file of a source, and later each segment of kept documents, to one of several processes,
+marks finished pieces and skips them after a restart. Documents are processed by finback's code, and decisions that depend
+on all documents are made in order by one process, so the output is byte-identical to that of a single process.
+datatrove's MinHash blocks are not used because they keep different documents: they first find a cluster of near
+duplicates, in no particular order, and then reduce it to one.
 
-The executor runs in a process of its own, for it forks, which a process with threads must not do.
+The executor runs in a separate process because it forks, which a process with threads must not do.
 """
 
 import importlib.util
@@ -28,13 +28,13 @@ from finback.runs.files import read_json, write_json
 ERROR = "error.json"
 RUN = f"from {__name__} import serve; serve()"
 
-# does a numbered piece of some work; it is sent to other processes
+# processes a numbered piece of work; must be picklable
 PartitionedTask = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A task as a block of datatrove's pipeline; a piece is what the executor calls a task."""
+    """A task as a block of datatrove's pipeline; a piece corresponds to a task of the executor."""
 
     task: PartitionedTask
     folder: Path
@@ -42,14 +42,14 @@ class _Step:
     def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[None]:
         try:
             self.task(rank)
-        except UserError as error:  # a message for the user, which no pickle carries
+        except UserError as error:  # datatrove does not pass user errors on
             write_json(self.folder / ERROR, [error.field, str(error.value), error.problem, error.remedy])
             raise RuntimeError(str(error)) from None
         return iter(())
 
 
 def each(task: PartitionedTask, pieces: int, workers: int, folder: Path, show: Callable[[int], None]) -> None:
-    """Do all pieces of a task that are not marked as done in `folder`; `show` receives how many are."""
+    """Processes all pieces of a task that are not marked as done in `folder`; `show` receives the number done."""
     if importlib.util.find_spec("datatrove") is None:
         problem = "the package is not installed"
         raise UserError("workers", "datatrove", problem, f"{how_to_get('data')}, or leave workers at 0.")
@@ -58,7 +58,7 @@ def each(task: PartitionedTask, pieces: int, workers: int, folder: Path, show: C
     with (folder / "executor.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", RUN], stdin=subprocess.PIPE, stdout=log, stderr=log)
         try:
-            assert process.stdin is not None, "it was asked for"
+            assert process.stdin is not None, "opened as a pipe"
             process.stdin.write(pickle.dumps((task, pieces, workers, folder)))
             process.stdin.close()
             while process.poll() is None:
@@ -72,7 +72,7 @@ def each(task: PartitionedTask, pieces: int, workers: int, folder: Path, show: C
 
 
 def serve() -> None:
-    """The other process: read a task from stdin and run it under datatrove's executor."""
+    """Main function of the other process: reads a task from stdin and runs it under datatrove's executor."""
     task, pieces, workers, folder = pickle.load(sys.stdin.buffer)
     from datatrove.executor import LocalPipelineExecutor
 
@@ -81,7 +81,7 @@ def serve() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Leave when whoever wanted the result is gone, however it went."""
+    """Exits when the parent process is gone, however it ended."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Decontamination: finding the questions of an exam in training text."""
+"""Decontamination: finds exam questions in training text."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,19 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from finback.data.blocks import runs, squeeze
 from finback.data.sources import Document
 
-START, LETTERS = 12, 6  # characters that a question has at least which is looked for within a line
+START, LETTERS = 12, 6  # minimum characters and letters of a question that is searched for within a line
 _WORD = re.compile(r"\w+")
 _PART = {*"abcdefghijklmnopqrstuvwxyz0123456789+-*/=^%"}
 _BEGINS = re.compile(r"(?<![a-z0-9+\-*/=^%])\S")
 
 
 class Decontaminator:
-    """Whether a document gives a question away: by n words in a row, or by holding a whole question.
+    """Whether a document gives away a question: by an n-gram of words, or by containing a whole question.
 
-    n-grams (GPT-3 appendix C took 13, R1's data 10) find long questions in prose whatever their punctuation; those that
-    questions of the training side share are a task's wording and betray nothing. Short questions have no n-gram; they
-    are found where a message, a text or a line of either is the question and nothing else, signs included, for sums are
-    made of signs; and those made of words within a line too.
+    n-grams (13 in GPT-3's appendix C, 10 for R1's data) find long questions in prose regardless of punctuation; those that
+    also occur in training-side questions are a task's common wording and are ignored. Short questions have no n-gram: they are
+    found if a message, a text or a line of either is exactly the question, with punctuation, since sums consist of it;
+    questions made of words are also found within a line.
     """
 
     def __init__(self, held_out: Mapping[str, Sequence[str]], trained: Mapping[str, Sequence[str]], ngram: int) -> None:
@@ -32,14 +32,14 @@ class Decontaminator:
         self.embedded = _Embedded((q, task) for task, asked in held_out.items() for q in asked)
 
     def find(self, document: Document) -> str | None:
-        """The task whose question the document holds, if it does."""
+        """The task whose question the document contains, or None."""
         said = [m.content for m in document.messages if m.role != "system"] or [document.text]
         return next((task for task, _ in self.hits(document)), None) or next(
             filter(None, map(self.embedded.find, said)), None
         )
 
     def hits(self, document: Document) -> Iterator[tuple[str, bool]]:
-        """Every trace of a question in the document: its task, and whether the question stands there whole."""
+        """Every trace of a question in the document: its task, and whether the whole question occurs."""
         for text in [t for m in document.messages for t in (m.content, m.reasoning)] or [document.text]:
             for part in {text, *text.split("\n")}:
                 if task := self.whole.get(_plain(part)):
@@ -50,15 +50,15 @@ class Decontaminator:
 
 
 class _Embedded:
-    """Finds questions of few words within a line, such as "Question: Who wrote Hamlet? Answer:"; sums are too much like each other.
+    """Finds short questions within a line, such as "Question: Who wrote Hamlet? Answer:"; not sums, which are too similar.
 
-    A question is meant that has 12 characters and 6 letters at least. Before it and behind it stands no part of a word or of a
-    sum; one that ends without a mark ends a line or a sentence.
+    The question must have at least 12 characters and 6 letters. It must not be part of a longer word or sum; one that ends
+    without punctuation must be at the end of a line or sentence.
     """
 
     def __init__(self, questions: Iterable[tuple[str, str]]) -> None:
         self.tasks: dict[str, str] = {}
-        # how long the questions are that begin so
+        # for each beginning, the lengths of questions that start with it
         self.lengths: dict[str, set[int]] = {}
         for text, task in questions:
             question = _laid_out(text)
@@ -67,7 +67,7 @@ class _Embedded:
                 self.lengths.setdefault(question[:START], set()).add(len(question))
 
     def find(self, text: str) -> str | None:
-        """The task whose question stands in the text."""
+        """The task whose question occurs in the text, or None."""
         if not self.tasks:
             return None
         whole = _laid_out(text)
@@ -82,7 +82,7 @@ class _Embedded:
 
 
 def _laid_out(text: str) -> str:
-    """Lines with single spaces, whatever case."""
+    """Lines with single spaces, in lower case."""
     return "\n".join(filter(None, map(squeeze, text.casefold().split("\n"))))
 
 
@@ -91,5 +91,5 @@ def _plain(text: str) -> str:
 
 
 def grams(text: str, n: int) -> list[str]:
-    """All runs of n words of a text; case and punctuation do not count."""
+    """All n-grams of words of a text, ignoring case and punctuation."""
     return list(runs(text.casefold(), _WORD, n))

@@ -1,13 +1,13 @@
-"""Records as people keep them -> dialogues to learn from; what cannot be used is refused by name.
+"""Converts records in common formats to dialogues for training; refuses unusable ones by name.
 
-A record holds, and the first of these that is there counts:
+A record has one of these; the first that exists counts:
 
 - `messages`, `conversations` or `conversation`: OpenAI's messages (role, content), or ShareGPT's (from, value)
-- `question`, `prompt`, `instruction`, `query`, `problem` or `input` and its answer (see `PAIRS`), texts or numbers; behind an
-  instruction stands its `input` or `context`; a prompt and a completion may be lists of messages
+- `question`, `prompt`, `instruction`, `query`, `problem` or `input` with its answer (see `PAIRS`), as text or numbers; an
+  instruction may be followed by its `input` or `context`; prompt and completion may be lists of messages
 
-Beside them: `tools` (OpenAI's form), `system`, `history` (pairs of texts), and the answer's `reasoning_content`, `reasoning` or
-`thinking`. An answer that is empty, or whose `weight` is 0, is read and not learnt.
+In addition: `tools` (OpenAI's format), `system`, `history` (pairs of texts), and the answer's `reasoning_content`, `reasoning` or
+`thinking`. An answer that is empty, or whose `weight` is 0, is part of the context but not trained on.
 """
 
 import json
@@ -33,12 +33,12 @@ PAIRS = {
     "problem": ("solution", "answer", "response", "output"),
     "input": ("output", "response", "answer", "completion"),
 }
-SECOND = ("input", "context")  # what an instruction is about
+SECOND = ("input", "context")  # input of an instruction
 SYSTEM = ("system", "system_prompt")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CHOICES = ("choices", "options")
 BESIDE = (*SYSTEM, *REASONING, *CHOICES, *SECOND, "tools", "functions", "history", "weight", "label")
-# what a record is read for
+# all fields that are read
 FIELDS = frozenset(("text", *LISTS, *PAIRS, *(name for names in PAIRS.values() for name in names), *BESIDE))
 _ROLES = {
     "human": "user",
@@ -51,31 +51,31 @@ _ROLES = {
     "observation": "tool",
 }
 _CALL = "function_call"
-_EXPONENT = re.compile(r"e\+?(-?)0*(\d+)")  # nobody writes 1e-7 as 1e-07
-# how others mark a chain of thought at the beginning of an answer
+_EXPONENT = re.compile(r"e\+?(-?)0*(\d+)")  # write 1e-07 as 1e-7
+# other markers of a chain of thought at the start of an answer
 _OTHERS = re.compile(
     r"\s*(?:<\s*(think|thinking|thought|thoughts|reasoning)\s*>(.*?)<\s*/\s*\1\s*>|"
     r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|\[THINK\](.*?)\[/THINK\])",
     re.DOTALL | re.IGNORECASE,
 )
 _SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>\s*)?", re.DOTALL)
-# of a chain of thought, but for those that are quoted
+# markers of a chain of thought, except quoted ones
 _MARK = re.compile(r"(?<![`'\"])</?think>")
 _REMEDY = "Correct the record, or leave it out."
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Turns that are learnt from, and the tools that the assistant has in them."""
+    """Turns to train on, and the assistant's tools."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
-    # answers that are not learnt because there is nothing in them
+    # number of empty answers, which are not trained on
     empty: int = 0
 
 
 def read_dialogue(record: Any) -> Dialogue:
-    """The dialogue of a record; UserError names the field and says why it cannot be used."""
+    """The dialogue of a record; UserError names the field and why it cannot be used."""
     if not isinstance(record, Mapping):
         raise UserError("record", record, "not an object", _REMEDY)
     given = _said(record)
@@ -87,7 +87,7 @@ def read_dialogue(record: Any) -> Dialogue:
 
 
 def _checked(messages: list[Message], tools: Sequence[Tool]) -> Dialogue:
-    """What may be learnt of them, once there is nothing wrong with them."""
+    """The dialogue to train on, after validation."""
     for i, message in enumerate(messages):
         if message.role == "user" and not message.content.strip():
             raise UserError(f"messages[{i}].content", message.content, "empty", _REMEDY)
@@ -99,11 +99,11 @@ def _checked(messages: list[Message], tools: Sequence[Tool]) -> Dialogue:
     if not any(m.role == "assistant" and m.learnt for m in learnt):
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
         wrong = "the answer is empty" if any(is_empty) else "every answer has weight 0"
-        raise UserError("messages", len(messages), wrong if answers else "nothing that an assistant says", _REMEDY)
+        raise UserError("messages", len(messages), wrong if answers else "there is no assistant turn", _REMEDY)
     return Dialogue(learnt, tuple(tools), sum(is_empty))
 
 
-# ---- the forms ----------------------------------------------------------------------------------------------------------
+# ---- formats -----------------------------------------------------------------------------------------------------------
 
 
 def _said(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -115,9 +115,9 @@ def _said(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     answered = _first(record, PAIRS[asked]) if asked else None
     if asked is None or answered is None:
         known, remedy = ", ".join(map(str, record))[:200], "Give messages, or a question and its answer."
-        raise UserError("record", known, "no field that can be learnt from", remedy)
+        raise UserError("record", known, "no usable field", remedy)
     if record.get("label") is False:
-        raise UserError("label", False, "a completion that is no example", _REMEDY)
+        raise UserError("label", False, "a completion marked as a negative example", _REMEDY)
     if choices := next((name for name in CHOICES if _there(record, name)), None):
         remedy = "Write the choices into the question."
         raise UserError(choices, record[choices], "choices that the question does not show", remedy)
@@ -126,7 +126,7 @@ def _said(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _asked(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """A question's turns; those of the assistant in it are not learnt, as in TRL."""
+    """A question's turns; assistant turns in it are not trained on, as in TRL."""
     if isinstance(value := _messages(record[name]), list):
         turns = [_turn(message, f"{name}[{i}]") for i, message in enumerate(value)]
         return [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
@@ -154,7 +154,7 @@ def _pair(given: Any) -> list[dict[str, Any]]:
 
 
 def _turn(given: Any, where: str) -> dict[str, Any]:
-    """A turn of OpenAI's or ShareGPT's form in OpenAI's."""
+    """A turn in OpenAI's or ShareGPT's format, converted to OpenAI's."""
     if not isinstance(given, Mapping):
         raise UserError(where, given, "not an object", _REMEDY)
     key = "role" if "role" in given else "from"
@@ -169,7 +169,7 @@ def _turn(given: Any, where: str) -> dict[str, Any]:
     chains = {name: str(given[name]).strip() for name in REASONING if _there(given, name)}
     if len({*chains.values()}) > 1:
         raise UserError(f"{where}.{next(iter(chains))}", list(chains), "two chains of thought", _REMEDY)
-    if given.get("train") is False:  # axolotl's way to say so
+    if given.get("train") is False:  # axolotl's flag
         turn["weight"] = 0
     if role == _CALL:
         turn |= {"role": "assistant", "content": "", "tool_calls": _calls(content, where)}
@@ -180,7 +180,7 @@ def _turn(given: Any, where: str) -> dict[str, Any]:
 
 
 def _calls(given: Any, where: str) -> list[dict[str, Any]]:
-    """Calls of ShareGPT, or the one call of OpenAI's older form."""
+    """Calls in ShareGPT's format, or the single call of OpenAI's older format."""
     value = _parsed(given)
     if isinstance(value, str):
         raise UserError(f"{where}.{_CALL}", value[:60], "no JSON of a call", _REMEDY)
@@ -201,12 +201,12 @@ def _there(record: Mapping[str, Any], name: str) -> bool:
 
 
 def _first(record: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The first of these fields that holds something, else the first that is there."""
+    """The first of these fields that is not empty, else the first that exists."""
     return next((n for n in names if _there(record, n)), next((n for n in names if n in record), None))
 
 
 def _messages(value: Any) -> Any:
-    """Messages in place of a text, also one alone or as JSON; an answer that is other JSON is a text."""
+    """Converts a single message, or JSON of messages, to a list; other text stays text."""
     found = _parsed(value)
     found = [found] if isinstance(found, Mapping) else found
     are_turns = isinstance(found, list) and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in found)
@@ -214,7 +214,7 @@ def _messages(value: Any) -> Any:
 
 
 def _list(record: Mapping[str, Any], name: str) -> list[Any]:
-    """A list, also one that is written as JSON; empty where there is none."""
+    """A list, possibly written as JSON; [] if absent."""
     if not _there(record, name):
         return []
     value = _parsed(record[name])
@@ -224,7 +224,7 @@ def _list(record: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _parsed(value: Any) -> Any:
-    """What a text that is JSON of a list or an object holds, as tables keep them; else the value itself."""
+    """The list or object that a JSON text encodes, as tables store them; otherwise the value itself."""
     if not isinstance(value, str) or not value.strip().startswith(("[", "{")):
         return value
     try:
@@ -238,7 +238,7 @@ def _content(value: Any) -> Any:
 
 
 def _text(value: Any, where: str) -> str:
-    """A text, or a number as it is written."""
+    """A text, or a number as text."""
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, str) or (is_number and math.isfinite(value)):
         return _EXPONENT.sub(r"e\1\2", str(value)) if isinstance(value, float) else str(value)
@@ -249,24 +249,20 @@ def _text(value: Any, where: str) -> str:
 
 
 def _split(message: Message, where: str) -> Message:
-    """The chain of thought that others write into the answer, or with its marks, where it belongs."""
+    """Moves a chain of thought from the answer, or with its markers, to its own field."""
     if message.role != "assistant":
         return message
     reasoning, behind = _reasoning(message.reasoning, where)
     if behind and message.content.strip() not in ("", behind):
-        raise UserError(
-            f"{where}.content", behind[:60], "another answer than stands behind the chain of thought", _REMEDY
-        )
+        raise UserError(f"{where}.content", behind[:60], "differs from the answer after the chain of thought", _REMEDY)
     chain, answer = _answer(message.content, where)
     if reasoning and chain and reasoning.strip() != chain:
-        raise UserError(
-            f"{where}.reasoning", chain[:60], "another chain of thought than the answer begins with", _REMEDY
-        )
+        raise UserError(f"{where}.reasoning", chain[:60], "differs from the chain of thought in the answer", _REMEDY)
     return replace(message, content=answer or behind, reasoning=reasoning or chain)
 
 
 def _reasoning(text: str, where: str) -> tuple[str, str]:
-    """A chain without its marks, and what stands behind it."""
+    """A chain without its markers, and the text after it."""
     text = _OTHERS.sub(_usual, text, count=1) if _OTHERS.match(text) else text
     if not _MARK.search(text):
         return (text if text.strip() else ""), ""
@@ -274,7 +270,7 @@ def _reasoning(text: str, where: str) -> tuple[str, str]:
 
 
 def _answer(text: str, where: str) -> tuple[str, str]:
-    """The chain that an answer begins with, "" without one, and the answer; templates open a chain before the answer begins."""
+    """The chain at the start of an answer ("" if none), and the rest; templates may open the chain before the answer."""
     if others := _OTHERS.match(text):
         solution = _SOLUTION.fullmatch(text, others.end())
         text = _usual(others) + (solution[1] if solution else text[others.end() :])

@@ -1,4 +1,4 @@
-"""Documents on the disk between two passes, so that no stage holds a corpus in memory."""
+"""Stores documents on disk between passes, so that no stage holds a corpus in memory."""
 
 import json
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from finback.data.sources import Document
 from finback.data.tools import ToolCall
 from finback.data.turn import Message
 
-SEGMENT = 20_000  # documents of one file, which one worker encodes
+SEGMENT = 20_000  # documents per file; one worker encodes a file
 
 
 class DocumentWriter:
-    """Files of JSON lines, `segment` documents each, written in order and read in order."""
+    """JSON-lines files of `segment` documents each, written and read in order."""
 
     def __init__(self, folder: Path, name: str, segment: int = SEGMENT) -> None:
         self.folder, self.name, self.segment = folder, name, segment
@@ -21,16 +21,16 @@ class DocumentWriter:
         self._handle: TextIO | None = None
 
     def add(self, document: Document) -> None:
-        """Append a document."""
+        """Appends a document."""
         if self.documents % self.segment == 0:
             self.close()
             self._handle = self._path(self.documents // self.segment).open("w", encoding="ascii")
-        assert self._handle is not None, "it is closed"
+        assert self._handle is not None, "the writer is closed"
         self._handle.write(dump_document(document) + "\n")
         self.documents += 1
 
     def close(self) -> None:
-        """Finish the file at hand."""
+        """Completes the current file."""
         if self._handle is not None:
             self._handle.close()
 
@@ -41,7 +41,7 @@ class DocumentWriter:
         self.close()
 
     def paths(self, documents: int) -> list[Path]:
-        """The files that so many documents fill."""
+        """The files that so many documents occupy."""
         return [self._path(i) for i in range(-(-documents // self.segment))]
 
     def _path(self, number: int) -> Path:
@@ -49,13 +49,13 @@ class DocumentWriter:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Documents of one file."""
+    """The documents of one file."""
     with path.open(encoding="ascii") as handle:
         yield from map(load_document, handle)
 
 
 def dump_document(document: Document) -> str:
-    """One line that holds a document; lone surrogates survive as JSON's escapes."""
+    """A document as one line; lone surrogates are preserved as JSON escapes."""
     return json.dumps([document.text, *map(_dump_message, document.messages)])
 
 
@@ -66,7 +66,7 @@ def load_document(line: str) -> Document:
 
 
 def _dump_message(message: Message) -> list[Any]:
-    """What most messages have, then what those of tools have besides."""
+    """The common fields of a message, followed by those of tool messages."""
     plain = [message.role, message.content, message.reasoning]
     calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
     rest = [calls, message.tool_call_id, message.name, message.prefix]

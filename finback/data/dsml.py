@@ -1,6 +1,6 @@
-"""DSML, in which DeepSeek V3.2 and V4 write tool calls: an element per call, an element per argument.
+"""DSML, DeepSeek V3.2's and V4's format of tool calls: one element per call, and one per argument.
 
-Its one special token is ｜DSML｜. Schemas of tools stand in the system text as lines of JSON.
+Its only special token is ｜DSML｜. Tool schemas are JSON lines in the system text.
 """
 
 import json
@@ -18,7 +18,7 @@ _MARKS = re.compile(f"({DSML}|{THINK}|{END_THINK})")
 
 @dataclass(frozen=True)
 class DsmlForm:
-    """One edition: `block` stands around all calls, `space` before every other name, `blank` in place of no arguments."""
+    """One version: `block` encloses all calls, `space` precedes all other names, `blank` replaces missing arguments."""
 
     block: str
     space: str = ""
@@ -26,16 +26,16 @@ class DsmlForm:
 
     @property
     def opener(self) -> str:
-        """What the first call begins with."""
+        """The text before the first call."""
         return f"<{DSML}{self.block}>"
 
     @property
     def closer(self) -> str:
-        """What the last call ends with."""
+        """The text after the last call."""
         return f"</{DSML}{self.block}>"
 
     def calls(self, calls: Sequence[ToolCall]) -> list[str]:
-        """Calls behind a blank line, as the assistant writes them."""
+        """Calls after a blank line, as the assistant writes them."""
         if not calls:
             return []
         inner = [piece for call in calls for piece in (*self._call(call), "\n")]
@@ -47,7 +47,7 @@ class DsmlForm:
         return [*head, *(named or [self.blank]), "</", DSML, f"{self.space}invoke>"]
 
     def _argument(self, name: str, value: object) -> list[str]:
-        """A text as it is, anything else as JSON."""
+        """A string as it is, anything else as JSON."""
         is_text = isinstance(value, str)
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         head = f'{self.space}parameter name="{name}" string="{"true" if is_text else "false"}">'
@@ -55,7 +55,7 @@ class DsmlForm:
 
 
 def schema_lines(tools: Sequence[Tool]) -> str:
-    """The functions, one a line, as JSON objects."""
+    """The functions as JSON objects, one per line."""
     return "\n".join(
         f'{{"name": {_quoted(tool.name)}, "description": {_quoted(tool.description)}, "parameters": {tool.parameters}}}'
         for tool in tools
@@ -66,7 +66,7 @@ V32, V4, V41 = DsmlForm("function_calls"), DsmlForm("tool_calls", blank=""), Dsm
 
 
 def reply_section(schema: Mapping[str, Any] | None) -> list[str]:
-    """The section of the system text on the schema that the answer follows."""
+    """The section of the system text on the schema of the answer."""
     if schema is None:
         return []
     text = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
@@ -74,12 +74,12 @@ def reply_section(schema: Mapping[str, Any] | None) -> list[str]:
 
 
 def marked(text: str) -> list[str]:
-    """A text of our own whose marks mean what they say, as pieces."""
+    """A text of our own, with its special tokens, as pieces."""
     return [SpecialToken(part) if _MARKS.fullmatch(part) else part for part in _MARKS.split(text)]
 
 
 def _arguments(text: str) -> list[tuple[str, object]]:
-    """The arguments by name; all of them as one text if they are no JSON object."""
+    """The arguments by name; if they are not a JSON object, all of them as one text."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

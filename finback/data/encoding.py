@@ -1,4 +1,4 @@
-"""Documents to ids, many at a time; some of them turned round for filling in the middle."""
+"""Tokenizes documents in batches, rearranging some for fill-in-the-middle."""
 
 import hashlib
 import random
@@ -13,13 +13,13 @@ from finback.data.messages import document_pieces
 from finback.data.sources import Document
 from finback.data.tokenizer import BOS, EOS, FIM, SpecialToken, Tokenizer
 
-TOGETHER = 512  # documents that are encoded together
+TOGETHER = 512  # documents per batch
 
 
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, fim: float = 0.0, seed: int = 0
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Documents with their ids, bos and eos included; a share `fim` of the plain texts that train asks for the middle."""
+    """Documents with their ids, bos and eos included; a share `fim` of plain training texts is rearranged to fill in the middle."""
     remaining = iter(documents)
     while batch := list(islice(remaining, TOGETHER)):
         yield from _encoded(batch, tokenizer, fim, seed)
@@ -45,7 +45,7 @@ def _encoded(
 
 
 def _pieces(document: Document, tokenizer: Tokenizer, fim: float, seed: int) -> list[str]:
-    """Special tokens and the texts between them, of which no two are neighbours."""
+    """Special tokens and the texts between them; no two texts are adjacent."""
     if document.messages:
         return document_pieces(document.messages, tokenizer)
     first = [BOS] if tokenizer.bos >= 0 else []  # some vocabularies have none (Qwen's)
@@ -58,10 +58,10 @@ def _pieces(document: Document, tokenizer: Tokenizer, fim: float, seed: int) -> 
 
 
 def _cut(text: str, fim: float, seed: int) -> tuple[str, str, str] | None:
-    """Prefix, middle and suffix for a share `fim` of texts, cut at two characters drawn alike (Bavarian et al. 2022).
+    """Prefix, middle and suffix for a share `fim` of texts, cut at two uniformly drawn characters (Bavarian et al. 2022).
 
-    V3 4.1 has the rate, 0.1, and the order prefix, suffix, middle; where it cuts is not published. What is drawn depends
-    on the seed and the text alone, so neither order nor company of a document matters.
+    V3 4.1 gives the rate, 0.1, and the order prefix, suffix, middle, but not where to cut. The cut depends only on the seed
+    and the text, not on other documents.
     """
     key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little"))
     rng = random.Random(key.digest())

@@ -1,4 +1,4 @@
-"""Files by names and globs, each once however many ways lead to it; links that go round are named. No torch here."""
+"""Files from names and globs, each once even if several paths lead to it; reports circular links. Does not import torch."""
 
 import glob
 import os
@@ -11,7 +11,7 @@ _Identity = tuple[int, int]
 
 
 def find(patterns: Sequence[str], where: str) -> tuple[list[Path], dict[str, str]]:
-    """The files of patterns in order, and the ways that are not gone: to what is read already, or to nothing."""
+    """The files of patterns in order, and skipped paths with the reason: already read, or broken links."""
     found: list[Path] = []
     skipped: dict[str, str] = {}
     seen: dict[_Identity, Path] = {}
@@ -35,7 +35,7 @@ def find(patterns: Sequence[str], where: str) -> tuple[list[Path], dict[str, str
 
 
 def _expand(pattern: str, skipped: dict[str, str]) -> Iterator[str]:
-    """What a glob matches; ** goes through every folder once, also where links lead round."""
+    """Matches of a glob; ** visits every folder once, even with circular links."""
     parts = pattern.split("/")
     if "**" not in parts:
         yield from glob.glob(pattern)  # noqa: PTH207 - never raises
@@ -50,7 +50,7 @@ def _expand(pattern: str, skipped: dict[str, str]) -> Iterator[str]:
 
 
 def _folders(root: str, seen: dict[_Identity, str], skipped: dict[str, str]) -> Iterator[str]:
-    """A folder and all that it leads to, links last, so that a folder has its own name where it has one."""
+    """A folder and all folders below, links last, so that a folder is found under its own name if possible."""
     waiting, links = [root], list[str]()
     while waiting or links:
         is_link = not waiting
@@ -58,7 +58,7 @@ def _folders(root: str, seen: dict[_Identity, str], skipped: dict[str, str]) -> 
         try:
             identity = _identity(Path(folder))
             inside = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
-        except OSError:  # no folder, or none that may be read
+        except OSError:  # not a folder, or not readable
             continue
         if identity in seen:
             if folder != seen[identity]:

@@ -1,4 +1,4 @@
-"""Formatted files (HTML, PDF, Word) to plain text; what is neither text nor one of these is refused by name."""
+"""Converts formatted files (HTML, PDF, Word) to plain text; refuses other non-text files by name."""
 
 import io
 import logging
@@ -16,7 +16,7 @@ from finback.readers import BytesRead
 
 PAGES = (".html", ".htm", ".xhtml")
 FORMATTED = (*PAGES, ".pdf", ".docx")
-# learnt as they stand, they would be markup or bytes
+# read as text, these would be markup or bytes
 _REFUSED = frozenset(
     """
     doc docm dot dotx rtf odt ods odp epub mobi azw3 djvu ps pages xls xlsx xlsm ppt pptx xml xsl xslt svg rss atom mht mhtml
@@ -27,7 +27,7 @@ _REFUSED = frozenset(
     """.split()  # noqa: SIM905 - as a list of 90 texts it fills a page
 )
 _REMEDY = "Convert it to text, JSONL, HTML, PDF or docx, or leave it out."
-# what a file that calls itself text begins with, and what it then is
+# beginnings of files that are not plain text, and what they are
 _SIGNS = (
     (re.compile(r"%PDF-"), "a PDF", "Name it .pdf."),
     (re.compile(r"\{\\rtf"), "rich text", _REMEDY),
@@ -48,12 +48,12 @@ _SIGNS = (
         "Name it .html.",
     ),
 )
-_MARKDOWN = (".md", ".markdown", ".mdx", ".rst", ".org")  # may begin with an element of HTML
-_BEGIN = 4096  # characters that show what a file is
+_MARKDOWN = (".md", ".markdown", ".mdx", ".rst", ".org")  # may start with an HTML element
+_BEGIN = 4096  # characters that identify a file's type
 _LIGATURES = {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFB00, 0xFB07)}
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 _WORD_SIGNS = {"tab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "-"}
-# text that was moved away or is there twice, and settings
+# moved or duplicated text, and settings
 _WORD_SKIPPED = (
     *(_WORD + name for name in ("moveFrom", "del", "pPr", "rPr", "sectPr")),
     "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback",
@@ -61,14 +61,14 @@ _WORD_SKIPPED = (
 
 
 def check_name(path: Path, where: str) -> None:
-    """UserError for a file whose ending says that its bytes are no text."""
+    """Raises UserError for a file whose suffix says that it is not text."""
     ending = readers.kind(path)
     if ending.removeprefix(".") in _REFUSED:
         raise UserError(where, str(path), f"{ending} files are not read", _REMEDY)
 
 
 def check_text(lines: Iterator[str], path: Path, where: str) -> Iterator[str]:
-    """The lines of a plain text; UserError if it begins as something else does."""
+    """The lines of a plain text; UserError if it starts like another type of file."""
     first: list[str] = []
     size = 0
     for line in lines:
@@ -86,7 +86,7 @@ def check_text(lines: Iterator[str], path: Path, where: str) -> Iterator[str]:
 
 
 def read(path: Path, where: str, bytes_read: BytesRead | None = None) -> str:
-    """The text of a formatted file, which is one document; UserError if there is none."""
+    """The text of a formatted file, as one document; UserError if it has none."""
     content = readers.content(path, where)
     if not content.strip():
         raise UserError(where, str(path), "the file is empty", "Remove it from the list or fill it.")
@@ -98,8 +98,8 @@ def read(path: Path, where: str, bytes_read: BytesRead | None = None) -> str:
         case _:
             text = _html(content, path, where)
     if not text.strip():
-        remedy = "Leave it out, or recognise its letters first." if readers.kind(path) == ".pdf" else "Leave it out."
-        raise UserError(where, str(path), "holds no text, pictures at most", remedy)
+        remedy = "Leave it out, or run OCR first." if readers.kind(path) == ".pdf" else "Leave it out."
+        raise UserError(where, str(path), "contains no text", remedy)
     if bytes_read:
         bytes_read.count += path.stat().st_size
     return text
@@ -109,24 +109,24 @@ def _html(content: bytes, path: Path, where: str) -> str:
     try:
         text = html_text.decode(content)
     except (UnicodeDecodeError, LookupError) as error:
-        problem = f"its characters cannot be told ({error})"
+        problem = f"unknown character encoding ({error})"
         raise UserError(where, str(path), problem, "Convert it to UTF-8, or leave it out.") from None
     if "\0" in text or text.startswith("%PDF-"):
-        raise UserError(where, str(path), "holds no HTML", "Name it as what it is, or leave it out.")
+        raise UserError(where, str(path), "contains no HTML", "Correct its suffix, or leave it out.")
     return html_text.plain(text)
 
 
 def _pdf(content: bytes, path: Path, where: str) -> str:
-    """The pages' text, one below the other."""
+    """The text of all pages."""
     try:
         import pypdf
     except ImportError:
         raise _missing("pypdf", path, where) from None
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it tells of every fault that it mends
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it logs every fault that it repairs
     try:
         reader = pypdf.PdfReader(io.BytesIO(content))
         if reader.is_encrypted and not reader.decrypt(""):
-            raise UserError(where, str(path), "wants a password", "Save it without one, or leave it out.")
+            raise UserError(where, str(path), "needs a password", "Save it without one, or leave it out.")
         text = "\n".join(page.extract_text() for page in reader.pages)
     except UserError:
         raise
@@ -134,20 +134,20 @@ def _pdf(content: bytes, path: Path, where: str) -> str:
         raise readers.damaged(path, where, error) from None
     odd = sum(unicodedata.category(c) in ("Co", "Cn") or c == "\ufffd" for c in text)
     if odd > len(text) / 10 or len(re.findall(r"/[A-Za-z]+\d+|\(cid:\d+\)", text)) > len(text) / 20:
-        remedy = "Recognise its letters first, or leave it out."
-        raise UserError(where, str(path), "does not say which letters its shapes are", remedy)
+        remedy = "Run OCR first, or leave it out."
+        raise UserError(where, str(path), "has no mapping from glyphs to characters", remedy)
     return text.translate(_LIGATURES)
 
 
 def _docx(content: bytes, path: Path, where: str) -> str:
-    """Paragraphs and tables as they follow each other; tabs between the cells of a row."""
+    """Paragraphs and tables in order; cells of a row are separated by tabs."""
     try:
         import docx
     except ImportError:
         raise _missing("python-docx", path, where) from None
     try:
         return "\n".join(_word_lines(docx.Document(io.BytesIO(content)).element.body))
-    except Exception as error:  # of zipfile, lxml and the library
+    except Exception as error:  # errors of zipfile, lxml and python-docx
         raise readers.damaged(path, where, error) from None
 
 
@@ -164,13 +164,13 @@ def _word_lines(body: Any) -> Iterator[str]:
 
 
 def _parts(element: Any, name: str) -> list[Any]:
-    """The rows of a table or the cells of a row, without those of a table within."""
+    """The rows of a table or cells of a row, without those of nested tables."""
     kind = element.tag
     return [part for part in element.iter(_WORD + name) if next(part.iterancestors(kind)) is element]
 
 
 def _word_text(element: Any) -> str:
-    """The text of a paragraph with what was inserted into it and without what was deleted."""
+    """The text of a paragraph, with tracked insertions and without tracked deletions."""
     if element.tag in _WORD_SKIPPED:
         return ""
     name = str(element.tag).removeprefix(_WORD)

@@ -1,7 +1,7 @@
-"""Sentencepiece vocabularies of GGUF files (`tokenizer.ggml.model` is llama), as Llama 2, Mistral and Gemma have them.
+"""Sentencepiece vocabularies of GGUF files (`tokenizer.ggml.model` is llama), as in Llama 2, Mistral and Gemma.
 
-llama.cpp merges whichever neighbours make the piece of the highest score, the first ones where scores are equal. That is BPE whose merges are
-sorted by the score of what they make; what is no piece then falls apart into bytes.
+llama.cpp always merges the pair that forms the piece with the highest score, the leftmost one in ties. This is BPE with
+merges sorted by the score of their result; characters that are not in the vocabulary become bytes.
 """
 
 import re
@@ -49,7 +49,7 @@ def tokenizer_of(reader: Any) -> tokenizers.Tokenizer:
 
 
 def added_tokens(reader: Any, tokens: list[str], kinds: list[int]) -> list[AddedToken]:
-    """Tokens that a text holds as wholes: control tokens, the unknown one, and those of users."""
+    """Tokens that are matched as a whole: control tokens, the unknown one, and user-defined ones."""
     strips = any(mark in field(reader, "general.name", "").lower() for mark in STRIPPED)
     return [
         AddedToken(token, normalized=False, special=kind != USER_DEFINED, rstrip=strips and token not in PLAIN)
@@ -59,7 +59,7 @@ def added_tokens(reader: Any, tokens: list[str], kinds: list[int]) -> list[Added
 
 
 def name_of(name: str, text: dict[str, Any], tokens: list[str]) -> str:
-    """A model's name by which llama.cpp treats the spaces behind tokens as a tokenizer.json does, as far as it can."""
+    """A model name with which llama.cpp treats spaces after tokens like a tokenizer.json, as far as possible."""
     added = {token["content"]: token["rstrip"] for token in text["added_tokens"]}
     strips = all(rstrip == (token not in PLAIN) for token, rstrip in added.items()) and any(added.values())
     if strips and set(NEEDED) <= set(tokens):
@@ -68,7 +68,7 @@ def name_of(name: str, text: dict[str, Any], tokens: list[str]) -> str:
 
 
 def _merges(plain: set[str], scores: dict[str, float], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the highest scores first."""
+    """Every way to form a piece from two others, highest scores first."""
     found = [
         (-scores[piece], vocabulary[piece[:cut]], vocabulary[piece[cut:]], (piece[:cut], piece[cut:]))
         for piece in plain
@@ -79,7 +79,7 @@ def _merges(plain: set[str], scores: dict[str, float], vocabulary: dict[str, int
 
 
 def is_model(text: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is such a vocabulary: BPE of pieces in which spaces are written out, not of bytes."""
+    """Whether a tokenizer.json is such a vocabulary: BPE on pieces with explicit spaces, not on bytes."""
     steps = [*_steps(text.get("normalizer"), "normalizers"), *_steps(text.get("pre_tokenizer"), "pretokenizers")]
     spaces = [s for s in steps if s.get("content") == SPACE or s.get("replacement") == SPACE]
     plain = all(s["type"] in ("Prepend", "Replace", "Metaspace") or s.get("pattern") == {"String": " "} for s in steps)
@@ -87,9 +87,9 @@ def is_model(text: dict[str, Any]) -> bool:
 
 
 def keys(text: dict[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
-    """The keys of such a tokenizer.json; kinds of bytes and of the unknown token are set in place.
+    """The GGUF keys of such a tokenizer.json; updates `kinds` for bytes and the unknown token.
 
-    A piece has the score of the first merge that makes it, so that llama.cpp merges in the same order.
+    A piece gets the score of the first merge that forms it, so llama.cpp merges in the same order.
     """
     model, ranks = text["model"], dict[str, int]()
     for rank, merge in enumerate(model["merges"]):

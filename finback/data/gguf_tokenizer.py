@@ -1,6 +1,6 @@
-"""The tokenizer that a GGUF file carries: vocabulary, merges, special tokens and chat template, as a tokenizer.json.
+"""Converts the tokenizer of a GGUF file (vocabulary, merges, special tokens and chat template) to a tokenizer.json.
 
-A GGUF file names its split rules instead of spelling them; those of the families that finback runs are written here.
+A GGUF file gives its split rules by name only; those of the supported families are listed here.
 """
 
 from pathlib import Path
@@ -30,11 +30,11 @@ RULES = {
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
 }
-WHOLE_WORDS = ("llama-bpe", "llama3")  # an entry of the vocabulary is taken before any merge
+WHOLE_WORDS = ("llama-bpe", "llama3")  # whole vocabulary entries take precedence over merges
 NORMALIZED = ("qwen2", "deepseek-r1-qwen")
 DEEPSEEK = "deepseek-v3"
-LLAMA3_ROWS = 128_256  # of the first Llama 3 files, which name no rules
-# texts that end an answer in llama.cpp wherever they are tokens (llama-vocab.cpp)
+LLAMA3_ROWS = 128_256  # vocabulary size of the first Llama 3 files, which name no rules
+# texts that end an answer in llama.cpp if they are tokens (llama-vocab.cpp)
 END_TEXTS = frozenset(
     [
         "<|eot_id|>",
@@ -65,7 +65,7 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # gguf.TokenType
 
 
 def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json of a GGUF file; UserError for kinds that finback does not know."""
+    """tokenizer.json and tokenizer_config.json of a GGUF file; UserError for unknown types."""
     reader = open_gguf(path)
     model, rules = (
         field(reader, "tokenizer.ggml.model"),
@@ -75,7 +75,7 @@ def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str
         return gguf_sentencepiece.tokenizer_of(reader).to_str(pretty=True), _settings(reader, _tokens(reader))
     if model != "gpt2" or (rules not in RULES and rules != DEEPSEEK):
         remedy = f"It knows sentencepiece (llama), and byte-level BPE (gpt2) with the rules {', '.join(RULES)} and deepseek-v3."
-        raise UserError("tokenizer", f"{path}: {model}/{rules}", "not a kind that finback converts", remedy)
+        raise UserError("tokenizer", f"{path}: {model}/{rules}", "not a supported type", remedy)
     tokens, kinds = _tokens(reader), _kinds(reader)
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
     vocabulary = {t: n for n, (t, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
@@ -102,7 +102,7 @@ def _kinds(reader: Any) -> list[int]:
 
 
 def _missing_rules(reader: Any) -> str:
-    """The rules of a file that names none: Llama 3's in the first files of its size of vocabulary, else llama.cpp's default."""
+    """Rules of a file that names none: Llama 3's for files with its vocabulary size, else llama.cpp's default."""
     is_llama3 = field(reader, "general.architecture", "") == "llama" and len(_tokens(reader)) == LLAMA3_ROWS
     return "llama-bpe" if is_llama3 else "default"
 
@@ -113,9 +113,9 @@ def family(path: Path) -> str:
 
 
 def ends(path: Path) -> list[int]:
-    """Ids at which llama.cpp and Ollama end an answer: by the file's keys, and by the texts of its marks.
+    """Ids at which llama.cpp and Ollama end an answer: from the file's keys and the texts of its tokens.
 
-    gpt-oss's <|end|> ends a channel alone.
+    gpt-oss's <|end|> only ends a channel.
     """
     reader = open_gguf(path)
     tokens: list[str] = field(reader, "tokenizer.ggml.tokens", [])
@@ -129,7 +129,7 @@ def ends(path: Path) -> list[int]:
 
 
 def _settings(reader: Any, tokens: list[str]) -> dict[str, Any]:
-    """What tokenizer_config.json says of it."""
+    """The content of tokenizer_config.json."""
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if (adds := field(reader, "tokenizer.ggml.add_bos_token", None)) is not None:
         found["add_bos_token"] = bool(adds)

@@ -1,4 +1,4 @@
-"""A tokenizer as the keys of a GGUF file: vocabulary, merges, the name of its split rules, ends and template."""
+"""A tokenizer as GGUF keys: vocabulary, merges, name of its split rules, end tokens and template."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
 def keys(tokenizer: Tokenizer, rows: int, name: str = "model") -> dict[str, Any]:
-    """The keys of a tokenizer for a model of this name and so many rows; UserError where GGUF has no name for its rules."""
+    """The keys of a tokenizer for a model with this name and so many rows; UserError if GGUF has no name for its split rules."""
     text = json.loads(tokenizer.as_json())
     is_pieces = gguf_sentencepiece.is_model(text)
     rules = "" if is_pieces else rules_of(text)
@@ -31,7 +31,7 @@ def keys(tokenizer: Tokenizer, rows: int, name: str = "model") -> dict[str, Any]
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in text["model"]["merges"]]
         found |= {"model": "gpt2", "pre": rules, "merges": merges}
     ends = [n for n in (tokenizer.eos, *tokenizer.ends.get("template", ()), *tokenizer.stops) if n >= 0]
-    # llama.cpp reads three, and finds more by their texts
+    # llama.cpp reads three, and finds more by their text
     for key, number in zip(("eos", "eot", "eom"), dict.fromkeys(ends), strict=False):
         found[f"{key}_token_id"] = number
     for key, number in (("bos", tokenizer.bos), ("padding", tokenizer.pad)):
@@ -47,16 +47,16 @@ def keys(tokenizer: Tokenizer, rows: int, name: str = "model") -> dict[str, Any]
 
 
 def _adds_bos(tokenizer: Tokenizer, text: dict[str, Any]) -> bool:
-    """Whether texts begin with bos: as the post-processor has it, and where there is none as training texts do here."""
+    """Whether texts start with bos: according to the post-processor, or without one as in finback's training texts."""
     if text.get("post_processor") is None:
         return tokenizer.template is None and tokenizer.adds_bos
     return tokenizer.bos >= 0 and tokenizer.encode_whole("a")[:1] == [tokenizer.bos]
 
 
 def rules_of(text: dict[str, Any]) -> str:
-    """GGUF's name for the split rules of a tokenizer.json; UserError where it has none.
+    """GGUF's name for the split rules of a tokenizer.json; UserError if there is none.
 
-    Names go by rule, never by likeness: a wrong one gives other ids without an error.
+    Rules must match exactly, not approximately: a wrong name gives different ids without an error.
     """
     model = text["model"]
     if model.get("type") != "BPE":
@@ -70,7 +70,7 @@ def rules_of(text: dict[str, Any]) -> str:
 
 
 def _patterns(given: dict[str, Any] | None) -> tuple[str, ...]:
-    """The regular expressions that a text is split by, in order."""
+    """The regular expressions that split a text, in order."""
     steps = given.get("pretokenizers", [given]) if given else []
     found: list[str] = []
     for step in steps:

@@ -1,4 +1,4 @@
-"""The words of an HTML page: a line for each block, tabs between a row's cells, code as it stands. No torch here."""
+"""The text of an HTML page: one line per block, tabs between cells of a row, code verbatim. Does not import torch."""
 
 import re
 from html.parser import HTMLParser
@@ -7,7 +7,7 @@ _BLOCKS = re.compile(
     "p|div|li|d[tdl]|br|t[rdh]|table|caption|h[1-6]|pre|[uo]l|section|article|main|header|address|figure|figcaption|form|"
     "fieldset|details|summary|blockquote|hr|option|aside|body"
 )
-# what shows no words, or only helps to find one's way
+# elements without text, or for navigation only
 _SKIPPED = frozenset(
     (
         "script",
@@ -35,11 +35,11 @@ _CHARSET = re.compile(
     rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w-]+)|<\?xml[^>]{0,80}?encoding=[\"']([\w-]+)", re.IGNORECASE
 )
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
-_LATIN = ("iso-8859-1", "latin-1", "latin1", "us-ascii", "ascii")  # browsers take all of them as windows-1252
+_LATIN = ("iso-8859-1", "latin-1", "latin1", "us-ascii", "ascii")  # browsers read all of these as windows-1252
 
 
 def decode(content: bytes) -> str:
-    """A page's characters, as its byte order mark or itself says, else UTF-8; LookupError or UnicodeDecodeError."""
+    """Decodes a page by its byte order mark or declaration, else as UTF-8; LookupError or UnicodeDecodeError."""
     for mark, name in _MARKS:
         if content.startswith(mark):
             return content.decode(name)
@@ -49,7 +49,7 @@ def decode(content: bytes) -> str:
 
 
 def plain(html: str) -> str:
-    """The words of a page or of a piece of HTML, a line for each block, spacing as in print."""
+    """The text of a page or a fragment of HTML, one line per block, with spacing as rendered."""
     parser = _Words()
     parser.feed(html)
     parser.close()
@@ -57,25 +57,25 @@ def plain(html: str) -> str:
 
 
 class _Words(HTMLParser):
-    """Collects text outside of what only helps to find one's way."""
+    """Collects text outside of skipped elements."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        # lines done; the cells of the line at hand; what parts the next text from it
+        # finished lines; cells of the current line; separator before the next text
         self.lines: list[str] = []
         self.cells: list[list[str]] = [[]]
         self.gap = ""
-        # the open elements since one that is skipped
+        # open elements inside a skipped one
         self.hidden: list[str] = []
-        # how many elements of code are open, and which line is their first
+        # number of open code elements, and their first line
         self.verbatim = self.code_start = 0
-        # of a table's row so far: its cells, the lines of the last one, and whether all are empty
+        # the current table row: its cells, lines of the last cell, and whether all are empty
         self.row_cells = self.cell_lines = 0
         self.row_is_blank = True
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if self.hidden[:1] == ["head"] and tag not in _IN_HEAD:
-            self.hidden = []  # nobody closed it
+            self.hidden = []  # it was never closed
         given = {name: value or "" for name, value in attrs}
         unseen = "hidden" in given or bool(_UNSEEN.search(given.get("style", "")))
         if tag in _VOID:
@@ -83,7 +83,7 @@ class _Words(HTMLParser):
         elif self.hidden or unseen or tag in _SKIPPED or _NAVIGATION & {*given.get("class", "").split()}:
             self.hidden.append(tag)
         elif tag in ("td", "th"):
-            # a row of plain cells is one line; cells that hold blocks have lines of their own
+            # a row of plain cells is one line; cells with blocks have their own lines
             if not self.row_cells or self.cell_lines > 1:
                 self.gap = "\n"
             else:
@@ -98,7 +98,7 @@ class _Words(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag in self.hidden:
             while self.hidden and self.hidden.pop() != tag:
-                pass  # elements that nobody closed
+                pass  # elements that were never closed
         elif not self.hidden and _BLOCKS.fullmatch(tag) and tag not in ("td", "th"):
             if tag == "pre" and self.verbatim:
                 if any(map(any, self.cells)):
@@ -121,7 +121,7 @@ class _Words(HTMLParser):
             self.cells[-1].append(" ")
 
     def text(self) -> str:
-        """All lines that have words, and those of code."""
+        """All lines with text, and those of code."""
         self._line()
         return "\n".join(self.lines).strip("\n")
 
@@ -134,7 +134,7 @@ class _Words(HTMLParser):
         self.gap = self.gap or gap
 
     def _add(self, text: str) -> None:
-        """Text behind what parts it from the last."""
+        """Adds text after the separator."""
         if not text:
             return
         tabs = self.gap.count("\t")
@@ -146,7 +146,7 @@ class _Words(HTMLParser):
         self.cells[-1].append(text)
 
     def _line(self) -> None:
-        """Finish the line at hand."""
+        """Finishes the current line."""
         if self.verbatim:
             line = "".join("".join(cell) for cell in self.cells).rstrip()
             self.lines += [line] if line or len(self.lines) > self.code_start else []

@@ -1,4 +1,4 @@
-"""Batches from weighted sources: seeded, resumable, the same rows whatever the number of ranks."""
+"""Batches from weighted sources: seeded, resumable, and the same rows for any number of ranks."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,9 @@ from finback.data.rows import Fitted, Row, RowOrder, Windows
 class Loader:
     """Rows of `length` + `extra` tokens from several shards, mixed by weight.
 
-    With packing "stream" a row is a window of a source's token stream; with "best_fit" it holds whole documents. Each
-    row goes to the source that lags furthest behind its share of the tokens, so the mixture is exact to a row and needs
-    no random state.
+    With packing "stream" a row is a window of a source's token stream; with "best_fit" it contains whole documents. Each row
+    comes from the source that is furthest behind its share of tokens, so the mixture is exact to within a row and needs no
+    random state.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Loader:
                 problem = f"the source has only {len(self.shards[name])} tokens"
                 remedy = f"Give it at least {length + extra} or shorten the rows."
                 raise UserError(f"mixture.{name}", self.shares[name], problem, remedy)
-        self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, padding left out
+        self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, without padding
 
     def draw(self, rows: int, rank: int = 0, ranks: int = 1, document_ids: bool = True) -> list[Row]:
-        """This rank's share of the next `rows` rows, rows / ranks of them; with `document_ids`, which document each token
-        belongs to. Every rank walks past all rows and reads its own."""
+        """This rank's rows / ranks rows of the next `rows`; with `document_ids`, also the document of each token. Every rank
+        advances over all rows and reads its own."""
         assert rows % ranks == 0, f"{rows} rows do not divide among {ranks} ranks"
         picked = []
         for row in range(rows):
@@ -60,20 +60,20 @@ class Loader:
         return dict(self.drawn)
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs."""
+        """State for a checkpoint."""
         return {"tokens": dict(self.drawn), "at": {name: order.state() for name, order in self.orders.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue after the row that `state` was taken at."""
-        if "drawn" in state:  # of before there was best-fit packing: rows
+        """Continues after the row at which `state` was taken."""
+        if "drawn" in state:  # from versions without best-fit packing: counts rows
             state = {"tokens": {n: c * self.length for n, c in state["drawn"].items()}, "at": state["drawn"]}
-        assert set(state["at"]) == set(self.orders), "the checkpoint drew from other sources"
+        assert set(state["at"]) == set(self.orders), "the checkpoint used other sources"
         for name, place in state["at"].items():
-            assert isinstance(place, int) == (self.packing == "stream"), "the checkpoint packed otherwise"
+            assert isinstance(place, int) == (self.packing == "stream"), "the checkpoint used other packing"
             self.orders[name].load_state(place)
         self.drawn = {name: int(count) for name, count in state["tokens"].items()}
 
     def _lagging(self) -> str:
-        """The source furthest behind its share once another row is drawn, counted in rows."""
+        """The source furthest behind its share after the next row, counted in rows."""
         total = sum(self.drawn.values()) / self.length + 1
         return max(self.shares, key=lambda n: self.shares[n] * total - self.drawn[n] / self.length)

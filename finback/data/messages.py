@@ -1,8 +1,8 @@
-"""The one way from messages to token ids, and from a response back to its reasoning and answer.
+"""The only conversion from messages to token ids, and from a response back to its reasoning and answer.
 
-A tokenizer with a chat template writes dialogues by it, as transformers does; special tokens in a user's words then
-count. Without one the form is one of DeepSeek's (prompt_forms.py), written from ids that nobody's words can forge. A prompt
-is always a prefix of the lesson that teaches its answer.
+A tokenizer with a chat template formats dialogues with it, as transformers does; special tokens in a user's text are then
+effective. Without a template, one of DeepSeek's forms (prompt_forms.py) is written from ids, which no user text can forge. A
+prompt is always a prefix of the lesson that teaches its answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from finback.data.tokenizer import END_THINK, EOS, THINK, Tokenizer
 from finback.data.tools import CALL_BEGIN, Tool, tool_pieces
 from finback.data.turn import Message
 
-# the label of a token that is not learnt, as in transformers and torch
+# label of tokens without loss, as in transformers and torch
 IGNORE = -100
 
 
@@ -33,15 +33,15 @@ class Response:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A dialogue's ids, and its labels: the same ids where the assistant speaks, IGNORE elsewhere (not shifted)."""
+    """A dialogue's ids and labels: the same ids for the assistant's turns, IGNORE elsewhere (not shifted)."""
 
     ids: list[int]
     labels: list[int]
 
 
 def parse_response(text: str) -> Response:
-    """Split generated text into reasoning and answer; unclosed reasoning has no answer."""
-    text = text.lstrip()  # some models begin with a line break
+    """Splits generated text into reasoning and answer; unclosed reasoning has no answer."""
+    text = text.lstrip()  # some models start with a line break
     if not text.startswith(THINK):
         return Response("", text.strip(), thinks=False, closed=True)
     chain, closed, answer = text.removeprefix(THINK).partition(END_THINK)
@@ -58,13 +58,13 @@ def encode_prompt(
     reply_schema: Mapping[str, Any] | None = None,
     continue_last: bool = False,
 ) -> tuple[list[int], bool]:
-    """Ids that ask for the next assistant turn, and whether they end inside a chain of thought.
+    """Token ids that prompt the next assistant turn, and whether they end inside a chain of thought.
 
-    `think` True opens the chain, False asks for none, None leaves it to the model. `effort` and `reply_schema` are told
-    in forms that have words for them. `continue_last`, or `prefix` in the last message, goes on with the assistant's
-    last message: in its reasoning if it has no content yet, else in its answer, which is then an answer without
-    reasoning unless it came with some, whatever `think` says; where the prompt says whether the model thinks, `think`
-    counts. UserError names what does not fit, as in `messages[2].content`.
+    `think`: True opens the chain, False requests none, None leaves it to the model. `effort` and `reply_schema` are used by
+    forms that have words for them. `continue_last`, or `prefix` in the last message, continues the assistant's last message:
+    in its reasoning if it has no content yet, else in its answer. An answer that is continued has no reasoning unless it came
+    with some, whatever `think` is; but if the prompt says whether the model thinks, `think` counts. UserError names what is
+    invalid, as in `messages[2].content`.
     """
     begun = Message("assistant", "")
     if messages and (continue_last or messages[-1].prefix):
@@ -97,18 +97,18 @@ def _check_begun(begun: Message, place: int) -> None:
 def _encodable(
     messages: Sequence[Message], form: PromptForm, tokenizer: Tokenizer, think: bool | None
 ) -> Sequence[Message]:
-    """The messages, without reasoning if the vocabulary has no marks for it; UserError where it lacks others."""
+    """The messages, without reasoning if the vocabulary has no tokens for it; UserError if it lacks other tokens."""
     tokenizer.require(*form.marks)
     if {THINK, END_THINK} <= tokenizer.ids.keys():
         return messages
     if think:
-        problem = "the model's vocabulary has no marks for a chain of thought"
-        raise UserError("think", True, problem, "Ask for an answer without one.")
+        problem = "the model's vocabulary has no tokens for a chain of thought"
+        raise UserError("think", True, problem, "Request an answer without one.")
     return [replace(message, reasoning="") for message in messages]
 
 
 def begun_chain(message: Message) -> tuple[Message, bool]:
-    """An assistant's message with the chain of thought that its content begins with in its place; whether it is open."""
+    """An assistant's message with the chain of thought at the start of its content moved to its field; whether it is open."""
     begun = message.content.lstrip()
     if not begun.startswith(THINK):
         return message, False
@@ -123,12 +123,10 @@ def encode_document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[i
 
 
 def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[str]:
-    """A dialogue as training text before its texts are encoded, so that many can be encoded together."""
+    """A dialogue as training text before tokenization, so that many can be tokenized together."""
     if tokenizer.template is not None or form_of(tokenizer) is not OWN:
-        remedy = "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made."
-        problem = (
-            "writes dialogues by a template of its own" if tokenizer.template else f"writes {tokenizer.form}'s prompts"
-        )
+        remedy = "Training text uses DeepSeek's form only: use a tokenizer made by a prepare stage."
+        problem = "has its own chat template" if tokenizer.template else f"writes {tokenizer.form}'s prompts"
         raise UserError("tokenizer", str(tokenizer.path), problem, remedy)
     tokenizer.require(*OWN.marks, THINK, END_THINK)
     pieces = OWN.document(messages)
@@ -136,14 +134,14 @@ def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[s
 
 
 def lessons(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool] = ()) -> list[Lesson]:
-    """The lessons of a dialogue: every answer that is `learnt` behind the very prompt that asks for it.
+    """The lessons of a dialogue: every answer that is `learnt`, after exactly the prompt that asks for it.
 
-    Without a template one lesson teaches the last answer and all whose prompts it begins with; those whose reasoning it
-    leaves out have lessons of their own. A template may reshape past turns, so there each answer has its own.
+    Without a template, one lesson teaches the last answer and all answers whose prompts are prefixes of it; answers whose
+    reasoning it omits have lessons of their own. A template may rewrite past turns, so with one each answer has its own lesson.
     """
     turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.learnt]
     if not turns:
-        raise UserError("messages", len(messages), "nothing that an assistant says", "Give it something to learn.")
+        raise UserError("messages", len(messages), "there is no assistant turn", "Add one.")
     if tokenizer.template is not None:
         return [_template_lesson(messages[:i], messages[i], tokenizer, tools) for i in turns]
     form = form_of(tokenizer)
@@ -164,9 +162,9 @@ def lessons(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[T
 def _taught(
     messages: Sequence[Message], turn: int, form: PromptForm, tools: Sequence[Tool]
 ) -> tuple[list[str], list[str]]:
-    """The prompt for a turn, and the turn as it answers.
+    """The prompt for a turn, and the turn as its answer.
 
-    Where the prompt says whether the model thinks, it does if the turn has reasoning; with tools, if any turn has: they
+    If the prompt says whether the model thinks, it does if the turn has reasoning; with tools, if any turn has: the turns
     are then one dialogue in one mode.
     """
     thinks = any(m.reasoning for m in (messages if tools else [messages[turn]]))
@@ -176,7 +174,7 @@ def _taught(
 
 
 def _lesson(pieces: Sequence[str], answers: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> Lesson:
-    """A lesson of the pieces that lie in `answers`; these begin and end at special tokens."""
+    """A lesson for the pieces within `answers`; these start and end at special tokens."""
     ids: list[int] = []
     labels: list[int] = []
     start = 0
@@ -189,9 +187,9 @@ def _lesson(pieces: Sequence[str], answers: Sequence[tuple[int, int]], tokenizer
 
 
 def _template_lesson(asked: Sequence[Message], answer: Message, tokenizer: Tokenizer, tools: Sequence[Tool]) -> Lesson:
-    """The template's prompt, then the answer as the model should give it."""
+    """The template's prompt, followed by the answer as the model should give it."""
     if answer.tool_calls:
-        problem = "calls are not learnt in the form of a chat template"
+        problem = "training on calls is not supported with a chat template"
         remedy = "Leave them out, or use a model without a template."
         raise UserError("messages", [call.name for call in answer.tool_calls], problem, remedy)
     think = True if answer.reasoning else None
@@ -199,16 +197,16 @@ def _template_lesson(asked: Sequence[Message], answer: Message, tokenizer: Token
     reply, _ = _template_reply(text, answer, think, is_whole=True)
     ends = [token for token in (tokenizer.eos, *tokenizer.stops) if token >= 0]
     if not ends:
-        problem = "names no token that ends an answer"
-        raise UserError("tokenizer", str(tokenizer.path), problem, "Put eos_token into its tokenizer_config.json.")
+        problem = "has no end-of-sequence token"
+        raise UserError("tokenizer", str(tokenizer.path), problem, "Add eos_token to its tokenizer_config.json.")
     prompt, made = tokenizer.encode_marked(text), [*tokenizer.encode_marked(reply), ends[0]]
     return Lesson(prompt + made, [IGNORE] * len(prompt) + made)
 
 
 def _template_reply(text: str, begun: Message, think: bool | None, is_whole: bool = False) -> tuple[str, bool]:
-    """What follows a template's prompt: reasoning and answer as far as they go; whether it ends inside the reasoning.
+    """What follows a template's prompt: reasoning and answer so far; and whether it ends inside the reasoning.
 
-    Templates tend to reshape a last message, so what was begun is appended to the prompt for a new one.
+    Templates tend to rewrite a last message, so what was begun is appended to the prompt for a new message.
     """
     is_open = text.rstrip().endswith(THINK)
     gap = "" if text.endswith(THINK) else "\n"  # V3.1 writes no newlines around a chain
@@ -216,14 +214,14 @@ def _template_reply(text: str, begun: Message, think: bool | None, is_whole: boo
     if begun.reasoning:
         start = begun.reasoning if is_open else f"{THINK}{gap}{begun.reasoning}"
         return (f"{start}{gap}{END_THINK}{gap}{gap}{begun.content}", False) if answers else (start, True)
-    if is_open and (answers or think is False):  # Qwen's way to say that there is none
+    if is_open and (answers or think is False):  # Qwen's format of an empty chain
         newlines = "\n" * (2 - text[-2:].count("\n"))
         return f"{newlines}{END_THINK}\n\n{begun.content}", False
     return (THINK, True) if think and not is_open else (begun.content, is_open)
 
 
 def _render(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool], think: bool | None) -> str:
-    """The prompt by the template; tools that it leaves out are described in the system message, if the model can call."""
+    """The prompt by the template; tools that it does not render are described in the system message, if the model can call."""
     assert tokenizer.template is not None, "DeepSeek's form has no template"
     render = tokenizer.template.render_prompt
     switches = {} if think is None else {"thinking": think, "enable_thinking": think}

@@ -1,4 +1,4 @@
-"""Messages and tools as OpenAI's and DeepSeek's interfaces write them; what does not fit is refused by name."""
+"""Reads messages and tools in OpenAI's and DeepSeek's format; refuses invalid ones by name."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]], developer: bool = False) -> list[Message]:
-    """Read messages: UserError names the place, as in `messages[2].content`.
+    """Reads messages; UserError gives the location, as in `messages[2].content`.
 
-    Results of one turn's calls are put in the order of the calls, since most models see no ids. A developer's messages
-    are the system's, as OpenAI means them, but in models that know a `developer` those that are to be answered.
+    Tool results are sorted into the order of the turn's calls, since most models see no ids. A developer's messages count as the
+    system's, as OpenAI intends, except in models that know a `developer`, where some are to be answered.
     """
     if not messages:
         raise UserError("messages", [], "no messages", "Send at least one.")
@@ -34,7 +34,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], developer: bool = False
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
-    """Read tools in OpenAI's form, {"type": "function", "function": {…}}."""
+    """Reads tools in OpenAI's format, {"type": "function", "function": {…}}."""
     found = []
     for i, given in enumerate(tools or ()):
         where = f"tools[{i}]"
@@ -79,7 +79,7 @@ def _message(given: Any, where: str) -> Message:
 
 
 def _content(content: Any, where: str, thinks: bool) -> tuple[str, str]:
-    """One text of a text or of text parts, and one of the parts that are an assistant's chain of thought."""
+    """The text of a string or of text parts, and the text of parts that are an assistant's chain of thought."""
     if not isinstance(content, list | tuple):
         return _text(content, where), ""
     texts, thoughts = [], []
@@ -112,15 +112,15 @@ def _calls(given: Any, where: str) -> tuple[ToolCall, ...]:
 
 
 def _ordered(found: list[Message]) -> list[Message]:
-    """Results follow the message whose calls they answer, in the order of the calls."""
+    """Sorts tool results behind the message whose calls they answer, in the order of the calls."""
     ordered: list[Message] = []
-    ids: list[str | None] = []  # of the calls that may be answered now
-    start = 0  # where the answers to them begin
+    ids: list[str | None] = []  # ids of calls that may be answered now
+    start = 0  # position of the first answer to them
     for i, message in enumerate(found):
         if message.role != "tool":
             ids, start = [call.id for call in message.tool_calls], len(ordered) + 1
         elif not ids:
-            remedy = "Put it right behind the assistant's message with the tool_calls."
+            remedy = "Put it directly after the assistant's message with the tool_calls."
             raise UserError(f"messages[{i}].role", "tool", "no tool was called before it", remedy)
         elif message.tool_call_id is not None and None not in ids and message.tool_call_id not in ids:
             problem = "no such call in the assistant's message"

@@ -1,8 +1,8 @@
-"""Token shards: flat files of 16- or 32-bit ids, one set for each source and side, written whole or not at all.
+"""Token shards: flat files of 16- or 32-bit ids, one set per source and split, written completely or not at all.
 
-x.train.bin (x.train.001.bin, ... when it is large)   ids, one document after the other
+x.train.bin (x.train.001.bin, ... if large)   ids, one document after the other
 x.train.idx                                           where each document ends, 64-bit
-x.train.json                                          type, files and counts, written last
+x.train.json                                          dtype, files and counts, written last
 """
 
 import hashlib
@@ -17,22 +17,22 @@ import numpy as np
 from finback.config import UserError
 from finback.runs.files import read_json, write_json
 
-VALIDATION = 20  # one document in twenty, by hash, is never trained on
-LARGE = 2**30  # tokens; a shard ends with the document that takes it past this
+VALIDATION = 20  # one document in twenty, by hash, is for validation
+LARGE = 2**30  # tokens; a file ends with the document that exceeds this
 
 
 def is_validation(text: str) -> bool:
-    """Whether a document belongs to the validation side; depends on its text alone."""
+    """Whether a document is for validation; depends only on its text."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=2).digest()[0] % VALIDATION == 0
 
 
 class ShardWriter:
-    """Shards as they are written; the names are taken only when all is on the disk."""
+    """Writes shards; they get their names only when everything is on disk."""
 
     def __init__(self, path: Path, vocab_size: int = 65536, large: int = LARGE) -> None:
         self.path, self.vocab_size, self.large = path, vocab_size, large
         self.dtype = "<u2" if vocab_size <= 65536 else "<u4"
-        self.sizes: list[int] = []  # tokens of each file
+        self.sizes: list[int] = []  # tokens per file
         self.documents = 0
         self._open: list[BinaryIO] = []
         self._index = self._part(path.with_suffix(".idx")).open("wb")
@@ -42,7 +42,7 @@ class ShardWriter:
         return sum(self.sizes)
 
     def add(self, ids: np.ndarray) -> None:
-        """Append one document."""
+        """Appends one document."""
         assert ids.max(initial=0) < min(self.vocab_size, 2**32), f"token ids beyond {_bits(self.dtype)} bits"
         if not self._open or self.sizes[-1] >= self.large:
             self._open.append(self._part(_name(self.path, len(self.sizes))).open("wb"))
@@ -57,7 +57,7 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if kind is None and not self._open:
-            self.add(np.empty(0, dtype="<u4"))  # no document: an empty file says so
+            self.add(np.empty(0, dtype="<u4"))  # without documents, write an empty file
             self.documents = 0
             self._index.truncate(0)
         for handle in (*self._open, self._index):
@@ -69,7 +69,7 @@ class ShardWriter:
 
     def _publish(self) -> None:
         names = [_name(self.path, i) for i in range(len(self.sizes))]
-        self.path.with_suffix(".json").unlink(missing_ok=True)  # what it says is about to be untrue
+        self.path.with_suffix(".json").unlink(missing_ok=True)  # it is about to become invalid
         for name in (*names, self.path.with_suffix(".idx")):
             self._part(name).replace(name)
         write_json(
@@ -88,7 +88,7 @@ class ShardWriter:
 
 
 def write(path: Path, documents: Iterable[list[int]], vocab_size: int = 65536, large: int = LARGE) -> int:
-    """Write documents one after the other as little-endian ids; returns the number of tokens."""
+    """Writes documents consecutively as little-endian ids. Returns the number of tokens."""
     with ShardWriter(path, vocab_size, large) as writer:
         for ids in documents:
             writer.add(np.asarray(ids, dtype="<u4"))
@@ -96,7 +96,7 @@ def write(path: Path, documents: Iterable[list[int]], vocab_size: int = 65536, l
 
 
 class Shard:
-    """One side of a source, memory-mapped: a flat array of ids over however many files, and where documents end."""
+    """One split of a source, memory-mapped: a flat array of ids over several files, and where documents end."""
 
     def __init__(self, files: list[np.ndarray], ends: np.ndarray | None) -> None:
         self.files, self.ends = files, ends
@@ -107,7 +107,7 @@ class Shard:
         return int(self.starts[-1])
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """Ids from start to stop, as a view where they lie in one file."""
+        """Ids from start to stop; a view if they are in one file."""
         start, stop, step = where.indices(len(self))
         assert step == 1, "shards are read forwards"
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -119,11 +119,11 @@ class Shard:
 
 
 def read(path: Path) -> Shard:
-    """Memory-map the shards of one side of a source, checked against what was written down of them."""
+    """Memory-maps the shards of one split of a source, checked against their description."""
     if not path.is_file():
         raise UserError("data", str(path), "no such shard", "Run the prepare stage, or correct `mixture`.")
     described = path.with_suffix(".json")
-    if not described.is_file():  # from before shards were described
+    if not described.is_file():  # from versions without descriptions
         return Shard([_map(path, "<u2")], None)
     record: dict[str, Any] = read_json(described)
     files = [_map(path.with_name(name), record["dtype"]) for name in record["files"]]
@@ -131,7 +131,7 @@ def read(path: Path) -> Shard:
     ends = _map(path.with_suffix(".idx"), "<u8")
     whole = sizes == list(record["files"].values()) and len(ends) == record["documents"]
     if not whole or (len(ends) and int(ends[-1]) != record["tokens"]):
-        problem = f"holds {sum(sizes):,} tokens of {_bits(record['dtype'])} bits, {record['tokens']:,} were written"
+        problem = f"has {sum(sizes):,} tokens of {_bits(record['dtype'])} bits, but {record['tokens']:,} were written"
         remedy = "The file is damaged: delete the prepare stage's folder and run it again."
         raise UserError("data", str(path), problem, remedy)
     return Shard(files, ends)
@@ -145,10 +145,10 @@ def _map(path: Path, dtype: str) -> np.ndarray:
     if not path.is_file():
         raise UserError("data", str(path), "no such file", "Delete the prepare stage's folder and run it again.")
     if path.stat().st_size % np.dtype(dtype).itemsize:
-        problem = f"no whole number of {_bits(dtype)}-bit words"
+        problem = f"size is not a multiple of {_bits(dtype)} bits"
         raise UserError("data", str(path), problem, "Delete the prepare stage's folder and run it again.")
     if not path.stat().st_size:
-        return np.empty(0, dtype=dtype)  # there is nothing to map
+        return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype=dtype, mode="r")
 
 

@@ -1,4 +1,4 @@
-"""Real text that installed packages carry, so that a corpus of some size needs no more than pip or apt."""
+"""Real text from installed packages, so that a sizeable corpus needs only pip or apt."""
 
 import gzip
 import importlib.util
@@ -17,21 +17,21 @@ from finback.readers import BytesRead
 
 @dataclass(frozen=True)
 class PackageSource(Source):
-    """Text of an installed package: a Python module's files, or those that a Debian package puts under `root`."""
+    """Text of an installed package: files of a Python module, or of a Debian package under `root`."""
 
-    # of the source, as `mixture` and the tables name it
+    # name of the source in `mixture` and in tables
     name: str
     # SPDX identifier
     licence: str
-    # what carries it
+    # the package that contains it
     package: str
-    # how its files are read
+    # format of its files
     form: Literal["aws", "google", "wordnet", "html"]
-    # its files, below the module or the root
+    # its files, relative to the module or the root
     pattern: str
-    # of Python; empty for a Debian package
+    # Python module; "" for a Debian package
     module: str = ""
-    # another folder where a .deb was unpacked by dpkg-deb -x
+    # folder into which a .deb was unpacked with dpkg-deb -x
     root: str = "/"
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class PackageSource(Source):
 
     @property
     def install(self) -> str:
-        """The command that brings it."""
+        """The command that installs it."""
         return f"{'pip' if self.module else 'apt'} install {self.package}"
 
     def files(self) -> list[Path]:
@@ -83,13 +83,13 @@ POSTGRES = PackageSource(
 
 
 def _json(path: Path, key: str) -> Iterator[str]:
-    """The words of every text under a key of a JSON file, which may be compressed."""
+    """All words under a key of a JSON file, which may be compressed."""
     raw = path.read_bytes()
     return map(plain, _strings(json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw), key))
 
 
 def _strings(value: Any, key: str) -> Iterator[str]:
-    """All texts under a key, however deep, in the order of the file."""
+    """All strings under a key, at any depth, in file order."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name == key and isinstance(inner, str):
@@ -102,7 +102,7 @@ def _strings(value: Any, key: str) -> Iterator[str]:
 
 
 def _wordnet(path: Path) -> Iterator[str]:
-    """ "word, word: definition; "an example" of each synset; wndb(5) has the format."""
+    """ "word, word: definition; "an example" of each synset; for the format see wndb(5)."""
     for line in path.read_text(encoding="utf-8").splitlines():
         data, bar, gloss = line.partition(" | ")
         if bar and not line.startswith(" "):

@@ -1,8 +1,8 @@
-"""Telephone numbers of any country in text, by Google's metadata (the phonenumbers library).
+"""Finds telephone numbers of any country in text, with Google's metadata (the phonenumbers library).
 
-A number is taken where its form says so (a country code, an area code in brackets, a leading 0, America's 3-3-4), or
-where a word before it does and some country has such a number. Bare runs of digits, dates, amounts and lists stay.
-No torch here.
+A number is recognized by its form (a country code, an area code in parentheses, a leading 0, America's 3-3-4), or by a
+preceding word if some country has such a number. Bare runs of digits, dates, amounts and lists are left alone.
+Does not import torch.
 """
 
 import re
@@ -18,11 +18,11 @@ from finback.extras import how_to_install
 _SPACE = " \u00a0\u2009\u202f"
 _DASH = "\\-\u2010-\u2015"
 _SEPARATOR = rf"[{_SPACE}.{_DASH}/()]"
-# the shortest number has seven digits: these alone are looked for in every text
+# the shortest number has seven digits, so only runs of seven are examined
 _SEVEN = re.compile(rf"\d(?:{_SEPARATOR}{{0,3}}\d){{6}}")
 _RUN = re.compile(rf"(?:[+＋][{_SPACE}]?)?\(?[+＋]?\d(?:{_SEPARATOR}{{0,3}}\d){{6,}}+\)?")
 _LATIN = r"0-9A-Za-z_\u00c0-\u058f"
-# what a number is part of something else behind or before: a name, a sum of money, an expression
+# context before digits that belong to something else: a name, an amount of money, an expression
 _BEFORE_ANY = re.compile(rf"(?:[{_LATIN}$€£¥₹\\]|[{_LATIN}][-/])$")
 _BEFORE_WEAK = re.compile(rf"(?:[%#^*=.,-]|[{_LATIN}][.=&?,'+*^]|\d ?[+*/=-] ?)$")
 _BEHIND_ANY = re.compile(rf"\d|[-_][{_LATIN}]|\.\d")
@@ -38,7 +38,7 @@ _AMERICAN = re.compile(
 _AMERICAN_HERE = re.compile(rf"(?:1[{_SPACE}.{_DASH}])?(?:{_AMERICAN.pattern})")
 _THOUSANDS = re.compile(rf"\d{{1,3}}(?:[{_SPACE}.]\d{{3}})+")
 _YEAR = re.compile(r"\((?:19|20)\d\d\)")
-# a word for a telephone, then at most a few that lead to the number
+# a word for a telephone, followed by at most a few words
 _CALLED = re.compile(
     r"(?:\b(?:tel|telephone|phones?|telefon\w*|téléphone|teléfono|telefone|telefoon|puhelin|mobiles?|mobil|móvil|celular|cel|"
     r"cell|cellphone|handy\w*|portable|fax|whats ?app|signal|viber|telegram|hotline|landline|rufnummer|durchwahl|sms|tlf|gsm|"
@@ -59,12 +59,12 @@ _NAMED_ELSE = re.compile(
 )
 _AFTER_ANOTHER = re.compile(r"[^\w\n]{0,4}(?:(?:or|and|und|oder|y|o|et|ou|e|и|или)\b)?[^\w\n]{0,3}", re.IGNORECASE)
 _ASIAN = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
-# countries whose plans are wide are asked first: the answer is the same, sooner
+# countries with large numbering plans are tried first, for speed only
 _WIDE = ("DE", "ID", "CN", "JP", "KR", "IT", "AT", "GB", "FR", "IN", "MX", "BR")
 
 
 def redact(text: str) -> tuple[str, int]:
-    """The text with [phone] in place of every telephone number, and how many there are."""
+    """The text with telephone numbers replaced by [phone], and their count."""
     if not _SEVEN.search(text):
         return text, 0
     parts: list[str] = []
@@ -77,13 +77,13 @@ def redact(text: str) -> tuple[str, int]:
 
 
 class _Run:
-    """A run of digits and what may stand between those of a telephone number; it may hold several, or none."""
+    """A run of digits and separators of telephone numbers; it may contain several numbers, or none."""
 
     def __init__(self, text: str, start: int, end: int, last: int | None) -> None:
         self.text, self.start = text, start
-        # where the number before this run ends
+        # end of the previous number
         self.last = last
-        # where each group of digits begins and ends; a run may be as long as a file
+        # start and end of each group of digits; a run may be as long as a file
         self.begins, self.ends = array("q"), array("q")
         for match in _GROUP.finditer(text, start, end):
             self.begins.append(match.start())
@@ -91,8 +91,8 @@ class _Run:
         self.dated = {match.start(): match.end() for match in _DATE.finditer(text, start, end)}
 
     def numbers(self) -> Iterator[tuple[int, int]]:
-        """Where each number begins and ends."""
-        i, explained = 0, True  # whether all that stands before in this run is a number or a date
+        """Start and end of each number."""
+        i, explained = 0, True  # whether everything before in this run is a number or a date
         while i < len(self.begins):
             begin = self.begins[i]
             if begin in self.dated:
@@ -108,7 +108,7 @@ class _Run:
             i = j + 1
 
     def _gap(self, i: int) -> bool:
-        """Whether a number may begin with group i: something that parts numbers stands before it."""
+        """Whether a number may start with group i: a separator of numbers precedes it."""
         between = self.text[self.ends[i - 1] : self.begins[i]]
         return any(c in between for c in f"{_SPACE}/")
 
@@ -119,19 +119,19 @@ class _Run:
         return begin - (self.text[begin - 1] == "(")
 
     def _end(self, i: int, j: int) -> int:
-        """Behind group j, and behind the bracket that closes there."""
+        """Position after group j, including a closing parenthesis."""
         end = self.ends[j]
         return end + (self.text[end : end + 1] == ")" and "(" in self.text[self._begin(i) : end])
 
     def _number_at(self, i: int, explained: bool) -> int | None:
-        """The last group of the longest number that begins with group i."""
+        """The last group of the longest number that starts with group i."""
         begin = self._begin(i)
         if i and not explained and not _AMERICAN_HERE.match(self.text, begin):
-            return None  # behind what is no number only this form speaks for itself
+            return None  # after something that is not a number, only this form is unambiguous
         lines = self.text[max(0, begin - 60) : begin].rsplit("\n", 2)
-        before, above = lines[-1], "\n".join(lines[-2:])  # "Phone:" may stand on the line above
+        before, above = lines[-1], "\n".join(lines[-2:])  # "Phone:" may be on the line above
         words = before if before.strip() else above
-        called = i == 0 and bool(_CALLED.search(words))  # within a run there are no words
+        called = i == 0 and bool(_CALLED.search(words))  # there are no words within a run
         called |= self.last is not None and bool(_AFTER_ANOTHER.fullmatch(self.text, self.last, begin))
         if _BEFORE_ANY.search(before) and not called:
             return None
@@ -158,7 +158,7 @@ class _Run:
         return not _BEHIND_ANY.match(self.text, end) if j == len(self.begins) - 1 else self._gap(j + 1)
 
     def _is_national(self, shown: str, j: int, called: bool, asian: bool) -> bool:
-        """Whether digits without a country code are a number, by their form or by the word before them."""
+        """Whether digits without a country code are a number, by their form or the preceding word."""
         digits = _digits(shown)
         groups = [len(group) for group in _GROUP.findall(shown)]
         if digits in "01234567890123456789" or len(set(digits)) == 1:
@@ -182,12 +182,12 @@ class _Run:
 
 
 def _digits(shown: str) -> str:
-    """Digits of any script as ASCII's."""
+    """Digits of any script as ASCII."""
     return "".join(str(int(c)) for c in shown if c.isdecimal())
 
 
 def _is_list(shown: str) -> bool:
-    """Whether groups are things of their own: 01 02 03 04 05, 0800 1200 1630, 0001 0010 0100."""
+    """Whether groups are separate items: 01 02 03 04 05, 0800 1200 1630, 0001 0010 0100."""
     groups = _GROUP.findall(shown)
     if set("".join(groups)) <= {"0", "1"} or (len(groups) > 1 and all(group[0] == "0" for group in groups)):
         return True
@@ -201,7 +201,7 @@ def _is_list(shown: str) -> bool:
 
 
 def _is_american(shown: str, called: bool) -> bool:
-    """3-3-4, whatever the area code: those of made-up numbers are no less private to look at."""
+    """3-3-4 with any area code: fictitious numbers are redacted too."""
     bare = re.sub(rf"^\(?[+＋]?1\)?[{_SPACE}.{_DASH}]", "", shown)
     if not _AMERICAN.fullmatch(bare):
         return False
@@ -211,7 +211,7 @@ def _is_american(shown: str, called: bool) -> bool:
 
 
 def _is_called(shown: str, digits: str) -> bool:
-    """Whether some country has the number, which a word before it calls one; 555-1234 is short for one."""
+    """Whether some country has the number, after a word for telephone; 555-1234 is a short form."""
     if re.fullmatch(rf"\d{{3}}[{_SPACE}.{_DASH}]\d{{4}}", shown):
         return True
     if _THOUSANDS.fullmatch(shown) and (len(digits) % 3 or digits.endswith("000")):
@@ -220,7 +220,7 @@ def _is_called(shown: str, digits: str) -> bool:
 
 
 def _international(shown: str) -> str:
-    """ "valid" for a number of a country's plan, "possible" for one of its length, else ""."""
+    """ "valid" for a number in a country's plan, "possible" for one of valid length, else ""."""
     library = _library()
     digits, groups = _digits(shown), [len(group) for group in _GROUP.findall(shown)]
     try:
@@ -243,7 +243,7 @@ def _international(shown: str) -> str:
 
 @lru_cache(maxsize=65536)
 def is_known(digits: str) -> bool:
-    """Whether some country dials these digits within its borders."""
+    """Whether these digits can be dialed within some country."""
     candidates = (
         r for r, prefix, plan in _plans() if plan.fullmatch(digits) or plan.fullmatch(digits.removeprefix(prefix))
     )
@@ -260,7 +260,7 @@ def _is_valid(digits: str, region: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _plans() -> list[tuple[str, str, re.Pattern[str]]]:
-    """Each country, what is dialled before a number within it, and the form of its numbers."""
+    """Each country, its national prefix, and the pattern of its numbers."""
     library = _library()
     regions = [*_WIDE, *sorted(set(library.SUPPORTED_REGIONS) - set(_WIDE))]
     known = ((region, library.PhoneMetadata.metadata_for_region(region)) for region in regions)

@@ -1,6 +1,6 @@
-"""Private data in text: e-mail addresses, IP addresses and telephone numbers give way to a mark that names their kind.
+"""Redacts private data: e-mail addresses, IP addresses and telephone numbers are replaced by a mark of their type.
 
-What only looks like one stays: versions, netmasks, dates, prices, decimals, slices in code. No torch here.
+Lookalikes stay: versions, netmasks, dates, prices, decimals, slices in code. Does not import torch.
 """
 
 import ipaddress
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from finback.data import phones
 
-# letters of scripts that put spaces between words: an address in Chinese text ends where the text goes on
+# letters of scripts with spaces between words: an address in Chinese text ends where the Chinese text continues
 _W = r"0-9A-Za-z_\u00c0-\u058f"
 _EMAIL = re.compile(
     rf"(?<![{_W}.+%-])(?:[{_W}+%-][{_W}.+%-]*(?:'[{_W}.+%-]+){{0,2}}|[^\W{_W}]+)@"
@@ -32,11 +32,11 @@ _VERSION_WORDS = re.compile(
     re.IGNORECASE,
 )
 _ATTACHED = re.compile(r"(?:[A-Za-z]/|[A-Za-z0-9][-_]|\bv\.?)$")  # Chrome/120.0.1.2, package-1.2.3.4
-_NEAR = 40  # characters in which a word before a number tells what it is
+_NEAR = 40  # distance within which a preceding word identifies a number
 
 
 def redact(text: str) -> tuple[str, int]:
-    """The text with [email], [ip] and [phone] in the place of private data, and how many there are."""
+    """The text with private data replaced by [email], [ip] and [phone], and the number of replacements."""
     emails = v4 = v6 = 0
     if "@" in text:
         text, emails = _replace(_EMAIL, "[email]", text, _is_email)
@@ -63,12 +63,12 @@ def _replace(
 
 
 def _is_email(match: re.Match[str]) -> bool:
-    """git@host:path names a repository."""
+    """git@host:path is a repository, not an address."""
     return not (match[0].startswith("git@") and match.string[match.end() : match.end() + 1] == ":")
 
 
 def _is_ipv4(match: re.Match[str]) -> bool:
-    """Whether four numbers are somebody's address: no version, section, netmask or loopback."""
+    """Whether four numbers are a host's address, not a version, section, netmask or loopback."""
     octets = [int(part) for part in match[0].split(".")]
     if max(octets) > 255 or any(len(part) > 1 and part[0] == "0" for part in match[0].split(".")):
         return False
@@ -90,5 +90,5 @@ def _is_ipv6(match: re.Match[str]) -> bool:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> int:
-    """Where the last match begins, -1 if there is none."""
+    """Start of the last match, -1 if there is none."""
     return max((match.start() for match in pattern.finditer(text)), default=-1)

@@ -1,4 +1,4 @@
-"""How a family of models without a Jinja template writes dialogues: special tokens, which nobody's words can forge, and texts."""
+"""The prompt format of a model family without a Jinja template: special tokens, which no user text can forge, and plain texts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,43 +12,43 @@ from finback.data.turn import Message
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What an answer may use and has to be."""
+    """Options of an answer, as far as the prompt states them."""
 
     tools: Sequence[Tool] = ()
-    # whether the chain of thought is opened; None leaves it to the model, in forms that can
+    # whether to open the chain of thought; None: the model decides, in forms that allow it
     think: bool | None = None
-    # low, medium, high and so on, as the interfaces name them; forms without efforts leave it out
+    # low, medium, high and so on, as in the APIs; ignored by forms without efforts
     effort: str | None = None
-    # the JSON schema of the answer, for forms that tell it
+    # JSON schema of the answer, for forms that state it
     reply_schema: Mapping[str, Any] | None = None
 
 
 class PromptForm(ABC):
     """Writes prompts and answers as special tokens and plain texts."""
 
-    # whether the model thinks unless it is told; None: that is up to the model, and no prompt closes the chain
+    # whether the model thinks by default; None: the model decides, and no prompt closes the chain
     thinks: ClassVar[bool | None] = False
-    # whether the prompt says how long to think
+    # whether the prompt states the effort of thinking
     has_efforts: ClassVar[bool] = False
-    # a turn of the role `developer` asks; elsewhere it is the system's
+    # whether turns of the role `developer` are requests; otherwise they count as the system's
     has_developer: ClassVar[bool] = False
     marks: ClassVar[tuple[str, ...]] = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK)
 
     @abstractmethod
     def prompt(self, messages: Sequence[Message], options: PromptOptions) -> list[str]:
-        """A dialogue up to where the assistant goes on: its mark, and that of the chain of thought."""
+        """A dialogue up to the assistant's next turn: its mark, and that of the chain of thought."""
 
     @abstractmethod
     def calls(self, calls: Sequence[ToolCall]) -> list[str]:
         """Calls as the assistant writes them."""
 
     def answer(self, message: Message, think: bool | None) -> list[str]:
-        """A turn of the assistant behind its prompt, eos included; with the chain of thought if the prompt opened one."""
+        """An assistant turn after its prompt, with eos; with the chain of thought if the prompt opened one."""
         chain = [message.reasoning, END_THINK] if think else []
         return [*chain, message.content, *self.calls(message.tool_calls), EOS]
 
     def learnt(self, message: Message, opened: bool) -> list[str]:
-        """The answer as training teaches it behind a prompt that has `opened` a chain of thought or not."""
+        """The answer to train on, after a prompt that has `opened` a chain of thought or not."""
         return self.answer(message, opened)
 
     def mode(self, options: PromptOptions) -> bool | None:
@@ -57,15 +57,15 @@ class PromptForm(ABC):
 
 
 def chain_mark(think: bool | None) -> str:
-    """What opens the chain of thought, or says that there is none."""
+    """The mark that opens the chain of thought, or that states that there is none."""
     return THINK if think else END_THINK
 
 
 def last_asked(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> int:
-    """The place of the last turn that asks; -1 if there is none."""
+    """Index of the last turn that asks; -1 if there is none."""
     return max((i for i, m in enumerate(messages) if m.role in roles), default=-1)
 
 
 def system_text(messages: Sequence[Message]) -> str:
-    """All system messages, a blank line between them."""
+    """All system messages, separated by blank lines."""
     return "\n\n".join(m.content for m in messages if m.role == "system")

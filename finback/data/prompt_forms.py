@@ -1,4 +1,4 @@
-"""Which form a model's prompts have that has no Jinja template, by name: the one registry of them."""
+"""Registry of the prompt forms of models without a Jinja template, by name."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ FORMS: Mapping[str, PromptForm] = {
 
 
 def form_of(tokenizer: Tokenizer) -> PromptForm:
-    """The form of a tokenizer without a template; UserError where its files name one that nobody knows."""
+    """The form of a tokenizer without a template; UserError if its files name an unknown one."""
     if (form := FORMS.get(tokenizer.form)) is None:
         remedy = did_you_mean(tokenizer.form, FORMS)
         raise UserError("prompt_form", tokenizer.form, f"no such form, in {tokenizer.path}", remedy)
@@ -35,12 +35,12 @@ def knows_developer(tokenizer: Tokenizer) -> bool:
 
 
 def tells_effort(tokenizer: Tokenizer) -> bool:
-    """Whether the model's prompts say how long to think."""
+    """Whether the model's prompts state the effort of thinking."""
     return tokenizer.template is None and form_of(tokenizer).has_efforts
 
 
 def call_example(tokenizer: Tokenizer) -> str:
-    """A call of the function f as the model's dialogues show it; "" where its template fails at one."""
+    """A call of a function f as in the model's dialogues; "" if its template cannot render one."""
     if tokenizer.template is None:
         return "".join(form_of(tokenizer).calls([ToolCall("f", "{}")]))
     try:

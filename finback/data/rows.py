@@ -1,4 +1,4 @@
-"""Rows of a source: windows of its stream of tokens, or whole documents fitted together."""
+"""Rows of a source: windows of its token stream, or packed whole documents."""
 
 import random
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import numpy as np
 from finback.config import UserError
 from finback.data.pack import Shard
 
-PADDING = -1  # as a document's number
-WINDOW = 1024  # documents that are fitted into rows together
+PADDING = -1  # document id of padding
+WINDOW = 1024  # documents packed into rows together
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as arrays of length + extra: ids, and the document of each; the first `size` are no padding."""
+    """One row as arrays of length + extra: ids, and each token's document; the first `size` are not padding."""
 
     tokens: np.ndarray
     document_ids: np.ndarray | None
@@ -24,17 +24,17 @@ class Row:
 
 
 class RowOrder(Protocol):
-    """The endless run of a source's rows, epoch after epoch; a small state says how far it is."""
+    """The endless sequence of a source's rows, epoch by epoch; its position is a small state."""
 
-    # what an epoch permutes
+    # number of units that an epoch permutes
     count: int
 
     def next(self) -> tuple[Any, int]:
-        """Where the next row lies, and how many of its tokens the trunk reads."""
+        """The location of the next row, and how many of its tokens the trunk reads."""
         ...
 
     def row(self, place: Any, document_ids: bool) -> Row:
-        """The row that lies there."""
+        """The row at a location."""
         ...
 
     def state(self) -> Any: ...
@@ -43,7 +43,7 @@ class RowOrder(Protocol):
 
 
 class Windows:
-    """Windows of `length` tokens, `extra` further ones behind; those of an epoch are a seeded permutation."""
+    """Windows of `length` tokens plus `extra`; an epoch is a seeded permutation of them."""
 
     def __init__(self, name: str, shard: Shard, length: int, extra: int, seed: int) -> None:
         self.name, self.shard, self.length, self.extra, self.seed = name, shard, length, extra, seed
@@ -72,12 +72,12 @@ class Windows:
 
 
 class Fitted:
-    """Whole documents in rows of `length` + 1 tokens, as many as fit best (V3 4.1: packing for integrity).
+    """Whole documents in rows of `length` + 1 tokens, packed by best fit (V3 4.1: packing for integrity).
 
-    A longer document is cut at every `length` tokens into pieces that overlap by one, so that each of its tokens is
-    predicted once; only its last piece shares a row. Where a piece fills its row and the document goes on, the `extra`
-    tokens are the document's, for MTP. Pieces are permuted every epoch and fitted 1,024 at a time: a state is an epoch,
-    a window of pieces and a row of it.
+    A longer document is cut every `length` tokens into pieces that overlap by one token, so that each of its tokens is
+    predicted once; only its last piece shares a row. If a piece fills its row and the document continues, the `extra` tokens
+    are the document's, for MTP. Pieces are permuted every epoch and packed 1,024 at a time: a state is an epoch, a window of
+    pieces, and a row in it.
     """
 
     def __init__(self, name: str, shard: Shard, length: int, extra: int, seed: int) -> None:
@@ -106,7 +106,7 @@ class Fitted:
         begin = 0
         for number, piece in enumerate(place):
             start, size = int(self.starts[piece]), int(self.sizes[piece])
-            if size > self.length:  # it fills the row, and what follows is wanted for MTP
+            if size > self.length:  # it fills the row, and MTP needs what follows
                 whole = self.ends[np.searchsorted(self.ends, start, side="right")]
                 size = min(int(whole) - start, self.length + self.extra)
             tokens[begin : begin + size] = self.shard[start : start + size]
@@ -121,7 +121,7 @@ class Fitted:
         self.epoch, self.window, self.place = state
 
     def _rows(self) -> list[list[int]]:
-        """The rows of the window at hand, as lists of pieces."""
+        """The rows of the current window, as lists of pieces."""
         if self._order[0] != self.epoch:
             self._order = self.epoch, _permutation(self.seed, self.epoch, self.name, self.count)
         if self._arranged[0] != (self.epoch, self.window):
@@ -144,7 +144,7 @@ def _ends(name: str, shard: Shard) -> np.ndarray:
 
 
 def _numbers(ends: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Which document each token from start to stop belongs to, counted from 0."""
+    """The index, from 0, of the document of each token from start to stop."""
     first, last = np.searchsorted(ends, (start, stop - 1), side="right")
     return np.asarray(np.searchsorted(ends[first:last], np.arange(start, stop), side="right"))
 
@@ -161,9 +161,9 @@ def _pieces(ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def arrange(lengths: Sequence[int], row: int, rng: random.Random) -> list[list[int]]:
-    """Best-fit: documents, by their lengths, into rows of at most `row` tokens, in random order; lists of indices.
+    """Best-fit packing of documents, given by length, into rows of at most `row` tokens; returns lists of indices in random order.
 
-    Within a window of documents the longest comes first, each into the fullest row that still has room for it.
+    Within a window of documents the longest comes first, each into the fullest row that has room for it.
     """
     order = list(range(len(lengths)))
     rng.shuffle(order)

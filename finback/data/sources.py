@@ -1,4 +1,4 @@
-"""Where training text comes from: each source names its licence and yields documents in a fixed order."""
+"""Sources of training text: each has a licence and yields documents in a fixed order."""
 
 import hashlib
 import importlib.util
@@ -19,14 +19,14 @@ from finback.extras import how_to_install
 from finback.hub import HubRows
 from finback.readers import BytesRead
 
-# what turns a record or a message into more than texts that follow each other
+# fields that make a record or message more than consecutive texts
 _BESIDE = ("system", "system_prompt", "reasoning", "thinking", "choices", "options", "tools", "functions", "history")
 _IN_MESSAGE = ("reasoning", "thinking", "tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A dialogue, or plain text when `messages` is empty."""
+    """A dialogue, or plain text if `messages` is empty."""
 
     messages: tuple[Message, ...] = ()
     text: str = ""
@@ -40,27 +40,27 @@ class Document:
 
 
 class Source(ABC):
-    """Real text: what the prepare stage needs of it."""
+    """A source of real text, as the prepare stage needs it."""
 
     name: str
     licence: str
-    # whether line breaks and indentation say something
+    # whether line breaks and indentation are meaningful
     has_layout: ClassVar[bool] = True
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """The files it is read from, in order; none for a source that only a library can reach."""
+        """The files it is read from, in order; [] for a source that only a library can read."""
 
     def skipped(self) -> dict[str, str]:
-        """Further names of its files and links that lead nowhere, and what is said of each."""
+        """Further paths to its files and broken links, with the reason for skipping each."""
         return {}
 
     @abstractmethod
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
-        """The documents of one of its files; all files, one after the other, are the source."""
+        """The documents of one of its files; the source is the concatenation of its files."""
 
     def documents(self) -> Iterator[Document]:
-        """All documents, in the same order every time."""
+        """All documents, always in the same order."""
         for path in self.files():
             yield from self.read(path)
 
@@ -69,7 +69,7 @@ class Source(ABC):
 class Chitchat(Source):
     """The BYU Chit Chat corpus: 7,168 typed English dialogues, shipped by the chitchat-dataset package (MIT)."""
 
-    # of the source, as `mixture` and the tables name it
+    # name of the source in `mixture` and in tables
     name: str = "chitchat"
     # SPDX identifier, for the documents of a published model
     licence: str = "MIT"
@@ -90,7 +90,7 @@ class Chitchat(Source):
 
 @dataclass(frozen=True)
 class Files(Source):
-    """A user's own text: .jsonl, .parquet, or anything else as plain text; also with .gz or .zst behind it.
+    """A user's own text: .jsonl, .parquet, or anything else as plain text; optionally with .gz or .zst.
 
     A record has "text", or "messages" (role, content, reasoning_content), or "question" and "answer". Plain text is
     split into documents at blank lines, or kept whole.
@@ -98,9 +98,9 @@ class Files(Source):
 
     # files, or patterns such as notes/*.md
     paths: tuple[str, ...] = field(default_factory=tuple)
-    # what a document is in a file of plain text
+    # unit that becomes a document in a plain-text file
     split: Literal["paragraphs", "files"] = "paragraphs"
-    # of the source, as `mixture` and the tables name it
+    # name of the source in `mixture` and in tables
     name: str = "files"
     # SPDX identifier, for the documents of a published model
     licence: str = "unstated"
@@ -108,7 +108,7 @@ class Files(Source):
     def __post_init__(self) -> None:
         check_fields(self, self.name)
         if not self.paths:
-            raise UserError(f"{self.name}.paths", self.paths, "no files named", "Name files or globs.")
+            raise UserError(f"{self.name}.paths", self.paths, "no files given", "Give files or globs.")
 
     def files(self) -> list[Path]:
         return file_globs.find(self.paths, f"{self.name}.paths")[0]
@@ -130,7 +130,7 @@ class Files(Source):
                 document = _from_record(record, at)
                 try:
                     document.plain.encode()
-                except UnicodeEncodeError:  # half a character: in which field?
+                except UnicodeEncodeError:  # a lone surrogate: find the field
                     check_characters(record, json.dumps(record), at)
                 yield document
         elif ending in formatted.FORMATTED:
@@ -148,15 +148,15 @@ class Files(Source):
 
 @dataclass(frozen=True)
 class Hub(Source):
-    """A data set of the Hugging Face hub, or of a folder that `datasets` reads; records as in Files' JSONL."""
+    """A data set of the Hugging Face hub, or a folder that `datasets` reads; records as in the JSONL of Files."""
 
     # owner/name, or owner/name@revision
     path: str
-    # of the data set
+    # split of the data set
     split: str = "train"
-    # its configuration, such as main; None: the only one
+    # configuration of the data set, such as main; None: the only one
     subset: str | None = None
-    # of the source, as `mixture` and the tables name it
+    # name of the source in `mixture` and in tables
     name: str = "hub"
     # SPDX identifier, for the documents of a published model
     licence: str = "unstated"
@@ -165,7 +165,7 @@ class Hub(Source):
         check_fields(self, self.name)
 
     def files(self) -> list[Path]:
-        return []  # the hub's own cache
+        return []  # files are in the hub's cache
 
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         return iter(())
@@ -179,12 +179,12 @@ class Hub(Source):
         return self.hub.load(f"{self.name}.path")
 
     def content_versions(self) -> dict[str, str]:
-        """The versions of what fields name that are no files."""
+        """Versions of fields that are not files."""
         return {"path": self.hub.version()}
 
     @property
     def hub(self) -> HubRows:
-        """The rows by the package `datasets`."""
+        """The rows, through the package `datasets`."""
         return HubRows(self.path, self.subset or "", self.split)
 
 
@@ -202,7 +202,7 @@ def _from_record(record: Any, where: str) -> Document:
     shown = json.dumps(record, ensure_ascii=False, default=str)[:60]
     if isinstance(record, dict):
         has_more = any(record.get(name) for name in _BESIDE)
-        messages = record.get("messages")  # the richest form first: many sets carry the same as text too
+        messages = record.get("messages")  # the richest form first: many sets also have the same as text
         if isinstance(messages, list) and messages and all(_is_message(m) for m in messages) and not has_more:
             return Document(tuple(_message(m) for m in messages))
         if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str) and not has_more:
@@ -217,13 +217,13 @@ def _from_record(record: Any, where: str) -> Document:
                 raise UserError(where, shown, f"{error.field}: {error.problem}", error.remedy) from None
         else:
             if found.tools:
-                problem = "its tools are described apart from what is said"
+                problem = "its tools are in a separate field"
                 raise UserError(where, shown, problem, "Write them into the system message, or leave them out.")
             return Document(found.messages)
         if isinstance(record.get("text"), str):
             return Document(text=record["text"])
     remedy = 'Give "text", "question" and "answer", or "messages".'
-    raise UserError(where, shown, "no field that can be learnt from", remedy)
+    raise UserError(where, shown, "no usable field", remedy)
 
 
 def _is_message(value: Any) -> bool:
@@ -236,13 +236,13 @@ def _is_message(value: Any) -> bool:
 
 
 def _message(value: dict[str, Any]) -> Message:
-    """A message in OpenAI's form; reasoning has a field of its own, as in DeepSeek's API."""
+    """A message in OpenAI's format; reasoning has its own field, as in DeepSeek's API."""
     if value["role"] != "assistant":
         return Message(value["role"], value["content"])
     reasoning = value.get("reasoning_content")
     if isinstance(reasoning, str) and reasoning:
         return Message("assistant", value["content"], reasoning)
-    response = parse_response(value["content"])  # others write it into the answer
+    response = parse_response(value["content"])  # some data sets have it in the answer
     if response.thinks and response.closed:
         return Message("assistant", response.answer, response.reasoning)
     return Message("assistant", value["content"])

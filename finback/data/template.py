@@ -1,6 +1,6 @@
-"""Jinja chat templates as Hugging Face folders carry them, rendered as transformers renders them.
+"""Jinja chat templates of Hugging Face folders, rendered as transformers does.
 
-Templates come from strangers: the sandbox keeps them from calling anything but what is listed here.
+Templates are untrusted: the sandbox lets them call only what is listed here.
 """
 
 import json
@@ -18,9 +18,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finback.config import UserError
 
-# What our own exports carry: the prompt of messages.py in DeepSeek's form, in Jinja. Chains of earlier turns are left out.
+# The template in finback's exports: the prompt of messages.py in DeepSeek's form. Chains of earlier turns are left out.
 OWN = "".join(Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").splitlines())
-# shows how a template writes a call
+# shows how a template renders a call
 CALL_PROBE: Sequence[Mapping[str, Any]] = (
     {"role": "user", "content": "?"},
     {
@@ -30,11 +30,11 @@ CALL_PROBE: Sequence[Mapping[str, Any]] = (
     },
 )
 
-ANSWER_PROBE = "finback-probe"  # shows what a template writes behind an answer
+ANSWER_PROBE = "finback-probe"  # shows what a template writes after an answer
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}…{% endgeneration %}: marks assistant text for training masks; rendering ignores the mark."""
+    """{% generation %}…{% endgeneration %}: marks assistant text for training masks; ignored in rendering."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's interface
 
@@ -48,9 +48,9 @@ class _Generation(jinja2.ext.Extension):
 
 
 class Template:
-    """A chat template; `specials` are bos_token and the like, which templates write out.
+    """A chat template; `specials` are bos_token and the like, which templates insert.
 
-    `with_tools` is another one for dialogues that have tools, as folders with several templates name it.
+    `with_tools` is a second template for dialogues with tools, as in folders with several named templates.
     """
 
     def __init__(self, source: str, specials: Mapping[str, str], with_tools: str | None = None) -> None:
@@ -59,7 +59,7 @@ class Template:
         self._with_tools = _compiled(with_tools) if with_tools else self._template
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any) -> str:
-        """The text of a dialogue; `variables` are whatever a template asks for beside messages (tools, …)."""
+        """The text of a dialogue; `variables` are whatever else a template uses (tools, …)."""
         try:
             template = self._with_tools if variables.get("tools") else self._template
             return template.render(
@@ -67,16 +67,16 @@ class Template:
                 add_generation_prompt=add_generation_prompt,
                 **{"tools": None, "documents": None} | self.specials | variables,
             )
-        except Exception as error:  # a stranger's program may fail in any way
-            problem = f"the model's chat template refuses them ({error})"
-            remedy = "Say it as the template allows; most want user and assistant in turns."
+        except Exception as error:  # an untrusted template may fail in any way
+            problem = f"the model's chat template rejects them ({error})"
+            remedy = "Use what the template allows; most require alternating user and assistant turns."
             raise UserError("messages", f"{len(messages)} of them", problem, remedy) from None
 
     def render_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The text that asks for the next turn, with calls of past turns in the shape that this template wants.
+        """The text that prompts the next turn, with calls of past turns in the shape that this template expects.
 
-        Some want the arguments as text, others as an object, and those may not refuse text but quote it once more. Of a
-        turn that only calls, some write out a content of None, others call only if it is None.
+        Some expect arguments as text, others as an object, and the latter may accept text but quote it again. For a turn with calls
+        only, some print a content of None, others render calls only if it is None.
         """
         if not any("tool_calls" in message for message in messages):
             return self.render(messages, add_generation_prompt=True, **variables)
@@ -97,7 +97,7 @@ class Template:
         raise refusals[0]
 
     def after_answer(self) -> str:
-        """What is written behind an answer that ends a dialogue; empty where the template does not say."""
+        """The text after an answer that ends a dialogue; "" if the template does not determine it."""
         dialogue = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER_PROBE}]
         try:
             _, probe, after = self.render(dialogue, add_generation_prompt=False).rpartition(ANSWER_PROBE)
@@ -106,7 +106,7 @@ class Template:
         return after if probe else ""
 
     def _writes_none(self) -> bool:
-        """Whether the template writes out the content of a turn that only calls though it is None."""
+        """Whether the template prints a content of None for a turn with calls only."""
         try:
             none, empty = (
                 self.render([_shaped(m, content, True) for m in CALL_PROBE], True).count("None")
@@ -132,7 +132,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _shaped(message: Mapping[str, Any], empty: str | None, as_objects: bool) -> Mapping[str, Any]:
-    """A message whose calls have arguments as text or as objects; `empty` is its content if it only calls."""
+    """A message whose calls have arguments as text or as objects; `empty` is its content if it has calls only."""
     if "tool_calls" not in message:
         return message
     calls = [
@@ -144,13 +144,13 @@ def _shaped(message: Mapping[str, Any], empty: str | None, as_objects: bool) -> 
 
 
 def _is_quoted(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the JSON text of a call's arguments stands in a prompt as a JSON string."""
+    """Whether the JSON text of a call's arguments appears in a prompt as a JSON string."""
     arguments = [call["function"]["arguments"] for m in messages for call in m.get("tool_calls", ())]
     return any(json.dumps(each, ensure_ascii=ascii_only) in text for each in arguments for ascii_only in (True, False))
 
 
 def _object(arguments: str) -> Any:
-    """The arguments as an object; as they stand if they are none."""
+    """The arguments as an object; unchanged if they are not one."""
     try:
         found = json.loads(arguments)
     except (ValueError, RecursionError):

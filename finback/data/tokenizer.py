@@ -1,4 +1,4 @@
-"""Byte-level BPE with DeepSeek's split rules and special tokens; training and encoding are the tokenizers library's."""
+"""Byte-level BPE with DeepSeek's split rules and special tokens, on top of the tokenizers library."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from finback.runs.files import is_gguf
 
 
 class SpecialToken(str):
-    """Text that is one token where the vocabulary has it, and that nothing a user says can become."""
+    """Text that is one token if the vocabulary has it; user text can never become this token."""
 
     __slots__ = ()
 
@@ -32,7 +32,7 @@ PAD = SpecialToken("<｜▁pad▁｜>")
 USER, ASSISTANT = SpecialToken("<｜User｜>"), SpecialToken("<｜Assistant｜>")
 THINK, END_THINK = SpecialToken("<think>"), SpecialToken("</think>")
 FIM = tuple(map(SpecialToken, ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")))
-ADDED = (THINK, END_THINK, *FIM, USER, ASSISTANT)  # ordinary added tokens, as in DeepSeek's file
+ADDED = (THINK, END_THINK, *FIM, USER, ASSISTANT)  # added tokens that are not special, as in DeepSeek's file
 
 # Byte-exact from DeepSeek's tokenizer.json (spec 1.9): digits by threes, CJK runs, then words, signs and spaces.
 SPLITS = (
@@ -42,26 +42,25 @@ SPLITS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
-OWN_FORM = "r1"  # of what is trained here, and of models without a template that nobody else knows
-# models that come without a template by their model_type, or in GGUF by their architecture: the form of their prompts
-# (prompt_forms.py)
+OWN_FORM = "r1"  # form of models trained here, and of unknown models without a template
+# prompt forms (prompt_forms.py) of models without a template, by model_type, or for GGUF by architecture
 FORMS_BY_FAMILY = {"deepseek_v32": "v3.2", "deepseek32": "v3.2", "deepseek_v4": "v4", "deepseek4": "v4"}
 V41_MARK = SpecialToken("<｜System｜>")
 
 SMALLEST = 3 + 256 + len(ADDED)  # specials, bytes, added tokens
-TOGETHER = 2 * BLOCK  # characters that are encoded at a time
-TRAINED = 1 << 15  # characters that are learnt from at a time: split into words they take 600 times as many bytes
-# between digits, and within what is no word any more
+TOGETHER = 2 * BLOCK  # characters encoded at a time
+TRAINED = 1 << 15  # characters trained on at a time: split into words they need 600 times as many bytes
+# between digits, and within overlong words
 _APART = re.compile(r"(?<=\d)(?=\d)|[^\W\d_]{1024}(?=[^\W\d_])|[^\w\s]{1024}(?=[^\w\s])")
-LARGEST = 2**20  # several times what any published model has
+LARGEST = 2**20  # several times the size in any published model
 
 
 class Tokenizer:
-    """Text to ids and back, from a tokenizer.json, a folder that holds one, or a GGUF file.
+    """Text to ids and back, from a tokenizer.json, a folder with one, or a GGUF file.
 
-    `encode` treats special tokens in the text as plain characters: a user cannot forge them. A folder's other files give
-    more special tokens, the tokens that end an answer and the chat template (tokenizer_files.py); without a template, a
-    vocabulary with DeepSeek's marks is written in DeepSeek's form (messages.py).
+    `encode` treats special tokens in the text as plain characters, so users cannot forge them. A folder's other files add
+    special tokens, end tokens and the chat template (tokenizer_files.py); without a template, a vocabulary with DeepSeek's
+    tokens uses DeepSeek's form (messages.py).
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,11 +69,11 @@ class Tokenizer:
         self.settings, self.generation = files.settings, files.generation
         try:
             self._full = tokenizers.Tokenizer.from_str(files.text)
-        except Exception as error:  # the library raises nothing more precise
+        except Exception as error:  # the library raises nothing more specific
             raise UserError("tokenizer", str(path), f"damaged ({error})", "Restore tokenizer.json.") from None
         is_more = tokenizer_files.add_tokens(self._full, self.settings, path)
         self._bare, self._moved = _without_marks(self._full.to_str() if is_more else files.text, self._full)
-        for each in (self._full, self._bare):  # a file may carry both; texts are neither cut nor padded here
+        for each in (self._full, self._bare):  # disables truncation and padding that a file may define
             each.no_truncation()
             each.no_padding()
         found = {token: self._full.token_to_id(token) for token in (BOS, EOS, PAD, *ADDED)}
@@ -83,13 +82,15 @@ class Tokenizer:
         self.bos, self.pad = self._special("bos", BOS), self._special("pad", PAD)
         self.eos = self._special("eos", EOS)
         source, with_tools = tokenizer_files.templates(self.settings, path)
-        # our own template is written from ids, which a user's words cannot forge
+        # our own template is written from ids, which user text cannot forge
         self.template = None if source in (None, OWN) else Template(source, self.specials, with_tools)
         self.form = OWN_FORM if source is not None else self._form(files.family)
         self.ends = self._ends()
         self.stops = tuple(sorted({number for given in self.ends.values() for number in given}))
         marks = (BOS, EOS, *ADDED) if self.template is None else ()
-        self.lacks = [token for token in marks if token not in self.ids]  # why it cannot write a dialogue
+        self.lacks = [
+            token for token in marks if token not in self.ids
+        ]  # missing tokens, without which it cannot write dialogues
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -98,7 +99,7 @@ class Tokenizer:
 
     @property
     def specials(self) -> dict[str, str]:
-        """bos_token, eos_token, pad_token, unk_token and the like, as far as they are named."""
+        """bos_token, eos_token, pad_token, unk_token and the like, as far as they are defined."""
         ours = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
         names = (*ours, *(name for name in self.settings if name.endswith("_token")))
         named = {n: tokenizer_files.content(self.settings.get(n)) or ours.get(n) for n in names}
@@ -106,17 +107,17 @@ class Tokenizer:
 
     @property
     def writes_own_form(self) -> bool:
-        """Whether dialogues are written in the form of what is trained here, of which others learn by a template."""
+        """Whether dialogues use the form of models trained here, for which exports contain a template."""
         return self.template is None and self.form == OWN_FORM and not self.lacks
 
     @property
     def adds_bos(self) -> bool:
-        """Whether a text to be continued begins with bos, as training texts do."""
+        """Whether a text to be continued starts with bos, as training texts do."""
         return self.bos >= 0 and bool(self.settings.get("add_bos_token", True))
 
     @property
     def largest_id(self) -> int:
-        """The highest id that a text can be given: a vocabulary may have holes."""
+        """The highest possible token id: a vocabulary may have holes."""
         return max(self._full.get_vocab().values())
 
     @property
@@ -125,20 +126,20 @@ class Tokenizer:
         return [token.content for token in self._full.get_added_tokens_decoder().values()]
 
     def _special(self, name: str, default: str) -> int:
-        """The id of bos, eos or pad; -1 where the vocabulary has none."""
+        """The id of bos, eos or pad; -1 if the vocabulary has none."""
         number = self._full.token_to_id(tokenizer_files.content(self.settings.get(f"{name}_token")) or default)
         return -1 if number is None else number
 
     def _form(self, family: str) -> str:
-        """How prompts are written without a template: as `prompt_form` among the settings says, else as the family's are."""
+        """The prompt form without a template: `prompt_form` in the settings, else the family's."""
         form = FORMS_BY_FAMILY.get(family, OWN_FORM)
         found = "v4.1" if form == "v4" and V41_MARK in self._full.get_vocab() else form
         return str(self.settings.get("prompt_form") or found)
 
     def _ends(self) -> dict[str, tuple[int, ...]]:
-        """Ids that end an answer, by what says so: the tokenizer, its generation settings (Llama 3 has three), the template.
+        """Ids that end an answer, by source: the tokenizer, generation settings (Llama 3 has three), the template.
 
-        Base models of Qwen end a text with one token and a dialogue, by their template, with another.
+        Qwen's base models end a text with one token and, by their template, a dialogue with another.
         """
         found: dict[str, tuple[int, ...]] = {"tokenizer": (self.eos,) if self.eos >= 0 else ()}
         found["generation"] = tokenizer_files.ids(self.generation.get("eos_token_id"))
@@ -148,7 +149,7 @@ class Tokenizer:
         return found
 
     def export(self, folder: Path) -> None:
-        """As `save`, with all that other programs need to know of a tokenizer that was trained here."""
+        """As `save`, plus everything that other programs need for a tokenizer trained here."""
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -162,7 +163,7 @@ class Tokenizer:
         self.save(folder)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and the files that came with it, in Hugging Face's form; a form that is not ours is named."""
+        """Writes tokenizer.json and its companion files in Hugging Face's format; a prompt form other than ours is named."""
         if self.form != OWN_FORM:
             self.settings = {**self.settings, "prompt_form": self.form}
         (folder / "tokenizer.json").write_text(self._full.to_str(pretty=True), encoding="utf-8")
@@ -180,7 +181,7 @@ class Tokenizer:
         return self._moved_ids(self._bare.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        """Ids of many plain texts, on all cores; few at a time where they are long, for a token takes 300 bytes until then."""
+        """Ids of many plain texts, on all cores; few long ones at a time, since a token temporarily takes 300 bytes."""
         if sum(map(len, texts)) <= TOGETHER:
             return [self._moved_ids(e.ids) for e in self._bare.encode_batch(texts, add_special_tokens=False)]
         found = [array("I") for _ in texts]
@@ -196,22 +197,22 @@ class Tokenizer:
 
     @cached_property
     def _has_seams(self) -> bool:
-        """Whether a text has the tokens of its parts where words meet; a vocabulary that puts a space before all has not."""
+        """Whether a text tokenizes like its parts, split between words; not if the vocabulary adds a space at the start."""
         halves = (("a", " b"), ("a\n", "b"))
         return all(self.encode(a + b) == self.encode(a) + self.encode(b) for a, b in halves)
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text whose special tokens mean what they say; for templates, never for a user's words."""
+        """Ids of a text in which special tokens are effective; for templates, never for user text."""
         return self._full.encode(text, add_special_tokens=False).ids
 
     def encode_whole(self, text: str) -> list[int]:
-        """The same with what the vocabulary's own post-processor puts before and behind a text."""
+        """The same, with what the vocabulary's post-processor adds before and after a text."""
         return self._full.encode(text).ids
 
     def encode_pieces(self, pieces: Iterable[str], encode: Callable[[str], list[int]] | None = None) -> list[int]:
-        """Ids of special tokens, of their characters where the vocabulary lacks them, and of plain texts between them.
+        """Ids of special tokens (of their characters if the vocabulary lacks them), and of plain texts between them.
 
-        Neighbouring texts are encoded as one, by `encode` if it is given.
+        Adjacent texts are encoded as one, with `encode` if given.
         """
         ids: list[int] = []
         own: dict[str, int] = {BOS: self.bos, EOS: self.eos}
@@ -225,19 +226,19 @@ class Tokenizer:
         return ids
 
     def require(self, *tokens: str) -> None:
-        """UserError if the vocabulary lacks one of these tokens."""
+        """Raises UserError if the vocabulary lacks one of these tokens."""
         if lacks := [token for token in tokens if token not in self.ids]:
             reason = "" if self.template else "has no chat template and "
-            remedy = "Use a model that was trained to chat, or put a chat_template.jinja beside it."
+            remedy = "Use a model that was trained to chat, or add a chat_template.jinja to its folder."
             raise UserError("tokenizer", str(self.path), f"{reason}lacks the tokens {lacks}", remedy)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids; added tokens such as <think> stay, bos, eos and pad go when `skip_special`."""
+        """Text of ids; added tokens such as <think> are kept, bos, eos and pad are removed if `skip_special`."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special)
 
 
 def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Numbered texts in lists of TOGETHER characters, a text that is longer in a list of its own."""
+    """Numbered texts in lists of TOGETHER characters; a longer text is a list of its own."""
     batch: list[tuple[int, str]] = []
     size = 0
     for part in parts:
@@ -250,7 +251,7 @@ def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 
 
 def _read(path: Path) -> TokenizerFiles:
-    """What a folder, a tokenizer.json or a GGUF file holds; a template that lies beside a GGUF file counts before its own."""
+    """The contents of a folder, a tokenizer.json or a GGUF file; a template next to a GGUF file overrides its own."""
     if is_gguf(path):
         from finback.data import gguf_tokenizer  # brings torch, which workers that encode text need not load
 
@@ -263,7 +264,7 @@ def _read(path: Path) -> TokenizerFiles:
 
 
 def _without_marks(text: str, full: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-    """The tokenizer of plain text: of the added tokens only those that are spaces and line breaks, and their ids here and there."""
+    """The tokenizer for plain text: of the added tokens, only those that are spaces and line breaks, with their ids in both."""
     bare = json.loads(text)
     bare["added_tokens"] = [t for t in bare["added_tokens"] if not t["special"] and not t["content"].strip()]
     found = tokenizers.Tokenizer.from_str(json.dumps(bare))
@@ -272,11 +273,11 @@ def _without_marks(text: str, full: tokenizers.Tokenizer) -> tuple[tokenizers.To
 
 
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
-    """Train a tokenizer of vocab_size entries on texts and write its tokenizer.json.
+    """Trains a tokenizer of vocab_size entries on texts and writes its tokenizer.json.
 
-    Digits are split one by one while merges are learnt, so numbers stay runs of single digits (arithmetic is then
-    learnt in fewer tokens; docs/log.md); the split rules themselves stay DeepSeek's. What runs on for 1,024 letters or signs without a
-    space, such as data written in letters, is cut: the time that a word takes grows with the square of its length.
+    Digits are split one by one during training, so that numbers stay runs of single digits (arithmetic then needs fewer tokens to
+    learn; docs/log.md); the split rules stay DeepSeek's. A run of 1,024 letters or signs without a space, such as encoded data, is
+    cut, since training time grows with the square of a word's length.
     """
     if not SMALLEST < vocab_size <= LARGEST:
         raise UserError("vocab_size", vocab_size, f"not in {SMALLEST + 1}..{LARGEST}", "Use a value in that range.")

@@ -1,7 +1,7 @@
-"""Where a model's tokenizer keeps what it is: the files of a Hugging Face folder, put together as transformers does.
+"""Reads the tokenizer files of a Hugging Face folder and combines them as transformers does.
 
-tokenizer.json holds vocabulary and rules. Special tokens, ends and templates may lie in seven other places; which of them
-wins is the order of `PreTrainedTokenizerBase._from_pretrained` (transformers 5.23).
+tokenizer.json has vocabulary and rules. Special tokens, end tokens and templates may be in seven other places; their
+precedence is that of `PreTrainedTokenizerBase._from_pretrained` (transformers 5.23).
 """
 
 import json
@@ -31,29 +31,29 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files of a tokenizer say."""
+    """The contents of a tokenizer's files."""
 
     # the text of tokenizer.json
     text: str
     # tokenizer_config.json, with special_tokens_map.json, added_tokens.json and the templates in it
     settings: dict[str, Any]
     generation: dict[str, Any]
-    # config.json's eos_token_id, which counts where generation_config.json has none
+    # config.json's eos_token_id, used if generation_config.json has none
     config_ends: tuple[int, ...] = ()
     # config.json's model_type, or the architecture of a GGUF file
     family: str = ""
 
 
 def read(path: Path) -> TokenizerFiles:
-    """The files of a folder, or of the folder that a tokenizer.json lies in."""
+    """The files of a folder, or of the folder that contains a tokenizer.json."""
     file = path / "tokenizer.json" if path.is_dir() else path
     folder = file.parent
     if not file.is_file():
         if kept := other_forms(folder):
-            problem = f"not there: the folder has its tokenizer only as {', '.join(kept)}"
-            remedy = "Where sentencepiece or tiktoken is installed, `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` makes it."
+            problem = f"missing: the folder has its tokenizer only as {', '.join(kept)}"
+            remedy = "With sentencepiece or tiktoken installed, `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` creates it."
             raise UserError("tokenizer", str(file), problem, remedy)
-        raise UserError("tokenizer", str(file), "no such file", "Run the prepare stage or name another folder.")
+        raise UserError("tokenizer", str(file), "no such file", "Run the prepare stage, or use another folder.")
     settings = read_json(folder / CONFIG)
     if "added_tokens_decoder" not in settings:
         _add_legacy(folder, settings)
@@ -67,12 +67,12 @@ def read(path: Path) -> TokenizerFiles:
 
 
 def other_forms(folder: Path) -> list[str]:
-    """Files of a folder that hold a tokenizer in a form that finback does not read."""
+    """Files of a folder with a tokenizer in a format that finback does not read."""
     return [name for name in OTHER_FORMS if (folder / name).is_file()]
 
 
 def _add_legacy(folder: Path, settings: dict[str, Any]) -> None:
-    """special_tokens_map.json goes over tokenizer_config.json; added_tokens.json becomes `added_tokens_decoder`."""
+    """special_tokens_map.json overrides tokenizer_config.json; added_tokens.json becomes `added_tokens_decoder`."""
     for name, value in read_json(folder / "special_tokens_map.json").items():
         if name == "extra_special_tokens" and isinstance(value, list):
             had = settings.get(name) or []
@@ -88,9 +88,9 @@ def _add_legacy(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def add_templates(folder: Path, settings: dict[str, Any]) -> None:
-    """Put the chat templates that lie in a folder into the settings, over those that are there.
+    """Adds the chat templates in a folder to the settings, overriding existing ones.
 
-    chat_template.json is for processors: it counts where nothing else does, as in vLLM and llama.cpp's converter.
+    chat_template.json is for processors: it is used only if there is no other, as in vLLM and llama.cpp's converter.
     """
     files = {"default": folder / "chat_template.jinja"}
     files |= {each.stem: each for each in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
@@ -104,7 +104,7 @@ def add_templates(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def templates(settings: dict[str, Any], path: Path) -> tuple[str | None, str | None]:
-    """The template for dialogues (the only one, or of several named ones the default), and that for dialogues with tools."""
+    """The template for dialogues (the only one, or the default of several), and that for dialogues with tools."""
     given = settings.get("chat_template")
     if isinstance(given, list):
         given = {t["name"]: t.get("template") for t in given if isinstance(t, dict) and "name" in t}
@@ -117,9 +117,9 @@ def templates(settings: dict[str, Any], path: Path) -> tuple[str | None, str | N
 
 
 def add_tokens(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], path: Path) -> bool:
-    """Give a tokenizer the tokens that its files name beside tokenizer.json, and say whether there were any.
+    """Adds the tokens that the files define outside tokenizer.json. Returns whether there were any.
 
-    Those that the vocabulary lacks get the next free ids, whatever id the files say.
+    Tokens that the vocabulary lacks get the next free ids, whatever ids the files give.
     """
     decoder = settings.get("added_tokens_decoder") or {}
     try:
@@ -141,7 +141,7 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], path: 
 
 
 def _named(settings: dict[str, Any]) -> Iterator[Any]:
-    """Special tokens that the settings name: the usual ones, a model's own, and the extra ones."""
+    """Special tokens in the settings: the usual ones, a model's own, and extra ones."""
     yield from (settings.get(name) for name in STANDARD)
     yield from (value for name, value in settings.items() if name.endswith("_token") and name not in STANDARD)
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
@@ -150,25 +150,25 @@ def _named(settings: dict[str, Any]) -> Iterator[Any]:
 
 
 def _token(given: dict[str, Any]) -> AddedToken:
-    """A token as configs write it; an object without flags is as tokenizers makes it of its text."""
+    """A token as configs define it; an object without flags gets tokenizers' defaults for its text."""
     flags = {name: bool(given[name]) for name in _FLAGS if name in given}
     return AddedToken(given["content"], **flags)
 
 
 def content(token: Any) -> str | None:
-    """A special token as configs write it: its text, or an object that holds it; anything else is none."""
+    """The text of a special token in a config: a string, or an object with it; None for anything else."""
     found = token.get("content") if isinstance(token, dict) else token
     return found if isinstance(found, str) else None
 
 
 def ids(given: Any) -> tuple[int, ...]:
-    """Token ids as configs write them: one, a list, or none."""
+    """Token ids in a config: one, a list, or none."""
     listed = given if isinstance(given, list) else [given]
     return tuple(n for n in listed if isinstance(n, int) and not isinstance(n, bool) and n >= 0)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file, or no object in it."""
+    """A JSON object; {} if the file does not exist or has no object."""
     if not path.is_file():
         return {}
     try:
@@ -179,11 +179,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A text; UserError when it is none."""
+    """A text file; UserError if it is not text."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(path.name, str(path), f"not UTF-8 ({error})", "Download it again.") from None
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-        raise UserError(path.name, str(path), problem, "Give yourself the right to read it.") from None
+        raise UserError(path.name, str(path), problem, "Change its permissions.") from None

@@ -1,4 +1,4 @@
-"""Tools and their calls, and the form in which DeepSeek's models read and write them (V3.1; V3 fences the arguments)."""
+"""Tools and their calls, and DeepSeek's format for both (V3.1; V3 fences the arguments)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class ToolCall:
     id: str | None = None
 
     def to_openai(self) -> dict[str, Any]:
-        """The call in OpenAI's form."""
+        """The call in OpenAI's format."""
         function = {"name": self.name, "arguments": self.arguments}
         return {**({} if self.id is None else {"id": self.id}), "type": "function", "function": function}
 
@@ -34,7 +34,7 @@ class Tool:
     description: str
     # the JSON schema's text
     parameters: str
-    # the tool in OpenAI's form, for templates
+    # the tool in OpenAI's format, for templates
     source: Mapping[str, Any] = field(repr=False)
 
 
@@ -47,7 +47,7 @@ def call_pieces(calls: Sequence[ToolCall]) -> list[str]:
 
 
 def tool_pieces(tools: Sequence[Tool], fenced: bool = False) -> list[str]:
-    """The section of the system message that describes the tools; `fenced` asks for V3's markup, else it is V3.1's."""
+    """The section of the system message that describes the tools; `fenced`: V3's markup, otherwise V3.1's."""
     listed = "".join(
         f"\n\n### {tool.name}\nDescription: {tool.description}\n\nParameters: {tool.parameters}" for tool in tools
     )

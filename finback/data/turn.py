@@ -1,4 +1,4 @@
-"""One turn of a dialogue, as all who read, write and learn dialogues pass it on."""
+"""One turn of a dialogue, as passed between all code that reads, writes and trains on dialogues."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,24 +8,24 @@ from finback.data.tools import ToolCall
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a dialogue; what a role does not have is empty."""
+    """One turn of a dialogue; fields that a role does not have are empty."""
 
-    # system, user, assistant or tool; developer where it asks, in models that know such turns
+    # system, user, assistant or tool; or developer, in models that know such turns
     role: str
     content: str
     # the assistant's chain of thought
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    # of a tool's result: the call it answers
+    # for a tool's result: id of the call it answers
     tool_call_id: str | None = None
     name: str | None = None
-    # whether the answer goes on from here
+    # whether the answer continues from here
     prefix: bool = False
-    # whether training learns the turn or only reads it
+    # whether training has a loss on the turn
     learnt: bool = True
 
     def to_openai(self) -> dict[str, Any]:
-        """The message in OpenAI's form, which templates read; DeepSeek's name for the reasoning."""
+        """The message in OpenAI's format, which templates read, with DeepSeek's name for the reasoning."""
         optional = {
             "name": self.name,
             "tool_call_id": self.tool_call_id,

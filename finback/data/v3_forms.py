@@ -1,4 +1,4 @@
-"""Prompts of V3 and R1, which is also the form of what is trained here, of V3.1 and of V3.2."""
+"""Prompts of V3 and R1 (also the form of models trained here), of V3.1 and of V3.2."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from finback.data.turn import Message
 
 
 class V3Form(PromptForm):
-    """What V3, R1 and V3.1 share: system messages and tools first, calls between marks, results behind which the assistant goes on.
+    """Common to V3, R1 and V3.1: system messages and tools first, calls between marks, results after which the assistant continues.
 
-    No mark stands between results and what the assistant says to them.
+    There is no mark between results and the assistant's reaction to them.
     """
 
-    # what an answer begins with
+    # beginning of an answer
     begins: ClassVar[tuple[str, ...]] = (ASSISTANT,)
 
     def calls(self, calls: Sequence[ToolCall]) -> list[str]:
@@ -40,7 +40,7 @@ class V3Form(PromptForm):
         """The section of the system text that describes the tools."""
 
     def turns(self, messages: Sequence[Message], tools: Sequence[Tool], shown: set[int]) -> tuple[list[str], bool]:
-        """Turns with the reasoning of those that are `shown`; whether the last ones are tools' results."""
+        """Turns, with the reasoning of those that are `shown`; and whether the last ones are tool results."""
         text = system_text(messages)
         pieces: list[str] = [BOS, text, *(["\n\n"] if text and tools else []), *(self.told(tools) if tools else [])]
         is_answering = False
@@ -57,9 +57,9 @@ class V3Form(PromptForm):
 
 
 class R1Form(V3Form):
-    """R1's: the model itself opens its chain of thought. Calls and their results are written as V3.1 writes them.
+    """R1's form: the model opens its chain of thought itself. Calls and results are written as in V3.1.
 
-    Reasoning of the past is left out except in turns that called tools since the user last spoke.
+    Past reasoning is left out, except in turns with calls since the user's last turn.
     """
 
     thinks = None
@@ -100,7 +100,7 @@ V31_CALLS = (
 
 
 class V31Form(V3Form):
-    """V3.1's, after its template: every answer begins with the mark that says whether it thinks, past ones with </think>."""
+    """V3.1's form, after its template: every answer starts with a mark for thinking or not, past ones with </think>."""
 
     begins = (ASSISTANT, END_THINK)
 
@@ -145,10 +145,10 @@ DEVELOPER = "\n\n# The user's message is: "
 
 
 class V32Form(PromptForm):
-    """V3.2's, after the encoder that comes with the weights (encoding_dsv32.py, MIT).
+    """V3.2's form, after the encoder published with the weights (encoding_dsv32.py, MIT).
 
-    Reasoning is kept until the user next speaks; results of calls follow the turn that made them without a mark of a role.
-    A developer, of whom search agents know, asks as a user does; tools are then the system's all the same.
+    Reasoning is kept until the user's next turn; results of calls follow their turn without a role mark. A developer, known to
+    search agents, asks as a user does; tools are the system's nevertheless.
     """
 
     has_developer = True
@@ -177,6 +177,6 @@ class V32Form(PromptForm):
         return pieces if turns and turns[-1].role != "assistant" else [*pieces, ASSISTANT, chain_mark(think)]
 
     def _told(self, options: PromptOptions) -> list[str]:
-        """The sections of the system text on the tools and on the form of the answer."""
+        """The sections of the system text on tools and on the form of the answer."""
         tools = ["\n\n", *V32_TOOLS, schema_lines(options.tools), "\n</functions>\n"] if options.tools else []
         return [*tools, *reply_section(options.reply_schema)]

@@ -1,7 +1,7 @@
-"""Prompts of V4 and V4.1, after DeepSeek's own recipe (MIT) and, for the edition of April 2026, the encoder of the first release.
+"""Prompts of V4 and V4.1, after DeepSeek's own recipe (MIT) and, for the version of April 2026, the encoder of the first release.
 
-Tools' results are blocks in the user's turn. Where there are tools, the reasoning of all turns is kept, else of none. How
-long to think is told in words, which changed in July 2026: what had been the effort max became high, which is the default.
+Tool results are blocks in the user's turn. With tools, the reasoning of all turns is kept, otherwise of none. The effort of
+thinking is stated in words, which changed in July 2026: the former effort max became high, which is the default.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,12 +74,12 @@ class Efforts:
     maximum: str
 
     def text(self, effort: str | None) -> str:
-        """The words for an effort as the interfaces name it."""
+        """The words for an effort by its name in the APIs."""
         return self.low if effort in ("minimal", "low") else self.maximum if effort in ("max", "ultra") else self.high
 
 
 class V4Form(PromptForm):
-    """V4's, of July 2026 unless other `efforts` are given: all of the system's text comes first."""
+    """V4's form of July 2026, unless other `efforts` are given: all system text comes first."""
 
     thinks = True
     has_efforts = True
@@ -108,15 +108,15 @@ class V4Form(PromptForm):
         return [*pieces, ASSISTANT, chain_mark(think)]
 
     def system(self, messages: Sequence[Message]) -> tuple[str, list[Message]]:
-        """The text that comes before the tools, and the turns."""
+        """The text before the tools, and the turns."""
         return system_text([m for m in messages if m.content]), [m for m in messages if m.role != "system"]
 
     def first(self, pieces: list[str]) -> list[str]:
-        """What stands between bos and the first turn."""
+        """What comes between bos and the first turn."""
         return pieces
 
     def told(self, options: PromptOptions) -> list[str]:
-        """The sections on the tools and on the form of the answer."""
+        """The sections on tools and on the form of the answer."""
         head = TOOLS.format(block=self.dsml.block, space=self.dsml.space)
         tools = ["\n\n", *marked(head), schema_lines(options.tools), END_TOOLS] if options.tools else []
         return [*tools, *self.replies(options.reply_schema)]
@@ -127,7 +127,7 @@ class V4Form(PromptForm):
 
 
 class V41Form(V4Form):
-    """V4.1's: the system's turns have a mark and stand where they were said, and an effort is a number."""
+    """V4.1's form: system turns have a mark and keep their position, and an effort is a number."""
 
     dsml = V41
 
@@ -148,5 +148,5 @@ class V41Form(V4Form):
 
 
 def _block(message: Message) -> str:
-    """What a user says, or a tool."""
+    """The text of a user's turn, or of a tool's."""
     return f"<tool_result>{message.content}</tool_result>" if message.role == "tool" else message.content

@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema or a grammar: which tokens may come next is worked out by llguidance."""
+"""Constrains answers to a JSON schema or a grammar; llguidance computes the allowed tokens."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from finback.data.tokenizer import Tokenizer
 
 
 class Grammars:
-    """Makes constraints for one tokenizer; `vocab` is the model's, which may have more entries than the tokenizer."""
+    """Creates constraints for one tokenizer; `vocab` is the model's vocabulary size, which may exceed the tokenizer's."""
 
     def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
         self.tokenizer, self.vocab = tokenizer, vocab
@@ -24,13 +24,13 @@ class Grammars:
         stops = list(self.tokenizer.stops) or None
         state = json.loads(self.tokenizer.as_json())
         for token in state["added_tokens"]:
-            # where only one text can follow, llguidance takes a mark that stands in it for the token, and then fails
+            # if only one text can follow, llguidance mistakes a marker in it for the token, and then fails
             if token["content"].startswith("<") and token["content"] not in state["model"]["vocab"]:
                 token["content"] = f"<{token['id']}\0>"
         return LLTokenizer(json.dumps(state), n_vocab=self.vocab, eos_token=stops)
 
     def constraint(self, schema: str) -> "Constraint":
-        """A constraint for one answer; UserError when the schema is none."""
+        """A constraint for one answer; UserError if the schema is invalid."""
         try:
             parsed = json.loads(schema)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -40,7 +40,7 @@ class Grammars:
         return self._constraint("response_format", LLMatcher.grammar_from_json_schema, schema)
 
     def lark(self, grammar: str) -> "Constraint":
-        """A constraint by a Lark grammar of the calls that an answer makes; UserError when it is no grammar."""
+        """A constraint from a Lark grammar of an answer's tool calls; UserError if the grammar is invalid."""
         return self._constraint("tools", LLMatcher.grammar_from_lark, grammar)
 
     def _constraint(self, field: str, compiled: Callable[[str], str], text: str) -> "Constraint":
@@ -55,13 +55,13 @@ class Grammars:
 
 
 class Constraint:
-    """Where one answer stands in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     def allowed(self) -> Tensor:
-        """(vocab,) True for the tokens that may come next."""
+        """(vocab,) bool, True for tokens that may come next."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
 
@@ -72,10 +72,10 @@ class Constraint:
 
     @property
     def failed(self) -> bool:
-        """Whether the grammar has come to an end that is none of an answer's: nothing may follow, and all is not said."""
+        """Whether the grammar is stuck: nothing may follow although the answer is incomplete."""
         return self._matcher.is_error() or (self._matcher.is_stopped() and not self._matcher.is_accepting())
 
     def accept(self, token: int) -> bool:
-        """Take a sampled token; returns True when the answer is complete and can only end."""
+        """Consumes a sampled token. Returns True if the answer is complete and must end."""
         self._matcher.consume_token(token)
         return self._matcher.is_stopped()

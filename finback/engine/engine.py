@@ -1,8 +1,8 @@
-"""Generation in one continuous batch, on the model that is being trained or served: a reference, never a copy.
+"""Generation with continuous batching, on the model that is being trained or served: by reference, not a copy.
 
-A step reads some of the newcomers' prompts in pieces, then one more token for everybody else. Prompts are read in
-expanded form, single tokens in absorbed form on the paged latent cache. A request comes out the same alone and in any
-company, read at once or in pieces, with a prefix found in the cache, preempted, and with or without drafts.
+A step reads pieces of some new prompts, then decodes one token for every other request. Prompts are read in expanded
+form, single tokens in absorbed form on the paged latent cache. A request gives the same result alone and in any batch,
+read at once or in pieces, with a cached prefix, after preemption, and with or without drafts.
 """
 
 import hashlib
@@ -34,26 +34,26 @@ from finback.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much an engine does at a time, and by which means."""
+    """The capacity of an engine, and which techniques it uses."""
 
-    # requests that run at once
+    # concurrent requests
     rows: int = 256
-    # tokens that the cache holds; None: what `generate` needs, up to half of the free memory
+    # cache size in tokens; None: what `generate` needs, up to half of the free memory
     tokens: int | None = None
-    # prompt tokens that a step reads at most
+    # most prompt tokens per step
     chunk: int = 8192
-    # let prompts share what they begin with
+    # share cached pages of common prefixes
     reuse: bool = False
     # draft with the MTP module, if the model has one
     speculate: bool = False
-    # note the experts that each token is sent to
+    # record the experts that each token is routed to
     return_routed_experts: bool = False
 
 
 class Engine:
-    """Generates from a Transformer; any of the ids in `stops` ends a request.
+    """Generates from a Transformer; any token id in `stops` ends a request.
 
-    With a tokenizer, requests carry their text, stop strings and schemas work, and the chain of thought is counted.
+    With a tokenizer, requests have text, stop strings and schemas work, and tokens of the chain of thought are counted.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Engine:
         self._set_up(config.tokens or 0)
 
     def _set_up(self, tokens: int) -> None:
-        """Make a pool for this many tokens; nothing may be running."""
+        """Creates a cache for this many tokens; no request may be running."""
         model, device = self.model, self.model.embed.device
         self.pages = Pages(-(-tokens // PAGE), PAGE)
         drafts = self.speculation is not None
         routes = self.routing is not None
         rows, count = self.config.rows, self.pages.count + 1
         pool = pool_of(model.config, count, rows, model.compute, device, drafts=drafts, routes=routes)
-        # serving wants newcomers in at once, a large batch of prompts wants them read together
+        # serving admits new requests at once; a large batch of prompts is better read together
         patience = max(1, self.config.rows // 8) if self.config.tokens is None else 1
         reuse = self.config.reuse and pool.reusable
         self.scheduler = Scheduler(self.pages, rows, self.capacity + PAGE, reuse, patience, pool.lined)
@@ -102,11 +102,11 @@ class Engine:
         thinking: bool = False,
         adapter: str = "",
     ) -> Request:
-        """Queue a prompt; `step` makes its tokens. UserError when it could never be served.
+        """Queues a prompt; `step` generates its tokens. UserError if it could never be served.
 
-        `salt` (64 bytes at most) keeps its cached pages from requests with another one; it waits until `leader` has
-        read its prompt, so that both read it once (where it is the same one, all of it); `thinking` says that the prompt has opened the chain of thought.
-        `adapter` is one of the model's, by name.
+        Cached pages are only shared between requests with the same `salt` (at most 64 bytes). The request waits until `leader` has read
+        its prompt, so that a common prefix is read once (or, for equal prompts, all of it). `thinking`: the prompt has opened the chain of thought.
+        `adapter`: name of one of the model's adapters.
         """
         number = self._number(adapter)
         self._check_length(len(prompt), sampling.max_tokens)
@@ -114,7 +114,7 @@ class Engine:
         self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
         if self.grammars is None and (sampling.stop or (sampling.schema, sampling.grammar) != (None, None)):
             raise UserError("sampling", "stop, schema or grammar", "needs text", "Give the engine a tokenizer.")
-        if number:  # what an adapter has read is nobody else's
+        if number:  # the cache of an adapter is not shared with others
             salt = hashlib.blake2b(adapter.encode(), key=salt, digest_size=32).digest()
         request = Request(list(prompt), sampling, seed, salt, leader, thinking=thinking, adapter=number)
         if self.tokenizer is not None and self.grammars is not None:
@@ -130,7 +130,7 @@ class Engine:
         return request
 
     def use(self, model: Transformer) -> None:
-        """Go on with other weights of the same model. Requests under way keep what they have read with the old ones."""
+        """Switches to other weights of the same model. Running requests keep cache entries made with the old weights."""
         assert model.config == self.model.config and model.compute == self.model.compute, "another model"
         self.model = use_native(model)
         self.routing = trace_routers(model) if self.config.return_routed_experts else None
@@ -140,20 +140,20 @@ class Engine:
 
     @property
     def model_config(self) -> ModelConfig:
-        """Of the model that answers."""
+        """Config of the model."""
         return self.model.config
 
     @property
     def capacity(self) -> int:
-        """Tokens that the longest request may have, its answer included."""
+        """Longest possible request in tokens, answer included."""
         return min(self.model.config.max_position_embeddings, self.pages.count * PAGE)
 
     def _check_length(self, prompt: int, answer: int) -> None:
         check_length(prompt, answer, self.model.config.max_position_embeddings)
         room = self.pages.count * PAGE
         if prompt + answer > room:
-            problem = f"with a prompt of {prompt} more than the cache of {room} tokens holds"
-            remedy = "Shorten the prompt, ask for fewer tokens, or give the engine a larger cache."
+            problem = f"with a prompt of {prompt} tokens, exceeds the cache of {room} tokens"
+            remedy = "Shorten the prompt, ask for fewer tokens, or enlarge the engine's cache."
             raise UserError("max_tokens", answer, problem, remedy)
 
     def _check_ids(self, ids: Iterable[int], field: str) -> None:
@@ -163,26 +163,26 @@ class Engine:
                 raise UserError(field, token, f"not a token id in 0..{vocab - 1}", "Use this model's ids.")
 
     def _number(self, adapter: str) -> int:
-        """That of an adapter on the model; UserError where there is none of this name."""
+        """Index of an adapter on the model; UserError for an unknown name."""
         known = self.model.adapters if isinstance(self.model, MultiLoraTransformer) else ()
         if adapter and adapter not in known:
             raise UserError("adapter", adapter, "the model has no such adapter", did_you_mean(adapter, known))
         return 1 + known.index(adapter) if adapter else 0
 
     def cancel(self, request: Request) -> None:
-        """End a request; its pages are free at once. Nothing happens to one that has finished."""
+        """Ends a request and frees its pages at once. Does nothing if it has finished."""
         if request.finish_reason is None:
             self.scheduler.finish(request, "cancelled")
             if request.detokenizer is not None:
                 request.detokenizer.end()
 
     def close_thinking(self, request: Request) -> None:
-        """Have a request close its chain of thought with the next token, if it is in one."""
+        """Makes a request close its chain of thought with the next token, if it is in one."""
         self.sampler.close_thinking(request)
 
     @property
     def running(self) -> int:
-        """Requests in the batch."""
+        """Number of requests in the batch."""
         return len(self.scheduler.running)
 
     @property
@@ -192,7 +192,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Read some prompt tokens and make one more token for everybody else; the requests with something new."""
+        """Reads some prompt tokens and decodes one token for each other request. Returns the requests with new output."""
         if not self.busy:
             return []
         if isinstance(scaling := self.model.config.rope_scaling, LongRope):
@@ -204,7 +204,7 @@ class Engine:
         changed = self.runner.begin_forked() + self.runner.read_prompts()
         fresh = set(changed)
         rows = [s for s in self.scheduler.running if not s.reads and s not in fresh]
-        # a page may be missing; whoever steps back for it is not in `running` any more
+        # pages may run out; a request that is preempted for another is no longer in `running`
         rows = [s for s in rows if s.slot >= 0 and self.scheduler.make_room(s, min(s.length + 1, s.end))]
         rows = [s for s in rows if s.slot >= 0]
         if rows:
@@ -216,7 +216,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] alone."""
+        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] only."""
         return [request.completion() for request in self.finished(prompts, sampling, seeds)]
 
     def finished(
@@ -227,14 +227,14 @@ class Engine:
         thinking: Sequence[bool] = (),
         adapter: str = "",
     ) -> list[Request]:
-        """A finished request for each prompt, in order; `thinking` says which prompts have opened the chain, `adapter` is
-        that of all of them."""
+        """A finished request for each prompt, in order. `thinking`: which prompts have opened the chain of thought; `adapter` applies
+        to all."""
         was_training, requests = self.model.training, list[Request]()
         try:
             requests = self.submit_all(prompts, sampling, seeds, thinking, adapter)
             while self.busy:
                 self.step()
-        finally:  # interrupted: nothing of it may be left in the batch
+        finally:  # on interruption, remove its requests from the batch
             for request in requests:
                 self.cancel(request)
             self.model.train(was_training)
@@ -248,15 +248,15 @@ class Engine:
         thinking: Sequence[bool] = (),
         adapter: str = "",
     ) -> list[Request]:
-        """Queue a request for each prompt, all or none; as for `finished`. Where nothing runs, the cache is made large enough."""
+        """Queues a request for each prompt, all or none; arguments as for `finished`. Enlarges the cache if nothing is running."""
         opened = thinking or [False] * len(prompts)
         assert len(prompts) == len(seeds) == len(opened), "one seed per prompt"
         self.model.eval()
         self._prepare([len(prompt) + sampling.max_tokens for prompt in prompts])
         requests: dict[int, Request] = {}
-        firsts: dict[tuple[int, ...], int] = {}  # a prompt that several have is read by the first of them
+        firsts: dict[tuple[int, ...], int] = {}  # equal prompts are read once, by the first request
         try:
-            # similar lengths together: padding costs as much as tokens do
+            # similar lengths together, because padding costs as much as tokens
             for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
                 leader, asked = requests.get(firsts.setdefault(tuple(prompts[i]), i)), (prompts[i], sampling, seeds[i])
                 requests[i] = self.submit(*asked, leader=leader, thinking=opened[i], adapter=adapter)
@@ -268,7 +268,7 @@ class Engine:
     def stream(
         self, prompt: Sequence[int], sampling: SamplingParams, seed: int, thinking: bool = False, adapter: str = ""
     ) -> Iterator[Request]:
-        """A request, again after each step until it has finished; `thinking` and `adapter` as for `submit`."""
+        """Yields a request after each step until it has finished; `thinking` and `adapter` as for `submit`."""
         self.model.eval()
         self._prepare([len(prompt) + sampling.max_tokens])
         request = self.submit(prompt, sampling, seed, thinking=thinking, adapter=adapter)
@@ -280,7 +280,7 @@ class Engine:
             self.cancel(request)
 
     def _prepare(self, lengths: list[int]) -> None:
-        """Make sure of a pool for the longest `rows` of these lengths, and that no page is older than the weights."""
+        """Ensures a cache for the longest `rows` of these lengths, and drops pages made with older weights."""
         version = self._version()
         if self._weights != version:
             self.pages.forget()
@@ -291,5 +291,5 @@ class Engine:
                 self._set_up(max(min(wanted, affordable(self.model, 2)), max(lengths) + PAGE))
 
     def _version(self) -> int:
-        """Changes whenever a weight does."""
+        """A number that changes whenever a weight does."""
         return sum(parameter._version for parameter in self.model.parameters())

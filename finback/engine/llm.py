@@ -1,4 +1,4 @@
-"""A model that answers, for Python: `finback.LLM("runs/tiny").chat("8-3+5+4-6=?")`."""
+"""The Python interface for generation: `finback.LLM("runs/tiny").chat("8-3+5+4-6=?")`."""
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,21 +17,21 @@ from finback.engine.open import ANSWERING, open_engine
 from finback.engine.request import FinishReason, Request, SamplingParams
 from finback.engine.sampler import without_thinking
 
-Messages = str | Sequence[Mapping[str, Any]]  # a user's question, or a dialogue in OpenAI's form
-Prompts = str | Sequence[str] | Sequence[Sequence[int]]  # a text, or several, or their ids
+Messages = str | Sequence[Mapping[str, Any]]  # a user's question, or a dialogue in OpenAI's format
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]  # a text, several texts, or lists of token ids
 ADVISED = ("temperature", "top_p", "top_k", "min_p")  # what generation_config.json may recommend
-LONGEST = 1024  # tokens of an answer, unless somebody asks for more
+LONGEST = 1024  # default limit of an answer in tokens
 
 
 @dataclass(frozen=True)
 class Output:
-    """One answer; `str` gives its text. `reasoning` is the chain of thought before it, without its marks."""
+    """One answer; `str` gives its text. `reasoning` is the chain of thought, without its marks."""
 
     text: str
     reasoning: str
-    # ids of all of it, the one that ended it included
+    # all token ids, including the final end-of-sequence token
     tokens: list[int]
-    # of each token, at the temperature it was sampled with
+    # log-probability of each token at its sampling temperature
     logprobs: list[float]
     finish_reason: FinishReason
 
@@ -40,10 +40,10 @@ class Output:
 
 
 class LLM:
-    """The model at a path (a run, a stage, a Hugging Face folder or a GGUF file) and an engine to run it.
+    """A model (a run, a stage, a Hugging Face folder or a GGUF file) with an engine.
 
-    Same seed, same answers. Without sampling parameters those hold that the model's makers recommend, and an answer has
-    at most 1024 tokens. `adapters` are folders by name; an answer may be that of the model with one of them.
+    The same seed gives the same answers. Default sampling parameters are those that the model's makers recommend, with at most
+    1024 tokens per answer. `adapters` maps names to folders; each answer may use one of them.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LLM:
         self.window = self.engine.capacity
 
     def defaults(self, **chosen: Any) -> SamplingParams:
-        """What is `chosen` and not None, else what generation_config.json recommends, else temperature 0.7."""
+        """SamplingParams from `chosen` where not None, else from generation_config.json, else temperature 0.7."""
         known = self.tokenizer.generation
         values = {"temperature": 0.7} | {n: known[n] for n in ADVISED if known.get(n) is not None}
         return SamplingParams(**values | {n: v for n, v in chosen.items() if v is not None})
@@ -66,7 +66,7 @@ class LLM:
     def generate(
         self, prompts: Prompts, sampling_params: SamplingParams | None = None, seed: int = 0, adapter: str = ""
     ) -> list[Output]:
-        """Continue each prompt, a text or token ids, as it stands; prompt i takes random numbers of seed + i."""
+        """Continues each prompt (text or token ids) as it is; prompt i uses random numbers of seed + i."""
         is_one = isinstance(prompts, str) or not isinstance(prompts, Iterable)
         ids = [self._ids(prompt) for prompt in ([prompts] if is_one else prompts)]
         params = sampling_params or self._fitting(max(map(len, ids), default=0))
@@ -81,9 +81,9 @@ class LLM:
         seed: int = 0,
         adapter: str = "",
     ) -> Output:
-        """Answer a question or the last message of a dialogue.
+        """Answers a question or the last message of a dialogue.
 
-        `think` True opens the chain of thought, False keeps the model from one, None leaves it to the model.
+        `think`: True opens the chain of thought, False prevents one, None leaves it to the model.
         """
         ids, opened, params = self._prompt(messages, sampling_params, think)
         (request,) = self.engine.finished([ids], params, [seed], [opened], adapter)
@@ -97,7 +97,7 @@ class LLM:
         seed: int = 0,
         adapter: str = "",
     ) -> Iterator[str]:
-        """The answer of `chat` in pieces as they are made, its chain of thought between <think> and </think>."""
+        """Yields the answer of `chat` in pieces as they are generated, with the chain of thought between <think> and </think>."""
         ids, opened, params = self._prompt(messages, sampling_params, think)
         if opened:
             yield THINK
@@ -109,7 +109,7 @@ class LLM:
             yield from new
 
     def encode(self, messages: Messages, think: bool | None = None) -> tuple[list[int], bool]:
-        """Ids that ask for an answer, and whether they end inside the chain of thought."""
+        """The prompt's token ids, and whether they end inside the chain of thought."""
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         read = read_messages(turns, knows_developer(self.tokenizer))
         return encode_prompt(read, self.tokenizer, think=think)
@@ -117,13 +117,13 @@ class LLM:
     def _prompt(
         self, messages: Messages, params: SamplingParams | None, think: bool | None
     ) -> tuple[list[int], bool, SamplingParams]:
-        """As `encode`, and how to sample behind it."""
+        """As `encode`, with the sampling parameters to use."""
         ids, opened = self.encode(messages, think)
         params = params or self._fitting(len(ids))
         return ids, opened, without_thinking(params, self.tokenizer) if think is False else params
 
     def _ids(self, prompt: Any) -> list[int]:
-        """The ids of a prompt; UserError where it is neither a text nor ids."""
+        """Token ids of a prompt; UserError if it is neither text nor ids."""
         if isinstance(prompt, str):
             return [*([self.tokenizer.bos] if self.tokenizer.adds_bos else []), *self.tokenizer.encode(prompt)]
         try:

@@ -1,4 +1,4 @@
-"""Opening a model to answer: its weights, its tokenizer, the tokens that end an answer, and the engine for it."""
+"""Opens a model for generation: weights, tokenizer, end-of-sequence tokens, and an engine."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,17 +12,17 @@ from finback.engine.engine import Engine, EngineConfig
 from finback.engine.pages import affordable
 from finback.model.transformer import Transformer
 
-# few requests that come one by one, and that may begin alike
+# for a few requests that arrive one by one and may share prefixes
 ANSWERING = EngineConfig(rows=32, chunk=512, reuse=True, speculate=True)
 
 
 def load(
     path: str | Path, dtype: InferenceDtype = "fp32", adapters: Mapping[str, Path] | None = None
 ) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer at a path: a run, a stage, a Hugging Face folder or a GGUF file.
+    """The model and tokenizer at a path: a run, a stage, a Hugging Face folder or a GGUF file.
 
-    A model in fp32 can be trained. The others only answer, laid out as this machine reads them fastest, and so does one
-    with the adapters of some folders, by name, of which each request may have its own.
+    A model in fp32 without adapters can be trained. Otherwise the weights are laid out for fast inference on this machine.
+    `adapters` maps names to folders; each request may choose one.
     """
     found = find_model(Path(path))
     tokenizer = Tokenizer(found)
@@ -35,10 +35,10 @@ def open_engine(
     config: EngineConfig = ANSWERING,
     adapters: Mapping[str, Path] | None = None,
 ) -> tuple[Engine, Tokenizer]:
-    """An engine that answers with the model at a path, and its tokenizer; adapters as for `load`.
+    """An engine with the model at a path, and its tokenizer; `adapters` as for `load`.
 
-    Unless `config` says how large it is, the cache has room for `rows` whole windows, as far as a quarter of the free
-    memory takes them, and for one, as far as half of it does.
+    Unless `config` sets its size, the cache holds up to `rows` full windows within a quarter of the free memory, and at
+    least one within half of it.
     """
     model, tokenizer = load(path, dtype, adapters)
     if config.tokens is None:
@@ -49,17 +49,17 @@ def open_engine(
 
 
 def stops_of(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end an answer. In DeepSeek's form the mark of a new turn does too: a small model sometimes goes on with it."""
+    """Token ids that end an answer. In DeepSeek's format this includes the user mark: small models sometimes continue with it."""
     turns = () if tokenizer.template else (tokenizer.ids[mark] for mark in (USER, ASSISTANT) if mark in tokenizer.ids)
     return frozenset((*tokenizer.stops, *turns))
 
 
 def adapter_tokenizer(folder: Path, base: Tokenizer) -> Tokenizer:
-    """The tokenizer of an adapter in a folder: its own, with its template and stops, or its base's where it brings none."""
+    """The tokenizer of an adapter's folder with its template and stop tokens, or the base's if the folder has none."""
     if not (folder / "tokenizer.json").is_file():
         return base
     found = Tokenizer(folder)
     if found.vocabulary != base.vocabulary:
-        remedy = "Take tokenizer.json out of the folder to have the base's."
-        raise UserError("--adapter", str(folder), "its tokenizer.json has another vocabulary than its base's", remedy)
+        remedy = "Remove tokenizer.json from the folder to use the base's."
+        raise UserError("--adapter", str(folder), "its tokenizer.json does not have the vocabulary of its base", remedy)
     return found

@@ -1,4 +1,4 @@
-"""Forward passes: pieces of prompts, single tokens, and MTP's guesses at the tokens after them."""
+"""Forward passes of the engine: pieces of prompts, single tokens, and MTP drafts."""
 
 import time
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from finback.model.transformer import Transformer
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """Runs a scheduler's requests through the model; `chunk` is how many prompt tokens one pass reads at most.
+    """Runs the scheduler's requests through the model; `chunk` is the maximal number of prompt tokens per pass.
 
-    With `routing` the pool keeps the experts of each token beside its entries, so that a prefix found in the cache has them too.
+    With `routing` the pool stores each token's experts next to its cache entries, so cached prefixes have them too.
     """
 
     model: Transformer
@@ -37,7 +37,7 @@ class Runner:
         self.scheduler.on_continue = lambda request, line: self.pool.continue_from(request.slot, line)
 
     def read_prompts(self) -> list[Request]:
-        """One piece of the prompts that are not read yet; the requests that got their first token by it."""
+        """Reads one piece of unread prompts. Returns the requests that got their first token."""
         rows, counts = self._pieces()
         if not rows:
             return []
@@ -68,13 +68,13 @@ class Runner:
         return [rows[line] for line in whole]
 
     def _lead(self, read: list[tuple[Request, Tensor]]) -> None:
-        """Keep what followers begin with of those requests that have read their prompts just now, with their last states."""
+        """Stores what followers need from requests that have just read their prompts, with their last states."""
         for r, state in read:
             if r.followers and not r.tokens:
                 self.scheduler.lead(r, state.clone(), self.pool.line(r.slot))
 
     def begin_forked(self) -> list[Request]:
-        """First tokens for the requests whose prompts others have read for them; these requests."""
+        """First tokens for requests whose prompts were read by others. Returns these requests."""
         forked, self.scheduler.forked = self.scheduler.forked, []
         if not forked:
             return []
@@ -90,7 +90,7 @@ class Runner:
         for r in rows:
             r.drafts_from = (
                 len(r.prompt) - 1 if self.pool.lined else 0
-            )  # a line is kept before MTP has read what it is of
+            )  # row state is stored before MTP has read these tokens
         self._draft(rows, states[each][:, None], [len(r.prompt) - 1 for r in rows], [1] * len(rows))
         for r in rows:
             if r.finish_reason is None:
@@ -98,17 +98,17 @@ class Runner:
         return rows
 
     def _pieces(self) -> tuple[list[Request], list[int]]:
-        """The requests whose prompts are read next, and how much of each: the oldest first, `chunk` tokens in all."""
+        """The requests whose prompts are read next, and how many tokens of each: oldest first, `chunk` tokens in total."""
         rows: list[Request] = []
         counts: list[int] = []
         for r in self.scheduler.running:
             left = r.length - r.computed
             if not r.reads or (rows and (rows[0].computed == 0) != (r.computed == 0)):
-                continue  # prompts from their start are read in a cheaper way than others
+                continue  # reading a prompt from its start is cheaper, so these are not mixed
             count = min(left, self.chunk)
             if (
                 self.scheduler.lined and count == left and count > 1
-            ):  # stop once behind the last page that others may find
+            ):  # stop once at the end of the last page that can be shared
                 count = max((r.length - 1) // PAGE * PAGE - r.computed, 0) or left
             if rows and (len(rows) + 1) * max(*counts, count) > self.chunk:
                 break
@@ -117,19 +117,19 @@ class Runner:
         return rows, counts
 
     def _prompt_logprobs(self, r: Request, hidden: Tensor, start: int, count: int) -> None:
-        known = max(0, len(r.prompt_logprobs) - start)  # from before it was preempted
+        known = max(0, len(r.prompt_logprobs) - start)  # recorded before it was preempted
         following = r.prompt[start + 1 + known : start + count + 1]
         if following:
             logits = self.model.logits(hidden[known : known + len(following)])
             r.prompt_logprobs += top_logprobs(logits, following, [r.sampling.prompt_logprobs or 0] * len(following))
 
     def decode(self, rows: list[Request]) -> None:
-        """One more token for each row; where a draft was right, two."""
+        """One more token for each row; two if a draft was accepted."""
         kind = self.speculation.choose(len(rows)) if self.speculation else "plain"
         began = time.perf_counter()
         drafting = kind == "draft" and any(r.draft >= 0 for r in rows)
         starts = [r.computed for r in rows]
-        # a draft behind max_tokens is not read
+        # a draft beyond max_tokens is not read
         counts = [2 if drafting and r.draft >= 0 and r.length + 1 < r.end else 1 for r in rows]
         tokens = torch.tensor([[r.tokens[-1] if r.tokens else r.prompt[-1]] for r in rows])
         if drafting:
@@ -139,7 +139,7 @@ class Runner:
         logits = self.model.logits(hidden)
         for r in rows:
             r.computed += 1
-        self._lead(list(zip(rows, states[:, 0], strict=True)))  # of a prompt the last token may be read here
+        self._lead(list(zip(rows, states[:, 0], strict=True)))  # the last token of a prompt may be read here
         self._sample(rows, logits[:, 0])
         right = [
             line
@@ -170,8 +170,8 @@ class Runner:
                 self.scheduler.keep_line(r, self.pool.line)
 
     def _forward(self, rows: list[Request], tokens: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) behind what each row has computed; and what MTP
-        goes on with, which they are made of."""
+        """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) after what each row has computed; and the
+        states that MTP starts from."""
         cache = self._cache(rows, [r.computed for r in rows], tokens.size(1), counts)
         tokens = tokens.to(self.model.embed.device)
         with adapters_of_rows(self.model, [r.adapter for r in rows]):
@@ -184,7 +184,7 @@ class Runner:
         return hidden, self.model.carried(hidden) if self.speculation else hidden
 
     def _known_routes(self, rows: list[Request], new: int, counts: list[int]) -> Tensor | None:
-        """(rows, new, layers, k) the experts of tokens that are read again after preemption, so that they take the same; -1
+        """(rows, new, layers, k) experts of tokens that are read again after preemption, so that routing is repeated; -1
         elsewhere."""
         again = [(i, r) for i, r in enumerate(rows) if r.routes is not None and r.computed < len(r.routes)]
         if not again:
@@ -193,14 +193,14 @@ class Runner:
         shape = len(rows), new, *self.pool.routes.shape[1:]
         given = torch.full(shape, -1, dtype=torch.int16, device=self.pool.routes.device)
         for line, r in again:
-            assert r.routes is not None, "read before"
+            assert r.routes is not None, "routes were recorded when it was read before"
             known = r.routes[r.computed : r.computed + counts[line]]
             given[line, : len(known)] = known.to(given.dtype)
         return given
 
     def keep_routes(self, r: Request) -> None:
-        """Take the experts of what a request has computed from its pages, which it is about to let go."""
-        # what was being read again after preemption is known to its end
+        """Copies the experts of a request's computed tokens from its pages, before they are released."""
+        # routes of tokens being read again after preemption are already complete
         if self.pool.routes is not None and (r.routes is None or len(r.routes) < r.computed):
             pages = torch.tensor(r.pages, dtype=torch.long, device=self.pool.routes.device)
             r.routes = self.pool.routes.unflatten(0, (-1, self.pool.size))[pages].flatten(0, 1)[: r.computed]
@@ -215,9 +215,9 @@ class Runner:
         return Cache(self.pool, table, lengths, new, counts, starts, [r.length for r in rows])
 
     def _draft(self, rows: list[Request], states: Tensor, starts: list[int], counts: list[int]) -> None:
-        """Bring MTP's entries up to date and guess the token after the last one of each row.
+        """Updates MTP's cache entries and drafts the token after the last one of each row.
 
-        states (rows, new, …) are what MTP goes on with, from positions `starts` on, of which `counts` are no padding.
+        `states` (rows, new, …): MTP's input, from positions `starts` on; `counts` of them are not padding.
         """
         if self.speculation is None:
             return
@@ -241,7 +241,7 @@ class Runner:
             at = torch.tensor([i * new + counts[i] - 1 for i in ready], device=device)
             guessers = [rows[i] for i in ready]
             logits = self.model.logits(drafted.flatten(0, 1)[at])
-            # with the very number that the token itself will be drawn with: alike distributions, alike choices
+            # with the same random number as the token itself: similar distributions give equal choices
             uniform = torch.tensor([r.uniform() for r in guessers], device=device)
             batch = self.sampler.batch(guessers, logits)
             guesses = logits.argmax(dim=-1) if batch.all_greedy else sample(logits, batch, uniform)[0]

@@ -1,7 +1,7 @@
-"""From logits to tokens: penalties, grammars and forced tokens before the draw, its consequences after it.
+"""From logits to tokens: penalties, grammars and forced tokens before sampling, their consequences after it.
 
-Each token takes one uniform random number of its request. Every row is treated by its own parameters and by nothing
-else, so that a request comes out the same in any company.
+Each token uses one uniform random number of its request. A row depends only on its own parameters, so a request gives
+the same result in any batch.
 """
 
 import operator
@@ -15,12 +15,12 @@ from torch import Tensor
 from finback.data.tokenizer import END_THINK, THINK, Tokenizer
 from finback.engine.request import COLD, FinishReason, Request, SamplingParams, TokenLogprobs
 
-LEAST = 1e-6  # of top-p; less is lost in fp32, and nothing would be left
-LIKELIEST = 512  # tokens looked at before the whole vocabulary is sorted for top-p
+LEAST = 1e-6  # smallest top-p; less would round to an empty set in fp32
+LIKELIEST = 512  # likeliest tokens tried for top-p before sorting the whole vocabulary
 
 
 class Sampler:
-    """Samples tokens; any of `stops` ends a request. With a tokenizer it follows the chain of thought."""
+    """Samples tokens; any of `stops` ends a request. With a tokenizer it tracks the chain of thought."""
 
     def __init__(self, stops: Iterable[int], tokenizer: Tokenizer | None) -> None:
         self.stops = frozenset(stops)
@@ -34,18 +34,18 @@ class Sampler:
             self._closing = [*before, self._close, *after]
 
     def close_thinking(self, r: Request) -> None:
-        """Make a request close its chain of thought with the next token, if it is in one."""
+        """Makes a request close its chain of thought with the next token, if it is in one."""
         if r.thinking and not r.forced:
             r.forced.extend(self._closing)
 
     def limit_thinking(self, r: Request) -> None:
-        """Close the chain of thought when it has used up its budget."""
+        """Closes the chain of thought once its budget is used up."""
         budget = r.sampling.thinking_budget
         if budget is not None and r.thinking and r.thinking_tokens >= budget:
             self.close_thinking(r)
 
     def sample(self, rows: list[Request], logits: Tensor) -> list[tuple[Request, FinishReason]]:
-        """Append the next token to each row, from logits (rows, vocab); returns the rows that end with it."""
+        """Appends the next token to each row, from logits (rows, vocab). Returns the rows that end with it."""
         processed = logits
         for i, r in enumerate(rows):
             if r.sampling.penalizes or r.sampling.logit_bias or r.constraint is not None:
@@ -77,7 +77,7 @@ class Sampler:
         return ended
 
     def _note_masks(self, rows: list[Request], logits: Tensor, tokens: list[int], logprobs: list[float]) -> None:
-        """Note what each of the rows that ask for it could draw, and put the log-probability among that in the place of its own."""
+        """Records the sampling mask of rows that request it, and replaces their log-probability by the one within the mask."""
         batch = self.batch(rows, logits)
         left = narrow((logits / batch.temperature).log_softmax(dim=-1).exp(), batch)
         for i, r in enumerate(rows):
@@ -87,14 +87,14 @@ class Sampler:
                 logprobs[i] = float((left[i, tokens[i]] / left[i].sum()).log())
 
     def batch(self, rows: list[Request], logits: Tensor) -> "SamplingBatch":
-        """The rows' parameters as tensors; those of the last call as long as nothing has changed."""
+        """The rows' parameters as tensors; cached as long as nothing changes."""
         wanted = [r.sampling for r in rows]
         if self._batch is None or self._batch[0] != wanted:
             self._batch = wanted, SamplingBatch.of(wanted, logits.size(1), logits.device)
         return self._batch[1]
 
     def _process(self, r: Request, logits: Tensor) -> None:
-        """Apply penalties, bias and grammar to one row of logits (vocab,), in place."""
+        """Applies penalties, bias and grammar to one row of logits (vocab,), in place."""
         p = r.sampling
         if p.repetition_penalty != 1:
             penalized = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
@@ -103,11 +103,13 @@ class Sampler:
             counts = r.counts(logits)
             logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
         if r.constraint is not None and r.thinking:
-            logits[list(self.stops)] = float("-inf")  # an answer was promised, so the chain cannot be all
+            logits[list(self.stops)] = float(
+                "-inf"
+            )  # a schema requires an answer, so the chain must not end the request
         elif r.constraint is not None:
             allowed = r.constraint.allowed()[: len(logits)].to(logits.device)
             if not r.tokens and self._open >= 0:
-                allowed[self._open] = True  # the model may think before it answers
+                allowed[self._open] = True  # the model may open a chain of thought first
             logits.masked_fill_(~allowed, float("-inf"))
         if p.logit_bias:
             ids, values = zip(*p.logit_bias, strict=True)
@@ -122,9 +124,9 @@ class Sampler:
         return r.thinking or (token == self._open and self.may_open(r))
 
     def follow(self, r: Request, token: int, free: bool) -> FinishReason | None:
-        """What follows from a token: the chain opens or closes, the grammar moves on, the answer ends.
+        """Consequences of a token: the chain opens or closes, the grammar advances, the answer ends.
 
-        A forced token behind the chain is not `free`: it is no part of what a schema describes.
+        A forced token after the chain is not `free`: it is not part of what a schema describes.
         """
         opens = token == self._open and len(r.tokens) == 1 and not r.thinking
         chained = r.thinking or opens
@@ -159,14 +161,14 @@ def without_thinking(params: SamplingParams, tokenizer: Tokenizer) -> SamplingPa
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """The sampling parameters of a batch as columns (rows, 1), None where no row uses one."""
+    """Sampling parameters of a batch as columns (rows, 1), None if no row uses one."""
 
-    # bool; None: no row is
+    # bool; None: no row is greedy
     greedy: Tensor | None
     all_greedy: bool
     # 1 for greedy rows
     temperature: Tensor
-    # whether any row's temperature is another than 1
+    # whether any row's temperature differs from 1
     tempered: bool
     top_k: Tensor | None
     # the largest top_k
@@ -181,7 +183,7 @@ class SamplingBatch:
 
         greedy = [s.temperature < COLD for s in rows]
         warmth = [1.0 if g else s.temperature for s, g in zip(rows, greedy, strict=True)]
-        # a greedy row needs no narrowing
+        # greedy rows need no top-k, top-p or min-p
         k = [vocab if g or not 0 < s.top_k < vocab else s.top_k for s, g in zip(rows, greedy, strict=True)]
         return cls(
             greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
@@ -198,15 +200,15 @@ class SamplingBatch:
 def sample(logits: Tensor, batch: SamplingBatch, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """logits (n, vocab) fp32, uniform (n,) -> tokens (n,) and their log-probabilities (n,).
 
-    Inverse of the cumulative distribution; greedy at temperature 0. The log-probabilities are those of the whole
-    distribution at this temperature (at 1 when greedy): top-k, top-p and min-p only narrow the choice.
+    Inverse transform sampling; greedy at temperature 0. Log-probabilities are those of the full distribution at this
+    temperature (at 1 if greedy): top-k, top-p and min-p only restrict the choice.
     """
     logp = (logits / batch.temperature if batch.tempered else logits).log_softmax(dim=-1)
     if batch.all_greedy:
         tokens = logits.argmax(dim=-1)
     else:
         cumulative = narrow(logp.exp(), batch).cumsum(dim=-1)
-        # Scaling by the last entry keeps rounding from pointing behind the vocabulary.
+        # Scaling by the last entry keeps rounding from selecting an index beyond the vocabulary.
         target = (uniform * cumulative[:, -1])[:, None]
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
         if batch.greedy is not None:
@@ -215,15 +217,15 @@ def sample(logits: Tensor, batch: SamplingBatch, uniform: Tensor) -> tuple[Tenso
 
 
 def narrow(p: Tensor, batch: SamplingBatch) -> Tensor:
-    """Zero the probabilities (n, vocab) that top-k, then top-p, then min-p leave out; the rest is not rescaled.
+    """Zeroes the probabilities (n, vocab) excluded by top-k, then top-p, then min-p; the rest is not renormalized.
 
-    top-p keeps the fewest tokens whose share of what top-k left reaches it; min-p those with at least that share of the
-    likeliest one's probability. The likeliest token always stays, and so do ties with the last one kept.
+    top-p keeps the smallest set of tokens whose share of what top-k left reaches it; min-p keeps those with at least that
+    share of the likeliest token's probability. The likeliest token always remains, and so do ties with the last one.
     """
     if batch.top_k is not None:
         best = p.topk(batch.most, dim=-1).values
         least = best.gather(1, (batch.top_k - 1).clamp(max=batch.most - 1))
-        p = _at_least(p, least.masked_fill(batch.top_k > batch.most, 0.0))  # rows without top-k stay whole
+        p = _at_least(p, least.masked_fill(batch.top_k > batch.most, 0.0))  # rows without top-k are unchanged
     if batch.top_p is not None:
         p = _at_least(p, _nucleus(p, batch.top_p))
     if batch.min_p is not None:
@@ -234,7 +236,7 @@ def narrow(p: Tensor, batch: SamplingBatch) -> Tensor:
 def _nucleus(p: Tensor, top_p: Tensor) -> Tensor:
     """The smallest probability that top-p keeps, (n, 1); 0 where top_p is 1."""
     needed = top_p * p.sum(dim=-1, keepdim=True)
-    # Sorting a vocabulary costs more than a small model's whole step, and the likeliest tokens nearly always suffice.
+    # Sorting the vocabulary costs more than a small model's whole step, and the likeliest tokens nearly always suffice.
     ordered = p.topk(min(LIKELIEST, p.size(1)), dim=-1).values
     if bool(((ordered.sum(dim=-1, keepdim=True) < needed) & (top_p < 1)).any()):
         ordered = p.sort(dim=-1, descending=True).values
@@ -248,7 +250,7 @@ def _at_least(p: Tensor, least: Tensor) -> Tensor:
 
 
 def top_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """For each row of logits (n, vocab): the token given, then the `counts` likeliest, with log-probabilities at 1."""
+    """For each row of logits (n, vocab): the given token, then the `counts` likeliest, with log-probabilities at temperature 1."""
     logp = logits.log_softmax(dim=-1)
     own = logp.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
     best = logp.topk(min(max(counts), logits.size(1)), dim=-1) if max(counts) else None

@@ -1,4 +1,4 @@
-"""Scheduling: admission in the order of arrival, pages for the next tokens, and preemption when none are left."""
+"""Scheduling: admission in order of arrival, pages for the next tokens, and preemption if none are left."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from finback.engine.request import FinishReason, Prefix, Request
 
 
 class Scheduler:
-    """Requests that wait and requests that run, `rows` at most, on the pages of one pool.
+    """Waiting and running requests (at most `rows`) on the pages of one pool.
 
-    `table` (rows, pages) holds the pages of each running request in the line of its slot. With `reuse`, pages are
-    published and a newcomer starts behind what others with the same salt have read. `patience` rows must be free before
-    newcomers enter a batch that is running, so that many of them are read at once. With `lined` the pages are not all that a
-    row needs to go on from: it begins where a line of the pool is kept too.
+    `table` (rows, pages) holds the pages of each running request, in the row of its slot. With `reuse`, pages are published,
+    and a new request starts after the prefix that others with the same salt have read. `patience` rows must be free before new
+    requests enter a running batch, so that many are read at once. With `lined`, pages are not enough to continue from: a
+    request starts where the state of a row is stored as well.
     """
 
     def __init__(
@@ -29,17 +29,19 @@ class Scheduler:
         self.table: Tensor = torch.zeros(rows, -(-longest // pages.size), dtype=torch.long)
         self._lines = self.table.numpy()
         self._slots = list(range(rows - 1, -1, -1))
-        # requests that read no prompt because another has read it for them, and what they begin with
+        # requests that read no prompt because another has read it, and what they start from
         self.forked: list[tuple[Request, Prefix]] = []
-        self._leaders: list[Request] = []  # whose prefixes are held
-        # called with a request before it loses its pages by being preempted
+        self._leaders: list[Request] = []  # requests whose prefixes are held
+        # called with a request before it is preempted and loses its pages
         self.on_preempt: Callable[[Request], None] = lambda request: None
-        # called with a request that begins behind pages, and the line that is kept there
+        # called with a request that starts after cached pages, and the row state stored there
         self.on_continue: Callable[[Request, Line], None] = lambda request, line: None
-        self._refused: tuple[Request, int, int] | None = None  # who lacked pages, when so many were free
+        self._refused: tuple[Request, int, int] | None = (
+            None  # the request that lacked pages, and the state at that time
+        )
 
     def admit(self) -> None:
-        """Let waiting requests in while rows and pages last; nobody overtakes one that lacks pages."""
+        """Admits waiting requests while rows and pages last; nobody overtakes a request that lacks pages."""
         if self.running and len(self._slots) < self.patience:
             return
         held_back: list[Request] = []
@@ -49,7 +51,7 @@ class Scheduler:
             if leader is not None and leader.finish_reason is None and leader.computed < len(leader.prompt):
                 held_back.append(request)
                 continue
-            # looking for its prefix again is work; it can have changed only if others have let go of pages
+            # searching for its prefix again is only worthwhile if pages have been released
             state = (request, self.pages.free, len(self.running))
             if state == self._refused or not self._enter(request):
                 self._refused = state
@@ -68,7 +70,7 @@ class Scheduler:
         else:
             found = self._find(request) if self.reuse and request.sampling.prompt_logprobs is None else []
         needed = self._pages_for(min(request.length + 1, request.end)) - len(found)
-        # every running request will soon want a page; taking the last ones would only preempt somebody
+        # every running request will soon need a page; taking the last ones would only cause a preemption
         if needed > self.pages.free - len(self.running):
             self.pages.release(found)
             return False
@@ -89,7 +91,7 @@ class Scheduler:
         return True
 
     def _find(self, request: Request) -> list[int]:
-        """Pages that others have filled with this request's first tokens; the last token is always left to read."""
+        """Cached pages of this request's prefix; the last token is always left to read."""
         size, found, names = self.pages.size, [], [request.salt]
         for start in range(0, (request.length - 1) // size * size, size):
             following = digest(names[-1], request.slice(start, start + size))
@@ -108,9 +110,9 @@ class Scheduler:
         return -(-tokens // self.pages.size)
 
     def make_room(self, request: Request, tokens: int) -> bool:
-        """Give a running request pages for this many tokens; False when it had to step back itself.
+        """Gives a running request pages for this many tokens. Returns False if it was itself preempted.
 
-        The youngest steps back first: it loses least, and the oldest always gets on.
+        The youngest request is preempted first: it loses least, and the oldest always makes progress.
         """
         while len(request.pages) < self._pages_for(tokens):
             if self.pages.free == 0:
@@ -126,7 +128,7 @@ class Scheduler:
         return True
 
     def follow(self, request: Request, leader: Request) -> None:
-        """Have a request that waits begin behind its leader's prompt, where that is its own and not read yet."""
+        """Lets a waiting request start after its leader's prompt, if it has the same one and it is not read yet."""
         same = request.prompt == leader.prompt and request.salt == leader.salt
         alone = request.sampling.prompt_logprobs is not None or request.sampling.max_tokens == 0
         if same and not alone and leader.finish_reason is None and not leader.tokens:
@@ -134,14 +136,14 @@ class Scheduler:
             leader.followers += 1
 
     def lead(self, request: Request, state: Tensor, line: Line) -> None:
-        """Keep for its followers what a request has read, the last state of its prompt, and its line of the pool."""
+        """Stores for its followers what a request has read: the prompt's last state and the row's state."""
         pages = request.pages[: self._pages_for(len(request.prompt))]
         self.pages.hold(pages)
         request.prefix = Prefix(pages, state, line)
         self._leaders.append(request)
 
     def stop_following(self, request: Request) -> None:
-        """Note that a request needs its leader's prefix no more; the last one lets go of it."""
+        """Notes that a request no longer needs its leader's prefix; the last follower releases it."""
         leader = request.leader
         if leader is not None and request.follows:
             request.follows = False
@@ -156,28 +158,28 @@ class Scheduler:
             leader.prefix = None
 
     def _drop_prefixes(self) -> bool:
-        """Let go of all prefixes for want of pages; those who wait for one read their prompts themselves."""
+        """Releases all prefixes because pages are short; their followers then read their prompts themselves."""
         found = list(self._leaders)
         for leader in found:
             self._let_go(leader)
         return bool(found)
 
     def preempt(self, request: Request) -> None:
-        """Send a running request back to the head of the queue; its tokens are read again later."""
+        """Moves a running request back to the head of the queue; its tokens are read again later."""
         self.on_preempt(request)
         self._leave(request)
         request.preempted += 1
         self.waiting.appendleft(request)
 
     def outgrow(self, window: int) -> None:
-        """Send requests back whose answers have just reached beyond `window` tokens: what is stored of them is read again."""
+        """Moves requests back whose length has just passed `window` tokens: their cache must be computed again."""
         for request in list(self.running):
             if not request.outgrown and len(request.prompt) <= window < request.length:
                 request.outgrown = True
                 self.preempt(request)
 
     def publish(self, request: Request) -> None:
-        """Let others find the pages that have become full."""
+        """Publishes the pages of a request that have become full."""
         size = self.pages.size
         while self.reuse and (request.published + 1) * size <= request.computed:
             start = request.published * size
@@ -187,7 +189,7 @@ class Scheduler:
             request.published += 1
 
     def keep_line(self, request: Request, make: Callable[[int], Line]) -> None:
-        """Keep the line of a row that stands behind a full page, which `make` copies; of an answer the newest alone."""
+        """Stores the state of a row that is at the end of a full page, copied by `make`; for an answer only the newest."""
         if not self.lined or request.slot < 0 or not request.computed or request.computed % self.pages.size:
             return
         if request.lined:
@@ -196,7 +198,7 @@ class Scheduler:
         request.lined = request.digest if request.computed > len(request.prompt) else b""
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """End a request, wherever it stands; its pages are free at once."""
+        """Ends a request in any state and frees its pages at once."""
         request.finish_reason = reason
         self.stop_following(request)
         if request.slot >= 0:

@@ -1,15 +1,15 @@
-"""What an adapter may be put on, and how many numbers it has, from a config alone; builds nothing. No torch here."""
+"""Which matrices of a model an adapter can be applied to, and its size, from a config alone; builds nothing. Does not import torch."""
 
 from collections.abc import Iterable
 
 from finback.model.config import CSA, SLIDING, ModelConfig
 
-# group, PEFT's name, how many matrices, and rows and columns of each
+# group, PEFT's name, number of matrices, and rows and columns of each
 Adaptable = tuple[str, str, int, int, int]
 
 
 def adaptable(c: ModelConfig, layer: int) -> list[Adaptable]:
-    """What an adapter may be put on in a layer.
+    """The matrices of a layer that can have an adapter.
 
     Gate and up of a routed expert are one matrix, as in PEFT's fused form.
     """
@@ -29,7 +29,7 @@ def adaptable(c: ModelConfig, layer: int) -> list[Adaptable]:
 
 
 def _adaptable_compressed(c: ModelConfig, layer: int) -> list[Adaptable]:
-    """Of V4's attention, indexers left out: both projections of a compressor are as high as its series are wide."""
+    """The matrices of V4's attention, without indexers; both projections of a compressor have all its series as rows."""
     assert c.q_lora_rank is not None, "of compressed attention"
     d, heads, kind = c.hidden_size, c.num_attention_heads * c.head_dim, c.layer_type(layer)
     shapes = [("q_a_proj", c.q_lora_rank, d), ("q_b_proj", heads, c.q_lora_rank), ("kv_proj", c.head_dim, d)]
@@ -56,7 +56,7 @@ def _adaptable_feed_forward(c: ModelConfig, layer: int) -> list[Adaptable]:
 
 
 def adapter_size(c: ModelConfig, rank: int, targets: Iterable[str], dora: bool = False) -> int:
-    """Numbers that LoRA learns of a model's trunk, or DoRA, which has the lengths of rows too."""
+    """Number of parameters of LoRA on a model's trunk, or of DoRA, which adds the row norms."""
     chosen = set(targets)
     return sum(
         number * (rank * (rows + columns) + rows * dora)

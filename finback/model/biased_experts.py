@@ -1,7 +1,7 @@
-"""Routed experts whose products have biases, and a router whose logits have: gpt-oss (arXiv 2508.10925).
+"""Routed experts with biases, and a router whose logits have biases: gpt-oss (arXiv 2508.10925).
 
-An expert is down((up + 1) ⊙ gate · sigmoid(alpha · gate)) with gate and up clamped. It always runs by two products of rows that are
-laid out by expert, so that a frozen, a quantized or an adapted one brings its own products and finds its biases here.
+An expert is down((up + 1) ⊙ gate · sigmoid(alpha · gate)) with clamped gate and up. It is always computed as two products of rows
+sorted by expert, so that frozen, quantized and adapted experts can supply their own products; the biases are added here.
 """
 
 import torch
@@ -16,7 +16,7 @@ from finback.model.moe import MoE, Router
 
 
 class BiasedRouter(Router):
-    """A router whose logits have a learnt bias, beside the one of V3 that is for its choice alone."""
+    """A router whose logits have a trained bias, in addition to V3's bias that affects only the selection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -27,7 +27,7 @@ class BiasedRouter(Router):
 
 
 class BiasedMoE(MoE):
-    """A mixture of such experts; `gate_up_bias` (e · 2m,) and `down_bias` (e · d,), expert after expert."""
+    """A mixture of such experts; `gate_up_bias` (e · 2m,) and `down_bias` (e · d,), one expert after the other."""
 
     router: BiasedRouter
 
@@ -49,7 +49,7 @@ class BiasedMoE(MoE):
     def activation(self, x: Tensor) -> Tensor:
         """x (..., [gate | up]) -> (..., half)."""
         c = self.config
-        assert c.swiglu_limit is not None and c.swiglu_alpha is not None, "of clamped gates"
+        assert c.swiglu_limit is not None and c.swiglu_alpha is not None, "these experts have clamped gates"
         gate, up = clamped(x, c.swiglu_limit).chunk(2, dim=-1)
         return (up + 1) * (gate * torch.sigmoid(gate * c.swiglu_alpha))
 
@@ -59,7 +59,7 @@ def _learnt(weights: Tensor) -> Product:
 
 
 def _biased(product: Product, bias: Tensor, blocks_of_each: int) -> Product:
-    """A product of rows in blocks, so many for each expert, with the experts' biases (e, out)."""
+    """A product of rows in blocks, a fixed number per expert, plus the experts' biases (e, out)."""
 
     def made(rows: Tensor, blocks: Blocks) -> Tensor:
         experts = torch.tensor([block // blocks_of_each for block, _, _ in blocks], device=rows.device)

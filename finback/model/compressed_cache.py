@@ -1,9 +1,9 @@
-"""What decoding keeps of past tokens for V4: the last ones of each row whole, and of all others compressed entries.
+"""V4's KV cache: the last tokens of each row uncompressed, and compressed entries for all others.
 
-A running row has a line of rings, one of its window's entries and one of what windows that are not complete are made of, which
-take the same room however long the row gets. Compressed entries lie in pages of the pool, in the page of their window's last token,
-so that what is kept of a token far back is its share of an entry. A row's line is not shared: who begins behind another's prompt
-takes a copy of it.
+A running row has ring buffers, one for its window's entries and one for the inputs of incomplete compression windows, whose
+size is independent of the row's length. Compressed entries are in pages of the pool, in the page of their window's last token,
+so that a distant token costs only its share of an entry. The rings of a row are not shared: a row that starts after another's
+prompt gets a copy.
 
 Letters: b row, t new token, w width, n compressed entry.
 """
@@ -20,7 +20,7 @@ from finback.model.windows import CompressedWindows
 
 
 def kept_per_layer(config: ModelConfig, layer: int) -> tuple[int, int, int, int]:
-    """Of a layer: tokens of an entry (0: none), its width, tokens whose records are kept, and their width."""
+    """For a layer: tokens per compressed entry (0: none), its width, tokens whose records are kept, and their width."""
     kind = config.layer_type(layer)
     if kind == SLIDING:
         return 0, 0, 0, 0
@@ -32,10 +32,10 @@ def kept_per_layer(config: ModelConfig, layer: int) -> tuple[int, int, int, int]
 
 
 class CompressedPool(Pool):
-    """Rings for `rows` rows and pages of compressed entries, layer by layer.
+    """Ring buffers for `rows` rows, and pages of compressed entries, per layer.
 
-    A token that is read and taken back, as a wrong draft is, spoils nothing: in a ring it has the place of the one that the next
-    token in its stead is the first not to need, and the entry that it completed is written anew.
+    A token that is read and then rejected, such as a wrong draft, does no harm: its place in a ring is the one that the token
+    replacing it no longer needs, and an entry that it completed is written again.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class CompressedPool(Pool):
         routes: bool = False,
     ) -> None:
         super().__init__(config, pages, dtype, device, drafts, routes)
-        assert config.sliding_window is not None, "of compressed attention"
+        assert config.sliding_window is not None, "compressed attention has a sliding window"
         self.lined = True
         self.rates, self.windows, self.records, self.far = [], [], [], []
         for layer in range(config.num_hidden_layers + drafts):
@@ -61,7 +61,7 @@ class CompressedPool(Pool):
             self.far.append(torch.zeros(pages, per_page, width, dtype=dtype, device=device))
 
     def copy(self, pages: Sequence[int], to: Sequence[int]) -> None:
-        """Write what stands in some pages to others."""
+        """Copies the contents of some pages to others."""
         super().copy(pages, to)
         source, target = (torch.tensor(list(numbers), device=self.data.device) for numbers in (pages, to))
         for entries in self.far:
@@ -76,19 +76,19 @@ class CompressedPool(Pool):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of compressed entries that one token accounts for over all layers, rings not counted."""
+        """Bytes of compressed entries per token over all layers, without rings."""
         return sum(entries[0].numel() * entries.element_size() for entries in self.far) // PAGE
 
 
 def pool_of(config: ModelConfig, pages: int, rows: int, dtype: torch.dtype, device: torch.device, **more: bool) -> Pool:
-    """The pool that a config's attention needs, for `rows` running rows; drafts and routes as for Pool."""
+    """The pool for a config's attention, for `rows` running rows; drafts and routes as in Pool."""
     if config.attention != "compressed":
         return Pool(config, pages, dtype, device, **more)
     return CompressedPool(config, pages, rows, dtype, device, **more)
 
 
 class CompressedCache(Cache):
-    """A Cache of a CompressedPool; `lines` (rows,) are the rows' places in its rings."""
+    """A Cache on a CompressedPool; `lines` (rows,) are the rows' indices in its rings."""
 
     pool: CompressedPool
 
@@ -118,20 +118,20 @@ class CompressedCache(Cache):
 
 @dataclass
 class Ring:
-    """The last tokens of rows, token p at p modulo the ring's size."""
+    """The last tokens of rows, token p at index p modulo the ring's size."""
 
     # (lines, size, w)
     store: Tensor
-    # (b,), where each row's are
+    # (b,) ring index of each row
     lines: Tensor
-    # (b,), tokens before this pass, and new ones
+    # (b,) tokens before this pass, and new ones
     lengths: Tensor
     counts: Tensor
 
     def extended(self, new: Tensor) -> Tensor:
-        """The last tokens in order and the new ones behind them, new (b, t, w) -> (b, size + t, w); the new ones are kept.
+        """The last tokens in order followed by the new ones, new (b, t, w) -> (b, size + t, w); also stores the new ones.
 
-        Where a row had fewer tokens, what stands before them is not its own.
+        If a row has fewer tokens, the values before them are invalid.
         """
         size = self.store.size(1)
         place = (self.lengths[:, None] - size + torch.arange(size, device=new.device)) % size
@@ -145,7 +145,7 @@ class Ring:
 
 @dataclass
 class CompressedLayer(LayerCache):
-    """One layer of a CompressedCache; `entries` (slots, w) are compressed ones, `rate` tokens each."""
+    """One layer of a CompressedCache; `entries` (slots, w) are compressed, `rate` tokens each."""
 
     window: Ring
     records: Ring
@@ -153,7 +153,7 @@ class CompressedLayer(LayerCache):
     counts: Tensor
 
     def near(self, part: slice, new: int) -> Tensor:
-        """(b, part, size + new) True for the tokens before and among the new ones that a query may see, windows apart."""
+        """(b, part, size + new) bool, True for the ring's and new tokens that a query may attend to, apart from its window."""
         size, device = self.window.store.size(1), self.lengths.device
         index = torch.arange(size + new, device=device)
         own = self.lengths if self.starts is None else self.lengths - self.starts
@@ -161,7 +161,7 @@ class CompressedLayer(LayerCache):
         return is_own[:, None] & (index <= size + torch.arange(new, device=device)[part, None])
 
     def compress(self, record: Tensor, entries_of: Callable[[Tensor, CompressedWindows], Tensor]) -> int:
-        """Store the entries of windows that the new tokens' records (b, t, r) complete; how many a row has now at most."""
+        """Stores the entries of windows completed by the new tokens' records (b, t, r). Returns the largest number in any row."""
         rows, device = self.records.extended(record), record.device
         first, after = self.lengths // self.rate, (self.lengths + self.counts) // self.rate
         number = first[:, None] + torch.arange(record.size(1) // self.rate + 1, device=device)
@@ -174,17 +174,17 @@ class CompressedLayer(LayerCache):
         return int(after.max())
 
     def read(self, number: Tensor, part: slice) -> Tensor:
-        """A part of the width of entries: number (b, n) of each, counted from its row's first -> (b, n, part)."""
+        """A slice of entries' elements: number (b, n) of each, counted from its row's first -> (b, n, part)."""
         return self.entries[:, part][self.at_entry(number)]
 
     def at_entry(self, number: Tensor) -> Tensor:
-        """Where entries lie: number (b, n) of each, counted from its row's first -> (b, n)."""
+        """Slots of entries: number (b, n) of each, counted from its row's first -> (b, n)."""
         page = (self.rate * (number + 1) - 1) // self.size
         within = number - page * self.size // self.rate
         pages = self.table.gather(1, page.clamp(max=self.table.size(1) - 1))
         return pages * -(-self.size // self.rate) + within
 
     def seen(self, part: slice, new: int, entries: int) -> Tensor:
-        """(b, part, entries) True for the entries of windows that are complete where a new token stands."""
+        """(b, part, entries) bool, True for entries whose window is complete at the new token's position."""
         reach = self.lengths[:, None] + 1 + torch.arange(new, device=self.lengths.device)[part]
         return torch.arange(entries, device=self.lengths.device) < reach[:, :, None] // self.rate

@@ -1,6 +1,6 @@
-"""What a model is: one flat dataclass, its checks, and the presets of presets.json as values.
+"""The model config: one flat dataclass with validation, and the presets of presets.json.
 
-Field names are those of Hugging Face `config.json` files, which all implementations share. No torch here.
+Field names are those of Hugging Face `config.json` files, which all implementations share. Does not import torch.
 """
 
 import dataclasses
@@ -53,49 +53,49 @@ class ModelConfig:
     # width of the dense feed-forward layers
     intermediate_size: int
     attention: Literal["mla", "gqa", "compressed"] = "mla"
-    # MLA (V2 2.1): queries and keys have a part without and a part with rotary position; q_lora_rank None takes queries
-    # straight from the hidden state (V2-Lite)
+    # MLA (V2 2.1): queries and keys have a non-rotary and a rotary part; q_lora_rank None projects queries directly from the
+    # hidden state (V2-Lite)
     q_lora_rank: int | None = None
     kv_lora_rank: int = 0
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
-    # DSA (V3.2 2.1): how many tokens an indexer picks for each to look at, its heads and their width; 0: all. In V4 its layers
-    # of CSA have one, which picks compressed entries
+    # DSA (V3.2 2.1): how many tokens an indexer selects for each token, its number of heads and their width; 0: no indexer. In V4,
+    # CSA layers have an indexer, which selects compressed entries
     index_topk: int = 0
     index_n_heads: int = 0
     index_head_dim: int = 0
-    # pairs (0,1), (2,3), … of the indexer are rotated, as GLM-5 has it, and V3.2 has not
+    # whether the indexer rotates pairs (0,1), (2,3), …, as in GLM-5 but not V3.2
     index_rope_interleaved: bool = False
-    # V4 (2.3): tokens that an entry of CSA and one of HCA stand for; groups of heads that are projected apart, and to what width
+    # V4 (2.3): tokens per entry of CSA and of HCA; groups of heads with separate output projections, and their width
     compress_rate_csa: int = 4
     compress_rate_hca: int = 128
     o_groups: int = 1
     o_lora_rank: int = 0
-    # GQA, for dense students; V4 has one key, which is the value too, for all heads
+    # GQA, for dense students; V4 has one key for all heads, which is also the value
     num_key_value_heads: int = 0
     head_dim: int = 0
-    # qkv: Qwen2; all: the output projection too
+    # biases: "qkv" as in Qwen2; "all": also in the output projection
     attention_bias: Literal["none", "qkv", "all"] = "none"
-    # RMSNorm over each head's query and key (Qwen3), or over those of all heads at once (OLMo 2)
+    # RMSNorm over each head's query and key (Qwen3), or over all heads at once (OLMo 2)
     qk_norm: bool = False
     qk_norm_over: Literal["head", "projection"] = "head"
-    # GQA: this share of a head's dimensions is rotated, from the first on
+    # GQA: this share of a head's dimensions is rotated, starting with the first
     partial_rotary_factor: float = 1.0
-    # GQA: layers (0-based) that are not rotated at all
+    # GQA: layers (0-based) without rotary embedding
     nope_layers: tuple[int, ...] = ()
-    # GQA: tokens that a sliding layer sees, itself included; all layers are sliding where layer_types is empty. In V4 all layers
-    # see as many, and layer_types says what else
+    # GQA: tokens in the window of a sliding layer, itself included; all layers slide if layer_types is empty. In V4 all layers
+    # have this window, and layer_types gives their kind of compression
     sliding_window: int | None = None
     layer_types: tuple[LayerType, ...] = ()
-    # base of the sliding layers, which then have no rope_scaling; None: they rotate as the others
+    # RoPE base of sliding layers, which then have no rope_scaling; None: they rotate like the others
     local_rope_theta: float | None = None
     # DeepSeekMoE; n_routed_experts = 0 makes every layer dense
     n_routed_experts: int = 0
     n_shared_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
-    # this many layers at the bottom stay dense, and these further up
+    # this many layers at the bottom are dense, and these further up
     first_k_dense_replace: int = 0
     dense_layers: tuple[int, ...] = ()
     n_group: int = 1
@@ -103,31 +103,31 @@ class ModelConfig:
     scoring_func: Literal["sigmoid", "softmax", "sqrtsoftplus"] = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
-    # this many layers at the bottom choose experts by the token's id (V4 2.1)
+    # this many layers at the bottom choose experts by token id (V4 2.1)
     num_hash_layers: int = 0
-    # SwiGLU takes the gate up to this, and what it multiplies between -this and this; None: as they come
+    # SwiGLU clamps the gate to at most this, and the up side to ± this; None: no clamping
     swiglu_limit: float | None = None
-    # gpt-oss: one more score for each head, which takes weight and gives no value; how steep the experts' gates are, which have
-    # biases, as routers do, and whose up side counts from -1; None: plain experts
+    # gpt-oss: one additional softmax logit per head without a value; the slope of the experts' gates, which have biases (as do
+    # routers) and an up side offset by 1; None: plain experts
     attention_sinks: bool = False
     swiglu_alpha: float | None = None
-    # mHC (V4 2.2): residual streams, 0 for a plain residual; steps of Sinkhorn, and what its divisions add
+    # mHC (V4 2.2): number of residual streams, 0: plain residual; Sinkhorn steps, and the epsilon of their divisions
     hc_mult: int = 0
     hc_sinkhorn_iters: int = 20
     hc_eps: float = 1e-6
-    # MTP depth
+    # number of MTP modules
     num_nextn_predict_layers: int = 0
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    # MLA: pairs (0,1), (2,3), …; GQA is half-split as Llama and Qwen are
+    # MLA: rotate pairs (0,1), (2,3), …; GQA is half-split as in Llama and Qwen
     rope_interleaved: bool = True
-    # where a block's norms stand: before attention and feed-forward, behind them (OLMo 2), or both (Gemma)
+    # position of a block's norms: before attention and feed-forward, after them (OLMo 2), or both (Gemma)
     norms: Literal["pre", "post", "both"] = "pre"
-    # Gemma: norms multiply by 1 + weight, embeddings are times sqrt(hidden_size), and scores have this in the place of head_dim
+    # Gemma: norms multiply by 1 + weight, embeddings are scaled by sqrt(hidden_size), and scores use this instead of head_dim
     norm_offset: bool = False
     scale_embeddings: bool = False
     query_pre_attn_scalar: int | None = None
-    # of dense feed-forwards: SwiGLU, or GeGLU with GELU by tanh
+    # activation of dense feed-forwards: SwiGLU, or GeGLU with tanh GELU
     activation: Literal["silu", "gelu_tanh"] = "silu"
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
@@ -145,27 +145,27 @@ class ModelConfig:
         self._require(self.rope_dim % 2 == 0, rotated, "rotary pairs need an even number", "Use an even number.")
         if is_mla:
             is_long = isinstance(self.rope_scaling, LongRope)
-            self._require(not is_long, "rope_scaling", "LongRoPE is of GQA alone", "Use yarn.")
+            self._require(not is_long, "rope_scaling", "LongRoPE is supported for GQA only", "Use yarn.")
             for name in _GQA_ONLY:
                 is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
-                self._require(is_default, name, "of GQA alone", 'Leave it out, or use attention="gqa".')
+                self._require(is_default, name, "supported for GQA only", 'Leave it out, or use attention="gqa".')
         elif self.attention == "gqa":
             self._check_gqa()
         else:
             self._check_compressed()
         is_usual = self.activation == "silu" or not self.n_routed_experts
-        self._require(is_usual, "activation", "experts have SwiGLU", 'Use "silu".')
+        self._require(is_usual, "activation", "experts support SwiGLU only", 'Use "silu".')
         asked = self.query_pre_attn_scalar
         self._require(asked is None or asked > 0, "query_pre_attn_scalar", "not above 0", "Set it > 0.")
         if self.n_routed_experts:
-            self._require(self.norms == "pre", "norms", "experts have theirs before them", 'Use "pre".')
+            self._require(self.norms == "pre", "norms", "experts support pre-norm only", 'Use "pre".')
             self._check_experts()
         if self.index_topk:
             self._check_indexer()
         hashed = "num_hash_layers", "layers that choose by a token's id"
         self._require(not self.num_hash_layers or self.n_routed_experts > 0, *hashed, "Use 0, or give it experts.")
         plain = self.norms == "pre" or not self.hc_mult
-        self._require(plain, "norms", "residual streams have them before attention", 'Use "pre".')
+        self._require(plain, "norms", "residual streams support pre-norm only", 'Use "pre".')
 
     def _check_compressed(self) -> None:
         heads, groups, last = self.num_attention_heads, self.o_groups, self.qk_rope_head_dim
@@ -218,7 +218,7 @@ class ModelConfig:
         self._require(0 < k <= reachable, "num_experts_per_tok", f"not in 1..{reachable}", "Lower it.")
         self._require(self.moe_intermediate_size > 0, "moe_intermediate_size", "experts need a width", "Set it > 0.")
         plain = self.swiglu_alpha is None or (self.swiglu_limit is not None and not self.n_shared_experts)
-        self._require(plain, "swiglu_alpha", "of clamped gates, without shared experts", "Set swiglu_limit.")
+        self._require(plain, "swiglu_alpha", "needs clamped gates and no shared experts", "Set swiglu_limit.")
         # V3's group score is the sum of a group's two best affinities
         pairs = groups == 1 or experts // groups >= 2
         self._require(pairs, "n_group", "leaves one expert per group", "Use fewer groups.")
@@ -234,21 +234,21 @@ class ModelConfig:
 
     @property
     def rope_dim(self) -> int:
-        """How many dimensions of a head are rotated."""
+        """Number of rotated dimensions per head."""
         return int(self.head_dim * self.partial_rotary_factor) if self.attention == "gqa" else self.qk_rope_head_dim
 
     def layer_type(self, layer: int) -> LayerType:
-        """What layer `layer` of compressed attention sees beside its window; the MTP module's, behind the last, nothing."""
+        """The kind of compression in layer `layer` of compressed attention; the MTP module, after the last layer, has none."""
         return self.layer_types[layer] if layer < self.num_hidden_layers else "sliding_attention"
 
     def window(self, layer: int) -> int | None:
-        """How many tokens layer `layer` sees, None for all."""
+        """Number of tokens that layer `layer` attends to, None for all."""
         is_sliding = not self.layer_types or "sliding_attention" in self.layer_types[layer : layer + 1]
         return self.sliding_window if is_sliding else None
 
     @property
     def cache_elements(self) -> int:
-        """Cached numbers per token and layer: latent + rotary key for MLA (V2 2.1.4), and DSA's key; keys + values for GQA.
+        """Cached elements per token and layer: latent + rotary key for MLA (V2 2.1.4), plus DSA's key; keys + values for GQA.
 
         None for compressed attention, whose layers differ: see compressed_cache.py.
         """
@@ -258,13 +258,13 @@ class ModelConfig:
         return 2 * self.num_key_value_heads * self.head_dim
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` (0-based; the MTP module counts on from the last) has routed experts."""
+        """Whether layer `layer` (0-based; MTP modules follow the last) has routed experts."""
         is_dense = layer < self.first_k_dense_replace or layer in self.dense_layers
         return self.n_routed_experts > 0 and not is_dense
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """Plain values of a config, the kind of rope scaling under `rope_type`; `from_json` takes them back."""
+    """A config as plain JSON values, with the kind of rope scaling in `rope_type`; `from_json` is the inverse."""
     fields = dataclasses.asdict(config)
     if config.rope_scaling is not None:
         kind = next(name for name, cls in KINDS.items() if type(config.rope_scaling) is cls)
@@ -273,7 +273,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_json(fields: dict[str, Any]) -> ModelConfig:
-    """A config from what `to_json` made; a field that is left out has its default."""
+    """A config from `to_json`; missing fields get their default."""
     scaling = fields.get("rope_scaling")
     if scaling is not None:
         scaling = dict(scaling)

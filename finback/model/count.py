@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model in closed form (spec 2.3 and 2.4); builds nothing. No torch here."""
+"""Closed-form parameter and FLOP counts of a model (spec 2.3 and 2.4); builds nothing. Does not import torch."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from finback.model.config import CSA, HCA, ModelConfig
 
 
 def attention_parameters(c: ModelConfig, layer: int = 0) -> int:
-    """One layer's attention, norms of the latents included; compressed attention alone differs from layer to layer."""
+    """One layer's attention, including the norms of the latents; only compressed attention differs between layers."""
     if c.attention == "compressed":
         return _compressed_matrices(c, layer) + _compressed_vectors(c, layer)
     if c.attention == "gqa":
@@ -33,7 +33,7 @@ def attention_parameters(c: ModelConfig, layer: int = 0) -> int:
 
 
 def _compressed_matrices(c: ModelConfig, layer: int) -> int:
-    """V4's projections: queries and entries, groups of heads out, and what its compressed entries take."""
+    """V4's projections: queries and entries, grouped outputs, and those of the compressor."""
     assert c.q_lora_rank is not None, "of compressed attention"
     d, all_heads = c.hidden_size, c.num_attention_heads * c.head_dim
     window = (d + all_heads) * c.q_lora_rank + d * c.head_dim + c.o_lora_rank * (all_heads + c.o_groups * d)
@@ -47,7 +47,7 @@ def _compressed_matrices(c: ModelConfig, layer: int) -> int:
 
 
 def _compressed_vectors(c: ModelConfig, layer: int) -> int:
-    """Gains, sinks, and biases of the places in a window."""
+    """Norm weights, sinks, and position biases of windows."""
     assert c.q_lora_rank is not None, "of compressed attention"
     window = c.q_lora_rank + c.head_dim + c.num_attention_heads
     kind = c.layer_type(layer)
@@ -57,19 +57,19 @@ def _compressed_vectors(c: ModelConfig, layer: int) -> int:
 
 
 def _mixture(c: ModelConfig, rows: int, scales: int) -> int:
-    """mHC's projection of all streams to so many numbers, their biases and scales."""
+    """mHC's projection of all streams to `rows` values, with biases and scales."""
     return rows * (c.hc_mult * c.hidden_size + 1) + scales if c.hc_mult else 0
 
 
 def _indexer_matrices(c: ModelConfig) -> int:
-    """DSA's projections: queries from the query latent, one key and a weight per head from the hidden state."""
-    assert c.q_lora_rank is not None, "an indexer asks with the query latent"
+    """DSA's projections: queries from the query latent, and one key and a weight per head from the hidden state."""
+    assert c.q_lora_rank is not None, "an indexer's queries come from the query latent"
     heads, width = c.index_n_heads, c.index_head_dim
     return c.q_lora_rank * heads * width + c.hidden_size * (width + heads)
 
 
 def layer_parameters(c: ModelConfig, layer: int, active: bool) -> int:
-    """One block; `active` counts only the experts a token meets. Router biases are not parameters."""
+    """One block; `active` counts only the experts used per token. Router biases are not parameters."""
     d = c.hidden_size
     block = (
         attention_parameters(c, layer)
@@ -85,7 +85,7 @@ def layer_parameters(c: ModelConfig, layer: int, active: bool) -> int:
 
 
 def parameters(c: ModelConfig, active: bool = False, mtp: bool = True) -> int:
-    """All parameters, or those one token meets; the input embedding counts once, the head once unless tied."""
+    """All parameters, or those used per token; the input embedding counts once, the head once unless tied."""
     layers = sum(layer_parameters(c, layer, active) for layer in range(c.num_hidden_layers))
     embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     merge = _mixture(c, c.hc_mult, 1)
@@ -100,13 +100,13 @@ def mtp_parameters(c: ModelConfig, active: bool = False) -> int:
 
 
 def router_biases(c: ModelConfig) -> int:
-    """Numbers in the trunk's selection biases: no parameters, but V3's files and its 671,026,419,200 include them."""
+    """Elements of the trunk's selection biases: not parameters, but included in V3's files and its 671,026,419,200."""
     moe = sum(c.is_moe(layer) for layer in range(c.num_hash_layers, c.num_hidden_layers))
     return moe * c.n_routed_experts if c.scoring_func != "softmax" else 0
 
 
 def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:
-    """FLOPs for one token that looks at `context` keys on average (T / 2 for causal training on rows of T)."""
+    """FLOPs per token that attends to `context` keys on average (T / 2 for causal training on rows of T)."""
     head = c.vocab_size * c.hidden_size
     embedding = 0 if c.tie_word_embeddings else head
     met = parameters(c, active=True, mtp=mtp) - embedding
@@ -118,14 +118,14 @@ def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:
 
 
 def forward_flops_of(c: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> float:
-    """FLOPs of a forward pass over whole sequences of these lengths: the i-th token of each looks at i keys."""
+    """FLOPs of a forward pass over whole sequences of these lengths; the i-th token of each attends to i keys."""
     lengths = list(lengths)
     tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
     return tokens * forward_flops(c, pairs / tokens, mtp) if tokens else 0.0
 
 
 def training_flops_of(c: ModelConfig, lengths: Iterable[int], mtp: bool = True, frozen: bool = False) -> float:
-    """Forward and backward: three times the forward pass, twice where weights are frozen, adapters not counted."""
+    """Forward and backward: three times the forward pass, or twice if weights are frozen, without adapters."""
     return (2 if frozen else 3) * forward_flops_of(c, lengths, mtp)
 
 
@@ -135,7 +135,7 @@ def training_flops(c: ModelConfig, context: float, mtp: bool = True) -> float:
 
 
 def recomputed_flops(c: ModelConfig, context: float, policy: str, mtp: bool = True) -> float:
-    """What a policy of model/recompute.py makes again for one token in the backward pass: attention, or whole blocks."""
+    """FLOPs per token recomputed in the backward pass by a policy of model/recompute.py: attention, or whole blocks."""
     p = token_flops(c, context, mtp)
     attention = p.attention_linear + p.attention_scores
     recomputed = {"none": 0.0, "attention": attention, "block": p.total - p.head - p.join}
@@ -149,35 +149,35 @@ def recomputed_flops_of(c: ModelConfig, lengths: Iterable[int], policy: str, mtp
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs of the matrix products one token needs, forward, as a profiler counts them; norms and sums are left out."""
+    """FLOPs of one token's matrix products in the forward pass, as a profiler counts them; norms and sums are ignored."""
 
-    # projections into and out of attention, and mHC's of streams to mixtures
+    # projections into and out of attention, and mHC's mixtures of streams
     attention_linear: float
-    # queries with keys, weights with values
+    # products of queries with keys, and of attention weights with values
     attention_scores: float
     # feed-forward of the dense layers
     dense: float
-    # routed experts a token meets
+    # routed experts used per token
     experts: float
     # shared experts
     shared: float
     router: float
     # logits over the vocabulary, once more per MTP depth
     head: float
-    # MTP's projection of [embedding; hidden], of every stream under mHC
+    # MTP's projection of [embedding; hidden], for every stream under mHC
     join: float
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all terms."""
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
 def token_flops(c: ModelConfig, context: float, mtp: bool = False) -> TokenFlops:
-    """The terms of one token's forward pass that looks at `context` keys: equal to torch's FlopCounterMode.
+    """The terms of one token's forward pass with `context` keys; equal to torch's FlopCounterMode.
 
-    A backward pass costs twice as much. With an attention that also multiplies what the causal mask hides, `context`
-    is the row's length T; what is needed is (T + 1) / 2, and papers count T / 2.
+    A backward pass costs twice as much. For an attention that also computes what the causal mask hides, `context` is the row's
+    length T; the necessary number is (T + 1) / 2, and papers count T / 2.
     """
     depths = c.num_nextn_predict_layers if mtp else 0
     layers = c.num_hidden_layers + depths
@@ -196,7 +196,7 @@ def token_flops(c: ModelConfig, context: float, mtp: bool = False) -> TokenFlops
 
 
 def _attention_matrices(c: ModelConfig, layer: int) -> int:
-    """One layer's attention without the gains of its norms and without biases, and the projections of mHC."""
+    """Matrices of one layer's attention, without norm weights and biases, plus the projections of mHC."""
     mixtures = 2 * (2 + c.hc_mult) * c.hc_mult**2 * c.hidden_size
     if c.attention == "compressed":
         return _compressed_matrices(c, layer) + mixtures
@@ -204,7 +204,7 @@ def _attention_matrices(c: ModelConfig, layer: int) -> int:
 
 
 def _plain_matrices(c: ModelConfig) -> int:
-    """The same of attention that is alike in all layers, mHC left out."""
+    """The same for attention that is equal in all layers, without mHC."""
     if c.attention == "gqa":
         return c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
     norms = c.kv_lora_rank + (c.q_lora_rank or 0) + (2 * c.index_head_dim if c.index_topk else 0)
@@ -212,9 +212,9 @@ def _plain_matrices(c: ModelConfig) -> int:
 
 
 def _score_flops(c: ModelConfig, context: float, layer: int) -> float:
-    """Products of one layer's queries with keys and weights with values, for a token that could look at `context` keys.
+    """FLOPs of one layer's attention scores and weighted values, for a token with `context` keys available.
 
-    On average over rows of T = 2 · context tokens DSA looks at min(i, k) of i, and its indexer at all of them once T > k.
+    On average over rows of T = 2 · context tokens, DSA attends to min(i, k) of i, and its indexer to all of them once T > k.
     """
     if c.attention == "compressed":
         return _compressed_score_flops(c, context, layer)
@@ -227,7 +227,7 @@ def _score_flops(c: ModelConfig, context: float, layer: int) -> float:
 
 
 def _compressed_score_flops(c: ModelConfig, context: float, layer: int) -> float:
-    """The same for V4: a window, and the layer's entries, of CSA at most index_topk and the indexer's products for them."""
+    """The same for V4: a window, and the layer's entries; for CSA at most index_topk, plus the indexer's products."""
     assert c.sliding_window is not None, "of compressed attention"
     near, far, indexed = _met(context, c.sliding_window), 0.0, 0.0
     kind = c.layer_type(layer)
@@ -241,14 +241,14 @@ def _compressed_score_flops(c: ModelConfig, context: float, layer: int) -> float
 
 
 def _met(context: float, most: int) -> float:
-    """How many of i = 1 … 2 · context are looked at on average, where they are `most` at most."""
+    """Average of min(i, most) over i = 1 … 2 · context."""
     return context if 2 * context <= most else most - most * most / (4 * context)
 
 
 def cache_bytes(c: ModelConfig, bytes_per_element: float = 2) -> float:
-    """Bytes one token leaves in the cache of all trunk layers: 70,272 for V3 in bf16.
+    """Bytes per token in the cache of all trunk layers: 70,272 for V3 in bf16.
 
-    Of V4 a token's share of compressed entries; its window and open windows take the same room however many tokens there are.
+    For V4, a token's share of compressed entries; its window has a fixed size for any number of tokens.
     """
     if c.attention == "compressed":
         kinds: list[str] = [c.layer_type(layer) for layer in range(c.num_hidden_layers)]

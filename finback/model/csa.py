@@ -1,10 +1,10 @@
-"""Compressed sparse attention (CSA, V4 2.3.1): one entry for every 4 tokens, of which an indexer picks the few that are seen.
+"""Compressed sparse attention (CSA, V4 2.3.1): one entry per 4 tokens, of which an indexer selects a few.
 
-Entries overlap: a token leaves two series of values and gates, one for the entry of its own window and one for the entry of
-the window that follows, so that an entry is a mixture of 8 tokens' values and stands at every 4th. The lightning indexer is
-that of V3.2 (dsa.py) with keys that are compressed in the same way, in entries of their own and narrower.
+Entries overlap: a token produces two series of values and gates, one for the entry of its own window and one for that of the
+next window, so that an entry mixes the values of 8 tokens, with a stride of 4. The lightning indexer is V3.2's (dsa.py), with
+keys that are compressed in the same way into separate, narrower entries.
 
-Letters: those of hca.py, j head of the indexer, e index_head_dim.
+Letters: as in hca.py, plus j head of the indexer, e index_head_dim.
 """
 
 import torch
@@ -21,7 +21,7 @@ from finback.model.windows import CompressedWindows, windowed
 
 
 class OverlappingCompressor(Compressor):
-    """Entries of two windows' tokens each, the first half of the channels being the earlier window's (V4 eq. 9-12)."""
+    """Entries over two windows' tokens; the first half of the channels belongs to the earlier window (V4 eq. 9-12)."""
 
     series = 2
 
@@ -46,14 +46,14 @@ class CompressedIndexer(IndexerQueries):
         self.compressor = OverlappingCompressor(config, c.compress_rate_csa, c.index_head_dim)
 
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The end of the last dimension."""
+        """Rotates the end of the last dimension."""
         return rotate_last(x, cos.float(), sin.float())
 
 
 class CSA(HCA):
-    """A window, and the `index_topk` compressed entries that the indexer picks; all of them where they are no more.
+    """A window, and the `index_topk` compressed entries that the indexer selects, or all if there are no more.
 
-    What is kept of a window is [entry | the indexer's key].
+    The stored record of a window is [entry | the indexer's key].
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -78,7 +78,7 @@ class CSA(HCA):
     def read(
         self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], cache: CompressedLayer, count: int
     ) -> Far:
-        """A single new token reads all keys, and of the entries those alone that are picked."""
+        """A single new token reads all keys, but only the selected entries."""
         c, most = self.config, self.config.index_topk
         if x.size(1) > 1 or count <= most:
             return super().read(x, q_latent, angles, cache, count)
@@ -98,7 +98,7 @@ class CSA(HCA):
 
     @torch.no_grad()
     def picker(self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, seen: Seen) -> Seen:
-        """Which of the entries with these keys (b, n, e) the indexer picks among those that are seen."""
+        """Which of the entries with these keys (b, n, e) the indexer selects among the visible ones."""
         query, weight = self.indexer.queries(x, q_latent, *angles)
 
         @torch.no_grad()

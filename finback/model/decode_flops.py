@@ -1,4 +1,4 @@
-"""Products of one token that decodes behind a long text, in units of FP8, as V4's report compares models. No torch here.
+"""Products of one token that decodes behind a long text, in units of FP8, as V4's report compares models. Does not import torch.
 
 A product in BF16 counts 2, one in FP8 1, one in FP4 1/2. Weights count 1, experts in FP4 too, whose products run in FP8; the head and
 attention's products with what is cached count 2 (of MLA on the latents themselves); those of an indexer 1 in V3.2 and 1/2 in V4,

@@ -1,13 +1,13 @@
-"""DeepSeek Sparse Attention (DSA, V3.2 2.1): MLA that looks at the few tokens which a lightning indexer picks.
+"""DeepSeek Sparse Attention (DSA, V3.2 2.1): MLA restricted to the few tokens that a lightning indexer selects.
 
-The indexer is a small attention of its own: many heads of queries from MLA's query latent, one key per token, no values. It
-scores every earlier token (V3.2 eq. 1), and the main attention of a token sees the `index_topk` best alone, itself
-included if it is among them. Up to `index_topk` tokens there is nothing to choose, and DSA is MLA.
+The indexer is a small attention of its own: many query heads from MLA's query latent, one key per token, no values. It scores
+every earlier token (V3.2 eq. 1), and the main attention of a token sees only the `index_topk` best (itself included only if
+selected). Up to `index_topk` tokens everything is selected, and DSA equals MLA.
 
-The release also multiplies the indexer's queries and keys by a Hadamard matrix and stores them in FP8. The matrix is
-orthogonal and leaves scores as they are, so both are left out here, as in transformers.
+The release also multiplies the indexer's queries and keys by a Hadamard matrix and stores them in FP8. The matrix is orthogonal
+and does not change the scores, so both are left out here, as in transformers.
 
-Letters: those of mla.py, j head of the indexer, e index_head_dim, k index_topk.
+Letters: as in mla.py, plus j head of the indexer, e index_head_dim, k index_topk.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ from finback.model.rope import rotate_half, rotate_interleaved
 
 
 class IndexerQueries(nn.Module, ABC):
-    """What scores keys: many heads of queries from MLA's query latent, and a weight for each, scaled by (j e)^-1/2."""
+    """The query side of an indexer: many heads of queries from MLA's query latent, and a weight for each, scaled by (j e)^-1/2."""
 
     config: ModelConfig
     query: Linear
@@ -42,7 +42,7 @@ class IndexerQueries(nn.Module, ABC):
 
     @abstractmethod
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """A part of the last dimension rotated, the rest as it is."""
+        """Rotates a part of the last dimension and leaves the rest."""
 
     @staticmethod
     def scores(query: Tensor, weight: Tensor, key: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Indexer(IndexerQueries):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
-        assert c.q_lora_rank is not None, "queries of the indexer come from MLA's query latent"
+        assert c.q_lora_rank is not None, "an indexer's queries come from MLA's query latent"
         self.query = Linear(c.q_lora_rank, c.index_n_heads * c.index_head_dim)
         self.key = Linear(c.hidden_size, c.index_head_dim)
         self.key_norm = nn.LayerNorm(c.index_head_dim, eps=1e-6)
@@ -65,7 +65,7 @@ class Indexer(IndexerQueries):
         self.rotate = rotate_interleaved if c.index_rope_interleaved else rotate_half
 
     def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (b, t, hidden) -> what a token leaves in the cache for later ones, (b, t, e), rotated."""
+        """x (b, t, hidden) -> the rotated keys (b, t, e) that are cached for later tokens."""
         key = F.layer_norm(self.key(x).float(), (self.config.index_head_dim,), *self._norm(), self.key_norm.eps)
         return self.rotated(key, cos, sin).to(x.dtype)
 
@@ -73,14 +73,14 @@ class Indexer(IndexerQueries):
         return self.key_norm.weight.float(), self.key_norm.bias.float()
 
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The first r of the last dimension."""
+        """Rotates the first r of the last dimension."""
         c = self.config
         turned, rest = x.split([c.qk_rope_head_dim, c.index_head_dim - c.qk_rope_head_dim], dim=-1)
         return torch.cat([self.rotate(turned, cos, sin), rest], dim=-1)
 
 
 class DSA(MLA):
-    """MLA over the tokens that an Indexer picks, in MLA's two forms."""
+    """MLA over the tokens that an Indexer selects, in MLA's two forms."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -89,9 +89,9 @@ class DSA(MLA):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
-        """As MLA.forward. A cache keeps [latent | rotary key | the indexer's key] of each token.
+        """As MLA.forward. A cache stores [latent | rotary key | the indexer's key] per token.
 
-        What is picked carries no gradient to the indexer, which learns from the main attention's weights alone (V3.2 2.1.1).
+        The selection has no gradient to the indexer, which learns only from the main attention's weights (V3.2 2.1.1).
         """
         c = self.config
         q_latent, kv = self.inputs(x)
@@ -124,7 +124,7 @@ class DSA(MLA):
         indexed: tuple[Tensor, Tensor, Tensor],
         mask: Mask,
     ) -> Tensor:
-        """Attention of t tokens over s under the indexer's mask, a block of queries after the other -> (b, t, h·v)."""
+        """Attention of t tokens over s under the indexer's mask, one block of queries at a time -> (b, t, h·v)."""
         key, value = self.expanded(latent, k_rope)
         query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
         asked, weight, indexer_key = indexed
@@ -140,7 +140,7 @@ class DSA(MLA):
     def _attend_chosen(
         self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache, asked: Tensor, weight: Tensor
     ) -> Tensor:
-        """Attention of a few new tokens over the entries that are picked, which alone are read -> (b, t, h·v)."""
+        """Attention of a few new tokens over the selected entries, which are the only ones read -> (b, t, h·v)."""
         c, entry = self.config, self.config.kv_lora_rank + q_rope.size(-1)
         with torch.no_grad():
             scores = self.indexer.scores(asked, weight, cache.stored(entry).to(q_nope.dtype))
@@ -158,17 +158,17 @@ class DSA(MLA):
         return self.out_of_latents(read, w_uv).flatten(2)
 
     def parts(self, queries: int, keys: int, rows: int) -> Iterator[slice]:
-        """Blocks of queries whose scores of all of the indexer's heads fit SCORES."""
+        """Blocks of queries whose scores for all indexer heads fit SCORES."""
         size = max(1, SCORES // (rows * keys * self.config.index_n_heads))
         for start in range(0, queries, size):
             yield slice(start, min(start + size, queries))
 
 
 def pick(scores: Tensor, seen: Tensor, k: int) -> Tensor:
-    """True for the k highest scores (b, t, s) among those that are seen, for all of them where they are fewer.
+    """True for the k highest scores (b, t, s) among the visible ones, for all of these if there are fewer.
 
-    Equal scores, which ReLU makes of zeros, are taken from the latest on: what is picked depends neither on padding nor on how
-    many tokens are computed at once.
+    Among equal scores (ReLU produces many zeros) the latest are taken: the selection depends neither on padding nor on how many
+    tokens are computed at once.
     """
     if k >= scores.size(-1):
         return seen.expand_as(scores)

@@ -1,12 +1,12 @@
-"""Teaching the indexers of DSA and CSA, which no loss on tokens reaches (V3.2 2.1.1).
+"""Trains the indexers of DSA and CSA, which the loss on tokens does not reach (V3.2 2.1.1).
 
-An indexer learns where the main attention looks. Its target for a token is the main attention's weights summed over heads
-and divided by their sum, in CSA those of the compressed entries; its loss the divergence KL(target || softmax(scores)), summed over layers and averaged over tokens.
-Hidden states come to it without gradient and the target goes out without one, so the loss of tokens and this one share no
-parameter.
+An indexer learns where the main attention looks. Its target for a token is the main attention's weights, summed over heads and
+normalized (in CSA those on compressed entries); its loss is KL(target || softmax(scores)), summed over layers and averaged over tokens.
+Its hidden states are detached and so is the target, so the token loss and this one share no
+parameters.
 
-  dense   every earlier token is looked at, and the target is of all of them: for a model that is not sparse yet
-  sparse  those that are picked alone, as when answering
+  dense   all earlier tokens are attended to and are part of the target: for a model that is not sparse yet
+  sparse  only selected tokens, as in inference
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from finback.model.windows import windows_of
 
 
 def teach_indexers(model: Transformer, dense: bool = False) -> Transformer:
-    """Have a model's training passes leave what its indexers are to learn, in place; answering stays as it is."""
+    """Makes a model's training passes compute the indexers' loss, in place; inference is unchanged."""
     for module in list(model.modules()):
         for kind, taught in ((DSA, TaughtDSA), (CSA, TaughtCSA)):
             if isinstance(module, kind):
@@ -37,19 +37,19 @@ def teach_indexers(model: Transformer, dense: bool = False) -> Transformer:
 
 
 def with_indexers(model: Transformer, config: ModelConfig, compute: torch.dtype, seed: int) -> Transformer:
-    """A model's weights, shared, with random indexers where it has none; `config` is its own but for the indexers."""
+    """A model sharing all weights, with random indexers if it has none; `config` differs only in the indexers."""
     other = Transformer(config, compute).initialise(seed)
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False, assign=True)
-    assert not unexpected and all(".indexer." in name for name in missing), "the config differs in indexers alone"
+    assert not unexpected and all(".indexer." in name for name in missing), "the config must differ in indexers only"
     if config.tie_word_embeddings:
         other.head.weight = other.embed
     return other
 
 
 def take_divergences(model: Transformer) -> Tensor | None:
-    """Σ over layers of what the last training pass's indexers are off by, in nats per token; None where none is taught.
+    """Σ over layers of the indexers' divergence in the last training pass, in nats per token; None if none is trained.
 
-    It is taken once; `divergence` keeps the number.
+    It can be taken once; `divergence` keeps the number.
     """
     taught = [m for m in model.modules() if isinstance(m, Taught) and m.loss is not None]
     losses = [m.loss for m in taught if m.loss is not None]
@@ -64,7 +64,7 @@ def is_taught(model: Transformer) -> bool:
 
 
 def divergence(model: Transformer) -> float:
-    """The last training pass's, averaged over layers, in nats per token."""
+    """The divergence of the last training pass, averaged over layers, in nats per token."""
     found = [m.measured for m in model.modules() if isinstance(m, Taught)]
     return sum(found) / max(len(found), 1)
 
@@ -73,27 +73,27 @@ class Taught(nn.Module):
     """Attention whose training passes compare the indexer's scores with the main attention's weights."""
 
     dense: bool
-    # of the last training pass, with its gradient, until it is taken
+    # loss of the last training pass, with gradient, until it is taken
     loss: Tensor | None = None
     measured: float = 0.0
 
     def learns(self, cache: LayerCache | None) -> bool:
-        """Whether a pass is one of training."""
+        """Whether this is a training pass."""
         return cache is None and self.training and torch.is_grad_enabled()
 
     def leave(self, total: Tensor, tokens: int) -> None:
-        """Keep a pass's divergences, summed over tokens, until they are taken."""
+        """Stores a pass's divergences, summed over tokens, until they are taken."""
         self.loss = total / tokens
         self.measured = float(self.loss.detach())
 
 
 class TaughtDSA(Taught, DSA):
-    """DSA that is taught."""
+    """DSA with a trained indexer."""
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
-        """As DSA.forward; in training it leaves `loss`."""
+        """As DSA.forward; in training it also sets `loss`."""
         if not self.learns(cache):
             return DSA.forward(self, x, cos, sin, cache, attention_mask)
         q_latent, kv = self.inputs(x)
@@ -122,9 +122,9 @@ class TaughtDSA(Taught, DSA):
 
 
 class TaughtCSA(Taught, CSA):
-    """CSA that is taught; where a token sees no entry there is nothing to learn."""
+    """CSA with a trained indexer; a token that sees no entry has no loss."""
 
-    # of the pass that runs: the indexer's scores for a part of the queries, with their gradient
+    # in the current pass: the indexer's scores for a part of the queries, with gradient
     scored: Callable[[slice], Tensor] | None = None
 
     def far(
@@ -158,7 +158,7 @@ class TaughtCSA(Taught, CSA):
     def _target(
         self, query: Tensor, entries: Tensor, part: slice, near: Seen, compressed: Tensor, looked: Tensor
     ) -> Tensor:
-        """Of a part of the queries (b, h, t, c) the weights on the compressed entries (b, n, c), shared out to 1: (b, part, n)."""
+        """For a part of the queries (b, h, t, c): the weights on the compressed entries (b, n, c), normalized to 1: (b, part, n)."""
         window, seen = self.near_of(query.size(2), entries, part, near)
         total = torch.zeros_like(looked, dtype=torch.float32)
         for head in range(query.size(1)):  # one matrix at a time
@@ -171,6 +171,6 @@ class TaughtCSA(Taught, CSA):
 
 
 def divergences(target: Tensor, scores: Tensor, looked: Tensor) -> Tensor:
-    """KL(target || softmax of the scores among those that are looked at): (b, t, s) each -> (b, t)."""
+    """KL(target || softmax of the scores among those looked at): (b, t, s) each -> (b, t)."""
     logp = scores.masked_fill(~looked, float("-inf")).log_softmax(dim=-1).masked_fill(~looked, 0.0)
     return (torch.special.xlogy(target, target) - target * logp).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""A base that is not learnt: no gradients of its weights, no copy of them kept for a backward pass, any format of them."""
+"""A frozen base: no gradients of its weights, no copies of them for the backward pass, in any storage format."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -16,12 +16,12 @@ from finback.model.quantized import QuantizedLinear, QuantizedMoE, expert_matrix
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
 
-# how a frozen base lies in memory; int8 and nf4 are for the matrices of blocks, the rest of the model is then bf16
+# storage of a frozen base; int8 and nf4 apply to the matrices of blocks, the rest of the model is then bf16
 BaseFormat = Literal["fp32", "bf16", "int8", "nf4"]
 
 
 class FrozenLinear(Linear):
-    """A linear map whose weight is not learnt."""
+    """A linear map with a frozen weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = frozen.linear(x, super().matrix, self.groups)
@@ -29,9 +29,9 @@ class FrozenLinear(Linear):
 
 
 class FrozenMoE(MoE):
-    """A mixture of experts whose router and experts are not learnt."""
+    """A mixture of experts with frozen router and experts."""
 
-    # which of its experts lie here, with their adapters
+    # which of its experts are on this rank, with their adapters
     held: slice = slice(None)
 
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
@@ -42,21 +42,21 @@ class FrozenMoE(MoE):
 
     @property
     def is_adapted(self) -> bool:
-        """Whether its products are others than the weights say."""
+        """Whether its products differ from those of the weights."""
         return False
 
     def product(self, name: str) -> Product:
-        """Rows laid out by expert times each expert's gate_up or down."""
+        """Rows sorted by expert times each expert's gate_up or down."""
         return matrices_product(self, name)
 
 
 def freeze(
     model: Transformer, form: BaseFormat, filled: Callable[[str, Linear | MoE], None] = lambda name, module: None
 ) -> Transformer:
-    """Have a model's weights stay as they are, in place, in fp32 or bf16 as it has them, or quantized from there.
+    """Freezes a model's weights in place, in fp32 or bf16 as they are, or quantized.
 
     Embedding, head, norms and routers are not quantized, nor are MTP modules. `filled` is called for each module with matrices
-    before it is frozen: it may only then give them their values, so that no more than one lies here before it is quantized.
+    before it is frozen and may load its values only then, so that no more than one unquantized module is in memory.
     """
     blocks = set(model.blocks.modules())
     for name, module in list(model.named_modules()):
@@ -69,12 +69,12 @@ def freeze(
 
 
 def base_dtype(form: BaseFormat) -> torch.dtype:
-    """The dtype in which a base of this format is read."""
+    """The dtype in which a base of this format is loaded."""
     return torch.float32 if form == "fp32" else torch.bfloat16
 
 
 def thaw(module: Linear | MoE, name: str, weight: Tensor) -> None:
-    """Give a module a plain weight in the place of what it had under this name, its factors included."""
+    """Replaces a module's stored weight of this name, with its scales, by a plain weight."""
     if hasattr(module, f"{name}_scale"):
         delattr(module, f"{name}_scale")
     setattr(module, name, nn.Parameter(weight))
@@ -82,7 +82,7 @@ def thaw(module: Linear | MoE, name: str, weight: Tensor) -> None:
 
 @torch.no_grad()
 def unfreeze(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """A plain model again, in place, its parameters in `dtype`; the opposite of `freeze` but for what quantizing has lost."""
+    """Makes a plain model again, in place, with parameters in `dtype`; inverse of `freeze` except for quantization error."""
     for module in list(model.modules()):
         if isinstance(module, QuantizedLinear) and hasattr(module, "weight_scale"):
             thaw(module, "weight", module.matrix(dtype))
@@ -91,7 +91,7 @@ def unfreeze(model: Transformer, dtype: torch.dtype) -> Transformer:
                 experts = range(len(module.gate_up))
                 thaw(module, name, torch.stack([expert_matrix(module, name, e, dtype) for e in experts]))
         if isinstance(module, Linear | MoE):
-            plain = (BiasedMoE, ClampedMoE, MoE, GroupedLinear, Linear)  # what it was made as
+            plain = (BiasedMoE, ClampedMoE, MoE, GroupedLinear, Linear)  # its original class
             module.__class__ = next(kind for kind in plain if isinstance(module, kind))
     with torch.device("meta"):
         bare = dict(Transformer(model.config, param_dtype=dtype).named_parameters())

@@ -1,4 +1,4 @@
-"""Grouped-query attention: of the dense students that R1 is distilled into, and of other families' layers."""
+"""Grouped-query attention: for the dense students that R1 is distilled into, and for layers of other families."""
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,12 @@ class HeadsNorm(RMSNorm):
 class GQA(nn.Module):
     """num_attention_heads queries share num_key_value_heads keys and values; half-split rotary embedding.
 
-    Layers may differ: some see a window only, some are not rotated, some rotate by a base of their own.
+    Layers may differ: some have a sliding window, some no rotation, some their own RoPE base.
     """
 
-    # another form takes its place where rows are cut among ranks
+    # replaced by another form if rows are split among ranks
     core: Attention = staticmethod(torch_attention)
-    # whether a few new tokens may read what is cached in place, by a kernel of its own
+    # whether a kernel may read cached pages in place for a few new tokens
     reads_pages = True
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
@@ -36,7 +36,7 @@ class GQA(nn.Module):
         self.rotate = rotate_half if c.rope_dim == c.head_dim else rotate_first
         if layer in c.nope_layers:
             self.rotate = rotate_nothing
-        # which half of each row of the tables is this layer's, where they hold two kinds
+        # which half of each row of the tables this layer uses, if they have two kinds
         self.own = None if c.local_rope_theta is None else int(self.window is not None)
         bias = c.attention_bias != "none"
         self.query = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
@@ -56,7 +56,7 @@ class GQA(nn.Module):
     ) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated.
 
-        Without a cache, attention_mask may say which tokens see which; by default all that stand before them.
+        Without a cache, attention_mask may restrict which tokens see which; by default all earlier ones are visible.
         """
         c, window = self.config, self.window
         cos, sin = (self.angles(t)[:, :, None].to(x.dtype) for t in (cos, sin))
@@ -78,13 +78,13 @@ class GQA(nn.Module):
                 key, value = stored.chunk(2, dim=2)
                 mask, window = cache.mask(window), None
         if window is not None:
-            assert not isinstance(mask, Windowed), "a window lies in no other"
+            assert not isinstance(mask, Windowed), "sliding windows are not nested"
             mask = Windowed(mask, window)
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         return self.out(self.attend(core, q, k, v, mask).transpose(1, 2).flatten(2))
 
     def attend(self, core: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-        """(b, heads, t, head_dim) by a form of attention."""
+        """(b, heads, t, head_dim), computed by the given form of attention."""
         return core(query, key, value, self.scale, mask)
 
     def angles(self, table: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class GQA(nn.Module):
 
 
 class SinkGQA(GQA):
-    """GQA whose softmax has one more score per head, learnt, that has no value (gpt-oss)."""
+    """GQA whose softmax has one additional trained logit per head, without a value (gpt-oss)."""
 
     reads_pages = False
 

@@ -1,10 +1,10 @@
-"""Heavily compressed attention (HCA, V4 2.3.2): beside its window a token sees one entry for every 128 tokens before.
+"""Heavily compressed attention (HCA, V4 2.3.2): besides its window, a token sees one entry per 128 earlier tokens.
 
-A compressed entry is a mixture of what the tokens of a window leave, channel by channel: softmax over the window of a gate, which
-is linear in the hidden state, plus a bias of the place in the window. Windows follow each other without overlap; a token sees
-the entries of all that are complete, its own if it is the window's last. An entry is rotated as its first token is.
+A compressed entry is a per-channel mixture of its window's token values: softmax over the window of a gate that is linear in the
+hidden state, plus a bias for the position in the window. Windows do not overlap; a token sees the entries of all complete
+windows, including its own if it is the last token of it. An entry is rotated like its first token.
 
-Letters: those of swa.py, m tokens of a window, w width of an entry.
+Letters: as in swa.py, plus m tokens of a window, w width of an entry.
 """
 
 import torch
@@ -20,11 +20,11 @@ from finback.model.windows import CompressedWindows, windowed, windows_of
 
 
 class Compressor(OwnStart):
-    """Entries of `width` numbers, one for each window of `size` tokens (V4 eq. 20-23)."""
+    """Entries of `width` elements, one per window of `size` tokens (V4 eq. 20-23)."""
 
     starts = ("position_bias",)
 
-    # how many entries a token is in
+    # number of entries that a token contributes to
     series = 1
 
     def __init__(self, config: ModelConfig, size: int, width: int) -> None:
@@ -36,7 +36,7 @@ class Compressor(OwnStart):
         self.norm = RMSNorm(width, config.rms_norm_eps)
 
     def start(self, generator: torch.Generator) -> None:
-        """All places of a window count alike."""
+        """Equal weights for all positions in a window."""
         self.position_bias.zero_()
 
     def record(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Compressor(OwnStart):
         return rotate_last(entry, *angles.take_along_dim(windows.index[:, :, :1], dim=1).chunk(2, dim=-1))
 
     def slots(self, value: Tensor, gate: Tensor, windows: CompressedWindows) -> tuple[Tensor, Tensor]:
-        """What an entry is mixed of: value and gate (b, t, series · w) -> (b, n, slots, w) of both."""
+        """The inputs of each entry's mixture: value and gate (b, t, series · w) -> (b, n, slots, w) of both."""
         return windowed(value, windows.index), windowed(gate, windows.index) + self.position_bias.to(gate.dtype)
 
 
@@ -63,7 +63,7 @@ class HCA(SWA):
         self.compressor = self.make_compressor(config)
 
     def make_compressor(self, config: ModelConfig) -> Compressor:
-        """That of the entries which attention reads."""
+        """The compressor of the entries that attention reads."""
         return Compressor(config, config.compress_rate_hca, config.head_dim)
 
     def far(
@@ -78,22 +78,22 @@ class HCA(SWA):
         return self.choose(x, q_latent, angles, entries, lambda part: windows.seen(mask, part, length))
 
     def record(self, x: Tensor) -> Tensor:
-        """What a token leaves for the entries that it is in, (b, t, r), beside its angles."""
+        """A token's contribution to its entries, (b, t, r), without its angles."""
         return self.compressor.record(x)
 
     def entries_of(self, record: Tensor, windows: CompressedWindows) -> Tensor:
-        """Records with angles behind them -> what is kept of each window, (b, n, w)."""
+        """Records followed by angles -> the stored value of each window, (b, n, w)."""
         left, angles = record.split([record.size(-1) - self.config.rope_dim, self.config.rope_dim], dim=-1)
         return self.compressor(left, angles, windows)
 
     def read(
         self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], cache: CompressedLayer, count: int
     ) -> Far:
-        """What is stored, the first `count` entries of each row."""
+        """The stored entries, the first `count` of each row."""
         every, new = torch.arange(count, device=x.device).expand(len(x), -1), x.size(1)
         entries = cache.read(every, slice(None)).to(x.dtype)
         return self.choose(x, q_latent, angles, entries, lambda part: cache.seen(part, new, count))
 
     def choose(self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], entries: Tensor, seen: Seen) -> Far:
-        """The entries that are read, and which of those that may be seen are."""
+        """The entries to read, and which of the visible ones are selected."""
         return entries, seen

@@ -1,4 +1,4 @@
-"""Norm, linear map, SwiGLU and initialisation: what every layer is made of."""
+"""Building blocks of all layers: norm, linear map, SwiGLU and initialization."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -13,7 +13,7 @@ from finback.kernels.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
-    """y = g ⊙ x / sqrt(mean(x²) + eps), statistics in fp32 whatever the input (V3 inference code)."""
+    """y = g ⊙ x / sqrt(mean(x²) + eps), statistics in fp32 for any input dtype (V3 inference code)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class RMSNorm(nn.Module):
 
 
 class OffsetNorm(RMSNorm):
-    """RMSNorm whose weight is what its gain is above 1 (Gemma)."""
+    """RMSNorm with gain 1 + weight (Gemma)."""
 
     def gain(self) -> Tensor:
         return 1 + self.weight.float()
 
 
 class NoNorm(nn.Module):
-    """What stands in the place of a norm where a block has none."""
+    """Placeholder for a missing norm in a block."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -52,7 +52,7 @@ class NoNorm(nn.Module):
 
 
 class Normed(nn.Module):
-    """norm(inner(x)): an attention or a feed-forward whose output is normed before it is added (OLMo 2, arXiv 2501.00656)."""
+    """norm(inner(x)): an attention or feed-forward whose output is normed before it is added (OLMo 2, arXiv 2501.00656)."""
 
     def __init__(self, inner: nn.Module, norm: RMSNorm) -> None:
         super().__init__()
@@ -76,18 +76,18 @@ class UnweightedNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = W x (+ b); W is (out, in), as in checkpoints. DeepSeek's models have no biases, Qwen2's attention has.
+    """y = W x (+ b); W is (out, in), as in checkpoints. DeepSeek's models have no biases; Qwen2's attention does.
 
-    The input's dtype decides the arithmetic: a bf16 input gets a bf16 product, whatever dtype the weights have. In
-    training they are fp32 masters; a model that only answers may have them in bf16.
+    The input's dtype decides the arithmetic: a bf16 input gets a bf16 product, whatever the weights' dtype. In training the
+    weights are fp32 masters; an inference-only model may have them in bf16.
     """
 
-    # how many matrices are stacked in the weight, each for an input of its own; None: it is one
+    # number of matrices stacked in the weight, each with its own input; None: one matrix
     groups: int | None = None
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = inputs, outputs  # whatever form the weight is stored in
+        self.in_features, self.out_features = inputs, outputs  # independent of how the weight is stored
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
@@ -100,7 +100,7 @@ class Linear(nn.Module):
 
 
 class GroupedLinear(Linear):
-    """y_g = W_g x_g for each of some groups; the W_g (out / groups, in) are stacked in one weight (out, in)."""
+    """y_g = W_g x_g for several groups; the W_g (out / groups, in) are stacked in one weight (out, in)."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__(inputs, outputs)
@@ -112,7 +112,7 @@ class GroupedLinear(Linear):
 
 
 class SwiGLU(nn.Module):
-    """down(SiLU(gate x) ⊙ up x); gate and up are one matrix, gate rows first. A limit is that of kernels.swiglu."""
+    """down(SiLU(gate x) ⊙ up x); gate and up are one matrix, gate rows first. For the limit see kernels.swiglu."""
 
     def __init__(self, hidden: int, width: int, limit: float | None = None) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class SwiGLU(nn.Module):
 
 
 class GeGLU(nn.Module):
-    """down(GELU(gate x) ⊙ up x) with GELU by tanh (Gemma); matrices as SwiGLU's."""
+    """down(GELU(gate x) ⊙ up x) with tanh GELU (Gemma); matrices as in SwiGLU."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -142,31 +142,31 @@ class GeGLU(nn.Module):
 
 
 def precise(*shape: int) -> nn.Parameter:
-    """A parameter that is fp32 whatever dtype the model's others have."""
+    """A parameter that is fp32 whatever the dtype of the model's others."""
     return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
 
 
 class OwnStart(nn.Module, ABC):
-    """A part of which some values do not start as `initialise` has all others start."""
+    """A module with some parameters that `initialise` must not initialize like all others."""
 
-    # their names
+    # names of these parameters
     starts: tuple[str, ...]
 
     @abstractmethod
     def start(self, generator: torch.Generator) -> None:
-        """Set them."""
+        """Initializes them."""
 
 
 def first_value(module: nn.Module, name: str) -> float:
-    """Of all numbers of a vector among a module's parameters: 1 in gains, 0 in biases, sinks and in what gains are above 1."""
+    """Initial value of a vector parameter: 1 for gains, 0 for biases, sinks and offsets of gains."""
     owner = module.get_submodule(name.rpartition(".")[0])
     return 0.0 if name.endswith(("bias", "sink")) or isinstance(owner, OffsetNorm) else 1.0
 
 
 def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
-    """Every matrix normal with `std` (V3 4.2), gains 1, biases 0; order of parameters is the seed's order.
+    """Initializes every matrix from a normal distribution with `std` (V3 4.2), gains to 1, biases to 0, in order of parameters.
 
-    Then what an OwnStart has of its own.
+    Then calls `start` of each OwnStart.
     """
     for name, parameter in module.named_parameters():
         with torch.no_grad():

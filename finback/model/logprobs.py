@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens, without the logits (tokens x vocabulary) of a long row ever being whole.
+"""Log-probabilities of tokens, without materializing the logits (tokens x vocabulary) of long rows.
 
-Up to ELEMENTS numbers, tokens times vocabulary, all are made at once. Beyond that a chunk of rows is made at a time, and where
-gradients are taken it is made again in the backward pass.
+Up to ELEMENTS values (tokens times vocabulary) are computed at once. Beyond that, one chunk of rows is computed at a time, and
+recomputed in the backward pass if gradients are needed.
 """
 
 from collections.abc import Callable
@@ -13,20 +13,20 @@ from torch.utils.checkpoint import checkpoint
 
 from finback.model.transformer import Transformer
 
-ELEMENTS = 2**25  # numbers in a matrix of logits: 128 MB in fp32, 259 rows of V3's vocabulary
+ELEMENTS = 2**25  # elements in a matrix of logits: 128 MB in fp32, 259 rows of V3's vocabulary
 
 Chunked = Callable[..., tuple[Tensor, ...]]
 
 
 def rows_at_once(vocab_size: int) -> int:
-    """Rows of logits that are held at a time."""
+    """Number of rows of logits in memory at a time."""
     return max(1, ELEMENTS // vocab_size)
 
 
 def in_chunks(function: Chunked, rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """function(*tensors), of at most `rows` rows at a time, results put together along the first dimension.
+    """function(*tensors) on at most `rows` rows at a time; results are concatenated along the first dimension.
 
-    All tensors have as many rows. What the function makes of several chunks is not kept for the backward pass.
+    All tensors have the same number of rows. With several chunks, intermediate results are not kept for the backward pass.
     """
     if len(tensors[0]) <= rows:
         return function(*tensors)
@@ -40,10 +40,10 @@ def in_chunks(function: Chunked, rows: int, *tensors: Tensor) -> tuple[Tensor, .
 def token_logprobs(
     model: Transformer, hidden: Tensor, tokens: Tensor, temperature: float = 1.0, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature) of the given tokens, and the entropy of that distribution (no gradient).
+    """log softmax(logits / temperature) of the given tokens, and the entropy of that distribution (without gradient).
 
-    hidden (n, d) are the model's last states, tokens (n,) -> (n,), (n,), both fp32. kept (n, any), filled up with -1: the ids that
-    the distribution is over, all others being impossible.
+    hidden (n, d): the model's last hidden states; tokens (n,) -> (n,), (n,), both fp32. kept (n, any), padded with -1: the ids to
+    which the distribution is restricted.
     """
 
     def picked(states: Tensor, ids: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def token_logprobs(
 
 
 def only(logits: Tensor, kept: Tensor) -> Tensor:
-    """logits (n, vocab) with the least number that there is where an id is not `kept` (n, any), which is filled up with -1."""
+    """logits (n, vocab) set to the lowest finite value where an id is not in `kept` (n, any), which is padded with -1."""
     vocab = logits.size(1)
     allowed = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
     allowed.scatter_(1, kept.long().masked_fill(kept < 0, vocab), True)

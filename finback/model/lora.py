@@ -1,10 +1,10 @@
-"""LoRA (arXiv 2106.09685): a frozen base and, for chosen matrices, a product of two thin ones that is learnt and added.
+"""LoRA (arXiv 2106.09685): a frozen base, and for selected matrices a trained product of two thin ones that is added.
 
     y = W x + alpha / rank · B A x        A (rank, in) random, B (out, rank) zero
 
-It is put on from outside, on attention of every kind, feed-forwards and routed experts. Where several matrices of
-the papers are one here (gate and up, key and value), each has an A of its own, as in PEFT; gate and up of a routed expert,
-which PEFT fuses too, share one.
+It is applied from outside, to all kinds of attention, feed-forwards and routed experts. Where several matrices of the papers
+are one here (gate and up, key and value), each has its own A, as in PEFT; gate and up of a routed expert, which PEFT fuses
+too, share one.
 """
 
 import math
@@ -27,7 +27,7 @@ from finback.model.transformer import Transformer
 
 GROUPS = ("attention", "mlp", "experts")
 _Names = dict[str, tuple[str, ...]]
-# PEFT's names of the matrices that a linear map of ours is made of, in row order
+# PEFT's names of the matrices in each of our linear maps, in row order
 _MLA: _Names = {
     "q_down": ("q_a_proj",),
     "q_up": ("q_b_proj",),
@@ -38,26 +38,30 @@ _GQA: _Names = {"query": ("q_proj",), "key_value": ("k_proj", "v_proj")}
 _MLP: _Names = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 _OUT: _Names = {"out": ("o_proj",)}
 _COMPRESSED: _Names = {"q_down": ("q_a_proj",), "q_up": ("q_b_proj",), "entry": ("kv_proj",), "out_down": ("o_a_proj",)}
-_COMPRESSED |= {"out": ("o_b_proj",), "value": ("kv_proj",), "gate": ("gate_proj",)}  # the last two are a compressor's
+_COMPRESSED |= {
+    "out": ("o_b_proj",),
+    "value": ("kv_proj",),
+    "gate": ("gate_proj",),
+}  # the last two belong to a compressor
 _ATTENTION = {"mla": _MLA | _OUT, "gqa": _GQA | _OUT, "compressed": _COMPRESSED}
 NAMES = sorted({name for table in (*_ATTENTION.values(), _MLP) for names in table.values() for name in names})
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """An adapter: its shape, what it is put on, and how the frozen base lies in memory."""
+    """An adapter: its shape, its targets, and the storage of the frozen base."""
 
-    # columns of A and rows of B
+    # number of columns of A and rows of B
     rank: int = 16
-    # what is learnt counts alpha / rank times
+    # the update is scaled by alpha / rank
     alpha: float = 32.0
-    # rank-stabilised (arXiv 2312.03732): alpha / sqrt(rank) times
+    # rank-stabilized (arXiv 2312.03732): scaled by alpha / sqrt(rank)
     rs: bool = False
     # "attention", "mlp" (dense layers and shared experts), "experts" (the routed ones), or PEFT's names such as "q_proj"
     targets: tuple[str, ...] = GROUPS
-    # DoRA (arXiv 2402.09353): each row of W + s B A also learns its length
+    # DoRA (arXiv 2402.09353): also trains the norm of each row of W + s B A
     dora: bool = False
-    # QLoRA: "nf4" takes 4.5 bits a weight, "int8" 8; "bf16" is exact where the files are
+    # QLoRA: "nf4" takes 4.5 bits per weight, "int8" 8; "bf16" is exact if the files are bf16
     base: BaseFormat = "bf16"
 
     def __post_init__(self) -> None:
@@ -69,20 +73,20 @@ class LoRA:
                     "adapter.targets", target, "no such part of a model", did_you_mean(target, (*GROUPS, *NAMES))
                 )
         if not self.targets:
-            raise UserError("adapter.targets", self.targets, "an adapter of nothing", f"Use {', '.join(GROUPS)}.")
+            raise UserError("adapter.targets", self.targets, "empty", f"Use {', '.join(GROUPS)}.")
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by."""
+        """The factor of B A x."""
         return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
 
     @property
     def shape(self) -> str:
-        """What two adapters have in common of which one goes on with the other."""
+        """What two adapters must share for one to continue the other."""
         return f"rank={self.rank}, alpha={self.alpha:g}, rs={self.rs}, dora={self.dora}"
 
     def takes(self, group: str, name: str) -> bool:
-        """Whether it is put on a matrix of this group, which PEFT calls so."""
+        """Whether it applies to a matrix of this group and PEFT name."""
         return group in self.targets or name in self.targets
 
 
@@ -96,14 +100,14 @@ class LoraLinear(FrozenLinear):
         return y + self.adapter(x) if self.adapter.is_on else y
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight with the adapter in it, summed in fp32: what MLA absorbs and what merging keeps."""
+        """The weight including the adapter, summed in fp32: for MLA's absorbed form and for merging."""
         if not self.adapter.is_on:
             return super().matrix(dtype)
         return (super().matrix(torch.float32) + self.adapter.delta().flatten(0, 1)).to(dtype)
 
 
 class DoraLinear(LoraLinear):
-    """Rows of W + s B A whose lengths m are learnt: y = m / |W + s B A| · (W x + s B A x); no gradient through |·| (DoRA, 4.3)."""
+    """W + s B A with trained row norms m: y = m / |W + s B A| · (W x + s B A x); no gradient through |·| (DoRA, 4.3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -118,9 +122,9 @@ class DoraLinear(LoraLinear):
         return (super().matrix(torch.float32) * self._stretch()[:, None]).to(dtype)
 
     def _stretch(self) -> Tensor:
-        """By how much rows are longer than those of W + s B A, (out,); 1 where nothing is learnt."""
+        """Ratio of trained row norms to those of W + s B A, (out,); 1 where nothing is trained."""
         low = self.adapter
-        assert low.m is not None, "put on together"
+        assert low.m is not None, "adapter and norms are added together"
         with torch.no_grad():
             norm = super().matrix(torch.float32).norm(dim=1).view(low.parts, -1)
             places = torch.tensor(low.places, device=norm.device)
@@ -144,27 +148,27 @@ class LoraMoE(FrozenMoE):
         return lambda rows, blocks: base(rows, blocks) + adapter.per_expert(rows, blocks)
 
     def adapter(self, name: str) -> LowRank:
-        """That of gate_up or of down."""
+        """The adapter of gate_up or of down."""
         return self.gate_up_adapter if name == "gate_up" else self.down_adapter
 
     def merged(self, name: str, dtype: torch.dtype) -> Tensor:
-        """gate_up or down of all experts with the adapter in it, summed in fp32."""
+        """gate_up or down of all experts including the adapter, summed in fp32."""
         experts = range(len(self.gate_up))
         delta = self.adapter(name).delta()
         return torch.stack([(expert_matrix(self, name, e, torch.float32) + delta[e]).to(dtype) for e in experts])
 
 
 class AdaptedTransformer(Transformer):
-    """A model whose base is frozen and whose adapter is learnt."""
+    """A model with a frozen base and a trained adapter."""
 
     lora: LoRA
-    # the path of the base, and a digest of its weights
+    # path of the base, and a digest of its weights
     base: str
     base_digest: str
 
 
 def add_lora(model: Transformer, lora: LoRA, seed: int = 0) -> AdaptedTransformer:
-    """Put an adapter on a model that is frozen, in place; it changes nothing until it has learnt."""
+    """Adds an adapter to a frozen model, in place; it changes nothing until it is trained."""
     generator, known = torch.Generator().manual_seed(seed), set[str]()
     for _, module, group, parts in matrices(model):
         known |= {group, *parts}
@@ -172,7 +176,7 @@ def add_lora(model: Transformer, lora: LoRA, seed: int = 0) -> AdaptedTransforme
         if not places:
             continue
         if lora.dora and group != "attention" and model.config.n_routed_experts:
-            problem = "PEFT's files have it for attention alone where a model has experts"
+            problem = "PEFT's files support it for attention only if a model has experts"
             raise UserError("adapter.dora", True, problem, 'Use targets=("attention",), or leave it out.')
         made: tuple[LowRank, ...]
         if isinstance(module, MoE):
@@ -190,7 +194,7 @@ def add_lora(model: Transformer, lora: LoRA, seed: int = 0) -> AdaptedTransforme
 
 
 def put_on(module: Linear, places: tuple[int, ...], parts: int, rank: int, scale: float) -> LowRank:
-    """Give a linear map of so many `parts` an adapter, zero, for those at `places`."""
+    """Adds a zero adapter to the matrices at `places` of a linear map with `parts` matrices."""
     size = module.out_features // parts, module.in_features
     adapter = LowRank(size, rank, scale, places, parts, module.weight)
     adapter.groups = module.groups
@@ -199,18 +203,18 @@ def put_on(module: Linear, places: tuple[int, ...], parts: int, rank: int, scale
 
 
 def learn_lengths(module: Linear, adapter: LowRank, lengths: Tensor | None = None) -> None:
-    """Have a linear map with an adapter learn the lengths (n, out) of its rows too; by default from those that they have."""
+    """Makes a linear map with an adapter also train its row norms, (n, out); by default starting from the current ones."""
     if lengths is None:
-        assert isinstance(module, LoraLinear), "put on before"
+        assert isinstance(module, LoraLinear), "the adapter must be added first"
         rows = super(LoraLinear, module).matrix(torch.float32).norm(dim=1)
-        whole = rows.full_tensor() if hasattr(rows, "full_tensor") else rows  # of a matrix that many ranks hold
+        whole = rows.full_tensor() if hasattr(rows, "full_tensor") else rows  # the matrix may be sharded
         lengths = whole.view(adapter.parts, -1)[torch.tensor(adapter.places, device=whole.device)]
     adapter.m = nn.Parameter(lengths.detach().clone())
     recast(module, DoraLinear)
 
 
 def put_on_experts(module: MoE, ranks: tuple[int, int], scale: float) -> tuple[LowRank, LowRank]:
-    """Give routed experts, of which some may lie here, adapters, zero, for gate_up and for down."""
+    """Adds zero adapters for gate_up and down to routed experts, of which only some may be on this rank."""
     hidden, width, experts = module.config.hidden_size, module.config.moe_intermediate_size, len(module.gate_up)
     found, places = recast(module, LoraMoE), tuple(range(experts))
     gate_up = LowRank((2 * width, hidden), ranks[0], scale, places, experts, module.gate_up, found.held)
@@ -220,16 +224,16 @@ def put_on_experts(module: MoE, ranks: tuple[int, int], scale: float) -> tuple[L
 
 
 def adapted(model: Transformer, lora: LoRA) -> AdaptedTransformer:
-    """A model as one that has an adapter, in place."""
+    """Turns a model into one with an adapter, in place."""
     whole = recast(model, AdaptedTransformer)
     whole.lora, whole.base, whole.base_digest = lora, "", ""
     return whole
 
 
 def matrices(model: Transformer) -> Iterator[tuple[str, Linear | MoE, str, tuple[str, ...]]]:
-    """What an adapter may be put on, bottom first: name, module, group, and PEFT's names of its matrices in row order.
+    """The matrices that can have an adapter, bottom first: name, module, group, and PEFT's names of its matrices in row order.
 
-    MTP modules are none of it: checkpoints elsewhere have no place for their adapters.
+    Without MTP modules: other checkpoints have no place for their adapters.
     """
     c = model.config
     attention = _ATTENTION[c.attention]
@@ -239,7 +243,7 @@ def matrices(model: Transformer) -> Iterator[tuple[str, Linear | MoE, str, tuple
         leaf = name.rpartition(".")[2]
         if isinstance(module, MoE):
             yield name, module, "experts", ("experts",)
-        elif ".indexer." in name:  # nothing that is learnt here reaches it
+        elif ".indexer." in name:  # no adapter training reaches it
             continue
         elif isinstance(module, Linear) and ".attention." in name:
             yield name, module, "attention", attention[leaf]
@@ -248,15 +252,15 @@ def matrices(model: Transformer) -> Iterator[tuple[str, Linear | MoE, str, tuple
 
 
 def adapter_parameters(model: Transformer) -> list[tuple[str, nn.Parameter]]:
-    """What is learnt of a model with an adapter, by name; empty for any other model."""
+    """The trained parameters of a model with an adapter, by name; empty for any other model."""
     adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRank)]
     return [(f"{name}.{leaf}", p) for name, module in adapters for leaf, p in module.named_parameters()]
 
 
 def learnt_parameters(model: Transformer) -> list[tuple[str, nn.Parameter]]:
-    """What a loss on tokens teaches, by name: the adapter where there is one, else all but DSA's indexers.
+    """Parameters that a token loss trains, by name: the adapter if there is one, else all except DSA's indexers.
 
-    Which tokens an indexer picks has no gradient (V3.2 2.1.1), and an optimizer would only let its weights decay.
+    The selection of an indexer has no gradient (V3.2 2.1.1), and an optimizer would only let its weights decay.
     """
     everything = [(name, p) for name, p in model.named_parameters() if ".indexer." not in name]
     return adapter_parameters(model) or everything
@@ -264,7 +268,7 @@ def learnt_parameters(model: Transformer) -> list[tuple[str, nn.Parameter]]:
 
 @contextmanager
 def without_adapter(model: Transformer) -> Iterator[None]:
-    """The base alone, as long as it lasts."""
+    """A context with the base alone."""
     adapters = [module for module in model.modules() if isinstance(module, LowRank)]
     for adapter in adapters:
         adapter.is_on = False
@@ -277,9 +281,9 @@ def without_adapter(model: Transformer) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """Add the adapter to the base for good, in place, matrix by matrix; a plain model, its parameters in `dtype`.
+    """Merges the adapter into the base permanently, in place, one matrix at a time; returns a plain model with parameters in `dtype`.
 
-    A quantized base counts as what it was dequantized to in training.
+    A quantized base is merged as it was dequantized in training.
     """
     for module in list(model.modules()):
         if isinstance(module, LoraLinear):

@@ -1,4 +1,4 @@
-"""What an adapter adds to matrices: the product of two thin ones, of one matrix or of several that are stored as one."""
+"""The update that an adapter adds: the product of two thin matrices, for one matrix or several stored as one."""
 
 import math
 
@@ -11,13 +11,13 @@ from finback.kernels.moe_gemm import Blocks
 
 
 class LowRank(nn.Module):
-    """scale · B A for n matrices: a (n, rank, in), b (n, out, rank), in fp32 whatever the base is in.
+    """scale · B A for n matrices: a (n, rank, in), b (n, out, rank), in fp32 for any base.
 
-    Of a linear map that is made of `parts` equally high matrices these are the ones at `places`; of experts that lie on several
-    ranks, those that are `held` here. A map of `groups` has one A for all groups and the rows of B that are each group's.
+    In a linear map of `parts` matrices of equal height, these belong to the ones at `places`; for experts spread over several ranks,
+    to those that are `held` here. A map with `groups` has one A for all groups, and each group's rows of B.
     """
 
-    # as Linear has them
+    # as in Linear
     groups: int | None = None
 
     def __init__(
@@ -30,24 +30,24 @@ class LowRank(nn.Module):
         like: Tensor,
         held: slice = slice(None),
     ) -> None:
-        """sizes: (out, in) of one matrix. `like` says on which device; a base without values (meta) leaves it on the CPU."""
+        """sizes: (out, in) of one matrix. `like`: determines the device; for a base without values (meta) it is the CPU."""
         super().__init__()
         n, device = len(places[held]), "cpu" if like.is_meta else like.device
         self.a = nn.Parameter(torch.zeros(n, rank, sizes[1], dtype=torch.float32, device=device))
         self.b = nn.Parameter(torch.zeros(n, sizes[0], rank, dtype=torch.float32, device=device))
-        # DoRA's lengths of rows, (n, out)
+        # DoRA's row norms, (n, out)
         self.m: nn.Parameter | None = None
         self.scale, self.is_on = scale, True
         self.places, self.parts, self.held = places, parts, held
 
     @property
     def is_part(self) -> bool:
-        """Whether other ranks have the rest of it."""
+        """Whether other ranks hold the rest of it."""
         return len(self.a) < len(self.places)
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
-        """A as PEFT draws it (Kaiming's uniform with a = sqrt(5): up to 1 / sqrt(in)), B zero; of all n, here as elsewhere."""
+        """Initializes A as PEFT does (Kaiming uniform with a = sqrt(5): up to 1 / sqrt(in)) and B to zero; draws all n, on any rank."""
         bound = 1 / math.sqrt(self.a.size(-1))
         drawn = torch.empty(len(self.places), *self.a.shape[1:]).uniform_(-bound, bound, generator=generator)
         self.a.copy_(drawn[self.held])
@@ -62,7 +62,7 @@ class LowRank(nn.Module):
         return self.spread(y, -2).flatten(-2)
 
     def per_expert(self, rows: Tensor, blocks: Blocks) -> Tensor:
-        """rows (m, in) laid out by expert, of those that are held here -> (m, out); matrix e is the e-th one's."""
+        """rows (m, in) sorted by expert, for the experts held here -> (m, out); matrix e belongs to the e-th expert."""
         low = frozen.learnt_per_expert(rows, self.a, blocks)
         return frozen.learnt_per_expert(low, self.b, blocks) * self.scale
 
@@ -71,11 +71,11 @@ class LowRank(nn.Module):
         return F.linear(F.linear(rows, self.a[expert].to(rows.dtype)), self.b[expert].to(rows.dtype)) * self.scale
 
     def delta(self) -> Tensor:
-        """What is added to the weights, (parts, out, in) in fp32."""
+        """The update of the weights, (parts, out, in) in fp32."""
         return self.spread(torch.bmm(self.b, self.a) * self.scale, 0)
 
     def spread(self, made: Tensor, dim: int, other: float = 0.0) -> Tensor:
-        """Zeros, or what `other` says, for the parts that have no adapter; `dim` counts those that have."""
+        """Inserts zeros (or `other`) for the parts without an adapter; `dim` is the dimension of those with one."""
         if len(self.places) == self.parts:
             return made
         shape = list(made.shape)

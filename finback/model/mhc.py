@@ -1,12 +1,12 @@
-"""Manifold-constrained hyper-connections (mHC, V4 2.2): a residual of several streams in the place of one.
+"""Manifold-constrained hyper-connections (mHC, V4 2.2): several residual streams instead of one.
 
-A token has n = hc_mult hidden states X (n, d), copies of its embedding at first. Of these a part F of a block reads a mixture
-A X, and every stream gets a share of what F makes of it:
+A token has n = hc_mult hidden states X (n, d), initially copies of its embedding. A part F of a block (attention or feed-forward)
+reads a mixture A X, and its output is distributed over all streams:
 
     X' = B X + C F(norm(A X))        A = σ(a), C = 2 σ(c), B doubly stochastic
 
-a, c and the logits of B are linear in the streams, normed together, plus a bias. B is what Sinkhorn's steps make of them:
-rows and columns that sum to 1, so that streams are exchanged and never grow. After the last block the streams are merged.
+a, c and the logits of B are linear in the jointly normed streams, plus a bias. Sinkhorn steps turn B's logits into a matrix whose
+rows and columns sum to 1, so that streams are mixed but never grow. After the last block the streams are merged.
 
 Letters: b batch, t token, n stream, d hidden_size.
 """
@@ -30,15 +30,15 @@ class HyperConnection(OwnStart):
         rows = c.hc_mult * (2 + c.hc_mult)
         self.weight = precise(rows, c.hc_mult * c.hidden_size)
         self.bias = precise(rows)
-        self.scale = precise(3)  # of a, c and B's logits
+        self.scale = precise(3)  # scales of a, c and B's logits
         self.norm = UnweightedNorm(c.rms_norm_eps)
 
     def start(self, generator: torch.Generator) -> None:
-        """Mixtures hardly depend on the streams at first."""
+        """Initially, mixtures hardly depend on the streams."""
         self.scale.fill_(0.01)
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """streams (b, t, n, d) -> what the part reads (b, t, d), and C (b, t, n) and B (b, t, n, n) for `add`."""
+        """streams (b, t, n, d) -> the part's input (b, t, d), and C (b, t, n) and B (b, t, n, n) for `add`."""
         c, n = self.config, self.config.hc_mult
         mixed = F.linear(self.norm(streams.flatten(2).float()), self.weight.float())
         logits, biases = (x.split([n, n, n * n], dim=-1) for x in (mixed, self.bias.float()))
@@ -49,7 +49,7 @@ class HyperConnection(OwnStart):
 
     @staticmethod
     def add(streams: Tensor, made: Tensor, shares: Tensor, exchanged: Tensor) -> Tensor:
-        """B X + C F: streams (b, t, n, d), what the part made (b, t, d), C and B of `forward` -> (b, t, n, d).
+        """B X + C F: streams (b, t, n, d), the part's output (b, t, d), C and B from `forward` -> (b, t, n, d).
 
         Row j of B says where stream j goes.
         """
@@ -58,7 +58,7 @@ class HyperConnection(OwnStart):
 
 
 def sinkhorn(logits: Tensor, steps: int, eps: float) -> Tensor:
-    """A doubly stochastic matrix from logits (..., n, n): rows and columns are divided by their sums in turn."""
+    """A doubly stochastic matrix from logits (..., n, n), by dividing rows and columns by their sums in turn."""
     matrix = logits.softmax(dim=-1) + eps
     matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
     for _ in range(steps - 1):
@@ -73,7 +73,7 @@ def merged(streams: Tensor, shares: Tensor) -> Tensor:
 
 
 class StreamMerge(OwnStart):
-    """One hidden state out of streams: Σ_k σ(s w_k · x + b_k) X_k."""
+    """Merges streams into one hidden state: Σ_k σ(s w_k · x + b_k) X_k."""
 
     starts = ("scale",)
 
@@ -84,18 +84,18 @@ class StreamMerge(OwnStart):
         self.bias = precise(c.hc_mult)
         self.scale = precise(1)
         self.norm = UnweightedNorm(c.rms_norm_eps)
-        self.left: Tensor | None = None  # the last pass's streams, which MTP goes on with
+        self.left: Tensor | None = None  # streams of the last pass, the input of MTP
 
     def start(self, generator: torch.Generator) -> None:
-        """As HyperConnection's."""
+        """As for HyperConnection."""
         self.scale.fill_(0.01)
 
     def leave(self, streams: Tensor) -> None:
-        """Keep the trunk's streams for the MTP modules."""
+        """Stores the trunk's streams for the MTP modules."""
         self.left = streams
 
     def carried(self, hidden: Tensor) -> Tensor:
-        """What MTP goes on with: the streams that were left, once, as far as hidden (b, t, d) goes."""
+        """MTP's input: the stored streams, once, cut to the length of hidden (b, t, d)."""
         streams, self.left = self.left, None
         assert streams is not None, "MTP follows a pass of the trunk"
         return streams[:, : hidden.size(1)]
@@ -107,10 +107,10 @@ class StreamMerge(OwnStart):
 
 
 class OneStream(nn.Module):
-    """What stands in the place of a StreamMerge where the residual is a single hidden state."""
+    """Replaces StreamMerge if the residual is a single hidden state."""
 
     def leave(self, streams: Tensor) -> None:
-        """Nothing: what the trunk returns is all there is."""
+        """Does nothing: the trunk's output is all that MTP needs."""
 
     def carried(self, hidden: Tensor) -> Tensor:
         return hidden

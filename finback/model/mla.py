@@ -1,9 +1,9 @@
-"""Multi-head latent attention (MLA), in its two equal forms.
+"""Multi-head latent attention (MLA), in its two equivalent forms.
 
-Keys and values of all heads are functions of one latent c (kv_lora_rank numbers) and one rotary key
-(qk_rope_head_dim numbers) per token, and these are all that is cached (V2 2.1).
+Keys and values of all heads are functions of one latent c (kv_lora_rank elements) and one rotary key (qk_rope_head_dim
+elements) per token, and only these are cached (V2 2.1).
 
-  expanded  k, v materialised per head: fewest FLOPs per pair, for training and prompts
+  expanded  k, v materialized per head: fewest FLOPs per pair, for training and prompts
   absorbed  W_UK folded into the query and W_UV into the output: attention runs on the latents themselves, so a
             cached token is read once for all heads, for decoding
 
@@ -20,13 +20,13 @@ from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
 from finback.model.rope import rotate_half, rotate_interleaved, softmax_scale
 
-LATENT_EPS = 1e-6  # a constant in every implementation, whatever rms_norm_eps says for the other norms
+LATENT_EPS = 1e-6  # constant in every implementation, independent of rms_norm_eps
 
 
 class MLA(nn.Module):
-    """MLA of V2 2.1 and V3 2.1.1; `q_lora_rank=None` takes queries straight from the hidden state (V2-Lite)."""
+    """MLA of V2 2.1 and V3 2.1.1; `q_lora_rank=None` projects queries directly from the hidden state (V2-Lite)."""
 
-    # another form takes its place where rows are cut among ranks
+    # replaced by another form if rows are split among ranks
     core: Attention = staticmethod(causal_attention)
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,8 +49,8 @@ class MLA(nn.Module):
     ) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, r / 2) of the new tokens' positions.
 
-        With a cache the new latents are stored, and attention covers everything stored before as well. Without one,
-        attention_mask may say which tokens see which; by default all that stand before them.
+        With a cache the new latents are stored, and attention also covers everything stored before. Without one, attention_mask
+        may restrict which tokens see which; by default all earlier ones are visible.
         """
         q, kv = self.project(x)
         q_nope, q_rope = self.queries(q, cos, sin)
@@ -61,17 +61,17 @@ class MLA(nn.Module):
         return self.out(self.attend_stored(q_nope, q_rope, latent, k_rope, cache))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (b, t, hidden) -> queries (b, t, h·(n + r)) and [latent | rotary key] (b, t, c + r), not rotated yet."""
+        """x (b, t, hidden) -> queries (b, t, h·(n + r)) and [latent | rotary key] (b, t, c + r), not yet rotated."""
         q, kv = self.inputs(x)
         return self.q_of(q), kv
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The normed query latent (b, t, q_lora_rank), or the queries where there is none; and [latent | rotary key]."""
+        """The normed query latent (b, t, q_lora_rank), or the queries if there is none; and [latent | rotary key]."""
         q: Tensor = self.q_up(x) if self.config.q_lora_rank is None else self.q_norm(self.q_down(x))
         return q, self.kv_down(x)
 
     def q_of(self, latent: Tensor) -> Tensor:
-        """Queries (b, t, h·(n + r)) from what `inputs` gives."""
+        """Queries (b, t, h·(n + r)) from the first output of `inputs`."""
         q: Tensor = latent if self.config.q_lora_rank is None else self.q_up(latent)
         return q
 
@@ -84,14 +84,14 @@ class MLA(nn.Module):
         return q_nope, self.rotate(q_rope, cos[:, :, None].to(q.dtype), sin[:, :, None].to(q.dtype))
 
     def latents(self, kv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """kv (b, t, c + r) -> normed latent (b, t, c) and rotated key (b, t, r), what a token leaves in the cache."""
+        """kv (b, t, c + r) -> normed latent (b, t, c) and rotated key (b, t, r): a token's cache entry."""
         latent, k_rope = kv.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         return self.kv_norm(latent), self.rotate(k_rope, cos.to(kv.dtype), sin.to(kv.dtype))
 
     def attend_expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, core: Attention, mask: Mask = None
     ) -> Tensor:
-        """Attention of t tokens over s with per-head keys and values, by one of its forms -> (b, t, h·v)."""
+        """Attention of t tokens over s with per-head keys and values, by the given form `core` -> (b, t, h·v)."""
         key, value = self.expanded(latent, k_rope)
         query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
         return core(query, key, value, self.scale, mask).transpose(1, 2).flatten(2)
@@ -107,8 +107,8 @@ class MLA(nn.Module):
     def attend_stored(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cache: LayerCache
     ) -> Tensor:
-        """Attention of t new tokens, which are stored already, over all that is stored, in the cheaper form -> (b, t, h·v)."""
-        if cache.fresh:  # whole prompts: nothing stored before them
+        """Attention of t new tokens, already stored, over everything stored, in the cheaper form -> (b, t, h·v)."""
+        if cache.fresh:  # whole prompts: nothing was stored before
             return self.attend_expanded(q_nope, q_rope, latent, k_rope, causal_attention)
         if q_nope.size(1) <= self.longest_absorbed:
             return self.attend_absorbed(q_nope, q_rope, cache)
@@ -118,9 +118,9 @@ class MLA(nn.Module):
         return self.attend_expanded(q_nope, q_rope, latent, k_rope, torch_attention, cache.mask())
 
     def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache) -> Tensor:
-        """Attention of t tokens over what is cached, [latent | rotary key] per token -> (b, t, h·v).
+        """Attention of t tokens over cached [latent | rotary key] entries -> (b, t, h·v).
 
-        An entry is the key of all heads, its latent part their value.
+        An entry is the key of all heads; its latent part is their value.
         """
         w_uk, w_uv = self.absorbed_weights(q_nope.dtype)
         query = torch.cat([self.into_latents(q_nope, w_uk), q_rope], dim=-1)
@@ -128,16 +128,16 @@ class MLA(nn.Module):
         return self.out_of_latents(read, w_uv).flatten(2)
 
     def into_latents(self, q_nope: Tensor, w_uk: Tensor) -> Tensor:
-        """q_nope (b, t, h, n) -> what asks latents for it, (b, t, h, c)."""
+        """q_nope (b, t, h, n) -> queries for latents (b, t, h, c)."""
         return torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
 
     def out_of_latents(self, read: Tensor, w_uv: Tensor) -> Tensor:
-        """Mixed latents (b, t, h, c) -> the heads' outputs (b, t, h, v)."""
+        """Weighted latents (b, t, h, c) -> the heads' outputs (b, t, h, v)."""
         return torch.einsum("bthc,hvc->bthv", read, w_uv)
 
     @property
     def longest_absorbed(self) -> int:
-        """New tokens up to which reading latents costs fewer products than expanding the stored ones first.
+        """Number of new tokens up to which the absorbed form costs fewer FLOPs than expanding the stored latents.
 
         Per stored token and head, absorbed: t (2c + r); expanded: t (n + r + v) and once c (n + v). 170 for V3.
         """

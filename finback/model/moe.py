@@ -1,4 +1,4 @@
-"""DeepSeekMoE: a router that balances itself through a selection-only bias, routed experts, shared experts."""
+"""DeepSeekMoE: a router balanced by a selection-only bias, routed experts, shared experts."""
 
 from functools import partial
 
@@ -16,13 +16,13 @@ from finback.model.layers import SwiGLU
 class Router(nn.Module):
     """Chooses num_experts_per_tok experts for each token (V3 eq. 12-16; V2's and V4's affinities by scoring_func).
 
-    `bias` decides who is chosen, never how much it counts, has no gradient and moves by `update_bias` alone.
-    `load` adds up how many tokens each expert received since the last update.
+    `bias` affects which experts are chosen, never their weights; it has no gradient and changes only in `update_bias`.
+    `load` counts the tokens of each expert since the last update.
     """
 
     bias: Tensor
     load: Tensor
-    # names of its buffers that belong to a model's weights
+    # names of its buffers that are part of a model's weights
     kept: tuple[str, ...] = ("bias",)
 
     def __init__(self, config: ModelConfig) -> None:
@@ -36,7 +36,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (n, d) -> chosen experts (n, k), their weights (n, k), all affinities (n, experts); all in fp32.
 
-        tokens (n,) are the ids at the trunk's bottom, for routers that go by them.
+        tokens (n,): ids of the input tokens, for routers that select by id.
         """
         c = self.config
         affinity = affinities(self.logits(x), c.scoring_func)
@@ -53,8 +53,8 @@ class Router(nn.Module):
     def select(self, affinity: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Top-k of affinity + bias among the best topk_group groups of experts: (n, experts) -> (n, k).
 
-        A group counts as the sum of its two best biased affinities (V3) or its single best (V2). Left-out groups
-        get -inf, not 0: biased affinities can be negative, and 0 would let a left-out expert in.
+        A group's score is the sum of its two best biased affinities (V3) or its best one (V2). Excluded groups get -inf, not 0:
+        biased affinities can be negative, and 0 would let an excluded expert in.
         """
         c = self.config
         biased = affinity + self.bias
@@ -66,16 +66,16 @@ class Router(nn.Module):
         return biased.topk(c.num_experts_per_tok, dim=-1).indices
 
     def count(self, index: Tensor, padding_mask: Tensor | None) -> None:
-        """Add the choices (n, k) to `load`; `padding_mask` (n,) is False for padding, which must not steer the balance."""
+        """Adds the choices (n, k) to `load`; `padding_mask` (n,) is False for padding, which must not affect balancing."""
         chosen = index if padding_mask is None else index[padding_mask]
         self.load += torch.bincount(chosen.flatten(), minlength=self.load.numel())
 
     @torch.no_grad()
     def update_bias(self, speed: float) -> None:
-        """b_i += speed · sign(mean load - load_i), then forget the load (V3 2.1.2); at speed 0 no bias moves.
+        """b_i += speed · sign(mean load - load_i), then resets the load (V3 2.1.2); at speed 0 no bias changes.
 
-        The load must be that of the whole global batch: sum it over ranks before. The bias is centred, since a
-        common drift changes no choice and would only eat precision.
+        The load must be that of the whole global batch: sum it over ranks first. The bias is centered, since a common offset
+        changes no choice and would only lose precision.
         """
         if speed:
             self.bias += speed * torch.sign(self.load.mean() - self.load)
@@ -84,13 +84,13 @@ class Router(nn.Module):
 
 
 def router_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What of a model's routers belongs to its weights and is no parameter, by name: biases, and the tables of hash routing."""
+    """The routers' buffers that are part of a model's weights, by name: biases, and the tables of hash routing."""
     found = [(name, router) for name, router in model.named_modules() if isinstance(router, Router)]
     return {f"{name}.{leaf}": router.get_buffer(leaf) for name, router in found for leaf in router.kept}
 
 
 def affinities(logits: Tensor, scoring_func: str) -> Tensor:
-    """What a router's logits (n, experts) say of each expert: V2's softmax, V3's sigmoid or V4's sqrt(softplus)."""
+    """Affinities from a router's logits (n, experts): V2's softmax, V3's sigmoid or V4's sqrt(softplus)."""
     if scoring_func == "softmax":
         return logits.softmax(dim=-1)
     return logits.sigmoid() if scoring_func == "sigmoid" else F.softplus(logits).sqrt()
@@ -103,9 +103,9 @@ def max_violation(load: Tensor) -> float:
 
 
 def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, padding_mask: Tensor | None) -> Tensor:
-    """Sequence-wise balance Σ_i f_i P_i, averaged over sequences (V3 eq. 17-20), before its factor alpha.
+    """Sequence-wise balance loss Σ_i f_i P_i, averaged over sequences (V3 eq. 17-20), without its factor alpha.
 
-    affinity (b, t, experts), index (b, t, k), padding_mask (b, t) or None. The gradient flows through P alone.
+    affinity (b, t, experts), index (b, t, k), padding_mask (b, t) or None. The gradient flows through P only.
     """
     chosen, share = expert_shares(affinity, index, padding_mask)
     if padding_mask is None:
@@ -115,9 +115,9 @@ def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, paddin
 
 
 def expert_shares(affinity: Tensor, index: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of each token, 1 for the experts that it chose, and every expert's share of its affinity: (b, t, experts) both.
+    """For each token, 1 for its chosen experts, and every expert's share of the affinities: (b, t, experts) both.
 
-    0 for padding; arguments as above.
+    0 for padding; arguments as in balance_loss.
     """
     share = affinity / (affinity.sum(dim=-1, keepdim=True) + 1e-20)
     chosen = torch.zeros_like(affinity).scatter(2, index, 1.0)
@@ -128,14 +128,14 @@ def expert_shares(affinity: Tensor, index: Tensor, padding_mask: Tensor | None) 
 
 
 def balance_of(f: Tensor, p: Tensor, experts_per_token: int) -> Tensor:
-    """Σ_i f_i P_i, f scaled by experts / k, from (b, experts) both; the mean over sequences."""
+    """Σ_i f_i P_i with f scaled by experts / k, from (b, experts) both; the mean over sequences."""
     return (f * (f.size(-1) / experts_per_token) * p).sum(dim=-1).mean()
 
 
 def take_balance_losses(model: nn.Module) -> list[Tensor]:
-    """Those of the MoE layers that this training pass has met, bottom first.
+    """Balance losses of the MoE layers in this training pass, bottom first.
 
-    They are taken from the layers: one that the next pass leaves out (MTP's at weight 0) must not hand in an old one.
+    They are removed from the layers, so that a layer that the next pass skips (MTP's at weight 0) does not return an old one.
     """
     met = [m for m in model.modules() if isinstance(m, MoE) and m.balance is not None]
     losses = [m.balance for m in met if m.balance is not None]
@@ -147,7 +147,7 @@ def take_balance_losses(model: nn.Module) -> list[Tensor]:
 class MoE(nn.Module):
     """y = Σ_shared FFN(x) + Σ_topk g_i FFN_i(x) (V3 eq. 12); no token is ever dropped."""
 
-    # another form of them takes its place where experts are quantized, train in FP8 or lie on several ranks
+    # replaced by another form if experts are quantized, train in FP8 or are spread over several ranks
     experts: moe_gemm.Experts = staticmethod(moe_gemm.routed_experts)
 
     def __init__(self, config: ModelConfig, router: Router) -> None:
@@ -158,12 +158,12 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
         if c.n_shared_experts:
             self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size, c.swiglu_limit)
-        self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
+        self.balance: Tensor | None = None  # balance loss of the last training pass, without alpha
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
-        """x (b, t, d) -> (b, t, d); `padding_mask` (b, t) is True for tokens, False for padding; tokens (b, t) are the ids.
+        """x (b, t, d) -> (b, t, d); `padding_mask` (b, t) is True for tokens, False for padding; tokens (b, t) are ids.
 
-        In training mode it also counts the load and leaves the balance loss in `self.balance`.
+        In training mode it also counts the load and stores the balance loss in `self.balance`.
         """
         rows, ids = x.flatten(0, 1), None if tokens is None else tokens.flatten()
         if self.training:
@@ -172,15 +172,15 @@ class MoE(nn.Module):
         else:
             index, weight, _ = self.router(rows, ids)
         y = self.experts(rows, index, weight, self.gate_up, self.down).view_as(x)
-        # the sum, not a view of it: what is returned may get hooks
+        # the sum, not a view of it: the result may get hooks
         return y + self.shared(rows).view_as(x) if self.config.n_shared_experts else y
 
     def by_products(
         self, x: Tensor, index: Tensor, weight: Tensor, experts: int, gate_up: Product, down: Product
     ) -> Tensor:
-        """The experts' sum by two products of rows that are laid out by expert; see kernels/frozen.py.
+        """The experts' sum by two products of rows sorted by expert; see kernels/frozen.py.
 
-        There may be several blocks for each expert, numbered one after the other.
+        There may be several blocks per expert, numbered consecutively.
         """
         return frozen.routed_experts(x, index, weight, experts, gate_up, down)
 
@@ -197,7 +197,7 @@ class MoE(nn.Module):
 
 
 class ClampedMoE(MoE):
-    """A mixture of experts whose gates and up sides are clamped (V4 2.1)."""
+    """A mixture of experts with clamped gate and up (V4 2.1)."""
 
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
         return moe_gemm.routed_experts(x, index, weight, gate_up, down, self.config.swiglu_limit)

@@ -14,7 +14,7 @@ class MTP(nn.Module):
     """h' = M [RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_i)], then a block, then a norm (V3 eq. 21-22).
 
     The concatenation order is that of the released weights (embedding first), the reverse of the paper's formula.
-    Embedding and head are the trunk's own.
+    Embedding and head are the trunk's.
     """
 
     def __init__(self, config: ModelConfig, block: nn.Module) -> None:
@@ -26,19 +26,19 @@ class MTP(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, embedded: Tensor, *context: Any) -> Tensor:
-        """hidden and embedded (b, t, d) -> (b, t, d); positions stay those of `hidden`. context: as Block.forward takes it."""
+        """hidden and embedded (b, t, d) -> (b, t, d); positions are those of `hidden`. context: as in Block.forward."""
         joined = torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], dim=-1)
         return self.norm(self.block(self.project(joined), *context))
 
     def states(self, made: Tensor) -> Tensor:
-        """What logits are made of, (b, t, d), from what `forward` has made, which the next depth goes on with."""
+        """The states for logits, (b, t, d), from the output of `forward`, which is also the next depth's input."""
         return made
 
 
 class StreamMTP(nn.Module):
-    """The same on mHC's streams (V4 2.1): x_k = M_e RMSNorm(Emb) + M_h RMSNorm(x_k), then a block, and a merge of its own.
+    """The same on mHC's streams (V4 2.1): x_k = M_e RMSNorm(Emb) + M_h RMSNorm(x_k), then a block, and its own merge.
 
-    It goes on with the trunk's streams, not with what they are merged to.
+    Its input is the trunk's streams, not their merged state.
     """
 
     def __init__(self, config: ModelConfig, block: nn.Module) -> None:
@@ -52,11 +52,11 @@ class StreamMTP(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, streams: Tensor, embedded: Tensor, *context: Any) -> Tensor:
-        """streams (b, t, n, d), embedded (b, t, d) -> streams; context: as Block.forward takes it."""
+        """streams (b, t, n, d), embedded (b, t, d) -> streams; context: as in Block.forward."""
         added = self.embed_project(self.embed_norm(embedded))[:, :, None]
         y: Tensor = self.block(self.hidden_project(self.hidden_norm(streams)) + added, *context)
         return y
 
     def states(self, made: Tensor) -> Tensor:
-        """What logits are made of, (b, t, d)."""
+        """The states for logits, (b, t, d)."""
         return self.norm(self.merge(made))

@@ -1,7 +1,7 @@
-"""Several adapters on one base that only answers: in a batch every row has its own, or none (as S-LoRA, arXiv 2311.03285).
+"""Several adapters on one inference-only base: every row of a batch has its own adapter or none (as S-LoRA, arXiv 2311.03285).
 
-The base's products run once, for all rows together; what an adapter adds is made for its rows alone. They are put on from
-outside, over whatever form the base's modules have: plain, packed, several matrices in one product.
+The base's products run once for all rows; an adapter's update is computed only for its rows. Adapters are applied from outside,
+over any form of the base's modules: plain, packed, several matrices in one product.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +24,11 @@ from finback.model.pack import product_of
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
 
-Rows = Tensor | slice  # places of a batch's rows
+Rows = Tensor | slice  # indices of a batch's rows
 
 
 class Selection:
-    """The adapters of the rows of the pass that is under way, by number; 0 is the base alone."""
+    """The adapters of the rows in the current pass, by number; 0: base only."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -37,7 +37,7 @@ class Selection:
 
     @contextmanager
     def of(self, numbers: Sequence[int], device: torch.device) -> Iterator[None]:
-        """These, one a row, as long as it lasts."""
+        """A context in which the rows have these adapters, one number per row."""
         met = sorted(set(numbers) - {0})
         self.rows, self.each = len(numbers), torch.tensor(numbers, device=device)
         alone = len(met) == 1 and 0 not in numbers
@@ -50,21 +50,21 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class AdapterPart:
-    """An adapter's part of a product: what it adds to the outputs from `start` on."""
+    """An adapter's part of a product: the update of the outputs from `start` on."""
 
     start: int
     low: LowRank
 
 
 class MultiLoraLinear(nn.Module):
-    """A linear map, of whatever form, whose rows get what their adapters add."""
+    """A linear map of any form whose rows get their adapters' updates."""
 
     selection: Selection
-    # by the number of the adapter
+    # by adapter number
     pieces: dict[int, list[AdapterPart]]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)  # type: ignore[misc]  # of the module that this class lies over
+        y: Tensor = super().forward(x)  # type: ignore[misc]  # of the class that this one is layered over
         count = self.selection.rows
         for number, rows in self.selection.groups:
             for piece in self.pieces.get(number, ()):
@@ -75,17 +75,17 @@ class MultiLoraLinear(nn.Module):
 
 
 class MultiLoraMLA(MLA):
-    """MLA where adapters lie on the matrix that is absorbed: their thin products are absorbed beside it."""
+    """MLA with adapters on the absorbed matrix: their thin products are absorbed separately."""
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
-        if isinstance(self, NativeMLA) and self._thin():  # its kernel knows of one matrix for all rows
+        if isinstance(self, NativeMLA) and self._thin():  # its kernel supports one matrix for all rows
             return MLA.forward(self, x, cos, sin, cache, attention_mask)
         return super().forward(x, cos, sin, cache, attention_mask)
 
     def into_latents(self, q_nope: Tensor, w_uk: Tensor) -> Tensor:
-        """As without adapters, and s · A^T B_UK^T q."""
+        """As without adapters, plus s · A^T B_UK^T q."""
         y = super().into_latents(q_nope, w_uk)
         for rows, low in self._thin():
             b_uk = self._by_head(low)[:, : self.config.qk_nope_head_dim]
@@ -93,7 +93,7 @@ class MultiLoraMLA(MLA):
         return y
 
     def out_of_latents(self, read: Tensor, w_uv: Tensor) -> Tensor:
-        """As without adapters, and s · B_UV A c."""
+        """As without adapters, plus s · B_UV A c."""
         y = super().out_of_latents(read, w_uv)
         for rows, low in self._thin():
             b_uv = self._by_head(low)[:, self.config.qk_nope_head_dim :]
@@ -101,7 +101,7 @@ class MultiLoraMLA(MLA):
         return y
 
     def _thin(self) -> list[tuple[Rows, LowRank]]:
-        """The adapters of kv_up that rows of this pass have."""
+        """The adapters of kv_up for rows of this pass."""
         found = self.kv_up
         assert isinstance(found, MultiLoraLinear), "put on together"
         return [(rows, p.low) for n, rows in found.selection.groups for p in found.pieces.get(n, ())]
@@ -112,17 +112,17 @@ class MultiLoraMLA(MLA):
 
 
 class MultiLoraMoE(FrozenMoE):
-    """Routed experts with adapters for each, of which every token gets those of its row."""
+    """Routed experts with adapters for each; every token gets those of its row."""
 
     selection: Selection
-    # gate_up's and down's by the number of the adapter
+    # adapters of gate_up and down by adapter number
     pairs: dict[int, dict[str, LowRank]]
 
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
         met = [number for number, _ in self.selection.groups if number in self.pairs]
         if not met:
             return super().experts(x, index, weight, gate_up, down)
-        # rows are laid out by expert, and for each by adapter, so that an expert's weights are read once
+        # rows are sorted by expert, then by adapter, so that an expert's weights are read once
         kinds, kind = 1 + len(met), torch.zeros_like(self.selection.each)
         for place, number in enumerate(met, start=1):
             kind[self.selection.each == number] = place
@@ -131,7 +131,7 @@ class MultiLoraMoE(FrozenMoE):
         return self.by_products(x, blocks, weight, len(gate_up) * kinds, one, other)
 
     def _product(self, adapters: Sequence[LowRank], name: str) -> Product:
-        """That of rows in blocks numbered expert · (1 + adapters) + adapter, 0 without one."""
+        """The product of rows in blocks numbered expert · (1 + adapters) + adapter, 0: no adapter."""
         base, kinds = self.product(name), 1 + len(adapters)
 
         def made(rows: Tensor, blocks: Blocks) -> Tensor:
@@ -146,7 +146,7 @@ class MultiLoraMoE(FrozenMoE):
 
 
 def _by_expert(blocks: Blocks, kinds: int) -> Blocks:
-    """Blocks that are numbered expert · kinds + adapter as one for each expert."""
+    """Merges blocks numbered expert · kinds + adapter into one per expert."""
     found: Blocks = []
     for block, start, stop in blocks:
         expert = block // kinds
@@ -157,18 +157,18 @@ def _by_expert(blocks: Blocks, kinds: int) -> Blocks:
 
 
 class MultiLoraTransformer(Transformer):
-    """A base with adapters, of which every row of a pass may have one."""
+    """A base with adapters; every row of a pass may have one."""
 
-    # of the adapters 1, 2, …
+    # names of adapters 1, 2, …
     adapters: tuple[str, ...]
-    # how the base of each lay in memory when it learnt
+    # storage of each adapter's base in training
     bases: dict[str, BaseFormat]
     selection: Selection
 
 
 @contextmanager
 def adapters_of_rows(model: Transformer, numbers: Sequence[int]) -> Iterator[None]:
-    """Passes of so many rows with these adapters, as long as it lasts."""
+    """A context for passes whose rows have these adapters."""
     if not isinstance(model, MultiLoraTransformer):
         yield
         return
@@ -177,11 +177,11 @@ def adapters_of_rows(model: Transformer, numbers: Sequence[int]) -> Iterator[Non
 
 
 def put_adapters(model: Transformer, adapters: Mapping[str, AdaptedTransformer]) -> MultiLoraTransformer:
-    """Put adapters, by the names that requests call them, on a base that only answers, in place.
+    """Adds adapters, by the names that requests use, to an inference-only base, in place.
 
-    Each comes on a model of the same config, of which nothing but the adapter is read.
+    Each is given on a model of the same config, of which only the adapter is read.
     """
-    use_native(model)  # what is put on lies over the kernels' modules
+    use_native(model)  # adapters are layered over the kernels' modules
     found = recast(model, MultiLoraTransformer)
     found.adapters, found.selection = tuple(adapters), Selection()
     found.bases = {name: adapted.lora.base for name, adapted in adapters.items()}
@@ -205,7 +205,7 @@ def _moved(low: LowRank, model: Transformer) -> LowRank:
 
 
 def _pieces(module: nn.Module, selection: Selection) -> dict[int, list[AdapterPart]]:
-    """What a product gets of each adapter."""
+    """Each adapter's parts of a product."""
     if not isinstance(module, MultiLoraLinear):
         module = recast(module, MultiLoraLinear)
         module.selection, module.pieces = selection, {}
@@ -213,7 +213,7 @@ def _pieces(module: nn.Module, selection: Selection) -> dict[int, list[AdapterPa
 
 
 def _pairs(module: nn.Module, selection: Selection) -> dict[int, dict[str, LowRank]]:
-    """What experts get of each adapter."""
+    """Each adapter's parts for experts."""
     if not isinstance(module, MultiLoraMoE):
         module = recast(module, MultiLoraMoE)
         module.selection, module.pairs = selection, {}

@@ -1,7 +1,7 @@
-"""Attention of a decoding step as one C++ kernel: norm, rotation, storing, and the products with all that is stored.
+"""Attention of a decoding step as one C++ kernel: norm, rotation, storing, and attention over everything stored.
 
-A dozen small operations each, whose own cost would be more than half of a small model's step. The plain lines run where
-the kernels do not serve a pass: see Cache.native.
+Otherwise these are a dozen small operations, whose overhead would exceed half of a small model's step. The plain code runs where the
+kernels do not handle a pass: see Cache.native.
 """
 
 import torch
@@ -19,16 +19,16 @@ from finback.model.transformer import Transformer
 
 
 def use_native(model: Transformer) -> Transformer:
-    """Have the model's attention decode by the C++ kernels from now on, in place; training stays as it is.
+    """Makes the model's attention decode with the C++ kernels, in place; training is unchanged.
 
-    DSA has none of its own: it reads other tokens for each query.
+    DSA has no kernel: it reads different tokens for each query.
     """
     replace_modules(model, MLA, lambda _, module: module if isinstance(module, DSA) else recast(module, NativeMLA))
     return recast_modules(model, PackedGQA, NativeGQA)
 
 
 class NativeMLA(MLA):
-    """MLA that decodes a few tokens in absorbed form by a kernel."""
+    """MLA that decodes a few tokens in absorbed form with a kernel."""
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
@@ -36,7 +36,7 @@ class NativeMLA(MLA):
         if cache is None or not cache.native or self.kv_up.weight.dtype != x.dtype:
             return super().forward(x, cos, sin, cache, attention_mask)
         c, rows, gain = self.config, cache, self.kv_norm.weight.float()
-        kv_up = self.kv_up.matrix(x.dtype)  # with an adapter that lies on it
+        kv_up = self.kv_up.matrix(x.dtype)  # including its adapter
         q, kv = (t.contiguous() for t in self.project(x))
         count, new, heads = q.size(0), q.size(1), c.num_attention_heads
         out = q.new_empty(count, new, heads * c.v_head_dim)
@@ -51,7 +51,7 @@ class NativeMLA(MLA):
 
 
 class NativeGQA(PackedGQA):
-    """GQA that decodes a few tokens by a kernel, from the one product that packing has made of its projections."""
+    """GQA that decodes a few tokens with a kernel, from the single product that packing made of its projections."""
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None

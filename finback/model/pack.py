@@ -1,4 +1,4 @@
-"""Lay a model's weights out for answering on a CPU: packed matrices, and one product where several share an input."""
+"""Lays out a model's weights for CPU inference: packed matrices, and one product where several share an input."""
 
 from typing import Literal
 
@@ -14,16 +14,16 @@ from finback.model.quantized import QuantizedLinear, QuantizedTransformer
 from finback.model.replace import recast, replace_modules
 from finback.model.transformer import Transformer
 
-# how linear maps are laid out: kept ones are those that stay as a GGUF file has them, and the others of the model remain plain
+# layout of linear maps; "kept": those that a GGUF file stores in blocks stay so, and the others remain plain
 Form = Literal["bf16", "int8", "kept"]
 Packed = PackedLinear | BlockLinear
 
 
 def pack(model: Transformer, form: Form) -> Transformer:
-    """Pack the linear maps of a model that is no longer trained in place, layer by layer, so that no second copy is needed.
+    """Packs the linear maps of a model that is no longer trained in place, layer by layer, without a second copy.
 
-    Afterwards it only answers: its weights cannot be trained, saved or read back. Experts, the matrix that MLA
-    absorbs and those of V4's groups keep their form, and so do embeddings but for kept ones.
+    Afterwards it is for inference only: its weights cannot be trained, saved or read back. Experts, the matrix that MLA absorbs
+    and those of V4's groups keep their form, and so do embeddings except with "kept".
     """
     for module in list(model.modules()):
         if isinstance(module, GQA):
@@ -32,7 +32,7 @@ def pack(model: Transformer, form: Form) -> Transformer:
             first = "q_up" if module.config.q_lora_rank is None else "q_down"
             stack_inputs(module, PackedMLA, [first, "kv_down"], form)
         elif isinstance(module, RMSNorm):
-            module.float()  # as its kernel reads it
+            module.float()  # required by its kernel
 
     if form == "kept":
         replace_modules(model, SwiGLU, lambda _, part: _one_call(part))
@@ -43,7 +43,7 @@ def pack(model: Transformer, form: Form) -> Transformer:
 
     replace_modules(model, Linear, packed)
     if isinstance(model, QuantizedTransformer):
-        table: nn.Module = model.head  # has it where it is tied
+        table: nn.Module = model.head  # shares it if tied
         if not (isinstance(table, BlockLinear) and model.config.tie_word_embeddings):
             table = BlockLinear([model.embed_format], [model.embed], [None])
         model.table, model.embed = table, table.weight
@@ -51,15 +51,15 @@ def pack(model: Transformer, form: Form) -> Transformer:
 
 
 def is_kept(layer: nn.Module) -> bool:
-    """Whether a linear map's weight is as a GGUF file has it."""
+    """Whether a linear map's weight is stored as in a GGUF file."""
     return isinstance(layer, QuantizedLinear) and isinstance(layer.format, Blocks)
 
 
 class PackedMLA(MLA):
-    """MLA that takes queries and latents from x by one product."""
+    """MLA that computes queries and latents with one product."""
 
     stacked: Packed
-    # the linear maps that are one product
+    # the linear maps combined into one product
     names: list[str]
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,10 +70,10 @@ class PackedMLA(MLA):
 
 
 class PackedGQA(GQA):
-    """GQA that takes queries, keys and values from x by one product."""
+    """GQA that computes queries, keys and values with one product."""
 
     stacked: Packed
-    # the linear maps that are one product
+    # the linear maps combined into one product
     names: list[str]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,12 +84,12 @@ class PackedGQA(GQA):
 
 
 class BlockSwiGLU(SwiGLU):
-    """SwiGLU whose matrices are as a GGUF file has them, in one call."""
+    """SwiGLU with matrices as in a GGUF file, in one call."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up: nn.Module = self.gate_up
         down: nn.Module = self.down
-        if type(gate_up) is BlockLinear and type(down) is BlockLinear:  # no adapters lie over them
+        if type(gate_up) is BlockLinear and type(down) is BlockLinear:  # without adapters
             return quants.feed_forward(x, gate_up, down)
         return super().forward(x)
 
@@ -100,7 +100,7 @@ def _one_call(part: SwiGLU) -> SwiGLU:
 
 
 def stack_inputs(module: MLA | GQA, to: type[PackedMLA] | type[PackedGQA], names: list[str], form: Form) -> None:
-    """Make one product of the linear maps of these names, which are dropped; nothing is done where the form is not for all."""
+    """Combines the linear maps of these names into one product and drops them; does nothing unless the form applies to all."""
     layers = [getattr(module, name) for name in names]
     if not _fits(layers, form):
         return
@@ -111,12 +111,12 @@ def stack_inputs(module: MLA | GQA, to: type[PackedMLA] | type[PackedGQA], names
 
 
 def product_of(model: Transformer, name: str) -> tuple[nn.Module, int]:
-    """Which module makes the product of the linear map of this name, packed or not, and from which output on."""
+    """The module that computes the linear map of this name, packed or not, and its first output."""
     above, _, leaf = name.rpartition(".")
     parent = model.get_submodule(above)
     if hasattr(parent, leaf):
         return model.get_submodule(name), 0
-    assert isinstance(parent, PackedMLA | PackedGQA) and leaf in parent.names, f"{name} is nowhere"
+    assert isinstance(parent, PackedMLA | PackedGQA) and leaf in parent.names, f"{name} is not part of a product"
     outputs = parent.stacked.outputs
     return parent.stacked, sum(outputs[: parent.names.index(leaf)])
 

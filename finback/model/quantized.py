@@ -1,4 +1,4 @@
-"""Weights that stay as they were quantized: products run in the dtype of activations, on one matrix dequantized at a time."""
+"""Weights that stay quantized: products run in the activations' dtype, dequantizing one matrix at a time."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,11 +14,11 @@ from finback.model.moe import MoE
 from finback.model.replace import Model, recast
 from finback.model.transformer import Transformer
 
-FACTORS = "_scale"  # behind the name of what they are of
+FACTORS = "_scale"  # suffix of the name of the values
 
 
 class QuantizedLinear(Linear):
-    """A linear map whose weight is packed values with factors."""
+    """A linear map whose weight is packed values with scales."""
 
     format: Format
     weight_scale: Tensor
@@ -28,7 +28,7 @@ class QuantizedLinear(Linear):
 
 
 class QuantizedMoE(MoE):
-    """Routed experts whose weights are packed values with factors; only those that are asked are dequantized."""
+    """Routed experts whose weights are packed values with scales; only the experts in use are dequantized."""
 
     format: Format
     gate_up_scale: Tensor
@@ -46,10 +46,10 @@ class QuantizedMoE(MoE):
 
 
 class QuantizedTransformer(Transformer):
-    """A model whose embedding stays as a GGUF file has it: the bytes of its rows, or a matrix laid out for products."""
+    """A model whose embedding stays as in a GGUF file: the bytes of its rows, or a matrix laid out for products."""
 
     embed_format: Blocks
-    # what has the embedding once the model is packed
+    # holds the embedding once the model is packed
     table: BlockLinear | None
 
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class QuantizedTransformer(Transformer):
 
 
 def keep_embedding(model: Transformer, form: Blocks, values: Tensor) -> None:
-    """Give a model its embedding as bytes, and its head too where both are one matrix."""
+    """Sets a model's embedding as bytes, and its head too if they are tied."""
     quantized = recast(model, QuantizedTransformer)
     quantized.embed_format, quantized.table = form, None
     model.embed = nn.Parameter(values, requires_grad=False)
@@ -72,7 +72,7 @@ def keep_embedding(model: Transformer, form: Blocks, values: Tensor) -> None:
 
 
 def matrices_product(moe: MoE, name: str, here: Callable[[Tensor], Tensor] = lambda stack: stack) -> Product:
-    """Rows laid out by expert times each expert's gate_up or down, which are not learnt; `here` as of expert_matrix."""
+    """Rows sorted by expert times each expert's frozen gate_up or down; `here` as in expert_matrix."""
     width = 2 * moe.config.moe_intermediate_size if name == "gate_up" else moe.config.hidden_size
     return lambda rows, blocks: frozen.per_expert(
         rows, blocks, width, lambda expert, dtype: expert_matrix(moe, name, expert, dtype, here)
@@ -84,7 +84,7 @@ def expert_matrix(
 ) -> Tensor:
     """One expert's gate_up (2m, d) or down (d, m), as `name` says, in the dtype of the arithmetic.
 
-    `here` is what of a stack of all experts `expert` counts in.
+    `here` selects the part of the full expert stack in which `expert` is an index.
     """
     values = here(getattr(moe, name))[expert]
     if not isinstance(moe, QuantizedMoE):
@@ -93,13 +93,13 @@ def expert_matrix(
 
 
 def matrix_names(module: Linear | MoE) -> tuple[str, ...]:
-    """Names of the parameters that are a module's matrices."""
+    """Names of a module's matrix parameters."""
     return ("gate_up", "down") if isinstance(module, MoE) else ("weight",)
 
 
 @torch.no_grad()
 def quantize(module: Linear | MoE, form: Format) -> None:
-    """Pack a module's matrices, in place; expert stacks one expert after the other, so that no second copy is needed."""
+    """Packs a module's matrices in place; expert stacks one expert at a time, without a second copy."""
     for name in matrix_names(module):
         whole = getattr(module, name).detach()
         parts = [form.quantize(matrix) for matrix in whole] if whole.ndim > 2 else [form.quantize(whole)]
@@ -108,7 +108,7 @@ def quantize(module: Linear | MoE, form: Format) -> None:
 
 
 def make_room_for_fp8(module: Linear | MoE, names: Iterable[str]) -> None:
-    """Give a module FP8 parameters of these names without values, and buffers for their factors, in place of its own."""
+    """Replaces a module's parameters of these names by FP8 parameters without values, and buffers for their scales."""
     for name in names:
         shape = getattr(module, name).shape
         factors = torch.empty(*shape[:-2], fp8.blocks(shape[-2]), fp8.blocks(shape[-1]))
@@ -116,7 +116,7 @@ def make_room_for_fp8(module: Linear | MoE, names: Iterable[str]) -> None:
 
 
 def store(module: Linear | MoE, name: str, form: Format, values: Tensor, scale: Tensor) -> None:
-    """Values and factors in the place of a parameter."""
+    """Stores values and scales in place of a parameter."""
     if isinstance(module, MoE):
         recast(module, QuantizedMoE).format = form
     else:
@@ -126,7 +126,7 @@ def store(module: Linear | MoE, name: str, form: Format, values: Tensor, scale: 
 
 
 def factors_as_parameters(model: Model) -> Model:
-    """Have factors be parameters that are not learnt, in place, so that they are shared out as what they are of."""
+    """Turns scales into frozen parameters, in place, so that they are sharded with their values."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear | QuantizedMoE):
             for name in matrix_names(module):

@@ -1,10 +1,10 @@
-"""Activations made a second time in the backward pass instead of being kept, by policy.
+"""Activation recomputation in the backward pass, by policy.
 
   none       everything is kept
-  attention  of each attention only its input: queries, keys, values and scores are computed twice
-  block      of each block only its input: about one more forward pass, for the least memory
+  attention  keeps only the input of each attention: queries, keys, values and scores are recomputed
+  block      keeps only the input of each block: about one more forward pass, for the least memory
 
-V3 (3.2.3) recomputes norms and up-projections, which lies between the first two. Same bits with any policy.
+V3 (3.2.3) recomputes norms and up-projections, which lies between the first two. All policies give the same bits.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,17 +28,17 @@ KINDS: dict[Policy, tuple[type[nn.Module], ...]] = {"none": (), "attention": (ML
 
 
 def policy_of(asked: Policy | None, adapted: bool) -> Policy:
-    """What is asked for; else blocks where an adapter is learnt, for the sake of memory, and otherwise nothing."""
+    """The requested policy; by default "block" for adapters, to save memory, otherwise nothing."""
     return asked or ("block" if adapted else "none")
 
 
 def use_recompute(model: Transformer, policy: Policy) -> Transformer:
-    """Have the model's blocks keep from now on what the policy says, in place."""
+    """Applies a policy to the model's blocks, in place."""
     return recast_modules(model, KINDS[policy], Recomputed)
 
 
 class Recomputed(nn.Module):
-    """A block or an attention of which training keeps the inputs alone."""
+    """A block or an attention that keeps only its inputs in training."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, *masks: Any) -> Tensor:
         run: Callable[..., Tensor] = super().forward
@@ -52,7 +52,7 @@ class Recomputed(nn.Module):
 
 @contextmanager
 def _uncounted(module: nn.Module) -> Iterator[None]:
-    """Leaves loads and balance losses as they were: counted twice, a token would steer the balance twice."""
+    """Restores loads and balance losses: counting a token twice would distort balancing."""
     known = [(m, m.router.load.clone(), m.balance) for m in module.modules() if isinstance(m, MoE)]
     try:
         yield

@@ -1,8 +1,8 @@
-"""Modes from outside: other modules in the place of a model's own, which know nothing of it.
+"""Modes applied from outside: modules of a model are replaced, and the model's code knows nothing of it.
 
-What keeps the parameters and computes otherwise (FP8 products, compilation, C++ kernels, recomputation) is a subclass that
-overrides a method, and `recast` makes a module one. What stores the weights otherwise (packed, quantized, adapters) is a
-module of its own, and `replace_modules` puts it in. Names of parameters stay either way.
+A mode that keeps the parameters but computes differently (FP8 products, compilation, C++ kernels, recomputation) is a subclass that
+overrides a method, and `recast` changes a module's class to it. A mode that stores weights differently (packed, quantized,
+adapters) is a separate module, inserted by `replace_modules`. Parameter names stay the same either way.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ Kind = TypeVar("Kind", bound=nn.Module)
 def replace_modules(
     model: Model, kinds: type[Kind] | tuple[type[Kind], ...], make: Callable[[str, Kind], nn.Module]
 ) -> Model:
-    """Put make(name, module) in the place of every module of these kinds below `model`, in place.
+    """Replaces every module of these kinds below `model` by make(name, module), in place.
 
-    Names are dotted, as `named_modules` gives them, outer modules first. `make` may return the module itself.
+    Names are dotted, as in `named_modules`, outer modules first. `make` may return the module itself.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, kinds):
@@ -30,14 +30,14 @@ def replace_modules(
 
 
 def recast_modules(model: Model, kinds: type[nn.Module] | tuple[type[nn.Module], ...], to: type[nn.Module]) -> Model:
-    """Recast every module of these kinds."""
+    """Recasts every module of these kinds."""
     return replace_modules(model, kinds, lambda _, module: recast(module, to))
 
 
 def recast(module: nn.Module, to: type[Kind]) -> Kind:
-    """Give a module the methods of the class `to`, in place; parameters, buffers and hooks stay.
+    """Gives a module the methods of the class `to`, in place; parameters, buffers and hooks stay.
 
-    Where `to` is no subclass of what the module is, its methods lie over those: `super()` finds what it was before.
+    If `to` is not a subclass of the module's class, its methods are layered over it: `super()` reaches the original ones.
     """
     if not isinstance(module, to):
         module.__class__ = _laid_over(to, type(module))  # type: ignore[arg-type]  # classes can be hashed
@@ -45,6 +45,6 @@ def recast(module: nn.Module, to: type[Kind]) -> Kind:
     return module
 
 
-@cache  # one class for all blocks: torch.compile compiles once for each
+@cache  # one class for all blocks, since torch.compile compiles once per class
 def _laid_over(to: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     return to if issubclass(to, base) else type(f"{to.__name__}{base.__name__}", (to, base), {})

@@ -1,4 +1,4 @@
-"""Rotary position embedding, interleaved as in DeepSeek's weights or half-split as in Llama's, and its scalings."""
+"""Rotary position embedding, interleaved as in DeepSeek's weights or half-split as in Llama's, and its scaling."""
 
 import math
 from typing import TypeVar
@@ -31,8 +31,8 @@ def plain_frequencies(dim: int, theta: float) -> Tensor:
 def _yarn(freq: Tensor, yarn: Yarn, theta: float) -> Tensor:
     """YaRN (arXiv 2309.00071, constants of V3 4.3).
 
-    Pairs that turn fewer than `beta_slow` times within the original window are interpolated by `factor`, those
-    above `beta_fast` are kept, a linear ramp in between.
+    Pairs that turn fewer than `beta_slow` times within the original window are interpolated by `factor`, those above `beta_fast`
+    are unchanged, with a linear ramp in between.
     """
     if yarn.factor <= 1:
         return freq
@@ -50,14 +50,14 @@ def _yarn(freq: Tensor, yarn: Yarn, theta: float) -> Tensor:
 
 
 def _llama3(freq: Tensor, s: Llama3Rope) -> Tensor:
-    """Llama 3.1: how often a pair turns within the original window decides how much of `factor` it gets."""
+    """Llama 3.1: the number of turns of a pair within the original window decides how much it is scaled by `factor`."""
     turns = s.original_max_position_embeddings * freq / (2 * math.pi)
     unscaled = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
     return freq / s.factor * (1 - unscaled) + freq * unscaled
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """Scale on attention scores: d^-1/2, in MLA times mscale(mscale_all_dim)^2 under YaRN (0.135234 for V3)."""
+    """Scale of attention scores: d^-1/2, for MLA times mscale(mscale_all_dim)^2 under YaRN (0.135234 for V3)."""
     scale, yarn = (config.query_pre_attn_scalar or config.qk_head_dim) ** -0.5, config.rope_scaling
     if config.attention == "mla" and isinstance(yarn, Yarn):
         return scale * yarn.stretch(yarn.mscale_all_dim) ** 2
@@ -65,9 +65,9 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def rotation(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin tables, (length, rope_dim / 2) each, in fp32; `first_row` says where they begin.
+    """cos and sin tables, (length, rope_dim / 2) each, in fp32; `first_row` gives their first row.
 
-    Beside each row lies that of sliding layers, if they have their own; below all of them those of long rows, under LongRoPE.
+    Each row also has that of sliding layers, if they differ; under LongRoPE the rows for long inputs follow below.
     """
     scaling, positions = config.rope_scaling, torch.arange(length, dtype=torch.float32, device="cpu")
     if isinstance(scaling, LongRope):
@@ -90,7 +90,7 @@ Reach = TypeVar("Reach", int, Tensor)
 
 
 def first_row(config: ModelConfig, reach: Reach) -> Reach | int:
-    """Where in the tables the positions of rows begin that have so many tokens: at 0, but for long ones under LongRoPE."""
+    """First table row for inputs of this length: 0, except for long ones under LongRoPE."""
     scaling = config.rope_scaling
     if not isinstance(scaling, LongRope):
         return 0
@@ -98,29 +98,29 @@ def first_row(config: ModelConfig, reach: Reach) -> Reach | int:
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (0,1), (2,3), … of x (..., rope_dim); cos and sin broadcast against (..., rope_dim / 2).
+    """Rotates pairs (0,1), (2,3), … of x (..., rope_dim); cos and sin broadcast against (..., rope_dim / 2).
 
-    The result is laid out [first of each pair | second of each pair]: queries and keys share the permutation,
-    so scores are those of the paper, and it saves interleaving them again.
+    The result is laid out [first of each pair | second of each pair]: queries and keys share the permutation, so scores are
+    the paper's, and interleaving again is unnecessary.
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
 
 
 def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dimensions of x (..., head_dim), as many as cos and sin are for; the others have no position."""
+    """Rotates the first dimensions of x (..., head_dim), as many as cos and sin cover; the others have no position."""
     turned, rest = x.split([2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
     return torch.cat([rotate_half(turned, cos, sin), rest], dim=-1)
 
 
 def rotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the last dimensions of x (..., head_dim), as many as cos and sin are for, as `rotate_interleaved` does (V4 2.3)."""
+    """Rotates the last dimensions of x (..., head_dim), as many as cos and sin cover, as `rotate_interleaved` does (V4 2.3)."""
     rest, turned = x.split([x.size(-1) - 2 * cos.size(-1), 2 * cos.size(-1)], dim=-1)
     return torch.cat([rest, rotate_interleaved(turned, cos, sin)], dim=-1)
 
 
 def unrotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The inverse of `rotate_last`, which lays pairs side by side again."""
+    """The inverse of `rotate_last`, which restores adjacent pairs."""
     rest, turned = x.split([x.size(-1) - 2 * cos.size(-1), 2 * cos.size(-1)], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     pairs = torch.stack([first * cos + second * sin, second * cos - first * sin], dim=-1)
@@ -128,11 +128,11 @@ def unrotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_nothing(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x as it is: of a layer without positions (NoPE, arXiv 2305.19466)."""
+    """x unchanged, for layers without positions (NoPE, arXiv 2305.19466)."""
     return x
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + rope_dim / 2) of x (..., rope_dim): the layout of Llama and Qwen weights."""
+    """Rotates pairs (i, i + rope_dim / 2) of x (..., rope_dim): the layout of Llama and Qwen weights."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

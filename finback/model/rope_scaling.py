@@ -1,4 +1,4 @@
-"""How rotary embeddings are stretched to a longer window: the kinds of `rope_scaling` in `config.json`. No torch here."""
+"""Scaling of rotary embeddings for longer windows: the kinds of `rope_scaling` in `config.json`. Does not import torch."""
 
 import math
 from dataclasses import dataclass
@@ -8,23 +8,23 @@ from finback.config import UserError, check_fields, check_positive
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN context extension (V3 report 4.3): constants as in `config.json` under `rope_scaling`."""
+    """YaRN context extension (V3 report 4.3); constants as in `config.json` under `rope_scaling`."""
 
-    # the new window over the old one
+    # new window over original window
     factor: float = 40.0
-    # the old window, in tokens
+    # original window, in tokens
     original_max_position_embeddings: int = 4096
-    # dimensions that turn more often than this within the old window keep their frequency
+    # dimensions with more turns than this in the original window keep their frequency
     beta_fast: float = 32.0
-    # those that turn less often have it divided by `factor`; between the two lies a ramp
+    # those with fewer turns than this have it divided by `factor`; between the two is a linear ramp
     beta_slow: float = 1.0
-    # of the temperature: cos and sin grow by 0.1 mscale ln(factor) + 1, over the same of mscale_all_dim
+    # temperature: cos and sin are scaled by 0.1 mscale ln(factor) + 1, divided by the same with mscale_all_dim
     mscale: float = 1.0
-    # 0 where the softmax scale stays (Qwen): cos and sin then carry the whole factor
+    # 0 if the softmax scale is unchanged (Qwen): cos and sin then carry the whole factor
     mscale_all_dim: float = 1.0
-    # what cos and sin are multiplied with; None: from the two above
+    # scale of cos and sin; None: from the two above
     attention_factor: float | None = None
-    # whether the ends of the ramp are whole pairs (gpt-oss: not)
+    # whether the ends of the ramp are rounded to whole pairs (not in gpt-oss)
     truncate: bool = True
 
     def __post_init__(self) -> None:
@@ -33,27 +33,27 @@ class Yarn:
 
     @property
     def gain(self) -> float:
-        """What cos and sin are multiplied with."""
+        """Scale of cos and sin."""
         if self.attention_factor is not None:
             return self.attention_factor
         return self.stretch(self.mscale) / self.stretch(self.mscale_all_dim)
 
     def stretch(self, m: float) -> float:
-        """0.1 m ln(factor) + 1, YaRN's correction of attention's temperature (1 without extension)."""
+        """0.1 m ln(factor) + 1, YaRN's temperature correction of attention (1 without extension)."""
         return 0.1 * m * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """Llama 3.1's frequency scaling: long waves divided by `factor`, short ones kept, a ramp in between."""
+    """Llama 3.1's frequency scaling: long wavelengths divided by `factor`, short ones unchanged, a ramp in between."""
 
-    # what the frequencies of long waves are divided by
+    # divisor of the frequencies of long wavelengths
     factor: float = 8.0
-    # waves longer than the old window over this are long
+    # wavelengths longer than the original window over this are long
     low_freq_factor: float = 1.0
-    # waves shorter than the old window over this are short
+    # wavelengths shorter than the original window over this are short
     high_freq_factor: float = 4.0
-    # the old window, in tokens
+    # original window, in tokens
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
@@ -66,9 +66,9 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class LinearRope:
-    """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`."""
+    """Position interpolation (arXiv 2306.15595): all frequencies are divided by `factor`."""
 
-    # the new window over the old one
+    # new window over original window
     factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -78,9 +78,9 @@ class LinearRope:
 
 @dataclass(frozen=True)
 class DynamicRope:
-    """Dynamic NTK scaling: the base grows with rows longer than the window, which no row is here; within it nothing changes."""
+    """Dynamic NTK scaling: the base grows with rows longer than the window; since none is longer here, it changes nothing."""
 
-    # the longest row over the window
+    # longest row over the window
     factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -90,15 +90,15 @@ class DynamicRope:
 
 @dataclass(frozen=True)
 class LongRope:
-    """LongRoPE (arXiv 2402.13753): each frequency divided by a factor of its own, in longer rows by another one."""
+    """LongRoPE (arXiv 2402.13753): each frequency is divided by its own factor, with a second set for longer rows."""
 
-    # one for each rotary pair: of rows within the window of pre-training, and of those that reach beyond it
+    # one factor per rotary pair, for rows within the pre-training window
     short_factor: tuple[float, ...] = ()
-    # the same for rows longer than the window of pre-training
+    # one factor per rotary pair, for rows beyond it
     long_factor: tuple[float, ...] = ()
-    # the window of pre-training, in tokens
+    # pre-training window, in tokens
     original_max_position_embeddings: int = 4096
-    # what cos and sin are multiplied with
+    # scale of cos and sin
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class LongRope:
 
 
 RopeScaling = Yarn | Llama3Rope | LinearRope | DynamicRope | LongRope
-# by their `rope_type`
+# classes by `rope_type`
 KINDS: dict[str, type[RopeScaling]] = {
     "yarn": Yarn,
     "llama3": Llama3Rope,

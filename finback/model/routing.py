@@ -1,10 +1,10 @@
-"""Routing replay: the experts that tokens are sent to, recorded in one pass and used again in another.
+"""Routing replay: experts chosen in one pass are recorded and used again in another.
 
-Two forms of the same model can send a token to different experts where affinities nearly tie, and then differ by far more
-than rounding. Training on what an engine sampled therefore takes the experts that the engine took (R3, 2510.11370; V3.2's
-"keep routing"). Only the choice is replayed: affinities, and with them the gates and their gradient, are the live router's.
+Two forms of the same model may route a token to different experts when affinities nearly tie, and then differ by far more than
+rounding. Training on sampled answers therefore uses the experts that the engine chose (R3, 2510.11370; V3.2's "keep
+routing"). Only the choice is replayed: affinities, and with them the gates and their gradient, come from the live router.
 
-Layers are counted from the model's bottom, dense ones included. The MTP modules' routers always choose for themselves.
+Layers are counted from the bottom, dense ones included. MTP modules' routers always choose by themselves.
 """
 
 from collections.abc import Iterator
@@ -19,17 +19,17 @@ from finback.model.transformer import Transformer
 
 
 class Routing:
-    """What the routers of one model record and replay in the pass that runs; nothing by default."""
+    """What the routers of one model record and replay in the current pass; by default nothing."""
 
     def __init__(self) -> None:
-        # (tokens, layers, k) expert ids in the order in which they were chosen, -1 where the router chooses itself
+        # (tokens, layers, k) expert ids in the order of choice, -1 where the router chooses itself
         self.given: Tensor | None = None
-        # where choices go: a store (slots, layers, k) and the slot of each token (tokens,)
+        # destination of choices: a store (slots, layers, k) and the slot of each token (tokens,)
         self.sink: tuple[Tensor, Tensor] | None = None
 
     @contextmanager
     def recording(self, store: Tensor, slots: Tensor, given: Tensor | None = None) -> Iterator[None]:
-        """Write the choices of the passes within to `store` (slots, layers, k) at `slots` (tokens,); `given` as in replaying."""
+        """Records the choices of passes within to `store` (slots, layers, k) at `slots` (tokens,); `given` as in replaying."""
         self.sink = store, slots
         try:
             with self.replaying(given):
@@ -39,9 +39,9 @@ class Routing:
 
     @contextmanager
     def replaying(self, given: Tensor | None) -> Iterator[None]:
-        """Have the passes within take the experts `given` (..., layers, k), -1 where none are; None: choose.
+        """Makes passes within use the experts `given` (..., layers, k), -1: none given; None: all routers choose.
 
-        What recomputes activations chooses again in the backward pass, which has to lie within too.
+        Recomputation chooses again in the backward pass, which must therefore also run within.
         """
         self.given = None if given is None else given.flatten(0, -3)
         try:
@@ -51,7 +51,7 @@ class Routing:
 
 
 class TracedRouter(Router):
-    """A router whose choice is recorded or replayed as its model's Routing says."""
+    """A router whose choice is recorded or replayed according to its model's Routing."""
 
     routing: Routing
     layer: int
@@ -71,7 +71,7 @@ class TracedRouter(Router):
 
 
 def trace_routers(model: Transformer) -> Routing:
-    """Have the routers of the model's trunk follow one Routing, in place; the one that they follow already, if they do."""
+    """Makes the routers of the model's trunk follow one Routing, in place, or returns the one they already follow."""
     found = [(layer, b.feed_forward.router) for layer, b in enumerate(model.blocks) if isinstance(b.feed_forward, MoE)]
     known = [router.routing for _, router in found if isinstance(router, TracedRouter)]
     routing = known[0] if known else Routing()

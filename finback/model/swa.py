@@ -1,11 +1,11 @@
-"""What V4's three kinds of attention share (V4 2.3): a sliding window of entries that are key and value of all heads.
+"""Common parts of V4's three kinds of attention (V4 2.3): a sliding window of entries that are key and value of all heads.
 
-Each token leaves one entry (head_dim numbers), a normed projection of its hidden state, rotated in its last dimensions. Queries
-come from a latent as in MLA and are normed per head. Softmax has one more term per head, a learnt sink, which takes weight and
-gives no value. As values are rotated too, the output is rotated back by the query's own position, so that what comes of an entry
-depends on its distance alone. Groups of heads are projected apart, then together.
+Each token has one entry (head_dim elements), a normed projection of its hidden state, rotated in its last dimensions. Queries
+come from a latent as in MLA and are normed per head. The softmax has one additional term per head, a trained sink, which takes
+weight but has no value. Since values are rotated too, the output is rotated back by the query's own position, so that an entry's
+contribution depends only on its distance. Groups of heads are projected separately, then together.
 
-SWA is the plain kind, a layer with a window and nothing else; hca.py and csa.py add entries that stand for many tokens.
+SWA is the plain kind, with a window only; hca.py and csa.py add compressed entries.
 
 Letters: b batch, t query, s entry, h head, c head_dim, n compressed entry.
 """
@@ -23,9 +23,9 @@ from finback.model.config import SLIDING, ModelConfig
 from finback.model.layers import GroupedLinear, Linear, OwnStart, RMSNorm, UnweightedNorm, precise
 from finback.model.rope import rotate_last, softmax_scale, unrotate_last
 
-# (b or 1, part, entries) True for the entries that the queries of a part of the rows may see
+# part of the rows -> (b or 1, part, entries) bool, True for the entries that these queries may attend to
 Seen = Callable[[slice], Tensor]
-# compressed entries (b, n, c), and which of them are seen
+# compressed entries (b, n, c), and their visibility
 Far = tuple[Tensor, Seen]
 
 
@@ -39,7 +39,7 @@ class SWA(OwnStart):
         c = self.config = config
         assert c.q_lora_rank is not None and c.sliding_window is not None, "of compressed attention"
         self.window = c.sliding_window
-        # which half of each row of the rotary tables is this layer's
+        # which half of each row of the rotary tables this layer uses
         self.own = int(c.layer_type(layer) == SLIDING)
         self.q_down = Linear(c.hidden_size, c.q_lora_rank)
         self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
@@ -55,18 +55,18 @@ class SWA(OwnStart):
         self.scale = softmax_scale(config)
 
     def start(self, generator: torch.Generator) -> None:
-        """Sinks as if one more key had a score of 0."""
+        """Sinks start like one more key with score 0."""
         self.sink.zero_()
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
-        """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, r) of the tokens' positions, both kinds of layers'.
+        """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, r) of the tokens' positions, for both kinds of layers.
 
-        With a cache the new tokens continue what it holds. Without one, attention_mask may say which tokens see which; by
-        default all that stand before them.
+        With a cache the new tokens continue its rows. Without one, attention_mask may restrict which tokens see which; by default
+        all earlier ones are visible.
         """
-        assert cache is None or isinstance(cache, CompressedLayer), "compressed attention has a cache of its own"
+        assert cache is None or isinstance(cache, CompressedLayer), "compressed attention needs its own kind of cache"
         c, new = self.config, x.size(1)
         cos, sin = (table.chunk(2, dim=-1)[self.own].to(x.dtype) for table in (cos, sin))
         q_latent = self.q_norm(self.q_down(x))
@@ -85,7 +85,7 @@ class SWA(OwnStart):
     def far(
         self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], mask: Mask, cache: CompressedLayer | None
     ) -> Far:
-        """The entries beside the window's: here none.
+        """The entries outside the window: here none.
 
         x (b, t, hidden), q_latent (b, t, q_lora_rank), angles: cos and sin (b or 1, t, r / 2).
         """
@@ -93,7 +93,7 @@ class SWA(OwnStart):
         return x.new_empty(x.size(0), 0, self.config.head_dim), lambda part: none[:, part]
 
     def attend(self, query: Tensor, entries: Tensor, near: Seen, far: Far) -> Tensor:
-        """query (b, h, t, c) over the entries (b, s, c) of its window, the last t being its tokens' own, and far ones.
+        """query (b, h, t, c) over the window's entries (b, s, c), the last t of which are its own tokens', and far entries.
 
         -> (b, h, t, c).
         """
@@ -106,14 +106,14 @@ class SWA(OwnStart):
         return torch.cat(read, dim=2)
 
     def near_of(self, queries: int, entries: Tensor, part: slice, near: Seen) -> tuple[slice, Tensor]:
-        """Where the window entries of a part of so many queries lie, and which of them are seen, (b or 1, part, window)."""
+        """Location of the window entries for a part of the queries, and their visibility, (b or 1, part, window)."""
         before, index = entries.size(1) - queries, torch.arange(entries.size(1), device=entries.device)
         window = slice(max(0, before + part.start + 1 - self.window), before + part.stop)
         is_near = index[before:][part, None] - index[window] < self.window
         return window, near(part)[:, :, window] & is_near
 
     def parts(self, query: Tensor, compressed: int) -> Iterator[slice]:
-        """Blocks of queries (b, h, t, c) whose scores fit SCORES, no longer than what they see beside themselves."""
+        """Blocks of queries (b, h, t, c) whose scores fit SCORES, no longer than the window."""
         rows, heads, length = query.shape[:3]
         size = max(1, min(self.window + compressed, SCORES // (rows * heads * (2 * self.window + compressed))))
         for start in range(0, length, size):

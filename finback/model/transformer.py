@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks, final norm, head, and the multi-token-prediction module beside them.
+"""The decoder: embedding, blocks, final norm, head, and multi-token-prediction modules.
 
 One definition serves training, rollouts and serving: the cache is an argument.
 """
@@ -29,7 +29,7 @@ from finback.model.swa import SWA
 
 
 def attention_of(config: ModelConfig, layer: int) -> MLA | GQA | SWA:
-    """The attention that a config asks for."""
+    """The attention that a config specifies."""
     if config.attention == "gqa":
         return (SinkGQA if config.attention_sinks else GQA)(config, layer)
     if config.attention == "mla":
@@ -39,7 +39,7 @@ def attention_of(config: ModelConfig, layer: int) -> MLA | GQA | SWA:
 
 
 def feed_forward_of(config: ModelConfig, layer: int) -> MoE | SwiGLU | GeGLU:
-    """The feed-forward that a config asks for, and the router of its experts."""
+    """The feed-forward that a config specifies, with the router of its experts."""
     if config.activation == "gelu_tanh":
         return GeGLU(config.hidden_size, config.intermediate_size)
     if not config.is_moe(layer):
@@ -69,12 +69,12 @@ class Block(nn.Module):
         attention_mask: Mask = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """x (b, t, d) -> (b, t, d); see MLA.forward for cos, sin, cache, attention_mask, MoE.forward for the others."""
+        """x (b, t, d) -> (b, t, d); for cos, sin, cache, attention_mask see MLA.forward, for the others MoE.forward."""
         x, h = self.attend(x, cos, sin, cache, attention_mask)
         return x + self.feed(h, padding_mask, tokens)
 
     def feed(self, h: Tensor, padding_mask: Tensor | None, tokens: Tensor | None) -> Tensor:
-        """What the feed-forward makes of its normed input (b, t, d)."""
+        """The feed-forward's output for its normed input (b, t, d)."""
         is_moe = isinstance(self.feed_forward, MoE)
         y: Tensor = self.feed_forward(h, padding_mask, tokens) if is_moe else self.feed_forward(h)
         return y
@@ -82,13 +82,13 @@ class Block(nn.Module):
     def attend(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Mask
     ) -> tuple[Tensor, Tensor]:
-        """x + attention(norm x), and its norm, which the feed-forward reads."""
+        """x + attention(norm x), and its norm, the feed-forward's input."""
         attended = self.attention(self.attention_norm(x), cos, sin, cache, attention_mask)
         return self.feed_forward_norm.add(x, attended)
 
 
 class StreamBlock(Block):
-    """The same with mHC's streams (b, t, n, d) in the place of x: each part reads a mixture of them, see mhc.py."""
+    """The same with mHC's streams (b, t, n, d) instead of x: each part reads a mixture of them, see mhc.py."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -112,7 +112,7 @@ class StreamBlock(Block):
 
 
 def normed(module: nn.Module, config: ModelConfig) -> tuple[RMSNorm | NoNorm, nn.Module]:
-    """The norm before a part of a block, and the part, with a norm behind it where the config has it there."""
+    """The norm before a part of a block, and the part itself, with a norm after it if the config has one."""
     size, eps = config.hidden_size, config.rms_norm_eps
     norm = OffsetNorm if config.norm_offset else RMSNorm
     before = NoNorm() if config.norms == "post" else norm(size, eps)
@@ -122,8 +122,8 @@ def normed(module: nn.Module, config: ModelConfig) -> tuple[RMSNorm | NoNorm, nn
 class Transformer(nn.Module):
     """DeepSeek's decoder (V2 to V4), or a dense student's, from a ModelConfig.
 
-    Built without values; call `initialise` or load weights. `compute` is the dtype of activations, `param_dtype` that of the
-    parameters: fp32 masters for training, bf16 halves the memory of a model that only answers.
+    Created without values; call `initialise` or load weights. `compute` is the dtype of activations, `param_dtype` that of the
+    parameters: fp32 masters for training; bf16 halves the memory of an inference-only model.
     """
 
     cos: Tensor
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def initialise(self, seed: int) -> "Transformer":
-        """Random weights as V3 starts (normal, std initializer_range), the same for the same seed."""
+        """Random weights as V3's (normal, std initializer_range), the same for the same seed."""
         initialise(self, self.config.initializer_range, torch.Generator().manual_seed(seed))
         return self
 
@@ -172,10 +172,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to logits.
 
-        With a cache the tokens continue what each row holds. `padding_mask` (b, t) is True for tokens, False for
-        padding, which sits at the end of a row, so attention needs no mask for it. `document_ids` (b, t) numbers the
-        documents that share a row, each in one piece: none sees another, and each counts its positions from 0. With
-        `prefixes` (b,) the first so many tokens of a row, its document 0, stand before each of the others.
+        With a cache the tokens continue its rows. `padding_mask` (b, t) is True for tokens, False for padding, which is at the
+        end of a row, so attention needs no mask for it. `document_ids` (b, t) are the contiguous documents that share a row:
+        they do not see each other, and each counts its positions from 0. With `prefixes` (b,), the first so many tokens of a
+        row, its document 0, precede each of the others.
         """
         x = self.streams(tokens)
         cos, sin, attention_mask = self._positions(tokens.size(1), cache, document_ids, prefixes)
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
         return self.norm(self.merge(x))
 
     def streams(self, tokens: Tensor) -> Tensor:
-        """What the first block reads of tokens (b, t): (b, t, d), or mHC's streams (b, t, n, d), which begin alike."""
+        """The first block's input for tokens (b, t): (b, t, d), or mHC's streams (b, t, n, d), which start equal."""
         x, n = self.embedded(tokens), self.config.hc_mult
         return x[:, :, None].expand(-1, -1, n, -1) if n else x
 
@@ -197,15 +197,15 @@ class Transformer(nn.Module):
         return found * found.new_tensor(self.config.hidden_size**0.5) if self.config.scale_embeddings else found
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """The rows of the embedding at tokens (b, t): (b, t, d)."""
-        # indexing would add up gradients in whatever order a CPU's threads come; this keeps the tokens', and takes less time
+        """Embedding rows of tokens (b, t): (b, t, d)."""
+        # indexing would sum gradients in an order that depends on CPU threads; this keeps the tokens' order and is faster
         return F.embedding(tokens, self.embed)
 
     def _positions(
         self, length: int, cache: Cache | None, document_ids: Tensor | None, prefixes: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Mask]:
-        """cos and sin (b or 1, t, r / 2) of the positions that are read; with document_ids (b, t) those within each
-        document, and who sees whom."""
+        """cos and sin (b or 1, t, r / 2) of the positions read, with document_ids (b, t) those within each document; and the
+        attention mask."""
         if cache is not None:
             rows = cache.positions + first_row(self.config, cache.reaches[:, None])
             return self.cos[rows], self.sin[rows], None
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         begins = torch.ones_like(document_ids, dtype=torch.bool)
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         positions = index - torch.where(begins, index, 0).cummax(dim=1).values
-        if prefixes is not None:  # padding may lie beyond the last position there is
+        if prefixes is not None:  # padding may lie beyond the last position
             positions = (positions + prefixes[:, None] * (document_ids > 0)).clamp(
                 max=self.config.max_position_embeddings - 1
             )
@@ -234,14 +234,14 @@ class Transformer(nn.Module):
     def mtp_hidden_states(
         self, hidden: Tensor, tokens: Tensor, padding_mask: Tensor | None = None, document_ids: Tensor | None = None
     ) -> list[Tensor]:
-        """MTP hidden states for each depth k = 1, 2, … (V3 eq. 21-23); feed them to `logits`.
+        """MTP hidden states for each depth k = 1, 2, … (V3 eq. 21-23); `logits` maps them to logits.
 
-        hidden (b, t, d) are the trunk's outputs, just made, for positions i; tokens (b, t + depths) run further than the trunk's
-        input, so that depth k sees token i + k and, at position i, predicts token i + k + 1. padding_mask and document_ids (b, t)
-        as for `forward`; near a document's end a prediction is of the next one, and must not be learnt from.
+        hidden (b, t, d): the trunk's latest outputs for positions i; tokens (b, t + depths) extend beyond the trunk's input, so that
+        depth k sees token i + k and, at position i, predicts token i + k + 1. padding_mask and document_ids (b, t) as in `forward`;
+        near a document's end a prediction is of the next document and must have no loss.
         """
         length = hidden.size(1)
-        assert tokens.size(1) >= length + len(self.mtp), "MTP needs one more token per depth than the trunk read"
+        assert tokens.size(1) >= length + len(self.mtp), "MTP needs one more token per depth than the trunk"
         outputs: list[Tensor] = []
         if not len(self.mtp):
             return outputs
@@ -249,32 +249,32 @@ class Transformer(nn.Module):
         cos, sin, attention_mask = self._positions(length, None, document_ids)
         for depth, module in enumerate(self.mtp, start=1):
             embedded = self.embedded(tokens[:, depth : depth + length])
-            assert isinstance(module, MTP | StreamMTP), "one of the two"
+            assert isinstance(module, MTP | StreamMTP), "both kinds of MTP"
             carried = module(carried, embedded, cos, sin, None, padding_mask, attention_mask)
             outputs.append(module.states(carried))
         return outputs
 
     def carried(self, hidden: Tensor) -> Tensor:
-        """What MTP goes on with behind hidden (b, t, d), which the trunk has just made: that, or its streams (b, t, n, d)."""
+        """MTP's input for hidden (b, t, d), the trunk's latest output: that output, or its streams (b, t, n, d)."""
         return self.merge.carried(hidden)
 
     def hidden_of(self, carried: Tensor) -> Tensor:
-        """The hidden states (b, d) that belong to what `carried` gave of b tokens."""
+        """The hidden states (b, d) for what `carried` returned for b tokens."""
         return self.norm(self.merge(carried[None]))[0] if self.config.hc_mult else carried
 
     def draft(self, carried: Tensor, tokens: Tensor, cache: Cache) -> Tensor:
         """The first MTP module's hidden states, continuing its own entries in the cache's last layer.
 
-        carried (b, t, …) is what the trunk made at the cache's positions, tokens (b, t) the ones that follow each; the
-        result (b, t, d) predicts the token after those.
+        carried (b, t, …): MTP's input at the cache's positions; tokens (b, t): the token after each; the result (b, t, d)
+        predicts the token after those.
         """
         cos, sin, _ = self._positions(tokens.size(1), cache, None)
         module = self.mtp[0]
-        assert isinstance(module, MTP | StreamMTP), "one of the two"
+        assert isinstance(module, MTP | StreamMTP), "both kinds of MTP"
         return module.states(module(carried, self.embedded(tokens), cos, sin, cache.layer(-1)))
 
     def with_config(self, config: ModelConfig, compute: torch.dtype) -> "Transformer":
-        """The same weights, shared, read by a config that differs in its window and rope scaling alone."""
+        """A model sharing the weights, with a config that differs only in window and rope scaling."""
         other = Transformer(config, compute)
         other.load_state_dict(self.state_dict(), assign=True)
         if config.tie_word_embeddings:
@@ -282,10 +282,10 @@ class Transformer(nn.Module):
         return other
 
     def routers(self) -> list[Router]:
-        """All routers from bottom to top, the MTP module's last."""
+        """All routers from bottom to top, the MTP modules' last."""
         return [m for m in self.modules() if isinstance(m, Router)]
 
     def balance_loss(self) -> Tensor:
-        """Mean over MoE layers of this training pass's sequence-wise balance loss, before alpha; 0 if dense."""
+        """Mean over MoE layers of this training pass's sequence-wise balance loss, without alpha; 0 if dense."""
         losses = take_balance_losses(self)
         return torch.stack(losses).mean() if losses else torch.zeros((), device=self.embed.device)

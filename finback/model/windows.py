@@ -1,4 +1,4 @@
-"""Where the windows lie whose tokens V4 compresses into one entry each.
+"""The windows of tokens that V4 compresses into one entry each.
 
 Letters: b batch, t token, n window, m tokens of a window.
 """
@@ -13,23 +13,23 @@ from finback.kernels.documents import Mask, positions, visible
 
 @dataclass(frozen=True)
 class CompressedWindows:
-    """The complete windows of rows; a row with fewer than others has made-up ones at the end."""
+    """The complete windows of rows; rows with fewer windows are padded at the end."""
 
-    # the tokens of each window, (b or 1, n, m)
+    # token indices of each window, (b or 1, n, m)
     index: Tensor
-    # whether it is a row's, (b or 1, n)
+    # whether it is a real window, not padding, (b or 1, n)
     real: Tensor
-    # whether the window before it is of the same document, (b or 1, n)
+    # whether the previous window is in the same document, (b or 1, n)
     follows: Tensor
 
     def seen(self, mask: Mask, part: slice, length: int) -> Tensor:
-        """(b or 1, part, n) True where a query sees a window's last token, and so its entry."""
+        """(b or 1, part, n) bool, True where a query sees a window's last token, and therefore its entry."""
         tokens = visible(mask, part, length, self.index.device)
         return tokens.take_along_dim(self.index[:, None, :, -1], dim=2) & self.real[:, None]
 
 
 def windows_of(mask: Mask, length: int, size: int, device: torch.device) -> CompressedWindows:
-    """The windows of `size` tokens in rows of this length, counted from each document's first token on."""
+    """The windows of `size` tokens in rows of this length, counted from the start of each document."""
     place = positions(mask, length, device)
     last = place % size == size - 1
     counts = last.sum(dim=1)

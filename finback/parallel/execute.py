@@ -1,6 +1,6 @@
 """Running a recipe, in this process or by ranks started for it: what the command line and `finback.run` share.
 
-No torch here before a stage needs it.
+Does not import torch before a stage needs it.
 """
 
 import contextlib

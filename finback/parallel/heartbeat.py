@@ -1,7 +1,7 @@
 """What ranks say to each other beside their collectives: that they live, and why they end.
 
 Every rank holds one TCP connection to rank 0, on which lines of JSON travel. So a rank that stands still or dies is named,
-and a mistake on one rank ends all of them with its message. No torch here.
+and a mistake on one rank ends all of them with its message. Does not import torch.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Start this machine's ranks and watch over them: signals go on to them, none outlives its parent. No torch here."""
+"""Start this machine's ranks and watch over them: signals go on to them, none outlives its parent. Does not import torch."""
 
 import math
 import os

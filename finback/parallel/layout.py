@@ -1,6 +1,6 @@
 """How a model lies on many ranks: what the planner computes with and prints, and what a stage's `layout` takes.
 
-No torch here. `pp` ranks hold a stage of the pipeline each. The `dp` ranks that hold the same stage read rows of their
+Does not import torch. `pp` ranks hold a stage of the pipeline each. The `dp` ranks that hold the same stage read rows of their
 own, and `ep` of them share one set of experts, so that V3's 2,048 devices are pp=16, dp=128, ep=64. With `cp` each of them is
 as many ranks, which read parts of the same rows: long ones. There is no tensor parallelism: V3 trains without it.
 """

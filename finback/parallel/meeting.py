@@ -1,4 +1,4 @@
-"""How ranks meet: all come, and all are about to do the same, or each of them says what differs. No torch here.
+"""How ranks meet: all come, and all are about to do the same, or each of them says what differs. Does not import torch.
 
 Rank 0 listens and writes into the store where; the others call it and declare what they are about to do. A store outlives
 ranks that are started again, so what rank 0 writes names the meeting as well.

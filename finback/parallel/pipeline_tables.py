@@ -1,4 +1,4 @@
-"""Pipeline schedules as pure tables of instructions: who does what in which order. No torch here.
+"""Pipeline schedules as pure tables of instructions: who does what in which order. Does not import torch.
 
 parallel/pipeline.py runs these tables, and the planner simulates them.
 

@@ -1,4 +1,4 @@
-"""Pipeline schedules by name: where their stages lie, what they ask of micro-batches, what they leave idle. No torch here."""
+"""Pipeline schedules by name: where their stages lie, what they ask of micro-batches, what they leave idle. Does not import torch."""
 
 from collections.abc import Callable
 from functools import lru_cache

@@ -1,7 +1,7 @@
-"""Measure this machine so that plans for it are right: products, memory, gradient exchange, and real training steps.
+"""Measures this machine for planning: matrix products, memory, gradient exchange, and real training steps.
 
-Every rank does the same at the same time, as in training, and the slowest counts. What a unit of each kind of work costs
-is fitted to the steps of some small models, with no cost below zero, so that relative errors are least.
+All ranks do the same at the same time, as in training, and the slowest counts. The cost per unit of each kind of work is
+fitted to the steps of some small models, with nonnegative costs and least squared relative errors.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from finback.train.optim import Adam, Gradients, Muon, is_matrix
 from finback.train.precision import COMPUTE
 
 GEMM_SIZES = (64, 128, 256, 512, 1024)
-BUDGET = 35.0  # seconds for the models below; what is not reached is left out
+BUDGET = 35.0  # time for the models below, in seconds; the rest is skipped
 
 
 def _dense(hidden: int, layers: int) -> ModelConfig:
@@ -71,7 +71,7 @@ def _wide(hidden: int, layers: int, experts: int = 8, vocab: int = 1024) -> Mode
 
 
 def references() -> list[tuple[ModelConfig, int, int]]:
-    """(model, rows on each rank, tokens per row): together they separate the kinds of work."""
+    """(model, rows per rank, tokens per row): together they separate the kinds of work."""
     return [
         (TINY, 16, 128),
         (TINY, 2, 64),
@@ -87,7 +87,7 @@ def references() -> list[tuple[ModelConfig, int, int]]:
 
 
 def calibrate(world: World, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure with all ranks of `world`; rank 0 writes the file. Under a minute."""
+    """Measures with all ranks of `world`; rank 0 writes the file. Takes under a minute."""
     begin = time.perf_counter()
     cpu = torch.device("cpu")
     process = _process_bytes(world)
@@ -136,7 +136,7 @@ def calibrate(world: World, path: Path, say: Callable[[str], None]) -> dict[str,
 
 
 def _bandwidth(size: int = 1 << 24, rounds: int = 5) -> float:
-    """Bytes per second of a copy much larger than a cache, read and written."""
+    """Bytes per second of a copy much larger than the caches, read and written."""
     a, b = torch.ones(size), torch.zeros(size)
     best = math.inf
     for _ in range(rounds):
@@ -147,12 +147,12 @@ def _bandwidth(size: int = 1 << 24, rounds: int = 5) -> float:
 
 
 def _steps(world: World, begin: float, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Seconds of both parts of a training step of each reference model, the slowest rank's."""
+    """Seconds of both parts of a training step of each reference model, on the slowest rank."""
     found: list[dict[str, Any]] = []
     for model, rows, length in references():
         for name in COMPUTE:
             if max(world.gather(time.perf_counter() - begin)) > BUDGET:
-                say("out of time: the remaining models are left out")
+                say("out of time: skipping the remaining models")
                 return found
             shape = Shape(model, rows, length, name, world.size)
             parts = time_step(shape, world, enough=BUDGET / (2 * len(COMPUTE) * len(references())))
@@ -162,10 +162,10 @@ def _steps(world: World, begin: float, say: Callable[[str], None]) -> list[dict[
 
 
 def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.inf) -> dict[str, float]:
-    """Seconds of forward and backward, and of the update, of a real step on this rank; no exchange.
+    """Seconds of (forward and backward) and of the update of a real step on this rank, without exchange.
 
-    The first round is not counted: it sets up libraries, and oneDNN compiles a product of bf16 for every shape it meets. All
-    rounds are the same, at rate 0, as a long run's steps are once these shapes are known. After `enough` seconds one suffices.
+    The first round does not count: it initializes libraries, and oneDNN compiles a bf16 product for each new shape. All rounds
+    are equal, with learning rate 0, like later steps of a long run. After `enough` seconds one round suffices.
     """
     alone = _Share(world.rank, world.size)
     model = Transformer(shape.model, COMPUTE[shape.compute]).initialise(0).train()
@@ -198,19 +198,19 @@ def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.
 
 
 def _undisturbed(taken: Sequence[float]) -> float:
-    """Median of the faster half: another program may have held the core during the others."""
+    """Median of the faster half: other programs may have slowed down the rest."""
     return statistics.median(sorted(taken)[: (len(taken) + 1) // 2])
 
 
 class _Share(World):
-    """A rank that does its share of the work and exchanges nothing."""
+    """A rank that does its share of the work but exchanges nothing."""
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
 
 def _exchange(world: World) -> dict[str, float]:
-    """Seconds of adding a tensor up over ranks: a fixed part, and one per byte."""
+    """Seconds of an all-reduce: a fixed part, and a part per byte."""
     if world.size == 1:
         return {"fixed": 0.0, "byte": 0.0}
     times = {}
@@ -229,12 +229,12 @@ def _exchange(world: World) -> dict[str, float]:
 
 
 def fit(work: Sequence[dict[str, float]], seconds: Sequence[float]) -> dict[str, float]:
-    """Seconds per unit of each kind of work, none below zero, with least relative errors squared."""
+    """Seconds per unit of each kind of work, nonnegative, minimizing squared relative errors."""
     names = list(work[0]) if work else []
     matrix = np.array([[row[name] / t for name in names] for row, t in zip(work, seconds, strict=True)])
     active = [i for i, name in enumerate(names) if matrix[:, i].any()]
     best, found = math.inf, dict[str, float]()
-    # the best solution without negative costs is the plain one of some choice of kinds, and there are few choices
+    # the best nonnegative solution is the least-squares solution for some subset of kinds, and there are few subsets
     for size in range(1, len(active) + 1):
         for chosen in itertools.combinations(active, size):
             scale = np.linalg.norm(matrix[:, chosen], axis=0)
@@ -246,13 +246,13 @@ def fit(work: Sequence[dict[str, float]], seconds: Sequence[float]) -> dict[str,
 
 
 def _worst(work: Sequence[dict[str, float]], seconds: Sequence[float], costs: dict[str, float]) -> float:
-    """Largest relative error of the fit over what it was fitted to."""
+    """Largest relative error of the fit on its own data."""
     predicted = [sum(costs.get(k, 0.0) * v for k, v in row.items()) for row in work]
     return max((abs(p / t - 1) for p, t in zip(predicted, seconds, strict=True)), default=0.0)
 
 
 def _training_rates(world: World, steps: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Counted FLOP/s of whole steps over all ranks, the median model's: for stages of which no more is known."""
+    """Counted FLOP/s of whole steps over all ranks, for the median model: used for stages about which no more is known."""
     rates: dict[str, float] = {}
     for name in COMPUTE:
         chosen = [s for s in steps if s["shape"].compute == name]
@@ -265,9 +265,9 @@ def _training_rates(world: World, steps: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def _process_bytes(world: World) -> float:
-    """What a rank's process takes beside model and batch: libraries, and what they set up in a first training step.
+    """Memory of a rank's process besides model and batch: libraries, and what they allocate in a first training step.
 
-    It is what the peak of a fresh process exceeds the formula by, so it has to be asked for first.
+    Measured as the peak of a fresh process minus the formula, so it must be measured first.
     """
     first = Shape(TINY, 16, 128, "fp32", world.size)
     time_step(first, world, rounds=2)
@@ -275,8 +275,8 @@ def _process_bytes(world: World) -> float:
 
 
 def peak_bytes() -> float:
-    """The most memory this process has ever held."""
-    if sys.platform.startswith("linux"):  # getrusage would count the parent's, too
+    """Peak memory of this process."""
+    if sys.platform.startswith("linux"):  # getrusage would include the parent's
         fields = Path("/proc/self/status").read_text(encoding="utf-8").split()
         return float(fields[fields.index("VmHWM:") + 1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Where calibrations lie, and reading one. No torch here."""
+"""Location and reading of calibration files. Does not import torch."""
 
 import json
 import math
@@ -17,14 +17,14 @@ _NUMBERS = ("ranks", "memory_bytes", "memory_bytes_per_second", "process_bytes")
 
 
 def default_path(environment: Mapping[str, str]) -> Path:
-    """<cache folder of the user>/finback/calibration.json, by XDG_CACHE_HOME."""
+    """<the user's cache folder>/finback/calibration.json, respecting XDG_CACHE_HOME."""
     home = environment.get("XDG_CACHE_HOME", "")
     folder = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
     return folder / "finback" / "calibration.json"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A calibration; UserError when it is torn, or a file of something else."""
+    """A calibration; UserError if the file is torn or something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError) as error:
         raise _refuse(path, f"incomplete ({error})") from None
     if not all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers) or found["ranks"] < 1:
-        raise _refuse(path, "holds what is no measured number")
+        raise _refuse(path, "contains an invalid measurement")
     if not all(isinstance(text, str) for text in strings):
         raise _refuse(path, "does not say when and where it was made")
     return found
@@ -54,7 +54,7 @@ def _refuse(path: Path, problem: str) -> UserError:
 
 
 def machine(calibration: dict[str, Any], ranks: int) -> Machine:
-    """This machine as the planner sees others: one device is one of so many ranks."""
+    """This machine as a Machine of the planner; one device is one of `ranks` ranks."""
     source = f"measured here, {calibration['date']}"
     per_byte = calibration["measured"]["exchange"]["byte"]
     peak = {
@@ -68,7 +68,7 @@ def machine(calibration: dict[str, Any], ranks: int) -> Machine:
         fp32=peak["fp32"],
         memory_bandwidth=Fact(calibration["memory_bytes_per_second"] / ranks, source),
         node=Fact(ranks, source),
-        # ranks that share a memory were not timed where there was one rank
+        # the exchange between ranks was not timed if there was one rank
         link=Fact(1 / per_byte if per_byte else calibration["memory_bytes_per_second"] / ranks, source),
         watts=Fact(WATTS_PER_CORE, "estimate of finback/runs/ledger.py"),
         price=Fact(DOLLARS_PER_CORE_HOUR, "estimate of finback/runs/ledger.py"),
@@ -76,21 +76,21 @@ def machine(calibration: dict[str, Any], ranks: int) -> Machine:
 
 
 def site(calibration: dict[str, Any], ranks: int, precision: str) -> Site:
-    """This machine as a site of so many ranks, at the rate at which its training steps ran."""
+    """This machine as a site with so many ranks, at the measured speed of its training steps."""
     here, source = machine(calibration, ranks), f"measured here, {calibration['date']}"
     rate = calibration["training_flops_per_second"][precision] / calibration["ranks"]
     known = {"reserve": calibration["process_bytes"], "efficiency": rate / here.peak(precision)}
-    known["launch"] = 0.0  # the steps that were timed have it in them
+    known["launch"] = 0.0  # measured steps already include it
     return Site(here, ranks, ASSUMPTIONS | {name: Fact(value, source) for name, value in known.items()})
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def doubts(calibration: dict[str, Any], torch_version: str | None = None) -> list[str]:
-    """What may make a calibration wrong for a run here and now."""
+    """Reasons why a calibration may be wrong here and now."""
     found = []
     if calibration["cpu"] != processor.name():
         found.append(f"calibrated on another processor: {calibration['cpu']}")

@@ -1,4 +1,4 @@
-"""The plan of one model's pre-training on named hardware, as plain values for JSON and for people. No torch here."""
+"""Plans one model's pre-training on named hardware, as plain values for JSON and text. Does not import torch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from finback.planner.workload import Workload, parse_mesh
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """A plan before it is made into JSON, with what the picture needs."""
+    """A plan, with what the picture needs in addition to the JSON values."""
 
     values: dict[str, Any]
     step: Step
@@ -35,10 +35,10 @@ def plan(
     source: str = "",
     given: bool = False,
 ) -> ClusterPlan:
-    """Plan `tokens` tokens in steps of `work` at a site.
+    """Plans `tokens` tokens in steps of `work` at a site.
 
-    The layout and the recomputation of `work` are kept where they are `given`; else the options decide, and what they
-    leave open is recommended.
+    If `given`, the layout and recomputation of `work` are used. Otherwise the options decide, and what they leave open is
+    recommended.
     """
     machine, devices, known = site.machine, site.devices, site.known
     if work.precision == "fp8" and machine.fp8 is None:
@@ -53,7 +53,7 @@ def plan(
     bill = cost.bill(c, judged.work, step.seconds, tokens, site, options.price)
     price = machine.price.value if options.price is None and machine.price else options.price
     facts = {key: value for key, value in dataclasses.asdict(machine).items() if isinstance(value, dict)}
-    # how much of the bill each part of a step stands for; in dollars where there is a price, else as shares
+    # share of each part of a step in the bill, in dollars if the price is known, else as a fraction
     sensitivity = {part: x * (bill["dollars"] or 1.0) for part, x in step.shares().items()}
     tokens_per_step = work.rows * work.length
     values = {
@@ -74,7 +74,7 @@ def plan(
 
 
 def workload(rows: int, length: int, site: Site, options: PlanOptions) -> Workload:
-    """A step as the options have it, before it has a layout."""
+    """A step according to the options, without a layout."""
     precision = options.precision or ("fp8" if site.machine.fp8 else "bf16")
     return Workload(
         rows=rows,
@@ -86,7 +86,7 @@ def workload(rows: int, length: int, site: Site, options: PlanOptions) -> Worklo
 
 
 def _search(c: ModelConfig, work: Workload, site: Site, options: PlanOptions) -> Search:
-    """What is to be recommended: all that neither --mesh, --schedule nor --recompute say."""
+    """The search space: everything that --mesh, --schedule and --recompute leave open."""
     change: dict[str, Any] = {"schedule": options.schedule.lower()} if options.schedule else {}
     fixed = {name for name in ("schedule", "recompute") if getattr(options, name)}
     if options.mesh:
@@ -103,20 +103,20 @@ def _search(c: ModelConfig, work: Workload, site: Site, options: PlanOptions) ->
 
 
 def product_seconds(flops: float, site: Site) -> float:
-    """Of so many FLOPs at the machine's MFU, or else at the efficiency that others' is from."""
+    """Seconds for so many FLOPs at the machine's MFU, or at the efficiency derived from others' MFU."""
     machine, devices, known = site.machine, site.devices, site.known
     share = known.get("mfu") or machine.mfu or cost.efficiency(V3, cost.V3_WORKLOAD, machine, known)
     return flops / (machine.bf16.value * share.value * devices)
 
 
 def by_flops(flops: float, site: Site, options: PlanOptions, least: float = 0.0, beside: float = 0.0) -> dict[str, Any]:
-    """Cost of so many FLOPs: rough. `least` seconds are what it takes however small its products are, `beside` come on top."""
+    """Rough cost of so many FLOPs: at least `least` seconds, plus `beside` seconds."""
     seconds = max(product_seconds(flops, site), least) + beside
     return {"seconds": seconds, **cost.spending(seconds, site, options.price), "how": "rough"}
 
 
 def model_values(name: str, c: ModelConfig, length: int) -> dict[str, Any]:
-    """Parameters and FLOPs of a model by the papers' rule and term by term."""
+    """Parameters and FLOPs of a model, by the papers' rule and by term."""
     plain, active = parameters(c, mtp=False), parameters(c, active=True, mtp=False)
     embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
     return {
@@ -136,7 +136,7 @@ def model_values(name: str, c: ModelConfig, length: int) -> dict[str, Any]:
 
 
 def layout_values(work: Workload, given: bool) -> dict[str, Any]:
-    """The mesh and how a step runs on it, and the knobs of a stage that trains so."""
+    """The mesh and how a step runs on it, with the knobs of a stage that trains this way."""
     layout = work.layout
     values = dataclasses.asdict(work)
     return {
@@ -153,7 +153,7 @@ def layout_values(work: Workload, given: bool) -> dict[str, Any]:
 
 
 def memory_values(judged: JudgedWorkload, machine: Machine, known: dict[str, Fact]) -> dict[str, Any]:
-    """Bytes on every pipeline rank, and whether the fullest leaves the margin free."""
+    """Bytes on every pipeline rank, and whether the fullest rank leaves the margin free."""
     worst = judged.worst
     return {
         "device_bytes": machine.memory.value,
@@ -166,7 +166,7 @@ def memory_values(judged: JudgedWorkload, machine: Machine, known: dict[str, Fac
 
 
 def step_values(step: Step) -> dict[str, Any]:
-    """A step's time by part, and what it sends."""
+    """A step's time by part, and its traffic."""
     sent = {k: v for k, v in dataclasses.asdict(step.traffic).items() if k != "load"}
     load = step.traffic.load
     routing = None if load is None else {k: v for k, v in dataclasses.asdict(load).items() if k != "per_rank"}
@@ -184,7 +184,7 @@ def step_values(step: Step) -> dict[str, Any]:
 def schedule_values(
     c: ModelConfig, work: Workload, machine: Machine, efficiency: float, known: dict[str, Fact], skew: float
 ) -> dict[str, Any]:
-    """The same mesh under every schedule that can run on it."""
+    """The same mesh under every schedule that it allows."""
     if work.layout.pp == 1:
         return {}
     found: dict[str, Any] = {}

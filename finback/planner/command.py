@@ -1,4 +1,4 @@
-"""`finback plan`: from what was asked to values and text. No torch here until a recipe or a calibration needs it."""
+"""`finback plan`: from what was asked to values and text. Does not import torch until a recipe or a calibration needs it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,21 @@ from finback.runs.recipe import Recipe
 
 
 def run(options: PlanOptions, path: Path) -> tuple[dict[str, Any], str]:
-    """Plan what is asked for with the calibration at `path`; values for --json, and text."""
+    """Plans with the calibration at `path`; returns values for --json, and text."""
     if options.what.endswith(".py"):
         return recipe(recipes.load(Path(options.what), options.settings), options, path)
     if options.what:
         return preset(options)
     if options.calibrate:
         return calibrated(path)
-    raise UserError("plan", "", "nothing to plan", "Name a recipe or a preset, or give --calibrate.")
+    raise UserError("plan", "", "nothing to plan", "Give a recipe or a preset, or --calibrate.")
 
 
 def preset(options: PlanOptions) -> tuple[dict[str, Any], str]:
-    """Plan a preset on named hardware; its values for --json, and text."""
+    """Plans a preset on named hardware; returns values for --json, and text."""
     found, image = presets.find(options.what), options.picture
     if not options.on:
-        raise UserError("--on", "", "a preset is planned for hardware that is named", "Give --on h800:2048, say.")
+        raise UserError("--on", "", "a preset needs hardware", "Give for example --on h800:2048.")
     if image is not None:
         picture.check(image)
     tokens = presets.count(options.tokens, "--tokens") if options.tokens else found.tokens
@@ -37,7 +37,7 @@ def preset(options: PlanOptions) -> tuple[dict[str, Any], str]:
     site = hardware.site(options.on, options.assume)
     work = cluster.workload(rows, length, site, options)
     planned = cluster.plan(found.name, found.model, work, tokens, site, options, found.source)
-    # what DeepSeek published is shown beside the plan of it
+    # DeepSeek's published numbers are shown next to the plan of its own layout
     is_v3s = found.model == V3 and published.is_v3s(planned.work.layout)
     claims = published.claims(dict(hardware.ASSUMPTIONS)) if is_v3s else []
     planned.values["published"] = [vars(claim) | {"off": claim.off} for claim in claims]
@@ -50,7 +50,7 @@ def preset(options: PlanOptions) -> tuple[dict[str, Any], str]:
 def _draw(name: str, planned: cluster.ClusterPlan, image: Path) -> str:
     layout = planned.work.layout
     if layout.pp == 1:
-        raise UserError("--picture", str(image), "this layout has no pipeline", "Give one with --mesh pp=4, say.")
+        raise UserError("--picture", str(image), "this layout has no pipeline", "Give one, for example --mesh pp=4.")
     title = f"{name}: {layout.pipeline.title}, {layout.pp} ranks, {layout.micro_batches} micro-batches"
     picture.draw(planned.step.timeline, title, image)
     planned.values["picture"] = str(image)
@@ -58,11 +58,11 @@ def _draw(name: str, planned: cluster.ClusterPlan, image: Path) -> str:
 
 
 def recipe(plan: Recipe, options: PlanOptions, path: Path) -> tuple[dict[str, Any], str]:
-    """Plan a recipe stage by stage, on this machine unless hardware is named."""
+    """Plans a recipe stage by stage, on this machine unless hardware is named."""
     from finback.planner import recipe_plan
 
     known = None
-    if not options.on and (options.calibration or path.is_file()):  # one that is named must exist
+    if not options.on and (options.calibration or path.is_file()):  # a given file must exist
         known = calibration_file.read(path)
     if options.picture is not None:
         picture.check(options.picture)
@@ -77,14 +77,14 @@ def _draw_engines(values: dict[str, Any], image: Path) -> str:
     drawn = next(iter(engines.of_plan(values["stages"])), None)
     if drawn is None:
         remedy = "Give --measured RUN or --on, and a recipe with RL in it."
-        raise UserError("--picture", str(image), "nothing is known of engines of this recipe", remedy)
+        raise UserError("--picture", str(image), "the engines of this recipe are unknown", remedy)
     picture.draw_engines(drawn[1], f"{values['recipe']}, {drawn[0]}: engines and trainer", image)
     values["picture"] = str(image)
     return f"Picture: {image}"
 
 
 def measure(rank: int, ranks: int, threads: int, path: Path) -> None:
-    """One rank of a calibration."""
+    """Runs one rank of a calibration."""
     import torch
 
     from finback.parallel.mesh import World
@@ -97,15 +97,15 @@ def measure(rank: int, ranks: int, threads: int, path: Path) -> None:
 
 
 def calibrated(path: Path) -> tuple[dict[str, Any], str]:
-    """What a calibration found."""
+    """The results of a calibration."""
     found = calibration_file.read(path)
     errors = found["largest_error_of_fit"]
     lines = [
         f"{found['cpu']}, {found['ranks']} ranks, torch {found['torch']}: measured in {found['seconds']:.0f} s",
         *(f"  {n} products {max(v.values()) / 1e9:,.0f} GFLOP/s" for n, v in found["gemm_flops_per_second"].items()),
-        f"  memory {found['memory_bytes_per_second'] / 1e9:,.1f} GB/s; a rank takes {found['process_bytes'] / 1e6:,.0f} MB before its model",
+        f"  memory {found['memory_bytes_per_second'] / 1e9:,.1f} GB/s; a rank needs {found['process_bytes'] / 1e6:,.0f} MB without its model",
         f"  training steps are fitted within {max(errors.values()):.0%} (forward and backward in fp32: {errors['passes_fp32']:.0%})",
         *(f"  note: {text}" for text in calibration_file.doubts(found)),
-        f"  kept in {path}",
+        f"  stored in {path}",
     ]
     return found, "\n".join(lines)

@@ -1,9 +1,9 @@
-"""What a step takes on a mesh, and what a run costs: time, device-hours, money, energy. No torch here.
+"""Time of a step on a mesh, and the cost of a run: device-hours, money, energy. Does not import torch.
 
-A step is the schedule's makespan (plan/simulate.py) and the exchange of gradients after it. An operation takes its FLOPs
-over peak x efficiency, plus the all-to-all that nothing hides. Counting, as in DeepSeek's papers: 2 FLOPs per weight met
-and attention over T / 2 keys, times three for training, MTP left out; what MTP and recomputation add takes time but
-counts for nothing in MFU.
+A step is the makespan of its schedule (planner/simulate.py) plus the exchange of gradients. An operation takes its FLOPs
+divided by peak x efficiency, plus the exposed all-to-all. FLOPs are counted as in DeepSeek's papers: 2 per weight and token,
+and attention over T / 2 keys, times three for training, without MTP. MTP and recomputation take time but do not count in
+MFU.
 """
 
 import dataclasses
@@ -29,37 +29,37 @@ V3_WORKLOAD = Workload(
 )
 
 
-KERNELS = 40  # of a layer's forward pass: norms, projections, rotary parts, attention, router, experts, sums
+KERNELS = 40  # kernels of a layer's forward pass: norms, projections, rotary parts, attention, router, experts, sums
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. The parts in seconds, averaged over devices, add up to `seconds`."""
+    """One optimizer step. The parts are in seconds, averaged over devices, and add up to `seconds`."""
 
     seconds: float
     mfu: float
-    # share of the peak while computing
+    # share of the peak reached while computing
     efficiency: float
-    # what is counted, were the peak reached
+    # counted FLOPs at the peak
     at_peak: float
-    # MTP's products at the peak
+    # MTP's FLOPs at the peak
     mtp: float
-    # products done again, at the peak
+    # recomputed FLOPs at the peak
     recompute: float
-    # more, since kernels do not reach it and experts are not equally full
+    # extra time because kernels do not reach the peak and experts are unbalanced
     below_peak: float
-    # all-to-all that nothing hides
+    # exposed all-to-all
     exposed: float
-    # idle by the schedule, and by stages of unequal size
+    # idle time from the schedule and from unequal stages
     bubble: float
-    # of gradients and weights
+    # exchange of gradients and weights
     exchange: float
     traffic: Traffic
     timeline: Timeline
     durations: Durations
 
     def shares(self) -> dict[str, float]:
-        """Each part of the time as a share of it."""
+        """Each part as a share of the total time."""
         names = ("at_peak", "mtp", "recompute", "below_peak", "exposed", "bubble", "exchange")
         return {name: getattr(self, name) / self.seconds for name in names}
 
@@ -68,18 +68,18 @@ class Step:
 class StageFlops:
     """Forward FLOPs per token of one pipeline stage."""
 
-    # products with weights: their backward has a part for weights
+    # products with weights, whose backward pass has a part for weight gradients
     linear: float
-    # queries with keys, weights with values
+    # products of queries with keys, and of attention weights with values
     attention: float
-    # what is done again in the backward pass
+    # recomputed in the backward pass
     again: float
-    # layers, whose kernels are started one after the other
+    # number of layers, whose kernels start one after the other
     layers: int
 
 
 def stage_flops(c: ModelConfig, stage: StageLayers, work: Workload, imbalance: float) -> StageFlops:
-    """Products of one stage as they are executed, MTP included."""
+    """FLOPs of one stage as executed, including MTP."""
     layers = len(stage.layers)
     moe = sum(c.is_moe(layer) for layer in stage.layers)
     modules = sum(layer >= c.num_hidden_layers for layer in stage.layers)
@@ -103,7 +103,7 @@ def stage_flops(c: ModelConfig, stage: StageLayers, work: Workload, imbalance: f
 
 @lru_cache(maxsize=64)
 def _layer(c: ModelConfig, moe: bool, length: int) -> TokenFlops:
-    """One layer of a kind, and the head."""
+    """FLOPs of one layer of this kind, and of the head."""
     first = 0 if moe and c.n_routed_experts else 1
     one = dataclasses.replace(
         c, num_hidden_layers=1, first_k_dense_replace=first, dense_layers=(), num_nextn_predict_layers=0
@@ -111,7 +111,7 @@ def _layer(c: ModelConfig, moe: bool, length: int) -> TokenFlops:
     found = token_flops(one, length / 2)
     if c.attention != "compressed":
         return found
-    every = token_flops(c, length / 2)  # whose layers differ in attention alone
+    every = token_flops(c, length / 2)  # its layers may differ in attention only
     mean = {name: getattr(every, name) / c.num_hidden_layers for name in ("attention_linear", "attention_scores")}
     return dataclasses.replace(found, **mean)
 
@@ -119,7 +119,7 @@ def _layer(c: ModelConfig, moe: bool, length: int) -> TokenFlops:
 def step(
     c: ModelConfig, work: Workload, machine: Machine, efficiency: float, known: dict[str, Fact], skew: float = 0.0
 ) -> Step:
-    """Predict one step; `efficiency` is the share of the peak that products reach."""
+    """Predicts one step; `efficiency` is the share of the peak that products reach."""
     layout, sent = work.layout, traffic.of(c, work, machine, skew)
     imbalance = known["imbalance"].value
     if skew and sent.load:
@@ -157,12 +157,12 @@ def step(
 def durations_of(
     every: list[StageFlops], per_flop: float, work: Workload, sent: Traffic, known: dict[str, Fact]
 ) -> tuple[Durations, float]:
-    """Durations of one micro-batch in a stage of mean size, and the seconds of its products, both ways."""
+    """Durations of one micro-batch in a stage of average size, and the seconds of its products, forward and backward."""
     linear, attention, again = (
         sum(getattr(s, name) for s in every) / len(every) for name in ("linear", "attention", "again")
     )
     whole = 3 * linear + 3 * attention + again
-    # small micro-batches wait for their kernels to start, forward and twice as many backward
+    # small micro-batches are bound by kernel launches: once forward, twice backward
     started = 3 * launch_seconds(sum(s.layers for s in every) / len(every), known)
     per_flop = max(per_flop, started / whole)
     compute = whole * per_flop
@@ -180,12 +180,12 @@ def durations_of(
 
 
 def launch_seconds(layers: float, known: dict[str, Fact]) -> float:
-    """What a forward pass through so many layers takes at least, whatever the size of its products."""
+    """Lower bound of a forward pass through so many layers, from kernel launches, in seconds."""
     return KERNELS * layers * known["launch"].value if "launch" in known else 0.0
 
 
 def least_seconds(c: ModelConfig, passes: float, site: Site) -> float:
-    """Of so many forward passes one after the other: kernels start, and weights are read by all devices at once."""
+    """Lower bound of consecutive forward passes in seconds: kernel launches, and reading the weights with all devices."""
     layers = c.num_hidden_layers + c.num_nextn_predict_layers
     bandwidth, active = site.machine.memory_bandwidth, parameters(c, active=True, mtp=False)
     reading = 2 * active / (bandwidth.value * site.devices) if bandwidth else 0.0
@@ -193,7 +193,7 @@ def least_seconds(c: ModelConfig, passes: float, site: Site) -> float:
 
 
 def efficiency(c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fact], skew: float = 0.0) -> Fact:
-    """The share of the peak to count with, and why: given, or from an MFU with its layout's own losses taken out."""
+    """The share of the peak to assume, with its source: given, or derived from an MFU by removing its layout's losses."""
     if "efficiency" in known:
         return known["efficiency"]
     if "mfu" in known:
@@ -203,7 +203,7 @@ def efficiency(c: ModelConfig, work: Workload, machine: Machine, known: dict[str
 
 @lru_cache(maxsize=16)
 def _published_efficiency(imbalance: Fact, overlap: Fact) -> Fact:
-    """That of V3's pre-training, under the assumptions that its step depends on."""
+    """The efficiency of V3's pre-training, under the assumptions that its step depends on."""
     h800, _ = hardware.find("h800")
     assert h800.mfu is not None, "the reference machine has a published MFU"
     known = {"imbalance": imbalance, "overlap": overlap}
@@ -214,7 +214,7 @@ def _published_efficiency(imbalance: Fact, overlap: Fact) -> Fact:
 def _solve(
     c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fact], mfu: float, skew: float = 0.0
 ) -> float:
-    """The efficiency at which a layout's whole step has this MFU; losses hardly depend on it, so few rounds do."""
+    """The efficiency at which a layout's whole step has this MFU; losses hardly depend on it, so a few iterations suffice."""
     value = mfu
     for _ in range(4):
         reached = step(c, work, machine, value, known, skew).mfu
@@ -227,7 +227,7 @@ def _solve(
 def bill(
     c: ModelConfig, work: Workload, step_seconds: float, tokens: float, site: Site, price: float | None
 ) -> dict[str, Any]:
-    """Cost of training `tokens` tokens at a step time: steps, FLOPs counted as the papers do, and what `spending` says."""
+    """Cost of training `tokens` tokens at a step time: steps, FLOPs as the papers count, and what `spending` returns."""
     steps = tokens / (work.rows * work.length)
     flops = tokens * training_flops(c, work.length / 2, mtp=False)
     spent = spending(steps * step_seconds, site, price)
@@ -235,7 +235,7 @@ def bill(
 
 
 def spending(seconds: float, site: Site, price: float | None) -> dict[str, Any]:
-    """Device-hours, money and energy, None where no price or power is known.
+    """Device-hours, money and energy; None where price or power is unknown.
 
     Energy is the devices' rated power times the site's PUE.
     """

@@ -1,7 +1,7 @@
-"""How many engines generate for a trainer so that neither waits for the other. No torch here.
+"""How many engines a trainer needs so that neither waits for the other. Does not import torch.
 
-A step's answers take tokens / (engines x rate) seconds, learning from them takes its own; with answers made ahead the longer of the two is the
-step. The rate is measured (`--measured RUN`) or DeepSeek's published one, scaled.
+Generating a step's answers takes tokens / (engines x rate) seconds, learning takes its own time; when answers are generated ahead, the
+step takes the longer of the two. The rate is measured (`--measured RUN`), or DeepSeek's published one, scaled.
 """
 
 import math
@@ -20,18 +20,18 @@ from finback.runs import reader
 from finback.runs.files import METRICS, read_lines
 from finback.runs.ledger import spent
 
-# a node of eight H800 decodes so many tokens a second at V3's size (DeepSeek-V3/R1 Inference System Overview, March 2025)
+# decoding speed of a node of eight H800 at V3's size (DeepSeek-V3/R1 Inference System Overview, March 2025)
 PUBLISHED = 14_800 / 8
 PUBLISHED_BANDWIDTH = 3.35e12  # bytes per second of an H800
-SHOWN = 8  # steps of a picture
-SPARE = 0.1  # of an engine, which is not worth another
+SHOWN = 8  # steps in a picture
+SPARE = 0.1  # fraction of an engine that does not justify one more
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """What a stage of RL has logged."""
+    """What an RL stage has logged."""
 
-    # tokens of a step, seconds of learning from them, and what one of its engines makes a second
+    # tokens per step, seconds of learning from them, and tokens per second of one engine
     tokens: float
     learning: float
     rate: float
@@ -39,7 +39,7 @@ class MeasuredStep:
 
 @dataclass(frozen=True)
 class OverlappedStep:
-    """When the answers of one step are made, and when they are learnt from: seconds since the run began."""
+    """Start and end of generating and learning of one step, in seconds since the run began."""
 
     asked: float
     answered: float
@@ -48,7 +48,7 @@ class OverlappedStep:
 
 
 def overlapped(generating: float, learning: float, max_staleness: int, steps: int) -> list[OverlappedStep]:
-    """Steps one behind the other: answers begin when those before are there and the weights are new enough (GRPO's max_staleness)."""
+    """A timeline of steps: generation starts when the previous answers are done and the weights are new enough (GRPO's max_staleness)."""
     found: list[OverlappedStep] = []
     for number in range(steps):
         before = found[-1] if found else OverlappedStep(0.0, 0.0, 0.0, 0.0)
@@ -61,21 +61,21 @@ def overlapped(generating: float, learning: float, max_staleness: int, steps: in
 
 
 def wanted(tokens: float, learning: float, rate: float) -> int:
-    """Engines that make a step's tokens while another step is learnt from."""
+    """Number of engines that generate a step's tokens while another step is learned."""
     return max(1, math.ceil(tokens / (rate * learning) - SPARE))
 
 
 def balance(tokens: float, learning: float, rate: float, engines: int, max_staleness: int) -> dict[str, float]:
-    """What so many engines make of it: seconds of generating and of a step, and the shares in which trainer and engines wait."""
+    """The result with so many engines: seconds of generating and of a step, and idle shares of trainer and engines."""
     generating = tokens / (rate * engines)
     steps = overlapped(generating, learning, max_staleness, 50)
-    each = (steps[-1].learnt - steps[-26].learnt) / 25  # once the first ones are through
+    each = (steps[-1].learnt - steps[-26].learnt) / 25  # after the start-up phase
     waits = {"trainer_idle": 1 - learning / each, "engines_idle": 1 - generating / each}
     return {"engines": engines, "generating": generating, "step": each, **waits}
 
 
 def measured(root: Path) -> dict[str, MeasuredStep]:
-    """The stages of RL of a run folder, by name; UserError where none has logged a step."""
+    """The RL stages of a run folder, by name; UserError if none has logged a step."""
     found = {}
     for stage in reader.stages(root):
         rows = [row for row in read_lines(stage.folder / METRICS) if row.get("generating_seconds")]
@@ -89,18 +89,18 @@ def measured(root: Path) -> dict[str, MeasuredStep]:
         learning = statistics.median(row["update_seconds"] for row in rows)
         found[stage.name] = MeasuredStep(statistics.fmean(made), learning, sum(made) / sum(seconds) / engines)
     if not found:
-        raise UserError("--measured", str(root), "no stage of RL has logged a step there", "Name the folder of a run.")
+        raise UserError("--measured", str(root), "no RL stage has logged a step there", "Give the folder of a run.")
     return found
 
 
 def _ranks(folder: Path) -> int:
-    """With engines of their own."""
+    """Number of ranks that have their own engines."""
     total = spent(folder)
     return max(1, round(total["core_seconds"] / total["seconds"])) if total["seconds"] else 1
 
 
 def published(model: ModelConfig, machine: Machine) -> tuple[float, str]:
-    """Tokens per second of an engine on one device, and where they are from: V3's, by active parameters and memory bandwidth."""
+    """Tokens per second of an engine on one device, and the source: V3's, scaled by active parameters and memory bandwidth."""
     share = parameters(V3, active=True, mtp=False) / parameters(model, active=True, mtp=False)
     bandwidth = machine.memory_bandwidth.value / PUBLISHED_BANDWIDTH if machine.memory_bandwidth else 1.0
     text = "14,800 tokens/s of a node of H800 with V3 (DeepSeek, March 2025), by active parameters and memory bandwidth"
@@ -110,7 +110,7 @@ def published(model: ModelConfig, machine: Machine) -> tuple[float, str]:
 def planned(
     stage: PlannedStage, seconds: float | None, machine: Machine | None, known: dict[str, MeasuredStep]
 ) -> dict[str, Any]:
-    """The engines of a stage of RL; {} where nothing is known of it. seconds: of all its learning."""
+    """The engines of an RL stage; {} if nothing is known. seconds: total time of learning."""
     knobs, steps = stage.knobs, int(stage.knobs.get("steps") or 0)
     if not (stage.work.tokens_trained and stage.work.tokens_generated and steps and stage.model is not None):
         return {}
@@ -132,7 +132,7 @@ def planned(
 
 
 def text(found: dict[str, Any]) -> str:
-    """That as a sentence."""
+    """The result as a sentence."""
     best, given = found["wanted"], found.get("given")
     said = (
         f"a step learns for {found['learning']:,.2g} s from {found['tokens']:,.0f} tokens, of which an engine makes {found['rate']:,.0f} a second "
@@ -150,5 +150,5 @@ def _engines(n: int) -> str:
 
 
 def of_plan(stages: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """The stages of a plan of which engines are known, with them."""
+    """The stages of a plan whose engines are known, with these."""
     return ((name, values["engines"]) for name, values in stages.items() if "engines" in values)

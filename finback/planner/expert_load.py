@@ -1,6 +1,6 @@
-"""Expert parallelism under real or given routing skew: how full each rank gets, and what goes over which wire.
+"""Expert parallelism under real or given routing skew: load per rank, and traffic per wire.
 
-No torch here. Tokens draw experts by popularity with V3's group limit; experts lie on ranks in order, groups on nodes.
+Does not import torch. Tokens choose experts by popularity with V3's group limit; experts are on ranks in order, groups on nodes.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ from finback.model.config import ModelConfig
 class Load:
     """Averages over sampled tokens of one MoE layer."""
 
-    # of the fullest rank; it decides how long all wait
+    # load of the fullest rank over the mean; all ranks wait for it
     max_over_mean: float
-    # share of all choices
+    # each rank's share of all choices
     per_rank: tuple[float, ...]
-    # nodes a token's experts lie on
+    # number of nodes with a token's experts
     nodes: float
-    # of these, other than its own: copies sent over the network
+    # of these, other nodes: copies sent over the network
     remote_nodes: float
-    # copies sent over the link within nodes, to ranks that hold a chosen expert
+    # copies sent within nodes, to ranks with a chosen expert
     forwarded: float
     max_over_mean_expert: float
 
 
 def popularity(experts: int, zipf: float, seed: int) -> tuple[float, ...]:
-    """Shares 1 / place^zipf, experts in random places; 0 makes all equal."""
+    """Shares proportional to 1 / rank^zipf, in random order; 0: equal."""
     shares = 1 / np.arange(1, experts + 1) ** zipf
     return tuple(np.random.default_rng(seed).permutation(shares / shares.sum()).tolist())
 
@@ -38,7 +38,7 @@ def popularity(experts: int, zipf: float, seed: int) -> tuple[float, ...]:
 def simulate(
     c: ModelConfig, ranks: int, node: int, shares: Sequence[float] | None = None, tokens: int = 8192, seed: int = 0
 ) -> Load:
-    """Route `tokens` tokens by expert popularity (equal by default) over `ranks` ranks, `node` of them to a node."""
+    """Routes `tokens` tokens by expert popularity (default: equal) over `ranks` ranks, `node` per node."""
     experts, k = c.n_routed_experts, c.num_experts_per_tok
     assert experts % ranks == 0, f"{ranks} ranks do not share {experts} experts evenly"
     given = np.full(experts, 1 / experts) if shares is None else np.asarray(shares, dtype=float)
@@ -54,9 +54,9 @@ def simulate(
     own = rng.integers(ranks, size=tokens)
     row = np.arange(tokens)
     on_own_node = met_nodes[row, own // node].sum()
-    reached = met_ranks.sum() - met_ranks[row, own].sum()  # copies that must get to another rank
-    # some land at their first stop, the same place on the other node, and need no second; where the last node is not full
-    # nothing lands by luck
+    reached = met_ranks.sum() - met_ranks[row, own].sum()  # copies that must reach another rank
+    # a copy that arrives at the right rank (the same position on the other node) needs no second hop; if the last node is
+    # not full this does not happen
     steps = range(1, nodes) if nodes * node == ranks else ()
     landed = sum(met_ranks[row, (own + step * node) % ranks].sum() for step in steps)
     return Load(
@@ -70,7 +70,7 @@ def simulate(
 
 
 def route(c: ModelConfig, affinities: np.ndarray) -> np.ndarray:
-    """Top-k among the best topk_group groups: affinities (tokens, experts) -> (tokens, k), as model/moe.py's Router."""
+    """Top-k among the best topk_group groups: affinities (tokens, experts) -> (tokens, k), as in model/moe.py's Router."""
     tokens, experts = affinities.shape
     if c.topk_group < c.n_group:
         grouped = affinities.reshape(tokens, c.n_group, -1)
@@ -84,7 +84,7 @@ def route(c: ModelConfig, affinities: np.ndarray) -> np.ndarray:
 
 
 def _met(index: np.ndarray, size: int) -> np.ndarray:
-    """index (tokens, k) -> which of `size` places each token meets (tokens, size)."""
+    """index (tokens, k) -> bool (tokens, size): which of `size` places each token uses."""
     met = np.zeros((len(index), size), dtype=bool)
     met[np.arange(len(index))[:, None], index] = True
     return met

@@ -1,4 +1,4 @@
-"""What machines can do: numbers with the place each was read, out of hardware.toml. No torch here."""
+"""Properties of machines, each with its source, from hardware.toml. Does not import torch."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from finback.config import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Fact:
-    """A number and where it comes from."""
+    """A number and its source."""
 
     value: float
     source: str
@@ -21,7 +21,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Machine:
-    """One device, the node it sits in and the network between nodes; None is not known."""
+    """One device, its node, and the network between nodes; None: unknown."""
 
     name: str
     # bytes
@@ -31,22 +31,22 @@ class Machine:
     # bytes/s
     memory_bandwidth: Fact | None = None
     fp8: Fact | None = None
-    # what fp32 products reach; given for CPUs, where training may be in fp32
+    # reached fp32 FLOP/s, for CPUs, which may train in fp32
     fp32: Fact | None = None
-    # devices that the fast link joins
+    # devices connected by the fast link
     node: Fact | None = None
     # bytes/s within a node
     link: Fact | None = None
     # bytes/s between nodes
     network: Fact | None = None
     watts: Fact | None = None
-    # published for a V3-like model, of the bf16 peak, causal counting
+    # published MFU of a V3-like model, relative to the bf16 peak, with causal counting
     mfu: Fact | None = None
     # dollars per device-hour
     price: Fact | None = None
 
     def peak(self, precision: str) -> float:
-        """FLOP/s that MFU is counted against: bf16's also for FP8 training, as DeepSeek counts."""
+        """FLOP/s that MFU refers to: bf16's even for FP8 training, as DeepSeek counts."""
         return (self.fp32 if precision == "fp32" and self.fp32 else self.bf16).value
 
 
@@ -58,15 +58,15 @@ def _facts(table: dict[str, tuple[float, str]]) -> dict[str, Fact]:
 
 
 MACHINES = {name: Machine(name, **_facts(table)) for name, table in _TABLES["machines"].items()}
-# what a plan needs beyond the machine; every one can be changed with --assume NAME=VALUE
+# what a plan needs besides the machine; each can be changed with --assume NAME=VALUE
 ASSUMPTIONS = _facts(_TABLES["assumptions"])
 SHARES = ("overlap", "margin", "efficiency", "mfu")
 MAY_BE_ZERO = ("launch", "imbalance", "reserve", "overlap", "margin", "co2")
-OF_MACHINE = ("memory", "link", "network", "watts", "mfu")  # facts of a machine that --assume replaces
+OF_MACHINE = ("memory", "link", "network", "watts", "mfu")  # machine properties that --assume can replace
 
 
 def find(text: str) -> tuple[Machine, int]:
-    """`h800:2048`, `2048xh800` -> the machine and how many of its devices; one without a number. `rtx4090` is `4090`."""
+    """`h800:2048`, `2048xh800` -> machine and number of devices; 1 if no number is given. `rtx4090` is `4090`."""
     name, colon, count = text.partition(":")
     if not colon and (met := re.fullmatch(r"(\d+)x(.+)", text.lower())):
         count, name = met.groups()
@@ -81,7 +81,7 @@ def find(text: str) -> tuple[Machine, int]:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a plan's work runs, and what is assumed beyond the machine's facts."""
+    """Hardware, number of devices, and assumptions of a plan."""
 
     machine: Machine
     devices: int
@@ -89,17 +89,17 @@ class Site:
 
 
 def site(on: str, settings: Sequence[str]) -> Site:
-    """The site that --on and --assume name."""
+    """The site given by --on and --assume."""
     machine, devices = find(on)
     known, machine = assumptions(settings, machine)
     return Site(machine, devices, known)
 
 
 def assumptions(settings: Sequence[str], machine: Machine) -> tuple[dict[str, Fact], Machine]:
-    """The assumptions and the machine with `name=value` texts applied.
+    """Assumptions and machine after applying `name=value` settings.
 
-    `efficiency` is the share of the peak that is reached while computing. Without it, it follows from `mfu`: as
-    published for V3's own layout, or as given for the layout that is planned.
+    `efficiency` is the share of the peak reached while computing. By default it is derived from `mfu`: the published one for
+    V3's own layout, or the given one for the planned layout.
     """
     known = dict(ASSUMPTIONS)
     for setting in settings:
@@ -113,7 +113,7 @@ def assumptions(settings: Sequence[str], machine: Machine) -> tuple[dict[str, Fa
         if not 0 <= value < math.inf or (value == 0 and name not in MAY_BE_ZERO):
             raise UserError("--assume", setting, "not a number above 0", f"Write for example {name}=0.2.")
         if name in SHARES and value > 1:
-            raise UserError("--assume", setting, "more than the whole", "Use a share between 0 and 1.")
+            raise UserError("--assume", setting, "a share above 1", "Use a share between 0 and 1.")
         fact = Fact(value, "given with --assume")
         if name in OF_MACHINE:
             machine = dataclasses.replace(machine, **{name: fact})  # type: ignore[arg-type]

@@ -1,14 +1,14 @@
-"""Memory of each rank in training, and what is left for the cache in serving. No torch here.
+"""Memory of each rank in training, and the memory left for the cache in serving. Does not import torch.
 
-Bytes per parameter (V3 3.3.3): compute weights 2 (one bf16 copy, or two FP8 ones: Hopper reads a matrix and its transpose
-apart), gradients 4, master weights 4, AdamW moments 2 + 2 (Muon: momentum 2), their average 4. In fp32 the weights are their own
-masters and moments are fp32. Activations per token follow from what each policy keeps of a layer:
+Bytes per parameter (V3 3.3.3): compute weights 2 (one bf16 copy, or two FP8 ones: Hopper needs a matrix and its transpose
+separately), gradients 4, master weights 4, AdamW moments 2 + 2 (Muon: momentum 2), moving average 4. In fp32 the weights are
+their own masters and moments are fp32. Activations per token, by recomputation policy:
 
-  none       all that a backward pass reads
-  selective  V3's: norms, MLA's up-projections and SwiGLU are done again; FP8 keeps what feeds a product in one byte
+  none       everything that a backward pass reads
+  selective  V3's: norms, MLA's up-projections and SwiGLU are recomputed; FP8 stores inputs of products in one byte
              with a scale per 128, attention's output in E5M6
-  attention  as none, but of attention its input alone; it is done again
-  block      the input of each layer; the layer is done again
+  attention  as none, but only the input of attention is stored, and attention is recomputed
+  block      the input of each layer is stored, and the layer is recomputed
 """
 
 from dataclasses import dataclass
@@ -21,47 +21,47 @@ from finback.parallel.schedules import in_flight
 from finback.planner.hardware import Fact
 from finback.planner.workload import Optimizer, Precision, Recompute, Workload
 
-SCALE = 4 / 128  # an fp32 scale for each 128 numbers in FP8
-CHUNK = 256  # rows of logits that cross-entropy holds at a time (train/loss.py)
+SCALE = 4 / 128  # one fp32 scale per 128 FP8 numbers
+CHUNK = 256  # rows of logits that cross-entropy computes at a time (train/loss.py)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one pipeline rank at its worst moment."""
+    """Peak bytes on one pipeline rank."""
 
     weights: float
     gradients: float
     optimizer: float
     # of all micro-batches in flight
     activations: float
-    # cross-entropy, one layer done again, layers gathered by FSDP; or a probe's whole model
+    # cross-entropy, one recomputed layer, layers gathered by FSDP; or a probe's whole model
     working: float
     reserve: float
-    # micro-batches, in stages of mean size
+    # micro-batches in flight, in stages of average size
     in_flight: float
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.reserve
 
 
 def parameter_bytes(precision: Precision, optimizer: Optimizer) -> tuple[float, float, float]:
-    """Bytes per parameter of weights, gradients and optimizer, master weights among the last."""
+    """Bytes per parameter of weights, gradients, and optimizer including master weights."""
     moments = 2 if optimizer == "adamw" else 1
     return (4, 4, 4 * moments) if precision == "fp32" else (2, 4, 4 + 2 * moments)
 
 
 def attention_activation(c: ModelConfig, precision: Precision, recompute: Recompute) -> float:
-    """Bytes per token that one layer's attention and its norm keep."""
+    """Bytes per token stored by one layer's attention and its norm."""
     a, saved = _widths(precision)
     if recompute == "attention":
         return a * c.hidden_size
     heads, keep_all = c.num_attention_heads, recompute == "none"
     value = c.v_head_dim if c.attention == "mla" else c.head_dim
-    output = heads * value * (1.5 if precision == "fp8" else a) + 4 * heads  # and softmax's normaliser
+    output = heads * value * (1.5 if precision == "fp8" else a) + 4 * heads  # and the softmax normalizer
     total = a * c.hidden_size + output + (saved * c.hidden_size if keep_all else 0)
-    if c.attention == "compressed":  # queries, entries and the records of the widest kind; mHC's streams, twice a layer
+    if c.attention == "compressed":  # queries, entries and records of the widest kind; mHC's streams, twice per layer
         made = (c.q_lora_rank or 0) + heads * c.head_dim + 5 * c.head_dim
         return total + a * (made + 2 * c.hc_mult * c.hidden_size)
     if c.attention == "gqa":
@@ -78,11 +78,11 @@ def attention_activation(c: ModelConfig, precision: Precision, recompute: Recomp
 def feed_forward_activation(
     c: ModelConfig, moe: bool, precision: Precision, recompute: Recompute, imbalance: float
 ) -> float:
-    """Bytes per token that a layer's dense or MoE feed-forward and its norm keep; routed experts with the fullest rank's surplus."""
+    """Bytes per token stored by a layer's dense or MoE feed-forward and its norm; routed experts include the fullest rank's surplus."""
     a, saved = _widths(precision)
     keep_all = recompute != "selective"
     total = a * c.hidden_size + (saved * c.hidden_size if keep_all else 0)
-    hidden = 3 if keep_all else 2  # gate and up, and their product
+    hidden = 3 if keep_all else 2  # gate, up, and their product
     if not moe:
         return total + saved * hidden * c.intermediate_size
     met = c.num_experts_per_tok * (1 + imbalance)
@@ -92,7 +92,7 @@ def feed_forward_activation(
 
 
 def layer_activation(c: ModelConfig, moe: bool, precision: Precision, recompute: Recompute, imbalance: float) -> float:
-    """Bytes per token that one layer keeps until its backward pass."""
+    """Bytes per token that one layer stores until its backward pass."""
     if recompute == "block":
         return _widths(precision)[0] * c.hidden_size
     feed_forward = feed_forward_activation(c, moe, precision, recompute, imbalance)
@@ -100,10 +100,10 @@ def layer_activation(c: ModelConfig, moe: bool, precision: Precision, recompute:
 
 
 def cross_entropy(c: ModelConfig, tokens: int, precision: Precision, in_flight: int) -> float:
-    """Bytes that the trunk's loss and each MTP module's take, with so many micro-batches of `tokens` in flight at the head.
+    """Bytes of the trunk's loss and of each MTP module's, with so many micro-batches of `tokens` in flight at the head.
 
-    Each has the gradients of its hidden states and of the head from its forward to its backward pass. On top come a chunk of logits,
-    and where activations are not in fp32 their gradient and a copy of the head; or the head's gradient once more, scaled.
+    Each stores the gradients of its hidden states and of the head from its forward to its backward pass. In addition: a chunk of logits,
+    and if activations are not fp32, their gradient and a copy of the head; or the head's gradient once more, scaled.
     """
     a, size = _widths(precision)[0], c.vocab_size * c.hidden_size
     kept = (1 + c.num_nextn_predict_layers) * (a * c.hidden_size * tokens + 4.0 * size)
@@ -113,14 +113,14 @@ def cross_entropy(c: ModelConfig, tokens: int, precision: Precision, in_flight: 
 
 
 def _widths(precision: Precision) -> tuple[float, float]:
-    """Bytes of an activation, and of one that is saved to feed a product."""
+    """Bytes of an activation, and of one stored as input of a product."""
     return {"fp32": (4.0, 4.0), "bf16": (2.0, 2.0), "fp8": (2.0, 1 + SCALE)}[precision]
 
 
 def stage_parameters(c: ModelConfig, stage: StageLayers, shared_ends: bool) -> tuple[int, int]:
-    """Parameters of a stage: those every data-parallel rank holds, and those of routed experts, which ep shares out.
+    """Parameters of a stage: those on every data-parallel rank, and those of routed experts, which are sharded over ep.
 
-    Where MTP runs apart from the embedding it needs a copy of it; `shared_ends` says that both lie in one memory.
+    If MTP and the embedding are on different ranks, MTP needs a copy of it; `shared_ends`: both are on one rank.
     """
     d, embedding = c.hidden_size, c.vocab_size * c.hidden_size
     moe = sum(c.is_moe(layer) for layer in stage.layers)
@@ -141,18 +141,18 @@ def stage_parameters(c: ModelConfig, stage: StageLayers, shared_ends: bool) -> t
 
 @dataclass(frozen=True)
 class RankStages:
-    """What one pipeline rank holds of the model."""
+    """The part of the model on one pipeline rank."""
 
     layers: tuple[int, ...]
-    # parameters outside routed experts, the same on every data-parallel rank
+    # parameters outside of routed experts, the same on every data-parallel rank
     plain: int
-    # parameters of its share of the routed experts
+    # parameters of its share of routed experts
     routed: float
 
 
 @lru_cache(maxsize=256)
 def rank_stages(c: ModelConfig, layout: Layout) -> list[RankStages]:
-    """What each pipeline rank holds. Training keeps a copy of the embedding at both ends, DualPipe and one stage do not."""
+    """The part of the model on each pipeline rank. Training copies the embedding to both ends, except with DualPipe or one stage."""
     stages, found = split_layers(c, layout.stages), []
     for rank in range(layout.pp):
         mine = [stages[stage] for stage in layout.stages_of(rank)]
@@ -183,7 +183,7 @@ def rank_memory(c: ModelConfig, work: Workload, known: dict[str, Fact]) -> list[
         again = max(whole[c.is_moe(n)] - some[c.is_moe(n)] for n in mine.layers) * tokens
         weights, gradients, optimizer, gathered = _states(work, mine)
         working = loss + again + gathered
-        if work.probed:  # after a step, when its activations are gone
+        if work.probed:  # after a step, when its activations have been freed
             working = max(working, 4.0 * parameters(c) - alive)
         found.append(Memory(weights, gradients, optimizer, alive, working, known["reserve"].value, alive / mean))
     return found
@@ -192,7 +192,7 @@ def rank_memory(c: ModelConfig, work: Workload, known: dict[str, Fact]) -> list[
 def _states(work: Workload, mine: RankStages) -> tuple[float, float, float, float]:
     """Bytes of weights, gradients, optimizer, and of two layers gathered at a time by FSDP.
 
-    DualPipe's second copy of each stage is one more rank to share the optimizer with.
+    With DualPipe, the second copy of each stage is one more rank to shard the optimizer over.
     """
     layout, plain, routed = work.layout, mine.plain, mine.routed
     per_weight, per_gradient, per_state = parameter_bytes(work.precision, work.optimizer)
@@ -210,10 +210,10 @@ def _states(work: Workload, mine: RankStages) -> tuple[float, float, float, floa
 def serving(
     c: ModelConfig, devices: int, memory: float, precision: Precision, known: dict[str, Fact]
 ) -> dict[str, float]:
-    """What serving takes of each device where experts are shared out over all and the rest is on each.
+    """Memory per device in serving, if experts are sharded over all devices and the rest is replicated.
 
-    Bytes of weights, in one byte for FP8, else two or four, of the cache in bf16 for each token, and tokens that the cache
-    of one device holds beside a tenth left free.
+    Bytes of weights (one byte each for FP8, else two or four), bytes of bf16 cache per token, and the number of cached tokens
+    that fit on one device with a tenth left free.
     """
     width = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2}[precision]
     plain, routed = stage_parameters(c, split_layers(c, 1)[0], shared_ends=True)

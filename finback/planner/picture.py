@@ -1,4 +1,4 @@
-"""Gantt pictures, time to the right: a pipeline's schedule with one row per rank; a trainer, and the engines that generate for it."""
+"""Gantt charts: a pipeline's schedule with one row per rank; and a trainer with the engines that generate for it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from finback.config import UserError
 from finback.planner.engines import SHOWN, overlapped
 from finback.planner.simulate import Timeline
 
-# one colour for each kind of work, of distinct lightness too; overlapped pairs show both, one above the other
+# one color per kind of work, also distinct in lightness; overlapped pairs show both, one above the other
 COLOURS = {"F": "#f2b134", "B": "#2f6690", "I": "#3a9bb5", "W": "#9bc1a3"}
 WORDS = {"F": "forward", "B": "backward", "I": "backward, input", "W": "backward, weights"}
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -15,15 +15,15 @@ MOST_NUMBERS = 600  # operations up to which each is labelled with its micro-bat
 
 
 def check(path: Path) -> None:
-    """UserError unless a picture can be written there."""
+    """Raises UserError unless a picture can be written to this path."""
     if path.suffix.lower() not in SUFFIXES or path.is_dir():
-        raise UserError("--picture", str(path), "not a picture's name", f"End it with {', '.join(SUFFIXES)}.")
+        raise UserError("--picture", str(path), "not an image file", f"End it with {', '.join(SUFFIXES)}.")
     if not path.parent.is_dir():
         raise UserError("--picture", str(path), "no such folder", "Make it first.")
 
 
 def draw(timeline: Timeline, title: str, path: Path) -> None:
-    """Write the picture of a simulated schedule."""
+    """Writes the picture of a simulated schedule."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,7 +34,9 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(14, 1.6 + 0.32 * ranks), layout="constrained")
     number = sum(len(slots) for slots in timeline.ranks) <= MOST_NUMBERS
     for rank, slots in enumerate(timeline.ranks):
-        bars: dict[tuple[str, int, int], list[tuple[float, float]]] = {}  # all of one kind and place are one object
+        bars: dict[
+            tuple[str, int, int], list[tuple[float, float]]
+        ] = {}  # bars of one kind and position form one object
         for start, end, slot in slots:
             for row, op in enumerate(slot):
                 bars.setdefault((op.kind, row, len(slot)), []).append((start, end - start))
@@ -71,7 +73,7 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
 
 
 def draw_engines(found: dict[str, Any], title: str, path: Path) -> None:
-    """Write the picture of a stage of RL, as `engines.planned` has it: in turn, with the engines that it wants, and with its own."""
+    """Writes the picture of an RL stage from `engines.planned`: alternating, with the recommended engines, and with its own."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""Plan and actual: what `plan` says now of the stages of a run folder, and what each has spent by its ledger.
+"""Plan and actual: the current plan of a run folder's stages, and what each has spent according to its ledger.
 
-A stage is planned from its config.json, so the recipe's file is not needed, which may have changed since.
+A stage is planned from its config.json, so the recipe file, which may have changed, is not needed.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ SPENT = {
 
 
 def plan_and_actual(root: Path, calibration: Path) -> dict[str, Any]:
-    """For each stage of a run folder what is planned and what was spent; notes say why there is no plan."""
+    """Plan and actual of each stage of a run folder; notes explain missing plans."""
     summary = reader.summary(root)
     begun = [stage for stage in reader.stages(root) if stage.name in summary["stages"]]
     found, notes = _plan(str(summary["recipe"]), begun, calibration)
@@ -38,14 +38,14 @@ def plan_and_actual(root: Path, calibration: Path) -> dict[str, Any]:
 
 
 def planned(root: Path, calibration: Path) -> dict[str, dict[str, float]]:
-    """What the stages that a run has begun were to take, of `SPENT`; nothing of those that announce nothing."""
+    """The planned costs (`SPENT`) of the stages that have begun; without stages that announce no work."""
     begun = [stage for stage in reader.stages(root, lenient=True) if not stage.torn]
     found, _ = _plan(root.name, begun, calibration)
     return {name: {k: stage[k] for k in SPENT if stage.get(k) is not None} for name, stage in found.items() if stage}
 
 
 def _plan(name: str, begun: list[StageFolder], calibration: Path) -> tuple[dict[str, Any], list[str]]:
-    """The plan of each stage, and notes on it."""
+    """The plan of each stage, and notes."""
     known, notes = None, []
     try:
         known = calibration_file.read(calibration) if calibration.is_file() else None
@@ -63,13 +63,13 @@ def _plan(name: str, begun: list[StageFolder], calibration: Path) -> tuple[dict[
 
 
 def _ranks(begun: list[StageFolder]) -> int:
-    """How many ranks the run had, by its ledgers."""
+    """Number of ranks of the run, from its ledgers."""
     cores = [line.get("cores", 1) for stage in begun for line in stage.ledger()]
     return max(1, int(max(cores, default=1)))
 
 
 def text(values: dict[str, Any]) -> str:
-    """Plan and ledger as a table; a plan's tokens are the most that a stage can take."""
+    """Plan and ledger as a table; planned tokens are upper bounds."""
     rows = []
     for name, stage in values["stages"].items():
         for label in ("plan", "actual"):

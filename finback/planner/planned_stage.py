@@ -1,4 +1,4 @@
-"""What the planner reads of a stage: its knobs as config.json has them, so that a recipe and a run folder are planned alike."""
+"""A stage as the planner sees it: its knobs from config.json, so that recipes and run folders are planned alike."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,39 +14,39 @@ from finback.runs.declaration import DECLARATION
 from finback.runs.files import is_checkpoint, is_gguf, read_json
 from finback.runs.recipe import Work
 
-# a model and its parts, by the names that config.json has for them
+# a model config and its parts, by their names in config.json
 CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (ModelConfig, *KINDS.values())}
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage, how many tokens it takes at most, and the model that it trains or asks; None where that is not known."""
+    """A stage, its maximal tokens, and the model that it trains or queries; None if unknown."""
 
     name: str
-    # the name of its class
+    # name of its class
     type: str
     # whether it is pre-training, which is planned step by step
     pretrains: bool
     knobs: dict[str, Any]
     work: Work
     model: ModelConfig | None
-    # the models whose probabilities it learns, of those that are read here
+    # models whose probabilities it learns from, if they run in this process
     teachers: tuple[ModelConfig, ...] = ()
 
     @property
     def length(self) -> int:
-        """Tokens of a row."""
+        """Tokens per row."""
         return int(self.knobs.get("seq_len") or self.knobs.get("max_tokens") or 0)
 
     @property
     def layout(self) -> Layout | None:
-        """How its model lies on many ranks."""
+        """The layout of its model."""
         raw = self.knobs.get("layout")
         return Layout(**_fields(raw)) if raw else None
 
 
 def planned_stages(configs: Iterable[dict[str, Any]]) -> list[PlannedStage]:
-    """Stages in order, from what `runs.recipe.config_json` says of each. KeyError and TypeError for another version's."""
+    """Stages in order, from their `runs.recipe.config_json`. KeyError or TypeError if another version wrote it."""
     found: dict[str, PlannedStage] = {}
     for config in configs:
         declared = config[DECLARATION]
@@ -58,18 +58,18 @@ def planned_stages(configs: Iterable[dict[str, Any]]) -> list[PlannedStage]:
 
 
 def _model(knobs: dict[str, Any], earlier: dict[str, PlannedStage]) -> ModelConfig | None:
-    """A stage's own model, or that of where it starts."""
+    """The stage's own model, or that of its start."""
     if isinstance(own := knobs.get("model"), dict):
         model: ModelConfig = _value(own)
         data = earlier.get(knobs.get("data", ""))
-        if data is not None and "vocab_size" in data.knobs:  # its tokenizer decides, at most
+        if data is not None and "vocab_size" in data.knobs:  # its tokenizer sets the upper bound
             model = dataclasses.replace(model, vocab_size=data.knobs["vocab_size"])
         return model
     return _named(knobs.get("start"), earlier)
 
 
 def _teachers(named: Any, earlier: dict[str, PlannedStage]) -> tuple[ModelConfig, ...]:
-    """One, or one for each domain; servers are read elsewhere."""
+    """The teacher, or one per domain; teachers on servers are not planned."""
     every = named.values() if isinstance(named, dict) and "type" not in named else (named,)
     return tuple(filter(None, (_named(each, earlier) for each in every)))
 
@@ -83,9 +83,9 @@ def _named(name: Any, earlier: dict[str, PlannedStage]) -> ModelConfig | None:
 
 
 def stored_model(path: Path) -> ModelConfig | None:
-    """The model of a finished stage or of a checkpoint in Hugging Face's form; None for what must be opened to know.
+    """The model of a finished stage or of a Hugging Face checkpoint; None if only opening it could tell.
 
-    Of the hub's models the config alone is fetched.
+    For models of the hub, only the config is fetched.
     """
     path = path if is_gguf(path) else hub_models.fetched(path, wanted=hub_models.CONFIGS)
     if (path / "model.json").is_file():
@@ -104,7 +104,7 @@ def _fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(raw: Any) -> Any:
-    """A model or a part of it out of what `config.as_json` made of it."""
+    """Restores a model or a part of it from `config.as_json`."""
     if isinstance(raw, list):
         return tuple(map(_value, raw))
     return CLASSES[raw["type"]](**_fields(raw)) if isinstance(raw, dict) and raw.get("type") in CLASSES else raw

@@ -1,4 +1,4 @@
-"""Models that can be planned by name, with the batch and the tokens their reports give. No torch here."""
+"""Models that can be planned by name, with the batch and tokens of their reports. Does not import torch."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from finback.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and how it is pre-trained by default."""
+    """A model and its default pre-training."""
 
     name: str
     model: ModelConfig
@@ -33,7 +33,7 @@ PRESETS = {
 
 
 def find(name: str) -> Preset:
-    """A preset by name, whatever its case; UserError with the nearest one otherwise."""
+    """A preset by name, in any case; otherwise UserError with the nearest name."""
     key = name.lower().replace("_", "-")
     if key not in PRESETS:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What DeepSeek published, beside what this planner works out from first principles. No torch here."""
+"""Numbers that DeepSeek published, next to the planner's from first principles. Does not import torch."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from finback.planner.hardware import Fact
 
 @dataclass(frozen=True)
 class Claim:
-    """One published number, ours, and the rule by which ours was counted."""
+    """A published number, ours, and the rule by which ours was computed."""
 
     what: str
     published: float
@@ -28,16 +28,16 @@ class Claim:
 
 V3_TOKENS = 14.8e12
 LONG = 2**20  # tokens
-# context extension (V3 report 4.3): 1000 steps each of so many rows and tokens per row
+# context extension (V3 report 4.3): 1000 steps each with these (rows, tokens per row)
 EXTENSION = ((1920, 32768), (480, 131072))
-POST_TRAINING_HOURS = 5e3  # its tokens are not published
-# R1's supplement, B.4.4: devices and hours of each run; hours alone for making SFT data
+POST_TRAINING_HOURS = 5e3  # its number of tokens is not published
+# R1's supplement, B.4.4: (devices, hours) of each run; only hours for generating SFT data
 R1_RUNS = ((512, 198), (512, 80))
 R1_DATA_HOURS = 5e3
 
 
 def claims(known: dict[str, Fact]) -> list[Claim]:
-    """All of them. Hours stand and fall with the MFU that the ISCA paper measured, which is an input here."""
+    """All claims. Hours depend on the MFU that the ISCA paper measured, which is an input here."""
     return [*_of_models(), *_of_runs(known)]
 
 
@@ -75,7 +75,7 @@ def _of_long_texts() -> list[Claim]:
 def _of_runs(known: dict[str, Fact]) -> list[Claim]:
     h800, work = hardware.MACHINES["h800"], cost.V3_WORKLOAD
     assert h800.price is not None and h800.mfu is not None, "V3's machine is known"
-    # V3's published layout, the schedule simulated
+    # V3's published layout with a simulated schedule
     step = cost.step(V3, work, h800, cost.efficiency(V3, work, h800, known).value, known)
     site, price = hardware.Site(h800, work.layout.ranks, known), h800.price.value
     hours = cost.bill(V3, work, step.seconds, V3_TOKENS, site, None)["device_hours"]
@@ -96,6 +96,6 @@ def _of_runs(known: dict[str, Fact]) -> list[Claim]:
 
 
 def is_v3s(layout: Layout) -> bool:
-    """Whether a layout is the one V3's report describes."""
+    """Whether a layout is the one in V3's report."""
     ours = cost.V3_WORKLOAD.layout
     return (layout.pp, layout.dp, layout.ep, layout.schedule) == (ours.pp, ours.dp, ours.ep, ours.schedule)

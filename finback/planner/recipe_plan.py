@@ -1,8 +1,8 @@
-"""The plan of a recipe, stage by stage: on this machine by its calibration, or on named hardware.
+"""Plans a recipe stage by stage: on this machine by its calibration, or on named hardware.
 
-A stage says how many tokens it trains on and generates at most, and its model is its own or that of the stage or
-checkpoint it starts from. Pre-training is predicted step by step; other stages by their FLOPs and the rate at which
-training runs, which is rough: their rows are of many lengths, and generating is bound by other things than training.
+A stage declares the maximal tokens it trains on and generates; its model is its own or that of the stage or checkpoint it
+starts from. Pre-training is predicted step by step. Other stages are estimated from their FLOPs and the speed of training,
+which is rough: their rows vary in length, and generation has other bottlenecks.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ Met = dict[str, engines.MeasuredStep]
 
 
 def plan(recipe: Recipe, options: PlanOptions, calibration: Calibrated | None, ranks: int) -> dict[str, Any]:
-    """Every stage's cost and the sum; without --on on this machine, as far as a calibration covers them."""
+    """Costs of every stage and their sum; on this machine unless --on is given, as far as the calibration covers it."""
     return plan_configs(recipe.name, map(config_json, recipe.stages), options, calibration, ranks)
 
 
 def plan_configs(
     name: str, configs: Iterable[dict[str, Any]], options: PlanOptions, calibration: Calibrated | None, ranks: int
 ) -> dict[str, Any]:
-    """`plan` of the stages whose config.json these are."""
+    """`plan` for stages given by their config.json."""
     planned = planned_stages(configs)
     known = None if options.on else calibration
     site = hardware.site(options.on, options.assume) if options.on else None
@@ -58,7 +58,7 @@ def plan_configs(
         _add_engines(stages[stage.name], stage, None if site is None else site.machine, met)
     notes = [] if known is None else calibration_file.doubts(known)
     if known is None and not options.on:
-        notes = ["not calibrated: run `finback plan --calibrate` once, and times are known"]
+        notes = ["not calibrated: run `finback plan --calibrate` once to get times"]
     notes += _notes(stages)
     total: dict[str, float | None] = {}
     for key in ("seconds", "device_hours", "dollars", "kwh", "flops"):
@@ -78,7 +78,7 @@ def plan_configs(
 
 
 def _add_engines(values: dict[str, Any], stage: PlannedStage, machine: Machine | None, met: Met) -> None:
-    """Say of a stage of RL how many engines it wants; its learning takes the training's share of its FLOPs."""
+    """Adds the number of engines that an RL stage needs; learning takes the training share of its time."""
     flops, seconds, model = values["flops"], values.get("seconds"), stage.model
     learning = seconds * _trained(stage, model) / flops if seconds and flops and model is not None else None
     if found := engines.planned(stage, learning, machine, met):
@@ -87,7 +87,7 @@ def _add_engines(values: dict[str, Any], stage: PlannedStage, machine: Machine |
 
 
 def _notes(stages: dict[str, Any]) -> list[str]:
-    """What is to be said of stages, once for all of which it is."""
+    """Notes on stages; a note that applies to several is given once."""
     found: dict[str, list[str]] = {}
     for stage, values in stages.items():
         for note in values.get("notes", ()):
@@ -96,7 +96,7 @@ def _notes(stages: dict[str, Any]) -> list[str]:
 
 
 def _origins(stages: dict[str, Any], site: Site) -> dict[str, Any]:
-    """Where the numbers are from: the machine's facts, and what is assumed."""
+    """Sources of the numbers: the machine's properties, and assumptions."""
     facts = {key: value for key, value in dataclasses.asdict(site.machine).items() if isinstance(value, dict)}
     planned = [values["plan"]["assumptions"] for values in stages.values() if "plan" in values]
     assumed = {key: dataclasses.asdict(fact) for key, fact in site.known.items()}
@@ -111,7 +111,7 @@ def _origins(stages: dict[str, Any], site: Site) -> dict[str, Any]:
 
 
 def _counted(stage: PlannedStage) -> dict[str, Any]:
-    """What a stage does, whatever it runs on."""
+    """What a stage does, independent of hardware."""
     model, values = stage.model, {"flops": None, "stage": stage.type, **dataclasses.asdict(stage.work)}
     if model is None:
         return values
@@ -125,7 +125,7 @@ def _counted(stage: PlannedStage) -> dict[str, Any]:
 
 
 def _trained(stage: PlannedStage, model: ModelConfig) -> float:
-    """FLOPs of a stage's training; a frozen weight has no gradient."""
+    """Training FLOPs of a stage; frozen weights need no weight gradient."""
     trained = training_flops(model, stage.length / 2, mtp=stage.pretrains) * stage.work.tokens_trained
     return trained * 2 / 3 if stage.knobs.get("adapter") else trained
 
@@ -150,7 +150,7 @@ def _here(stage: PlannedStage, options: PlanOptions, calibration: Calibrated | N
 
 
 def _measured(compute: str, model: ModelConfig | None = None) -> Precision:
-    """The arithmetic of those that calibration times by which another is planned; FP8 is emulated in bf16."""
+    """The calibrated precision by which another one is planned; FP8 is emulated in bf16."""
     if compute == "auto" and model is not None:
         compute = processor.precision(model.hidden_size)
     return "fp32" if compute in ("fp32", "auto") else "bf16"
@@ -159,7 +159,7 @@ def _measured(compute: str, model: ModelConfig | None = None) -> Precision:
 def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dict[str, Any]:
     """Seconds and memory of a pre-training stage on this machine, step by step.
 
-    A layout is planned without times where this machine runs another number of ranks.
+    A layout for another number of ranks is planned without times.
     """
     knobs, notes = stage.knobs, []
     readers = ranks if stage.layout is None else stage.layout.dp
@@ -167,14 +167,14 @@ def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dic
         problem = f"does not divide among {readers} ranks"
         raise UserError(f"{stage.name}.batch_size", knobs["batch_size"], problem, "Use --ranks.")
     if knobs["compute"] == "fp8":
-        notes.append("FP8 is emulated on this machine, and takes longer than the bf16 that it is planned as")
+        notes.append("FP8 is emulated on this machine, and takes longer than bf16, as which it is planned")
     if knobs["compile"]:
-        notes.append("compiled blocks take 0.85 to 0.95 of the time planned, after up to a minute at the first step")
+        notes.append("compiled blocks take 0.85 to 0.95 of the planned time, plus up to a minute in the first step")
     if stage.layout is None:
         return _whole_copies(stage, calibration, ranks) | {"notes": notes}
     if stage.layout.ranks != ranks:
         return {"how": f"needs {stage.layout.ranks} ranks, here are {ranks}", "notes": notes}
-    # one rank a core
+    # one rank per core
     precision = _measured(knobs["compute"], stage.model)
     options = PlanOptions(precision=precision, optimizer=knobs["optimizer"])
     planned = _laid_out(stage, calibration_file.site(calibration, ranks, precision), options)
@@ -225,7 +225,7 @@ def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[
     except UserError as error:
         if error.field not in ("rows", "layout.micro_batches"):
             raise
-        # another stage of the recipe may well fit this mesh; MFU does not count MTP
+        # another stage of the recipe may fit this mesh; MFU does not count MTP
         counted = training_flops(stage.model, stage.length / 2, mtp=False) * stage.work.tokens_trained
         notes = [
             *known,
@@ -236,9 +236,9 @@ def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[
 
 
 def _least(stage: PlannedStage, site: Site) -> float:
-    """Seconds that a stage takes however small its products are, by the passes that follow one another.
+    """Lower bound of a stage's time in seconds, from its consecutive passes.
 
-    A step generates one token of all its answers at a time, then updates; one without steps counts as one.
+    A step generates one token of all its answers at a time, then updates; a stage without steps counts as one step.
     """
     knobs, work = stage.knobs, stage.work
     assert stage.model is not None, "a stage without a model takes no passes"
@@ -254,11 +254,11 @@ def _least(stage: PlannedStage, site: Site) -> float:
 
 
 def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str, Any]:
-    """Pre-training by the stage's own layout, or another where the options or nobody gives one."""
+    """Pre-training with the stage's layout, or another if the options or nobody gives one."""
     knobs, given, model = stage.knobs, None if options.mesh else stage.layout, stage.model
     assert model is not None, "a stage that trains has a model"
     own = None if knobs["compute"] == "auto" else knobs["compute"]
-    if own is None and (given is not None or knobs["compile"]):  # what auto is on a GPU, and what can be compiled
+    if own is None and (given is not None or knobs["compile"]):  # "auto" means bf16 on a GPU, and compile needs it
         own = "bf16"
     options = dataclasses.replace(
         options, precision=options.precision or own, optimizer=options.optimizer or knobs["optimizer"]

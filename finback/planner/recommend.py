@@ -1,4 +1,4 @@
-"""Which layout to use: all that could be, those that fit, the fastest of them. No torch here."""
+"""Recommends a layout: enumerates candidates, keeps those that fit, and takes the fastest. Does not import torch."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from finback.planner.workload import Recompute, Workload
 
 @dataclass(frozen=True)
 class JudgedWorkload:
-    """A step, the memory of each pipeline rank in it, and whether that fits with the margin asked for."""
+    """A step, the memory of each pipeline rank, and whether it fits with the margin."""
 
     work: Workload
     ranks: tuple[Memory, ...]
@@ -26,7 +26,7 @@ class JudgedWorkload:
 
     @property
     def worst(self) -> Memory:
-        """The fullest rank's."""
+        """Memory of the fullest rank."""
         return max(self.ranks, key=lambda rank: rank.total)
 
 
@@ -39,19 +39,19 @@ def judge(c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fac
 
 @dataclass(frozen=True)
 class Search:
-    """What a layout is looked for: a step of which all but the layout is known, and where it runs."""
+    """A search for a layout: a step that is known except for its layout, and the hardware."""
 
     work: Workload
     site: Site
-    # fields that are as in `work`: of the layout, and recompute
+    # fields that stay as in `work`: fields of the layout, and recompute
     fixed: frozenset[str]
-    # sequences of a micro-batch
+    # sequences per micro-batch
     micro_rows: int
     efficiency: float
 
 
 def recommend(c: ModelConfig, search: Search) -> JudgedWorkload:
-    """The fastest layout that fits and that training knows; where none fits the one that needs least."""
+    """The fastest layout that fits and that training supports; if none fits, the one that needs least memory."""
     fitting: list[tuple[float, JudgedWorkload]] = []
     least: JudgedWorkload | None = None
     refused: UserError | None = None
@@ -71,15 +71,15 @@ def recommend(c: ModelConfig, search: Search) -> JudgedWorkload:
         raise refused or UserError("--mesh", mesh, "no layout is possible", "Change --on or --rows.")
     if not fitting:
         return least
-    # of those that are as fast within a hundredth the plainest: they come first
+    # among layouts within one percent of the fastest, the plainest: they come first
     best = min(seconds for seconds, _ in fitting)
     return next(judged for seconds, judged in fitting if seconds <= 1.01 * best)
 
 
 def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, dict[str, Any]]]:
-    """Steps and changes of their layout: all for so many devices that leave the fixed fields alone, plain ones first."""
+    """Steps with changed layouts: all for this number of devices that keep the fixed fields, plain ones first."""
     start, devices, fixed = search.work, search.site.devices, search.fixed
-    cp = start.layout.cp  # given, or 1
+    cp = start.layout.cp  # as given, or 1
     slots = c.num_hidden_layers + c.num_nextn_predict_layers
     powers = [2**n for n in range(12)]
     pps = [start.layout.pp] if "pp" in fixed else [p for p in powers if devices % (p * cp) == 0 and p <= slots]
@@ -88,7 +88,7 @@ def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, dict[
     recomputes: Sequence[Recompute] = ("none", "attention", "block")
     if start.compiled:
         recomputes = ("none", "block")
-    if start.layout.schedule == "dualpipe":  # V3's own schedule is not trained here: V3's recomputation goes with it
+    if start.layout.schedule == "dualpipe":  # V3's schedule is for planning only, with V3's recomputation
         recomputes = ("none", "selective", "block")
     shardings: Sequence[Sharding] = ("zero1", "fsdp")
     schedules: Sequence[ScheduleName] = ("1f1b", "zb1p", "interleaved", "zbv", "dualpipev")
@@ -106,9 +106,9 @@ def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, dict[
 
 
 def laid_out(c: ModelConfig, work: Workload, change: dict[str, Any], machine: Machine, micro_rows: int) -> Workload:
-    """A step under another mesh, with what follows from it: nodes, micro-batches, the dtype that travels.
+    """A step with another mesh and what follows from it: nodes, micro-batches, the dtype of gathered weights.
 
-    UserError where it cannot be.
+    UserError if it is impossible.
     """
     sizes = dataclasses.replace(work.layout, micro_batches=1, nodes=1, gather="fp32", **change)
     at_once = sizes.dp * micro_rows
@@ -127,7 +127,7 @@ def laid_out(c: ModelConfig, work: Workload, change: dict[str, Any], machine: Ma
 
 
 def estimate(c: ModelConfig, work: Workload, search: Search) -> float:
-    """Seconds of a step without simulating it: V3's bubble formula, and the slowest stage for all."""
+    """Seconds of a step without simulation: V3's bubble formula, with the slowest stage for all."""
     layout, machine, known = work.layout, search.site.machine, search.site.known
     sent = traffic.of(c, work, machine)
     every = [cost.stage_flops(c, stage, work, known["imbalance"].value) for stage in split_layers(c, layout.stages)]

@@ -1,4 +1,4 @@
-"""What a reader should know before trusting a plan, and where it has no basis. No torch here."""
+"""Caveats of a plan, and where it has no basis. Does not import torch."""
 
 from finback.model.config import ModelConfig
 from finback.planner import cost
@@ -16,7 +16,7 @@ HIDDEN = "FSDP's gathering is taken to hide behind compute as far as there is an
 
 
 def of_model(c: ModelConfig, precision: Precision, site: Site) -> list[str]:
-    """Of a model on a site, whatever its layout: where the efficiency is from."""
+    """Remarks on a model at a site, independent of the layout: the source of its efficiency."""
     found = []
     if "efficiency" not in site.known and "mfu" not in site.known:
         if site.machine.name != "h800":
@@ -41,7 +41,7 @@ def of_model(c: ModelConfig, precision: Precision, site: Site) -> list[str]:
 
 
 def of_step(c: ModelConfig, judged: JudgedWorkload, site: Site, step: Step) -> list[str]:
-    """The same of a step on a layout."""
+    """Remarks on a step with a layout."""
     work, known = judged.work, site.known
     found = of_model(c, work.precision, site)
     if work.layout.sharding == "fsdp":

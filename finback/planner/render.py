@@ -1,4 +1,4 @@
-"""A plan as text for people. Every number is also in the JSON, with its source. No torch here."""
+"""A plan as text. Every number is also in the JSON, with its source. Does not import torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +36,7 @@ SENT = {
 
 
 def big(value: float | None, unit: str = "") -> str:
-    """1.48e13 -> 14.8 T; beyond that as 3.86e+24."""
+    """1.48e13 -> 14.8 T; larger numbers as 3.86e+24."""
     if value is None:
         return "unknown"
     if abs(value) >= 1e15:
@@ -48,7 +48,7 @@ def big(value: float | None, unit: str = "") -> str:
 
 
 def span(seconds: float) -> str:
-    """Seconds as what people say."""
+    """Seconds in a readable unit."""
     for size, word in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {word}"

@@ -1,6 +1,6 @@
-"""Runs a schedule's table with given durations: when everything happens, what is idle, and whether it can run at all.
+"""Simulates a schedule's table with given durations: timeline, idle time, and deadlocks.
 
-No torch here.
+Does not import torch.
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ class Durations:
 
     # forward
     f: float = 1.0
-    # whole backward
+    # full backward
     b: float = 2.0
-    # the weight part of it
+    # the weight-gradient part of the backward
     w: float = 1.0
-    # F overlapped with B; None: nothing gained, f + b
+    # overlapped F and B; None: no gain, f + b
     both: float | None = None
-    # from one rank to the next
+    # transfer from one rank to the next
     send: float = 0.0
-    # of each stage's operations, where stages are of unequal size
+    # factor of each stage's operations, if stages differ in size
     scale: tuple[float, ...] = ()
 
     def of(self, slot: Slot) -> float:
-        """How long a slot takes."""
+        """Duration of a slot."""
         taken = 0.0
         for op in slot:
             alone = {"F": self.f, "B": self.b, "I": self.b - self.w, "W": self.w}[op.kind]
@@ -38,27 +38,27 @@ class Durations:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each rank does each slot: (start, end, slot), in order."""
+    """Per rank, (start, end, slot) in order."""
 
     ranks: tuple[tuple[tuple[float, float, Slot], ...], ...]
 
     @property
     def makespan(self) -> float:
-        """From the first start to the last end."""
+        """Time from the first start to the last end."""
         return max(slots[-1][1] for slots in self.ranks if slots)
 
     def idle(self, rank: int) -> float:
-        """Time of the whole in which a rank does nothing."""
+        """Time in which a rank is idle."""
         return self.makespan - sum(end - start for start, end, _ in self.ranks[rank])
 
     @property
     def bubble(self) -> float:
-        """Idle time of the rank that has most of it: V3's table 2 exactly, where input and forward pass cost the same."""
+        """Largest idle time of any rank: exactly V3's table 2 if input gradients cost as much as forward passes."""
         return max(self.idle(rank) for rank in range(len(self.ranks)))
 
 
 def simulate(table: Table, durations: Durations) -> Timeline:
-    """Run every rank's slots in order, each as soon as what it needs is there; ValueError where that never comes."""
+    """Runs every rank's slots in order, each as soon as its inputs are ready; ValueError for a deadlock."""
     where = {(op.micro_batch, op.stage): rank for rank, slots in enumerate(table) for op in operations(slots)}
     last = max(op.stage for slots in table for op in operations(slots))
     ends: dict[Op, float] = {}
@@ -79,14 +79,14 @@ def simulate(table: Table, durations: Durations) -> Timeline:
                 moved = True
     for rank, slots in enumerate(table):
         if len(done[rank]) < len(slots):
-            raise ValueError(f"deadlock: rank {rank} waits for ever before {slots[len(done[rank])]}")
+            raise ValueError(f"deadlock: rank {rank} waits forever before {slots[len(done[rank])]}")
     return Timeline(tuple(tuple(slots) for slots in done))
 
 
 def _ready(
     slot: Slot, rank: int, last: int, ends: dict[Op, float], where: dict[tuple[int, int], int], send: float
 ) -> float | None:
-    """When all that a slot needs has come, or None while something has not."""
+    """The time at which all inputs of a slot are ready, None if some are not."""
     ready = 0.0
     for op in slot:
         for group in needs(op, last):
@@ -101,7 +101,7 @@ def _ready(
 
 
 def needs(op: Op, last: int) -> list[tuple[Op, ...]]:
-    """What must be over before an operation starts; of each tuple one suffices (a backward may be whole or split)."""
+    """The operations that must finish before one starts; of each tuple one suffices (a backward may be whole or split)."""
     batch, stage = op.micro_batch, op.stage
     if op.kind == "F":
         return [(Op("F", batch, stage - 1),)] if stage else []

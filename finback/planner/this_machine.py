@@ -1,8 +1,8 @@
-"""What training takes on this machine's cores: memory from what autograd keeps, time from what calibration measured.
+"""Training on this machine's cores: memory from what autograd stores, time from calibration.
 
-Both follow finback's own trainer (stages/pretrain.py) where every rank has the whole model: fp32 masters, all gradients
-in one buffer, Muon or AdamW for matrices, AdamW for the rest, one thread per rank, rows shared out among ranks.
-tests/test_plan_here.py holds the formulas to the trainer.
+Both follow finback's trainer (stages/pretrain.py) with the whole model on every rank: fp32 masters, all gradients in one
+buffer, Muon or AdamW for matrices, AdamW for the rest, one thread per rank, rows divided among ranks.
+tests/test_plan_here.py checks the formulas against the trainer.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from finback.train.optim import NEWTON_SCHULZ_STEPS
 
 # bytes of one compiled product, measured: torch 2.13 on an EPYC, 0.7 to 1.0 MB
 COMPILED = 0.75e6
-# products that oneDNN keeps
+# number of products that oneDNN caches
 MOST_COMPILED = 1024
 
 
@@ -31,7 +31,7 @@ class Shape:
     """A training step on one rank."""
 
     model: ModelConfig
-    # on this rank
+    # rows on this rank
     rows: int
     length: int
     compute: str = "fp32"
@@ -41,12 +41,12 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens of this rank's rows."""
+        """Tokens in this rank's rows."""
         return self.rows * self.length
 
     @property
     def width(self) -> int:
-        """Bytes of an activation."""
+        """Bytes per activation value."""
         return 4 if self.compute == "fp32" else 2
 
 
@@ -68,7 +68,7 @@ def attention_matrices(c: ModelConfig, layer: int = 0) -> list[tuple[int, int]]:
 
 
 def _compressed_matrices(c: ModelConfig, layer: int) -> list[tuple[int, int]]:
-    """Those of V4's attention and of its two mixtures of streams."""
+    """The matrices of V4's attention and of its two mixtures of streams."""
     d, q, heads, kind = c.hidden_size, c.q_lora_rank or 0, c.num_attention_heads * c.head_dim, c.layer_type(layer)
     found = [(q, d), (heads, q), (c.head_dim, d), (c.o_groups * c.o_lora_rank, heads // c.o_groups)]
     found += [(d, c.o_groups * c.o_lora_rank)] + 2 * [(c.hc_mult * (2 + c.hc_mult), c.hc_mult * d)]
@@ -81,7 +81,7 @@ def _compressed_matrices(c: ModelConfig, layer: int) -> list[tuple[int, int]]:
 
 
 def matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
-    """(how many, rows, columns) of every parameter that Muon updates, expert stacks counted one by one."""
+    """(count, rows, columns) of every parameter that Muon updates, with expert stacks as single matrices."""
     d, found = c.hidden_size, []
     for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers):
         found += [(1, a, b) for a, b in attention_matrices(c, layer)]
@@ -97,18 +97,18 @@ def matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def muon_parameters(c: ModelConfig) -> int:
-    """Parameters that Muon updates; AdamW has the rest."""
+    """Parameters that Muon updates; AdamW updates the rest."""
     return sum(number * a * b for number, a, b in matrices(c))
 
 
 def saved_bytes(shape: Shape) -> float:
-    """Bytes that autograd keeps between a forward and its backward pass, beside the parameters."""
+    """Bytes that autograd stores between forward and backward, besides parameters."""
     c, n, a = shape.model, shape.tokens, shape.width
     total = sum(_layer_bytes(shape, moe) for moe in _layers(c))
     depths = c.num_nextn_predict_layers
     total += (1 + depths) * (n * (2 * a * c.hidden_size + 4) + 4 * c.vocab_size * c.hidden_size)  # norm, loss
-    total += depths * n * (4 * a * c.hidden_size + 8)  # MTP's two norms and what it joins
-    if shape.compute != "fp32":  # weights are cast, and the cast is saved unless its product is done again
+    total += depths * n * (4 * a * c.hidden_size + 8)  # MTP's two norms and its concatenated input
+    if shape.compute != "fp32":  # weights are cast, and the cast is stored unless its product is recomputed
         cast = {
             "none": muon_parameters(c),
             "attention": muon_parameters(c)
@@ -120,24 +120,24 @@ def saved_bytes(shape: Shape) -> float:
 
 
 def _layers(c: ModelConfig) -> list[bool]:
-    """Whether each layer, MTP's included, is a mixture of experts."""
+    """For each layer, MTP's included, whether it is a mixture of experts."""
     return [c.is_moe(layer) for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers)]
 
 
 def _layer_bytes(shape: Shape, moe: bool) -> float:
-    """One block's part of it."""
+    """Bytes stored for one block."""
     c, a = shape.model, shape.width
     d, heads = c.hidden_size, c.num_attention_heads
     if shape.recompute == "block":
         return shape.tokens * a * d
-    if shape.recompute == "attention":  # the norm's input and its output, from which attention is done again
+    if shape.recompute == "attention":  # the norm's input and output, from which attention is recomputed
         saved = a * 2 * d + 4
     elif c.attention == "mla":
         query = 2 * (c.q_lora_rank or 0)
         latent = 2 * c.kv_lora_rank + c.qk_rope_head_dim
         saved = a * (2 * d + query + latent + heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)) + 4 * 4
         saved += heads * shape.length * a if shape.length <= LONGEST else 0
-    elif c.attention == "compressed":  # scores of the window and the streams that each part writes come beside the rest
+    elif c.attention == "compressed":  # plus the window's scores and the streams that each part writes
         seen = shape.length + c.sliding_window if c.sliding_window else shape.length
         saved = a * (2 * d + 3 * c.num_attention_heads * c.head_dim + 8 * c.head_dim + 6 * c.hc_mult * d)
         saved += 3 * 4 * heads * min(seen, shape.length)
@@ -153,7 +153,7 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
     saved += 4 * 2 * c.n_routed_experts + 16 * k
     if shape.compute == "fp32":
         return shape.tokens * saved
-    # the router reads a copy in fp32, shared experts read the norm's output; rows that fill up the experts' blocks
+    # the router reads an fp32 copy, shared experts read the norm's output; plus padding rows of the experts' blocks
     saved += 4 * d - (0 if c.n_shared_experts else a * d)
     filled = c.n_routed_experts * BLOCK_MULTIPLE / 2
     return shape.tokens * saved + filled * a * (d + 2 * c.moe_intermediate_size)
@@ -161,20 +161,20 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank's process at its fullest."""
+    """Peak bytes of one rank's process."""
 
-    # Python, torch and their libraries, as calibration found them
+    # Python, torch and their libraries, as measured by calibration
     process: float
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    # the larger of what a backward pass and what Muon need on top for the moment
+    # temporary memory: the larger of the backward pass's and Muon's
     working: float
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
@@ -183,20 +183,20 @@ def memory(shape: Shape, process: float) -> RankMemory:
     c = shape.model
     p = parameters(c)
     muon = muon_parameters(c) if shape.optimizer == "muon" else 0
-    # directions, updates, and one group at work; what a backward pass has freed is in pieces too small for these
+    # directions, updates, and one group in progress; blocks freed by the backward pass are too small for these
     at_update = 4 * 2 * muon + 3 * max(_groups(c).values(), default=0) if muon else 0
     whole = dataclasses.replace(shape, recompute="none")
     again = max(
         _layer_bytes(whole, moe) - _layer_bytes(shape, moe) for moe in _layers(c)
-    )  # kept while it is done again
+    )  # stored while it is recomputed
     working = max(_backward_bytes(c) + again, at_update) + _compiled_bytes(shape)
     return RankMemory(process, 4.0 * p, 4.0 * p, 4.0 * muon + 8.0 * (p - muon), saved_bytes(shape), working)
 
 
 def _compiled_bytes(shape: Shape) -> float:
-    """What oneDNN keeps of bf16 products that it compiled: six for each size of an expert's block of rows.
+    """Memory of bf16 products that oneDNN has compiled: six for each size of an expert's block of rows.
 
-    Before routers are balanced an expert may get every token, so every size there can be comes up.
+    Before routers are balanced an expert may get every token, so every possible size occurs.
     """
     if shape.compute == "fp32" or not any(_layers(shape.model)):
         return 0.0
@@ -204,13 +204,13 @@ def _compiled_bytes(shape: Shape) -> float:
 
 
 def _backward_bytes(c: ModelConfig) -> float:
-    """What a backward pass needs for the moment: gradients of embedding, head and one layer's experts, logits."""
+    """Temporary memory of a backward pass: gradients of embedding, head and one layer's experts, and logits."""
     stacks = max((4 * n * a * b for n, a, b in matrices(c)), default=0)
     return 2 * 4 * c.vocab_size * c.hidden_size + 2 * stacks + 4 * CHUNK * c.vocab_size
 
 
 def _groups(c: ModelConfig) -> dict[tuple[int, int], int]:
-    """Shape -> bytes of all matrices of that shape: Newton-Schulz takes them as one batch."""
+    """Bytes of all matrices of each shape: Newton-Schulz processes them as one batch."""
     groups: Counter[tuple[int, int]] = Counter()
     for number, a, b in matrices(c):
         groups[a, b] += 4 * number * a * b
@@ -218,7 +218,7 @@ def _groups(c: ModelConfig) -> dict[tuple[int, int], int]:
 
 
 def newton_schulz_flops(c: ModelConfig, ranks: int) -> float:
-    """FLOPs of one rank's share of Muon's orthogonalisation."""
+    """FLOPs of one rank's share of Muon's orthogonalization."""
     total = 0.0
     for (a, b), size in _groups(c).items():
         short, long_ = min(a, b), max(a, b)
@@ -228,30 +228,30 @@ def newton_schulz_flops(c: ModelConfig, ranks: int) -> float:
 
 
 def passes(shape: Shape) -> dict[str, float]:
-    """What a forward and backward pass is made of; calibration finds the seconds of each."""
+    """The amounts of work in a forward and backward pass; calibration finds the seconds per unit."""
     c, layers = shape.model, _layers(shape.model)
-    # causal attention of short rows multiplies the whole square
+    # causal attention over short rows computes the full square
     context = shape.length if shape.length <= LONGEST else shape.length / 2
     terms = token_flops(c, context, mtp=True)
-    # forward passes that the products of attention, of the feed-forward and of the ends are worth
+    # cost in forward passes of the products of attention, feed-forward and both ends
     attention, feed_forward = 3 + (shape.recompute != "none"), 3 + (shape.recompute == "block")
     linear = attention * terms.attention_linear + 3 * (terms.head + terms.join)
     linear += feed_forward * (terms.dense + terms.experts + terms.shared + terms.router)
     chunks = (1 + c.num_nextn_predict_layers) * (math.ceil(shape.tokens / CHUNK) + 2)
     return {
         "products": shape.tokens * linear,
-        "experts": feed_forward * shape.tokens * terms.experts,  # what they cost above other products
+        "experts": feed_forward * shape.tokens * terms.experts,  # their extra cost compared with other products
         "attention": attention * shape.tokens * terms.attention_scores,
-        "head": chunks * c.vocab_size * c.hidden_size,  # its gradient is added to chunk by chunk
+        "head": chunks * c.vocab_size * c.hidden_size,  # its gradient is accumulated chunk by chunk
         "saved": saved_bytes(dataclasses.replace(shape, recompute="none")),
         "blocks": sum(layers) * min(c.n_routed_experts, shape.tokens * c.num_experts_per_tok),
-        "parameters": parameters(c),  # gradients set to zero and added to, masters cast to bf16
+        "parameters": parameters(c),  # zeroing and accumulating gradients, casting masters to bf16
         "layers": len(layers),
     }
 
 
 def update(shape: Shape) -> dict[str, float]:
-    """What the update of the parameters is made of."""
+    """The amounts of work in a parameter update."""
     c = shape.model
     if shape.optimizer == "adamw":
         return {"parameters": parameters(c)}
@@ -264,13 +264,13 @@ def update(shape: Shape) -> dict[str, float]:
 
 
 def exchanged_bytes(shape: Shape) -> float:
-    """Bytes that ranks add up in a step: gradients and Muon's updates."""
+    """Bytes that ranks all-reduce in a step: gradients and Muon's updates."""
     muon = muon_parameters(shape.model) if shape.optimizer == "muon" else 0
     return 4.0 * (parameters(shape.model) + muon) if shape.ranks > 1 else 0.0
 
 
 def seconds(shape: Shape, measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Seconds of a step by part; `measured` holds the seconds per unit that calibration found, by part and dtype."""
+    """Seconds of a step by part; `measured` has the calibrated seconds per unit, by part and dtype."""
     exchange, found = measured["exchange"], {}
     for part, work in (("passes", passes(shape)), ("update", update(shape))):
         costs = measured[f"{part}_{shape.compute}"]

@@ -1,8 +1,8 @@
-"""What each device sends in a step, over which wire, and how long it takes. No torch here.
+"""Traffic of each device in a step: bytes per wire, and seconds. Does not import torch.
 
-Ranks are placed with data and expert parallelism innermost, so that an expert group fills whole nodes. All-to-all sends a
-token once to each node that holds one of its experts and hands it on within the node (V3 2.1.2, 3.2.2), out and back in the dtype of
-activations. V3 sends FP8 out.
+Ranks are placed with data and expert parallelism innermost, so that an expert group fills whole nodes. All-to-all sends a token
+once to each node that holds one of its experts and forwards it within the node (V3 2.1.2, 3.2.2), out and back in the
+activations' dtype. V3 sends FP8 on the way out.
 """
 
 import math
@@ -20,24 +20,24 @@ from finback.planner.workload import Workload
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes each device sends in one step, and the seconds they take were nothing hidden."""
+    """Bytes each device sends in one step, and their seconds if nothing is hidden."""
 
     # all-to-all between nodes
     dispatch_network: float = 0.0
     # all-to-all within nodes
     dispatch_link: float = 0.0
-    # heads for tokens around attention, of rows that are cut
+    # exchange of heads for tokens around attention, if rows are split
     context: float = 0.0
     # activations and their gradients to the next stage
     pipeline: float = 0.0
-    # gradients summed, weights handed out
+    # summing gradients and distributing weights
     exchange: float = 0.0
     dispatch_seconds: float = 0.0
     context_seconds: float = 0.0
-    # of one micro-batch to the next stage
+    # seconds to send one micro-batch to the next stage
     send_seconds: float = 0.0
     exchange_seconds: float = 0.0
-    # of expert ranks
+    # load of the expert ranks
     load: Load | None = None
 
 
@@ -45,10 +45,12 @@ def of(c: ModelConfig, work: Workload, machine: Machine, skew: float = 0.0) -> T
     """Traffic of one step; `skew` is the Zipf exponent of expert popularity."""
     layout = work.layout
     network = link = seconds = 0.0
-    out = back = 4.0 if work.precision == "fp32" else 2.0  # bytes of a number on its way to an expert, and of any other
+    out = back = (
+        4.0 if work.precision == "fp32" else 2.0
+    )  # bytes per value on the way to an expert, and on any other way
     if (
         work.precision == "fp8" and layout.schedule == "dualpipe"
-    ):  # V3's own schedule, not trained here, and its dispatch
+    ):  # V3's schedule, for planning only, with its FP8 dispatch
         out = 1 + SCALE
     load = None
     if layout.ep > 1:
@@ -72,14 +74,14 @@ def of(c: ModelConfig, work: Workload, machine: Machine, skew: float = 0.0) -> T
 
 
 def _context(c: ModelConfig, work: Workload, width: float) -> float:
-    """Bytes that a rank sends around attention: queries, keys, values and what comes of them, forward and backward.
+    """Bytes that a rank sends around attention: queries, keys, values and outputs, forward and backward.
 
-    `width` bytes a number; a rank keeps its own share. What is done again is sent again.
+    `width`: bytes per value. A rank keeps its own share; recomputation sends again.
     """
     cp, heads = work.layout.cp, c.num_attention_heads
     if c.attention == "mla":
         numbers = heads * 2 * (c.qk_head_dim + c.v_head_dim)
-    else:  # keys that fewer ranks have than there are go to several
+    else:  # with fewer key heads than ranks, keys go to several ranks
         numbers = 2 * c.head_dim * (heads + math.lcm(c.num_key_value_heads, cp))
     layers = (c.num_hidden_layers + c.num_nextn_predict_layers) / work.layout.stages
     ways = 3 if work.recompute in ("attention", "block") else 2
@@ -88,18 +90,18 @@ def _context(c: ModelConfig, work: Workload, width: float) -> float:
 
 @lru_cache(maxsize=64)
 def spread(c: ModelConfig, ep: int, node: int, skew: float) -> Load:
-    """How tokens spread over the expert ranks, `node` of them to a node."""
+    """How tokens spread over the expert ranks, `node` per node."""
     shares = expert_load.popularity(c.n_routed_experts, skew, seed=0) if skew else None
     return expert_load.simulate(c, ep, node, shares, tokens=1024)
 
 
 def per_node(machine: Machine) -> int:
-    """Devices joined by the fast link; 1 where none is known."""
+    """Devices connected by the fast link; 1 if unknown."""
     return int(machine.node.value) if machine.node else 1
 
 
 def wire(machine: Machine, devices: int, inside: bool) -> float:
-    """Bytes per second of the link within a node, or of the network; UserError where the table has none."""
+    """Bytes per second of the link within a node, or of the network; UserError if unknown."""
     if inside and machine.link and devices <= per_node(machine):
         return machine.link.value
     name = "link" if inside and machine.node else "network"
@@ -111,7 +113,7 @@ def wire(machine: Machine, devices: int, inside: bool) -> float:
 
 
 def _exchange(c: ModelConfig, work: Workload, machine: Machine) -> tuple[float, float]:
-    """Bytes and seconds of summing gradients and handing out weights, on the rank that has most to send."""
+    """Bytes and seconds of summing gradients and distributing weights, on the rank with the most to send."""
     layout, copies = work.layout, work.layout.pipeline.copies
     if layout.holders * copies == 1:
         return 0.0, 0.0

@@ -1,10 +1,10 @@
-"""Memory of fine-tuning and RL on a device: the whole model learnt, or an adapter on a frozen base. No torch here.
+"""Memory of fine-tuning and RL on a device, for the whole model or an adapter on a frozen base. Does not import torch.
 
-Bytes per parameter: learnt ones have fp32 weights, gradients and AdamW's two moments, 16 in all. A frozen base has what its
-format takes, and nothing else. Of activations each policy of memory.py keeps its part.
+Bytes per parameter: trained ones need fp32 weights, gradients and AdamW's two moments, 16 in total. A frozen base needs only
+what its format takes. Activations follow the policies of memory.py.
 
-Under a layout all of it is shared out among its ranks but an adapter, of which each has all but other ranks' experts'. On top come what FSDP puts together
-for a pass, both ends of the model as long as it lasts and two layers at a time, and the whole copy to generate with.
+A layout shards all of it except an adapter, of which each rank holds all but other ranks' experts. In addition: what FSDP gathers
+for a pass (both ends of the model throughout, and two layers at a time), and the full copy for generation.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from finback.planner.memory import layer_activation
 from finback.planner.planned_stage import PlannedStage
 from finback.planner.workload import Precision, Recompute
 
-# bytes of a weight of the blocks' matrices in a frozen base, factors included
+# bytes per weight of the blocks' matrices in a frozen base, scales included
 WIDTHS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
-# bytes of both moments of a number on the device (train/lean_adam.py), with a factor for 256 of a row at most
+# bytes per value of both moments on the device (train/lean_adam.py), with one scale per at most 256 of a row
 MOMENTS = {"fp32": 8.0, "int8": 2 + 2 * 4 / 256, "host": 0.0}
-ROWS = 256  # of logits at a time, and of an engine's batch
+ROWS = 256  # rows of logits at a time, and of an engine's batch
 ADAPTER = {"rank": 16, "targets": ("attention", "mlp", "experts"), "base": "bf16"}
-# what takes less memory, mildest first, as knobs of the stage
+# changes that need less memory, mildest first, as knobs of the stage
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ('recompute="block"', {"recompute": "block"}),
     ('compute="bf16"', {"compute": "bf16"}),
@@ -43,31 +43,31 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class TuningMemory:
-    """Bytes at the fullest moment."""
+    """Peak bytes by part."""
 
     weights: float
     gradients: float
     optimizer: float
-    # a copy of the policy that does not learn, or teachers
+    # a frozen reference model, or teachers
     reference: float
     activations: float
-    # logits, one layer made again, one matrix dequantized
+    # logits, one recomputed layer, one dequantized matrix
     working: float
-    # of the answers that are sampled at a time: all of a batch, or as many as half of the room that states leave holds
+    # cache of the answers sampled at a time: a whole batch, or what half of the remaining memory holds
     cache: float
     reserve: float
-    # under a layout: what is put together for a pass, with its gradients, and a whole copy to generate with
+    # with a layout: parameters gathered for a pass with their gradients, and a full copy for generation
     gathered: float = 0.0
     served: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
 def is_tuned(stage: PlannedStage) -> bool:
-    """Whether a stage learns from where another one stopped, by all weights or by an adapter, or has its model answer."""
+    """Whether a stage fine-tunes or queries an existing model."""
     return not {"adapter", "dtype"}.isdisjoint(stage.knobs) and stage.model is not None
 
 
@@ -79,7 +79,7 @@ def memory(
     teachers: Sequence[ModelConfig] = (),
     layout: Layout | None = None,
 ) -> TuningMemory:
-    """What a stage with these knobs, and perhaps teachers, takes of each device of a layout, or of one, with so much room."""
+    """Memory of a stage with these knobs (and teachers) on each device of a layout, or on one device, with `room` bytes."""
     if "dtype" in knobs:
         return _answering(c, knobs, reserve, room)
     adapter, precision = knobs.get("adapter"), knobs.get("compute", "fp32")
@@ -114,25 +114,25 @@ def memory(
 
 
 def learnt_numbers(c: ModelConfig, adapter: dict[str, Any], ep: int = 1) -> float:
-    """Those of an adapter, of whose experts a rank has one in `ep`."""
+    """Trained values of an adapter; a rank holds 1 / `ep` of its experts."""
     size = adapter_size(c, adapter["rank"], adapter["targets"], bool(adapter.get("dora")))
     return size - _of_experts(c, adapter) * (1 - 1 / ep)
 
 
 def _of_experts(c: ModelConfig, adapter: dict[str, Any]) -> int:
-    """Numbers of an adapter that are of routed experts."""
+    """Values of an adapter that belong to routed experts."""
     return adapter_size(c, adapter["rank"], {"experts"} & set(adapter["targets"]))
 
 
 def frozen_bytes(c: ModelConfig, adapter: dict[str, Any]) -> float:
-    """Of the base of an adapter; embedding, head and norms are not quantized."""
+    """Bytes of an adapter's frozen base; embedding, head and norms are not quantized."""
     base = adapter.get("base", "bf16")
     in_blocks = sum(number * rows * columns for _, _, number, rows, columns in _matrices(c))
     return WIDTHS[base] * in_blocks + WIDTHS["fp32" if base == "fp32" else "bf16"] * (parameters(c) - in_blocks)
 
 
 def _dequantized(c: ModelConfig, adapter: dict[str, Any], precision: Precision) -> float:
-    """A matrix in the dtype of the arithmetic, and on the way there in fp32; or the head in it. DoRA sums up W + s B A."""
+    """Bytes of one matrix in the compute dtype plus its fp32 intermediate; or of the head. DoRA also sums W + s B A."""
     base, width = adapter.get("base", "bf16"), 4 if precision == "fp32" else 2
     largest = max(rows * columns for *_, rows, columns in _matrices(c))
     head = 0 if ("fp32" if base == "fp32" else "bf16") == precision else width * c.vocab_size * c.hidden_size
@@ -145,12 +145,12 @@ def _matrices(c: ModelConfig) -> list[tuple[str, str, int, int, int]]:
 
 
 def gathered_width(layout: Layout, adapter: dict[str, Any] | None) -> float:
-    """Bytes of a weight that is put together for a pass."""
+    """Bytes per weight that is gathered for a pass."""
     return 2.0 if layout.gather == "bf16" else WIDTHS[adapter.get("base", "bf16") if adapter else "fp32"]
 
 
 def _gathered(c: ModelConfig, layout: Layout, adapter: dict[str, Any] | None) -> float:
-    """Bytes of the parameters that FSDP puts together on a rank at a time, and of their gradients before they are summed.
+    """Bytes of the parameters that FSDP gathers on a rank at a time, and of their gradients before reduction.
 
     Both ends of the model are not quantized.
     """
@@ -165,25 +165,25 @@ def _gathered(c: ModelConfig, layout: Layout, adapter: dict[str, Any] | None) ->
 
 
 def generates(knobs: dict[str, Any]) -> bool:
-    """Whether a stage's own model answers while it learns."""
+    """Whether a stage's own model generates while it learns."""
     return bool(knobs.get("task") or knobs.get("validation"))
 
 
 def copy_bytes(c: ModelConfig, knobs: dict[str, Any]) -> float:
-    """Of the whole copy that a rank of a layout generates with: in the dtype of the arithmetic, a base as it is stored."""
+    """Bytes of the full copy that a rank of a layout generates with: in the compute dtype, or a base as stored."""
     if adapter := knobs.get("adapter"):
         return frozen_bytes(c, adapter)
     return parameters(c) * (4.0 if knobs.get("compute", "fp32") == "fp32" else 2.0)
 
 
 def _served(c: ModelConfig, knobs: dict[str, Any], layout: Layout) -> float:
-    """Of such a copy, and of the adapters of all experts in fp32 where a rank trains some of them."""
+    """Bytes of that copy, plus fp32 adapters of all experts if a rank trains only some of them."""
     adapter = knobs.get("adapter")
     return copy_bytes(c, knobs) + (4.0 * _of_experts(c, adapter) if adapter and layout.ep > 1 else 0.0)
 
 
 def _answering(c: ModelConfig, knobs: dict[str, Any], reserve: float, room: float) -> TuningMemory:
-    """Of a stage that reads a model in one dtype and asks it."""
+    """Memory of a stage that only queries a model in one dtype."""
     width = 4 if knobs["dtype"] == "fp32" else 2
     longest = max([int(exam["max_tokens"]) for exam in knobs.get("exams") or ()] or [int(knobs.get("max_tokens") or 0)])
     weights = float(width * parameters(c))
@@ -193,14 +193,14 @@ def _answering(c: ModelConfig, knobs: dict[str, Any], reserve: float, room: floa
 
 
 def _cache(rows: int, each: float, free: float) -> float:
-    """Of so many answers of so many bytes: all of them, or as many as half of what is free holds, one at least."""
+    """Cache bytes of so many answers: all of them, or as many as half of the free memory holds, at least one."""
     return min(rows * each, max(each, free / 2)) if rows else 0.0
 
 
 def pass_tokens(knobs: dict[str, Any], layout: Layout | None) -> int:
-    """Of one backward pass of a rank."""
+    """Tokens per backward pass of a rank."""
     cp, readers = (layout.cp, layout.dp * layout.micro_batches) if layout else (1, 1)
-    if "micro_tokens" in knobs:  # an answer is never cut but along cp
+    if "micro_tokens" in knobs:  # an answer is only ever split along cp
         return -(-max(int(knobs["micro_tokens"]), int(knobs.get("max_tokens") or 0)) // cp)
     if knobs.get("task"):  # a student's own answers
         rows, length = int(knobs["prompts_per_step"]), int(knobs["max_tokens"])
@@ -211,7 +211,7 @@ def pass_tokens(knobs: dict[str, Any], layout: Layout | None) -> int:
 
 
 def _activations(c: ModelConfig, precision: Precision, policy: Recompute) -> tuple[float, float]:
-    """Bytes per token that all layers keep, and that the largest layer takes while it is made again."""
+    """Bytes per token that all layers store, and that the largest layer needs while it is recomputed."""
     some, every = (
         [layer_activation(c, c.is_moe(n), precision, p, 0.0) for n in range(c.num_hidden_layers)]
         for p in (policy, "none")
@@ -220,14 +220,14 @@ def _activations(c: ModelConfig, precision: Precision, policy: Recompute) -> tup
 
 
 def _answers(knobs: dict[str, Any]) -> int:
-    """Those of a step that an engine makes at a time at most."""
+    """Maximal number of answers of a step that an engine generates at a time."""
     if not knobs.get("task") or "prompts_per_step" not in knobs:
         return 0
     return min(ROWS, int(knobs["prompts_per_step"]) * int(knobs.get("num_generations") or 1))
 
 
 def judged(stage: PlannedStage, device: float, reserve: float, known: dict[str, Fact]) -> dict[str, Any]:
-    """A stage's memory on each device of so many bytes, whether it fits, and what would make it fit."""
+    """A stage's memory per device, whether it fits into `device` bytes, and what would make it fit."""
     assert stage.model is not None, "a stage that trains has a model"
     room = device * (1 - known["margin"].value)
     found = memory(stage.model, stage.knobs, reserve, room, stage.teachers, stage.layout)
@@ -256,7 +256,7 @@ def changes(
     teachers: Sequence[ModelConfig] = (),
     layout: Layout | None = None,
 ) -> tuple[list[str], float]:
-    """The fewest of STEPS, in their order, that make a stage fit, or all of them; and the bytes that it then takes."""
+    """The fewest of STEPS, in order, that make a stage fit, or all of them; and the bytes it then needs."""
     knobs, taken = dict(knobs), list[str]()
     total = memory(c, knobs, reserve, room, teachers, layout).total
     for text, changed in STEPS:
@@ -264,7 +264,7 @@ def changes(
         less = memory(c, knobs | changed, reserve, room, teachers, layout).total
         if total <= room or less >= total:
             continue
-        if "adapter" in changed:  # in the place of what was tried before
+        if "adapter" in changed:  # replaces what was tried before
             taken = [t for t in taken if not t.startswith(("adapter", "recompute", "moments"))]
         if "moments" in changed:
             taken = [t for t in taken if not t.startswith("moments")]
@@ -273,5 +273,5 @@ def changes(
 
 
 def _is_smaller(adapter: dict[str, Any] | None, other: dict[str, Any]) -> bool:
-    """Whether the base of an adapter takes no more than that of another one."""
+    """Whether the base of an adapter needs no more memory than another's."""
     return adapter is not None and WIDTHS[adapter.get("base", "bf16")] <= WIDTHS[other["base"]]

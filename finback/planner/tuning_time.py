@@ -1,4 +1,4 @@
-"""What a layout adds to the time of fine-tuning and RL: what its ranks send each other that nothing hides. No torch here."""
+"""The time that a layout adds to fine-tuning and RL: exposed communication between ranks. Does not import torch."""
 
 from finback.config import UserError
 from finback.planner import traffic, tuning
@@ -8,16 +8,16 @@ from finback.planner.workload import Workload
 
 
 def check_ranks(stage: PlannedStage, site: Site, on: str) -> None:
-    """UserError where a stage's layout is not for so many devices."""
+    """Raises UserError if a stage's layout has another number of ranks than devices."""
     if stage.layout is not None and stage.layout.ranks != site.devices:
         problem = f"the layout of {stage.name} has {stage.layout.ranks} ranks, not {site.devices}"
         raise UserError("--on", on, problem, f"Use {stage.layout.ranks} devices, or change the layout.")
 
 
 def beside_products(stage: PlannedStage, site: Site, computing: float) -> float:
-    """Seconds of all-to-all, of gathering beyond `computing` seconds of passes, and of whole copies to generate with.
+    """Seconds of all-to-all, of gathering beyond `computing` seconds of passes, and of full copies for generation.
 
-    A step's rows are taken for as long as a pass has tokens; an adapter's own gradients, which are few, are left out.
+    Rows are assumed to be as long as a pass; the small gradients of an adapter are ignored.
     """
     layout, knobs, c = stage.layout, stage.knobs, stage.model
     if layout is None or c is None or layout.ranks == 1:
@@ -32,7 +32,7 @@ def beside_products(stage: PlannedStage, site: Site, computing: float) -> float:
     )
     sent, steps = traffic.of(c, work, site.machine), stage.work.tokens_trained / (work.rows * work.length)
     width = tuning.gathered_width(layout, knobs.get("adapter"))
-    # of what traffic counts, gradients and two times weights in the dtype that travels, a frozen base has its weights alone
+    # traffic assumes gradients and twice the weights in the gathered dtype; a frozen base has weights only
     share = 2 * width / (4 + 2 * width) if knobs.get("adapter") else 1.0
     gathering = steps * sent.exchange_seconds * share
     wire = traffic.wire(site.machine, layout.ranks, inside=layout.ranks <= traffic.per_node(site.machine))

@@ -1,4 +1,4 @@
-"""One training step as the planner computes with it: a layout, its batch, and how it is computed. No torch here."""
+"""One training step for the planner: layout, batch, precision and recomputation. Does not import torch."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from finback.model.config import ModelConfig
 from finback.parallel.layout import Layout
 from finback.train.rates import ramp_sizes
 
-# as Pretrain.recompute has them; "selective" is V3's own, for plans: norms, up-projections and SwiGLU are done again
+# as in Pretrain.recompute; "selective" is V3's, for planning only: recomputes norms, up-projections and SwiGLU
 Recompute = Literal["none", "attention", "block", "selective"]
 Precision = Literal["fp32", "bf16", "fp8"]
 Optimizer = Literal["adamw", "muon"]
@@ -26,49 +26,49 @@ class Workload:
     recompute: Recompute = "none"
     precision: Precision = "bf16"
     optimizer: Optimizer = "adamw"
-    # of the first steps, where there is a ramp; 0: none
+    # sequences in the first steps, if there is a ramp; 0: no ramp
     rows_start: int = 0
-    # a running average of the weights is kept
+    # whether a moving average of the weights is kept
     averaged: bool = False
-    # the whole model is put together on every rank now and then, to generate
+    # whether the whole model is sometimes gathered on every rank, to generate
     probed: bool = False
-    # documents of a row do not see each other
+    # whether documents of a row are masked from each other
     masked: bool = False
-    # blocks are compiled, which neither FP8 nor recomputed attention can be
+    # whether blocks are compiled, which excludes FP8 and recomputed attention
     compiled: bool = False
 
     def check(self, c: ModelConfig) -> None:
-        """UserError unless the model and every step's rows fit the layout."""
+        """Raises UserError unless the model and every step's rows fit the layout."""
         self.layout.check_length(self.length)
         self.layout.check(c, self.rows)
         self.layout.check_steps(c, ramp_sizes(self.rows_start, self.rows), self.rows)
 
     @property
     def micro_rows(self) -> int:
-        """Sequences of one micro-batch."""
+        """Sequences per micro-batch."""
         return self.rows // (self.layout.dp * self.layout.micro_batches)
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of one micro-batch that a rank has."""
+        """Tokens of one micro-batch on a rank."""
         return self.micro_rows * self.length // self.layout.cp
 
     @property
     def passes(self) -> int:
-        """Forward passes of one stage that each rank does in a step."""
+        """Forward passes per stage and rank in a step."""
         return self.layout.micro_batches * self.layout.stages // self.layout.pp
 
     def knobs(self) -> str:
-        """What a Pretrain stage is given to train so."""
+        """Knobs of a Pretrain stage that trains this way."""
         default = vars(Layout())
         changed = ", ".join(f"{k}={v!r}" for k, v in vars(self.layout).items() if v != default[k]).replace("'", '"')
         rest = f'recompute="{self.recompute}", compute="{self.precision}"'
-        # one rank needs no layout
+        # a single rank needs no layout
         return rest if self.layout.ranks == 1 else f"layout=Layout({changed}), {rest}"
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, Any]:
-    """`pp=16,ep=64` -> fields of a Layout; dp is what is left of the devices. UserError for what makes no mesh."""
+    """`pp=16,ep=64` -> fields of a Layout; dp takes the remaining devices. UserError for an invalid mesh."""
     found: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: one line a turn, thinking dimmed while it streams."""
+"""Chat in the terminal: one line per turn, thinking dimmed while it streams."""
 
 import contextlib
 import difflib
@@ -27,18 +27,18 @@ from finback.runs.files import write_json
 
 THINKING = {"on": True, "off": False, "auto": None}
 HELP = (
-    "/new forgets the dialogue, /model MODEL changes who answers, /think on|off|auto, /seed N, /save FILE (JSON lines). "
-    "Ctrl-C stops a reply or clears the line, twice it ends, as Ctrl-D does. // at the start is a text that begins with /."
+    "/new starts a new dialogue, /model MODEL changes the model, /think on|off|auto, /seed N, /save FILE (JSON lines). "
+    "Ctrl-C stops a reply or clears the line, twice quits, as does Ctrl-D. Start a text that begins with / with //."
 )
 COMMANDS = ("/new", "/model", "/think", "/seed", "/save", "/help")
-TWICE = 1.0  # seconds between two Ctrl-C that end it
+TWICE = 1.0  # seconds between two Ctrl-C that quit
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 class Conversation:
-    """Messages so far and a model to continue them; old turns are dropped when the window is full.
+    """The messages so far and a model to continue them; old turns are dropped when the window is full.
 
-    `think` True opens the chain of thought for the model, False keeps it from thinking, None leaves it to the model.
+    `think`: True opens the chain of thought, False prevents thinking, None leaves it to the model.
     """
 
     def __init__(self, model: Path, seed: int, dtype: InferenceDtype = "auto", **chosen: float | None) -> None:
@@ -50,7 +50,7 @@ class Conversation:
         self.think: bool | None = None
 
     def use(self, model: Path) -> None:
-        """Let this model answer from now on; the dialogue stays. UserError where it cannot."""
+        """Switches to another model; the dialogue stays. UserError if that is impossible."""
         llm = LLM(model, self.dtype, replace(ANSWERING, rows=1))
         sampling = llm.defaults(**{"max_tokens": min(1024, llm.window // 8)} | self.chosen)
         if sampling.max_tokens >= llm.window:
@@ -59,7 +59,7 @@ class Conversation:
         self.llm, self.sampling = llm, sampling
 
     def reply(self, text: str) -> Iterator[str]:
-        """Pieces of the answer to `text` as they are made, tags included; remembers the answer when it is whole."""
+        """Yields the answer to `text` in pieces, tags included; stores the complete answer."""
         self.messages.append(Message("user", text))
         made: list[str] = []
         stream = self.llm.stream(self._fitting(), self.sampling, self.think, self.seed + self.replies)
@@ -68,12 +68,12 @@ class Conversation:
             for piece in stream:
                 made.append(piece)
                 yield piece
-        finally:  # also when the user stops the reply: its beginning is part of the dialogue
+        finally:  # also if the user stops the reply: its beginning stays in the dialogue
             response = parse_response("".join(made))
             self.messages.append(Message("assistant", response.answer, response.reasoning))
 
     def command(self, line: str) -> str:
-        """Obey a command; what there is to say about it. UserError when it is not understood."""
+        """Executes a command and returns a message. UserError if it is unknown."""
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if word == "/new" and not rest:
@@ -103,11 +103,11 @@ class Conversation:
             with path.open("x", encoding="utf-8") as file:
                 file.writelines(json.dumps(turn, ensure_ascii=False) + "\n" for turn in turns)
         except OSError as error:
-            raise UserError("/save", str(path), error.strerror or str(error), "Name a new file.") from None
+            raise UserError("/save", str(path), error.strerror or str(error), "Give a new file.") from None
         return f"{len(turns)} messages in {path}"
 
     def _fitting(self) -> list[dict[str, Any]]:
-        """The dialogue without its oldest turns, which no longer fit into the window."""
+        """The dialogue without the oldest turns that no longer fit into the window."""
         room = self.llm.window - self.sampling.max_tokens
         while True:
             turns = [m.to_openai() for m in self.messages]
@@ -121,7 +121,7 @@ class Conversation:
 
 
 def loop(options: ChatOptions, as_json: bool, color: bool) -> None:
-    """Read lines from stdin and answer each; prompts and help only when a person sits there."""
+    """Reads lines from stdin and answers each; prompts and help only if stdin is a terminal."""
     folder = find_model(options.model)
     conversation = Conversation(folder, options.seed, options.dtype, **options.sampling())
     person = sys.stdin.isatty() and not as_json
@@ -135,9 +135,9 @@ def loop(options: ChatOptions, as_json: bool, color: bool) -> None:
         with contextlib.suppress(ImportError):
             import readline  # lines can be edited and called back with the arrow keys
 
-            # a paste comes as one text, its line breaks included
+            # a paste arrives as one text, including line breaks
             readline.parse_and_bind("set enable-bracketed-paste on")
-        print(f"{folder}: what it says may be wrong. /help says what else it understands.", file=sys.stderr)
+        print(f"{folder}: its answers may be wrong. /help lists commands.", file=sys.stderr)
     dialogue: list[dict[str, Any]] = []
     while (line := _ask(person)) is not None:
         line = line.strip()
@@ -185,7 +185,7 @@ def _ask(person: bool) -> str | None:
 
 
 def _pasted() -> str:
-    """Further lines that were there with the first: a paste, where the terminal does not mark one itself."""
+    """Further lines that arrived with the first: a paste, if the terminal does not mark pastes."""
     found = ""
     while select.select([sys.stdin], [], [], 0)[0] and (line := sys.stdin.readline()):
         found += "\n" + line.rstrip("\n")
@@ -193,7 +193,7 @@ def _pasted() -> str:
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is a command or a misspelt one, rather than a text that begins with a path."""
+    """Whether a line is a command, perhaps misspelt, rather than a text that starts with a path."""
     word = line.split(maxsplit=1)[0]
     if not re.fullmatch("/[a-z]+", word) or (word not in COMMANDS and Path(word).exists()):
         return False
@@ -201,19 +201,19 @@ def is_command(line: str) -> bool:
 
 
 def _keep(path: Path, messages: Sequence[Message]) -> bool:
-    """Store a dialogue for --continue, for this user alone; whether that is possible."""
+    """Stores a dialogue for --continue, readable by this user only. Returns whether that was possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(path, [m.to_openai() for m in messages])
         path.chmod(0o600)
     except OSError as error:
-        print(f"this dialogue is not kept for --continue: {path}: {error.strerror}", file=sys.stderr)
+        print(f"this dialogue cannot be stored for --continue: {path}: {error.strerror}", file=sys.stderr)
         return False
     return True
 
 
 def _kept(path: Path) -> list[Message]:
-    """The dialogue that was stored; none is an empty one."""
+    """The stored dialogue; [] if there is none."""
     if not path.is_file():
         return []
     try:
@@ -224,7 +224,7 @@ def _kept(path: Path) -> list[Message]:
 
 
 def _print(pieces: Iterator[str], color: bool) -> None:
-    """Write pieces as they come; with color the chain is dim and its tags are gone, without they stay."""
+    """Writes pieces as they arrive; with color the chain is dim and its tags are hidden, without color they stay."""
     for piece in pieces:
         if color:
             piece = piece.replace(THINK, DIM).replace(END_THINK, f"{PLAIN}\n")

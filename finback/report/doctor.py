@@ -1,4 +1,4 @@
-"""What this machine and this installation can do for finback, what is missing, and how to get it: `finback doctor`."""
+"""`finback doctor`: what this machine and installation can do, what is missing, and how to install it."""
 
 import importlib
 import os
@@ -29,7 +29,7 @@ class Finding:
     """One line of the report."""
 
     what: str
-    # False: something is slower or not to be had
+    # False: something is slower or unavailable
     ok: bool
     found: str
     remedy: str = ""
@@ -42,12 +42,12 @@ def report(environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
 
 
 def findings(environment: Mapping[str, str]) -> list[Finding]:
-    """All of them; a few seconds, most of which torch's compiler takes. Nothing is written and no network is used."""
+    """All findings. Takes a few seconds, mostly for torch's compiler; writes nothing and uses no network."""
     return [*_machine(), *_speed(), *_features(environment)]
 
 
 def text(found: list[Finding]) -> str:
-    """For a terminal, as wide as it is; commands stay whole, to be copied."""
+    """The findings as text for a terminal of any width; commands are never wrapped, so that they can be copied."""
     width = max(len(f.what) for f in found)
     lines, room = [], max(20, columns() - width - 7)
     for f in found:
@@ -58,7 +58,7 @@ def text(found: list[Finding]) -> str:
             lines.append(f"     {'':{width}}  {f.remedy}")
     missing = sum(not f.ok for f in found)
     lines.append("")
-    lines.append(f"{missing} of {len(found)} are not here; each is optional." if missing else "Everything is here.")
+    lines.append(f"{missing} of {len(found)} are missing; each is optional." if missing else "Nothing is missing.")
     return "\n".join(lines)
 
 
@@ -69,8 +69,8 @@ def _machine() -> Iterator[Finding]:
     amount = f"{cores} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free"
     yield Finding("processor", True, f"{processor.name()}; {amount}")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    low = "" if free >= 2 else "Runs need room for checkpoints: free some, or name another folder with --runs."
-    yield Finding("disk", free >= 2, f"{free:,.1f} GiB free where you are", low)
+    low = "" if free >= 2 else "Runs need room for checkpoints: free some space, or use another folder with --runs."
+    yield Finding("disk", free >= 2, f"{free:,.1f} GiB free in this folder", low)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
@@ -78,21 +78,19 @@ def _machine() -> Iterator[Finding]:
             yield Finding(f"GPU {index}", True, found)
     else:
         built = "for CUDA, which finds no device" if torch.version.cuda else "without CUDA"
-        yield Finding("GPU", False, f"none that torch sees (torch is built {built}); everything runs on the processor")
+        yield Finding("GPU", False, f"torch finds none (it is built {built}); everything runs on the CPU")
 
 
 def _speed() -> Iterator[Finding]:
     bf16 = processor.multiplies_bf16()
-    found = "the processor multiplies bf16 itself; recipes use it for models from a width of 128 on"
-    yield Finding(
-        "bf16", bf16, found if bf16 else "the processor emulates bf16; recipes use fp32 unless they say otherwise"
-    )
+    found = "the processor multiplies bf16 natively; recipes use it from a width of 128 on"
+    yield Finding("bf16", bf16, found if bf16 else "the processor emulates bf16; recipes that leave it open use fp32")
     if sys.platform != "linux":
-        yield Finding("C++ kernels", False, "for Linux alone; the plain ones are slower")
+        yield Finding("C++ kernels", False, "for Linux only; the plain kernels are slower")
     elif native.library() is not None:
         yield Finding("C++ kernels", True, "built: decoding and rollouts use them")
     else:
-        yield Finding("C++ kernels", False, "no compiler that works: decoding and rollouts are slower", COMPILER)
+        yield Finding("C++ kernels", False, "no working compiler: decoding and rollouts are slower", COMPILER)
     problem = compiling.why_not()
     yield Finding("compile", not problem, problem or "`compile=True` works in Pretrain", COMPILER if problem else "")
 
@@ -104,16 +102,16 @@ def _features(environment: Mapping[str, str]) -> Iterator[Finding]:
         found = f"{purpose} (missing: {named})" if missing else purpose
         yield Finding(extra, not missing, found, extras.how_to_get(extra) if missing else "")
     why = sandbox.why_unavailable("bubblewrap")
-    boundary = "programs that models write run behind a security boundary"
-    remedy = "" if why is None else "Allow user namespaces, or run as a user that is not root."
-    without = f"{why}: programs that models write run under resource limits alone"
+    boundary = "code that models write runs behind a security boundary"
+    remedy = "" if why is None else "Allow user namespaces, or run as a non-root user."
+    without = f"{why}: code that models write runs under resource limits only"
     yield Finding("bubblewrap", why is None, boundary if why is None else without, remedy)
     try:
         importlib.import_module("transformers")
         yield Finding("transformers", True, "`finback verify` compares logits and ids with it")
     except ImportError:
         how = extras.how_to_install("transformers>=5")
-        yield Finding("transformers", False, "`finback verify` compares nothing with it", how)
+        yield Finding("transformers", False, "`finback verify` cannot compare with it", how)
     browser = environment.get("FINBACK_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     without = "none: the page works in any browser; its tests and screenshots need one"
     yield Finding("Chromium", bool(browser), browser or without, "" if browser else "apt-get install chromium")

@@ -1,4 +1,4 @@
-"""What each evaluated model of a run scores, and what each answers to the same problem."""
+"""Exam results of a run's evaluated models, and their answers to the same problems."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from finback.runs.files import MANIFEST, is_number
 from finback.runs.reader import StageFolder, torn
 from finback.runs.terminal import table
 
-MANY = 3  # evaluated models from which on a summary has one row per model
-MEASURED = ("n", "accuracy", "mean_tokens", "thinks")  # numbers of every exam
+MANY = 3  # from this many evaluated models on, a summary has one row per model
+MEASURED = ("n", "accuracy", "mean_tokens", "thinks")  # numeric results of every exam
 
 
 def scored(stage: StageFolder) -> tuple[str, list[dict[str, Any]]]:
-    """The model that an evaluation examined, and its exams' results; UserError where the manifest has none."""
+    """The model that an evaluation examined, and its exams' results; UserError if the manifest has none."""
     match stage.results:
         case {"model": model, "evaluations": [_, *_] as exams} if all(map(_is_result, exams)):
             return str(model), exams
@@ -26,7 +26,7 @@ def _is_result(exam: Any) -> bool:
 
 
 def accuracy_table(exams: list[StageFolder]) -> str:
-    """One line per evaluated model: every exam's accuracy with its interval, then length, thinking and language."""
+    """One line per evaluated model: accuracy with interval for every exam, then length, thinking and language."""
     taken = [scored(stage) for stage in exams]
     names = list(dict.fromkeys(e["exam"] for _, evaluations in taken for e in evaluations))
     has_language = any("language" in e for _, evaluations in taken for e in evaluations)
@@ -49,12 +49,12 @@ def share(exam: dict[str, Any] | None) -> str:
 
 
 def first_exam(exams: list[StageFolder]) -> str:
-    """The name of the first exam that a run's first evaluation gave."""
+    """The name of the first exam in a run's first evaluation."""
     return str(scored(exams[0])[1][0]["exam"])
 
 
 def first_problem(exams: list[StageFolder]) -> str:
-    """The first problem of the first exam, and what every model answered, right or not."""
+    """The first problem of the first exam, with every model's answer."""
     name = first_exam(exams)
     given = [(scored(stage)[0], records[0]) for stage in exams if (records := stage.answers(name))]
     if not given:
@@ -65,7 +65,7 @@ def first_problem(exams: list[StageFolder]) -> str:
 
 
 def problem_pairs(before: StageFolder, after: StageFolder, labels: tuple[str, str], most: int, width: int) -> list[str]:
-    """The first problems of an exam, whatever became of them, each with what both models answered."""
+    """The first problems of an exam, each with the answers of both models, right or wrong."""
     name = first_exam([before])
     pairs = zip(before.answers(name), after.answers(name), strict=False)
     return [
@@ -75,7 +75,7 @@ def problem_pairs(before: StageFolder, after: StageFolder, labels: tuple[str, st
 
 
 def answer_line(label: str, record: dict[str, Any], width: int = 14) -> str:
-    """One answer on one line, its chain before it."""
+    """One answer on one line, preceded by its chain."""
     chain = record["thinking"].replace("\n", "  ")
     shown = f"<think> {chain} </think> " if record["thinks"] else ""
     return f"  {label:{width}}  {shown}{record['answer']}   {'right' if record['correct'] else 'WRONG'}"

@@ -1,4 +1,4 @@
-"""A model out of finback: weights, config, tokenizer, generation settings and card in one new folder."""
+"""Exports a model: weights, config, tokenizer, generation settings and card in a new folder."""
 
 import shutil
 from pathlib import Path
@@ -19,19 +19,19 @@ from finback.runs.adapters import tokenizer_place
 from finback.runs.files import is_gguf
 from finback.runs.hub_models import model_name
 
-# no more memory than the result needs; FP8 that came in goes out as it is
+# precision for loading: no more memory than the result needs; FP8 is passed through unchanged
 _WEIGHTS: dict[Format, WeightDtype] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
 
 
 def export_as(options: ExportOptions) -> list[Path]:
-    """Export a model in the format that is asked for; the files written."""
+    """Exports a model in the requested format. Returns the files written."""
     if options.format == "gguf":
         return export_gguf(options.model, options.folder, options.type)
     return export_model(options.model, options.folder, options.dtype)
 
 
 def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
-    """Export the model at `path` (a run: its newest); the files written. A model without tokenizer goes without."""
+    """Exports the model at `path` (for a run, its newest). Returns the files written. A missing tokenizer is skipped."""
     source = find_model(path)
     weights.check_target(folder)
     own = (source / "model.json").is_file()
@@ -52,7 +52,7 @@ def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
 
 
 def _copy_tokenizer(place: Path, to: Path) -> None:
-    """A tokenizer that finback does not read goes out as it came in, its settings too."""
+    """Copies a tokenizer that finback cannot read, with its settings."""
     settings = (GENERATION, CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
     kept = other_forms(place)
     for name in (*kept, *(settings if kept else (GENERATION,))):
@@ -61,19 +61,19 @@ def _copy_tokenizer(place: Path, to: Path) -> None:
 
 
 def _public(source: Path) -> str:
-    """A model by its name and its run's: a card goes out, and tells nobody where things lie here."""
+    """A model's name with its run's name: a published card must not reveal local paths."""
     return "/".join(source.resolve().parts[-2:]) if (source / "model.json").is_file() else model_name(source)
 
 
 def _settings(source: Path, tokenizer: Tokenizer | None, fmt: Format) -> dict[str, Any]:
-    """What config.json says beside the model: special ids, and the layout of FP8 factors that are passed on."""
+    """Entries of config.json besides the model: special ids, and the layout of FP8 scales that are passed through."""
     raw = read_config(source) if source.is_dir() and not (source / "model.json").is_file() else {}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found: dict[str, Any] = {n: raw[n] for n in names if raw.get(n) is not None}
     if tokenizer is not None:
         ids = dict(zip(names, (tokenizer.bos, tokenizer.eos, tokenizer.pad), strict=True))
         if tokenizer.eos >= 0 and tokenizer.eos not in ids_of(found.get("eos_token_id")):
-            found.pop("eos_token_id", None)  # the tokenizer knows better
+            found.pop("eos_token_id", None)  # the tokenizer's is more reliable
         found = {n: i for n, i in ids.items() if i >= 0} | found
     if fmt == "fp8" and "quantization_config" in raw:
         found["quantization_config"] = raw["quantization_config"]

@@ -1,4 +1,4 @@
-"""What `finback` says where no command runs: where to begin, what a command is for, what is wrong with a command line. No torch here."""
+"""Texts of the bare `finback` command: the welcome, help, and errors in the command line. Does not import torch."""
 
 import io
 import os
@@ -17,15 +17,15 @@ HELP = ["-h", "--help"]
 
 WELCOME = f"""finback {__version__} builds, trains, checks and serves DeepSeek-class language models.
 
-Begin with the quickstart, minutes on a laptop: a tiny model learns to think
-before it answers.
+Start with the quickstart, which takes minutes on a laptop: a tiny model learns
+to think before it answers.
 
-  finback run recipes/tiny.py    pre-train it, then let RL teach it
-  finback chat runs/tiny         talk to what came of it
-  finback watch                  look at its runs in a browser
+  finback run recipes/tiny.py    pre-train it, then teach it with RL
+  finback chat runs/tiny         chat with the result
+  finback watch                  watch its runs in a browser
 
-Three more to begin with: teach an open checkpoint a task of yours, ask two
-models the same questions, and see what a run takes before it starts.
+Then teach an open checkpoint your own task, ask two models the same questions,
+and estimate a run before it starts:
 
   finback run recipes/your_task.py --set rl.start=MODEL
   finback compare MODEL OTHER --tasks gsm8k
@@ -36,7 +36,7 @@ models the same questions, and see what a run takes before it starts.
 
 
 def explained(context: typer.Context, command: str) -> str:
-    """The help text of a command, or of the program for ""; UserError for a name that is none."""
+    """The help text of a command, or of the program for "". Raises UserError for an unknown name."""
     above = context.parent
     assert above is not None, "a command is below the program"
     group = above.command
@@ -51,7 +51,7 @@ def explained(context: typer.Context, command: str) -> str:
 
 
 def complaint(error: Any) -> str:
-    """What click says of a command line, and where to read more."""
+    """click's error about a command line, and how to get help."""
     said, context = error.format_message().rstrip(".").replace("Value error, ", ""), getattr(error, "ctx", None)
     if context is None:
         return f"{said}."
@@ -71,9 +71,9 @@ def open_streams() -> None:
 
 
 def without_reader(error: BaseException) -> int:
-    """The exit code where the reader of our output has left, as `| head` does; any other error is raised again.
+    """Exit code 0 if the reader of stdout has closed it, as `| head` does; any other error is raised again.
 
-    Typer and rich make a SystemExit of it. Nothing more is written.
+    Typer and rich turn the broken pipe into a SystemExit. Nothing more is written.
     """
     if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
         raise error

@@ -1,4 +1,4 @@
-"""A model out of finback as a GGUF file for llama.cpp and Ollama, and the Modelfile that Ollama makes a model with."""
+"""Exports a model as a GGUF file for llama.cpp and Ollama, with a Modelfile for Ollama."""
 
 import json
 from pathlib import Path
@@ -14,19 +14,19 @@ from finback.report.tokenizer_parity import texts
 
 
 def export_gguf(path: Path, file: Path, kind: GgufType) -> list[Path]:
-    """Export the model at `path` (a run: its newest); the file and its Modelfile.
+    """Exports the model at `path` (for a run, its newest). Returns the file and its Modelfile.
 
-    UserError unless the vocabulary in the file gives 1,000 texts the ids that the model was taught with.
+    UserError unless the vocabulary in the file tokenizes 1,000 texts exactly as in training.
     """
     if file.exists():
-        raise UserError("FOLDER", str(file), "exists", "Name a new file.")
+        raise UserError("FOLDER", str(file), "exists", "Give a new file.")
     file.parent.mkdir(parents=True, exist_ok=True)
     source = find_model(path)
     model, tokenizer = models.load(source).eval(), Tokenizer(source)
     gguf_export.write(model, file, kind, keys(tokenizer, model.config.vocab_size, file.stem))
     if text := _differs(tokenizer, Tokenizer(file)):
         file.unlink()
-        problem = f"llama.cpp would give {text!r} other ids than the model was taught with"
+        problem = f"llama.cpp would give {text!r} other ids than in training"
         raise UserError("--format", "gguf", problem, "Export a Hugging Face folder.")
     modelfile = file.with_name(f"{file.stem}.Modelfile")
     modelfile.write_text(_modelfile(tokenizer, file), encoding="utf-8")
@@ -34,7 +34,7 @@ def export_gguf(path: Path, file: Path, kind: GgufType) -> list[Path]:
 
 
 def _differs(ours: Tokenizer, written: Tokenizer) -> str:
-    """The first text of a thousand whose ids differ; empty where none do."""
+    """The first of a thousand texts with different ids; "" if there is none."""
     for text in texts([mark for mark in ours.added if mark.strip()]):
         if ours.encode(text) != written.encode(text) or ours.encode_marked(text) != written.encode_marked(text):
             return text
@@ -42,7 +42,7 @@ def _differs(ours: Tokenizer, written: Tokenizer) -> str:
 
 
 def _modelfile(tokenizer: Tokenizer, file: Path) -> str:
-    """Ollama's recipe: the file, the texts that end an answer, and how it is asked, as far as that can be told."""
+    """Ollama's Modelfile: the file, stop strings, and the prompt template as far as it can be derived."""
     lines = [f"FROM ./{file.name}"]
     if template := _go_template(tokenizer):
         lines.append(f'TEMPLATE """{template}"""')
@@ -58,9 +58,9 @@ def _stop_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _go_template(tokenizer: Tokenizer) -> str:
-    """The chat template as Ollama's language has it, from what it writes around a system message, a question and an answer.
+    """The chat template in Ollama's Go template language, derived from how it renders a system message, a question and an answer.
 
-    Empty where there is none, or where turns depend on each other in other ways.
+    "" if there is no template, or if it treats turns in a way that cannot be expressed.
     """
     template = tokenizer.template or (Template(OWN, tokenizer.specials) if tokenizer.writes_own_form else None)
     if template is None:
@@ -73,7 +73,7 @@ def _go_template(tokenizer: Tokenizer) -> str:
         ended = template.render([*turns[1:], {"role": "assistant", "content": answer}], add_generation_prompt=False)
     except UserError:
         return ""
-    bos = tokenizer.specials.get("bos_token", "")  # which the file's own settings add
+    bos = tokenizer.specials.get("bos_token", "")  # added by the file's settings
     before, found, after = plain.removeprefix(bos).partition(asked)
     opening, has_system, rest = whole.removeprefix(bos).partition(system)
     between, _, _ = rest.partition(asked)

@@ -1,4 +1,4 @@
-"""How far two models' logits are apart on the same tokens, and in which layer they part."""
+"""Compares two models' logits on the same tokens, and finds the first layer that differs."""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from finback.model.transformer import Transformer
 from finback.runs.files import is_gguf
 
 ROWS, LENGTH = 2, 48
-TWINS = {"kimi_k2": "deepseek_v3"}  # families that transformers has under another name alone
+TWINS = {"kimi_k2": "deepseek_v3"}  # families that transformers knows only under another name
 Finding = tuple[bool | None, str, list[str]]
-States = tuple[Tensor, list[Tensor]]  # logits, and the residual stream before each block and after the last
+States = tuple[Tensor, list[Tensor]]  # logits, and the residual stream before each block and after the last one
 
 
 def against_transformers(model: Transformer, path: Path, max_kl: float) -> Finding:
-    """Compare with what transformers makes of the same files, in fp32."""
+    """Compares with transformers' model from the same files, in fp32."""
     if is_gguf(path):
         return None, "not compared: export it first, then verify the export", []
     if importlib.util.find_spec("transformers") is None:
@@ -45,10 +45,10 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
         options |= {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
-        theirs, info = loaded[0].float().eval(), loaded[1]  # dequantized FP8 comes as bf16
+        theirs, info = loaded[0].float().eval(), loaded[1]  # dequantized FP8 arrives as bf16
     except ImportError as error:  # FP8 needs accelerate
         return None, f"not compared: {error}", []
-    except Exception as error:  # whatever it says is a finding about this folder, not a failure of ours
+    except Exception as error:  # any error is a finding about this folder, not our failure
         return False, f"transformers does not load it ({type(error).__name__}: {str(error)[:200]})", []
     left = [f"{kind}: {name}" for kind in ("missing_keys", "mismatched_keys") for name in info[kind]]
     if left:
@@ -62,13 +62,13 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
 
 
 def shortage(config: ModelConfig) -> str:
-    """Why a model cannot be built in fp32 beside what is in memory now; empty when it can."""
+    """Why a model cannot be built in fp32 in the free memory; "" if it can."""
     needed, free = 4 * parameters(config), psutil.virtual_memory().available
     return f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free" if needed > 0.8 * free else ""
 
 
 def against_finback(model: Transformer, other: Transformer, max_kl: float) -> Finding:
-    """Compare with another checkpoint of the same vocabulary."""
+    """Compares with another checkpoint of the same vocabulary."""
     if other.config.vocab_size != model.config.vocab_size:
         return False, f"vocabularies of {model.config.vocab_size:,} and {other.config.vocab_size:,}", []
     return compare(model, lambda tokens: finback_states(other, tokens), max_kl)
@@ -76,9 +76,9 @@ def against_finback(model: Transformer, other: Transformer, max_kl: float) -> Fi
 
 @torch.no_grad()
 def compare(model: Transformer, other: Callable[[Tensor], States], max_kl: float) -> Finding:
-    """Largest difference, mean KL divergence and agreement of the first choice on seeded tokens.
+    """Largest difference, mean KL divergence, and agreement of the top token, on seeded tokens.
 
-    It holds when the mean KL is at most `max_kl`. When not, the first layer whose output differs is named.
+    Passes if the mean KL is at most `max_kl`. If not, the first layer whose output differs is named.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(LENGTH, model.config.max_position_embeddings)
@@ -95,7 +95,7 @@ def compare(model: Transformer, other: Callable[[Tensor], States], max_kl: float
 
 
 def finback_states(model: Transformer, tokens: Tensor) -> States:
-    """Logits and the residual stream of one of ours."""
+    """Logits and the residual stream of a finback model."""
     seen: list[Tensor] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
@@ -110,9 +110,9 @@ def finback_states(model: Transformer, tokens: Tensor) -> States:
 
 
 def _first_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
-    """Which of embedding and blocks is the first to differ; transformers gives its last state normed, ours is not."""
+    """The first of embedding and blocks that differs. transformers' last state is normed, ours is not."""
     for index, (a, b) in enumerate(zip(ours[:-1], theirs, strict=False)):
-        # by token, and half of the tokens decide: a few carry activations thousands of times the others'
+        # per token, and by the median: a few tokens have activations thousands of times larger
         if a.shape != b.shape or ((a - b).norm(dim=-1) / b.norm(dim=-1)).median() > 1e-3:
             return f"first difference: {'the embedding' if index == 0 else f'layer {index - 1}'}"
     return f"first difference: layer {len(ours) - 2}, the last, or the final norm and head"

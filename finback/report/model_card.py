@@ -1,4 +1,4 @@
-"""The model card that goes out with an export: what the files themselves can vouch for."""
+"""The model card of an export, with what the files themselves prove."""
 
 from finback.checkpoint.hf_export_as import family_of
 from finback.model.config import ModelConfig
@@ -6,7 +6,7 @@ from finback.model.count import parameters
 
 
 def write_card(config: ModelConfig, name: str, origin: str, fmt: str) -> str:
-    """Markdown with Hugging Face's header. It claims nothing that was not counted; quality is for evaluations to say."""
+    """Markdown with Hugging Face's header. It claims only what was counted; quality is a matter of evaluations."""
     header = "\n".join(front_matter(family_of(config)))
     rows = "\n".join(f"| {name} | {value} |" for name, value in (*architecture(config), ("weights", fmt)))
     return f"""---
@@ -21,18 +21,18 @@ Exported by finback from `{origin}`.
 |---|---|
 {rows}
 
-The licence of the data and of the model it started from applies; this card does not know it.
+The licence of the data and of the model it started from applies; it is not known to this card.
 Its answers may be wrong.
 """
 
 
 def front_matter(family: str) -> list[str]:
-    """The lines of YAML that every card begins with, as far as the files vouch for them."""
+    """The YAML lines that every card starts with, as far as the files prove them."""
     return ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- finback", f"- {family}"]
 
 
 def architecture(config: ModelConfig) -> list[tuple[str, str]]:
-    """Names and values of what a model is made of."""
+    """Names and values of a model's components."""
     total, active = parameters(config), parameters(config, active=True, mtp=False)
     mtp = total - parameters(config, mtp=False)
     inside = f", {mtp:,} of them in MTP layers" if mtp else ""

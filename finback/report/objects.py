@@ -1,4 +1,4 @@
-"""What `finback show NAME` prints of anything that stands in a recipe: its knobs with types, defaults and meaning."""
+"""`finback show NAME`: the knobs of anything in a recipe, with types, defaults and meaning."""
 
 import ast
 import dataclasses
@@ -15,7 +15,7 @@ from finback.config import UserError, did_you_mean
 from finback.runs.recipe import Stage
 from finback.runs.terminal import columns
 
-# their modules define what a recipe may hold; subclasses are known once a module is imported
+# packages whose modules define what a recipe may contain; subclasses are known once a module is imported
 PACKAGES = ("finback.stages", "finback.tasks", "finback.rollouts")
 MODULES = ("finback.data.sources", "finback.data.package_sources", "finback.model.config")
 
@@ -26,15 +26,15 @@ class Knob:
 
     name: str
     type: str
-    # as it is written in the class; "" where it must be given
+    # as written in the class; "": required
     default: str
-    # the comment above it
+    # the comment on the line above
     comment: str
 
 
 @dataclass(frozen=True)
 class Described:
-    """A class, for people who write recipes."""
+    """A class, described for people who write recipes."""
 
     name: str
     module: str
@@ -42,11 +42,11 @@ class Described:
     knobs: tuple[Knob, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values."""
+        """The description as JSON values."""
         return {"object": self.name, **dataclasses.asdict(self)}
 
     def as_text(self) -> str:
-        """For a terminal: a line a knob, what it means below it."""
+        """The description for a terminal: one line per knob, followed by its meaning."""
         wide = min(100, columns())
         lines = [f"{self.name} (from {self.module} import {self.name})", "", self.doc, ""]
         for knob in self.knobs:
@@ -57,23 +57,23 @@ class Described:
 
 
 def describe(name: str) -> Described:
-    """The object of this name; UserError with the nearest names otherwise."""
+    """The class of this name; otherwise UserError with the nearest names."""
     known = {cls.__name__: cls for cls in objects()}
     name = next((each for each in known if each.lower() == name.lower()), name)
     if name not in known:
-        problem = "neither a run folder, a recipe file nor anything that stands in a recipe"
+        problem = "not a run folder, a recipe file, or anything that a recipe may contain"
         raise UserError("show", name, problem, did_you_mean(name, known))
     cls = known[name]
     return Described(name, cls.__module__, inspect.cleandoc(cls.__doc__ or ""), tuple(_knobs(cls)))
 
 
 def objects() -> list[type[Any]]:
-    """All that can stand in a recipe: the stages, what their knobs hold, and the kinds of those."""
+    """All classes that a recipe may contain: stages, the types of their knobs, and subclasses of these."""
     names = [*MODULES]
     for package in PACKAGES:
         names += [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")]
     modules = [importlib.import_module(name) for name in names]
-    # a Task is whatever does what one does, so tasks have no base in common
+    # Task is a protocol, so tasks have no common base class
     tasks = [cls for module in modules for cls in vars(module).values() if inspect.isclass(cls) and _is_task(cls)]
     seen: dict[type[Any], None] = {}
     waiting: list[type[Any]] = [Stage, *tasks]
@@ -94,7 +94,7 @@ def _is_task(cls: type[Any]) -> bool:
 
 
 def _classes(hint: Any) -> Iterator[type[Any]]:
-    """The classes that an annotation names, however deep."""
+    """The classes in an annotation, at any depth."""
     if isinstance(hint, type) and not typing.get_args(hint):
         yield hint
     for part in typing.get_args(hint):
@@ -102,7 +102,7 @@ def _classes(hint: Any) -> Iterator[type[Any]]:
 
 
 def _knobs(cls: type[Any]) -> Iterator[Knob]:
-    """Fields in the order of declaration, a base's first; the most derived class that declares a field wins."""
+    """Fields in order of declaration, a base's first; the most derived class that declares a field wins."""
     written: dict[str, Knob] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base) and base.__module__.startswith("finback."):
@@ -113,7 +113,7 @@ def _knobs(cls: type[Any]) -> Iterator[Knob]:
 
 
 def _with_comment(knob: Knob, before: dict[str, Knob]) -> Knob:
-    """A field that a subclass declares again without a comment keeps the comment of its base."""
+    """A field that a subclass declares again without a comment inherits its base's comment."""
     if knob.comment or knob.name not in before:
         return knob
     return dataclasses.replace(knob, comment=before[knob.name].comment)
@@ -134,7 +134,7 @@ def _written(cls: type[Any]) -> Iterator[Knob]:
 
 
 def _default(value: ast.expr | None) -> str:
-    """As a recipe would write it: `Reward()` for a field's default_factory=Reward."""
+    """The default as a recipe would write it: `Reward()` for a field's default_factory=Reward."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
         given = {k.arg: k.value for k in value.keywords}
         if "default_factory" in given:

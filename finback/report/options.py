@@ -1,4 +1,4 @@
-"""The options of chat, verify, export, docs and track. No torch here."""
+"""The options of chat, verify, export, docs and track. Does not import torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from finback.runs.hub_models import is_name, model_name
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(Options):
-    """Who is talked to, and how it answers; None leaves a field of SamplingParams to the model's own settings."""
+    """The model to chat with, and its sampling; None leaves a field of SamplingParams to the model's settings."""
 
     model: Annotated[
         Path,
@@ -22,19 +22,19 @@ class ChatOptions(Options):
             help="A run, a stage's folder, a Hugging Face folder, a .gguf file or org/model of the hub.",
         ),
     ]
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; default the model's own setting, else 0.7.")
-    ] = None
+    temperature: Annotated[float | None, typer.Option(help="0: greedy; default: the model's setting, else 0.7.")] = None
     top_p: Annotated[float | None, typer.Option(help="Likeliest tokens up to this probability.")] = None
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None
-    min_p: Annotated[float | None, typer.Option(help="Only tokens this likely against the likeliest.")] = None
+    min_p: Annotated[float | None, typer.Option(help="Only tokens at least this likely relative to the likeliest.")] = (
+        None
+    )
     max_tokens: Annotated[
-        int | None, typer.Option(help="Longest reply; default an eighth of the window, 1024 at most.")
+        int | None, typer.Option(help="Longest reply in tokens; default: an eighth of the window, at most 1024.")
     ] = None
     seed: Annotated[int, typer.Option(help="Same seed, same replies.")] = 0
     dtype: Dtype = "auto"
-    resume: Annotated[bool, typer.Option("--continue", help="Go on with the last dialogue with this model.")] = False
-    # where dialogues are kept for --continue; None: nowhere
+    resume: Annotated[bool, typer.Option("--continue", help="Continue the last dialogue with this model.")] = False
+    # where dialogues are stored for --continue; None: nowhere
     kept: Path | None = None
 
     def sampling(self) -> dict[str, float | None]:
@@ -44,7 +44,7 @@ class ChatOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(Options):
-    """What is checked, and against what."""
+    """What is verified, and against what."""
 
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder, a .gguf file or org/model of the hub.")
@@ -52,17 +52,17 @@ class VerifyOptions(Options):
     against: Annotated[
         Path | None, typer.Option(metavar="FOLDER2", help="Compare logits with this checkpoint too.")
     ] = None
-    max_kl: Annotated[float, typer.Option(help="Mean KL divergence of logits that still counts as equal.")] = 1e-4
-    out: Annotated[Path | None, typer.Option(help="Where the card goes; default FOLDER/VERIFICATION.md.")] = None
+    max_kl: Annotated[float, typer.Option(help="Largest mean KL divergence of logits that counts as equal.")] = 1e-4
+    out: Annotated[Path | None, typer.Option(help="File for the card; default: FOLDER/VERIFICATION.md.")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.out is not None and (self.out.is_dir() or not self.out.parent.is_dir()):
-            raise UserError("--out", str(self.out), "not a file in a folder that exists", "Name a file.")
+            raise UserError("--out", str(self.out), "not a file in a folder that exists", "Give a file.")
 
     @property
     def card(self) -> Path:
-        """Where the card goes."""
+        """Path of the card."""
         place = model_name(self.folder) if is_name(self.folder) else self.folder
         beside = self.folder / "VERIFICATION.md" if self.folder.is_dir() else Path(f"{place}.VERIFICATION.md")
         return self.out or beside
@@ -70,7 +70,7 @@ class VerifyOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """Which model goes where, and in which format."""
+    """Which model to export, where, and in which format."""
 
     model: Annotated[
         Path,
@@ -87,7 +87,7 @@ class ExportOptions(Options):
     ] = "hf"
     type: Annotated[
         Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_0", "q4_0", "q4_k_m"],
-        typer.Option(help="How matrices of a GGUF file are stored."),
+        typer.Option(help="Storage type of matrices in a GGUF file."),
     ] = "f16"
 
     def __post_init__(self) -> None:
@@ -98,30 +98,32 @@ class ExportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DocsOptions(Options):
-    """What is documented, and what people add to it."""
+    """Which run to document, and people's additions."""
 
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A finished run folder such as runs/tiny.")] = None
-    out: Annotated[Path | None, typer.Option(help="A new folder; default RUN/documents.")] = None
+    out: Annotated[Path | None, typer.Option(help="A new folder; default: RUN/documents.")] = None
     answers: Annotated[
-        Path | None, typer.Option(help="What only people know; default RUN/answers.toml, if it is there.")
+        Path | None, typer.Option(help="Answers that only people know; default: RUN/answers.toml, if it exists.")
     ] = None
-    model: Annotated[str, typer.Option(help="The stage whose model is published; default the last.")] = ""
-    check: Annotated[bool, typer.Option("--check", help="Only say what is missing; exit code 1 then.")] = False
-    questions: Annotated[bool, typer.Option("--questions", help="Print an answers file to fill in.")] = False
+    model: Annotated[str, typer.Option(help="The stage whose model is published; default: the last.")] = ""
+    check: Annotated[bool, typer.Option("--check", help="Only list what is missing; exit code 1 if anything is.")] = (
+        False
+    )
+    questions: Annotated[bool, typer.Option("--questions", help="Print a template for the answers file.")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.run is None and not self.questions:
-            raise UserError("run", "", "nothing to document", "Name a run folder, or give --questions.")
+            raise UserError("run", "", "nothing to document", "Give a run folder, or --questions.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackOptions(Options):
-    """Which run is sent to which viewer."""
+    """Which run to send to which viewer."""
 
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder such as runs/tiny.")]
     to: Annotated[
         Literal["tensorboard", "trackio", "wandb"], typer.Option(help="tensorboard, trackio or wandb (offline).")
     ] = "tensorboard"
-    out: Annotated[Path, typer.Option(help="Folder for what the viewer reads.")] = Path("tracked")
-    follow: Annotated[bool, typer.Option("--follow", help="Wait for more until the run is over.")] = False
+    out: Annotated[Path, typer.Option(help="Folder for the viewer's files.")] = Path("tracked")
+    follow: Annotated[bool, typer.Option("--follow", help="Keep sending until the run is over.")] = False

@@ -1,4 +1,4 @@
-"""What `finback show` prints of a recipe: knobs and announced work."""
+"""`finback show RECIPE`: knobs and announced work."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ def knobs(recipe: Recipe) -> dict[str, Any]:
 
 
 def outline(recipe: Recipe) -> str:
-    """A recipe's stages with all their knobs and the work they announce."""
+    """A recipe's stages with all knobs and the work they announce."""
     lines = [f"recipe {recipe.name}"]
     for stage in recipe.stages:
         work = stage.work()

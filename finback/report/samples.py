@@ -1,4 +1,4 @@
-"""Answers of RL steps, with the reward and the advantage that each earned."""
+"""Answers of RL steps, with the reward and advantage of each."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from finback.runs import reader
 
 
 def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
-    """Records of samples.jsonl, with their stage; of all RL stages and the first, middle and last step of each,
-    or of one stage or one step. UserError names the stages or steps that there are."""
+    """Records of samples.jsonl with their stage: of all RL stages and the first, middle and last step of each, or of one
+    stage or one step. UserError lists the stages or steps that exist."""
     if not reader.is_run(root) and reader.is_run(root.parent):
-        root, stage = root.parent, stage or root.name  # the folder of a stage
+        root, stage = root.parent, stage or root.name  # root is the folder of a stage
     sampled = {s.name: s for s in reader.stages(root) if s.has_samples}
     if not sampled:
         raise UserError("samples", str(root), "no RL stage has written any", "Run a recipe with a GRPO stage.")
@@ -21,7 +21,7 @@ def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
     found, last = [], []
     for name in [stage] if stage else sampled:
         records = sampled[name].answers()
-        there = sorted({r["step"] for r in records}) or [0]  # 0: killed in its first step
+        there = sorted({r["step"] for r in records}) or [0]  # 0: killed in the first step
         last.append(f"{name} has 1 to {there[-1]}")
         wanted = {step} if step else {there[0], there[len(there) // 2], there[-1]}
         found += [{"stage": name, **r} for r in records if r["step"] in wanted]
@@ -31,8 +31,8 @@ def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
 
 
 def describe(root: Path, stage: str = "", step: int = 0, count: int = 2) -> str:
-    """`count` questions of each step as text: every answer with its chain, what it earned and its advantage; then what
-    the models before and after answered to the same held-out problems."""
+    """`count` questions of each step as text: every answer with its chain, rewards and advantage; then the answers of the models
+    before and after to the same held-out problems."""
     parts = []
     for name, number in dict.fromkeys((r["stage"], r["step"]) for r in find(root, stage, step)):
         records = find(root, name, number)
@@ -50,7 +50,7 @@ def _answer(r: dict[str, Any]) -> str:
 
 
 def _before_after(root: Path, count: int) -> list[str]:
-    """The same problems before and after, from the first and the last evaluation."""
+    """Answers to the same problems before and after, from the first and the last evaluation."""
     exams = [s for s in reader.stages(root) if s.kind == "evaluation" and s.is_finished]
     if len(exams) < 2:
         return []

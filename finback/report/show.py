@@ -1,4 +1,4 @@
-"""What `finback show` prints: a run, a recipe, or anything that stands in one, as text or as JSON values."""
+"""`finback show`: a run, a recipe, or anything that a recipe may contain, as text or JSON values."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from finback.report import samples as sampled
 from finback.runs import reader
 from finback.runs import recipe as recipes
 
-# JSON values, and what a terminal shows; one of them is empty where the other is asked for and dear
+# JSON values and text for the terminal; the one that was not requested may be empty if it is expensive
 Shown = tuple[dict[str, Any], str]
 
 
 def shown(what: str, settings: Sequence[str], beside_plan: Callable[[Path], Shown], as_json: bool) -> Shown:
-    """A run folder, beside what was planned for it, a recipe file, or the name of what stands in a recipe."""
+    """Shows a run folder with plan and actual, a recipe file, or the named class."""
     path = Path(what)
     if path.is_dir():
         beside, text = beside_plan(path)
@@ -30,9 +30,9 @@ def shown(what: str, settings: Sequence[str], beside_plan: Callable[[Path], Show
 
 
 def samples_of(path: Path, stage: str, step: int, count: int, as_json: bool) -> Shown:
-    """The answers of a run's RL, of one stage and step where they are named."""
+    """The answers of a run's RL stages, or of one stage and step."""
     if not path.is_dir():
-        raise UserError("show", str(path), "not a run folder", "Name a folder such as runs/tiny.")
+        raise UserError("show", str(path), "not a run folder", "Give a folder such as runs/tiny.")
     if as_json:
         return {"samples": sampled.find(path, stage, step)}, ""
     return {}, sampled.describe(path, stage, step, count)

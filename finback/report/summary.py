@@ -1,4 +1,4 @@
-"""The summary of a run: costs, accuracy before and after RL, what the gain is made of, sample problems, a picture."""
+"""The summary of a run: costs, accuracy before and after RL, components of the gain, sample problems, a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ PLANTED = "Pre-training planted both habits, guessing and thinking; RL selects t
 
 
 def summarize(root: Path) -> str:
-    """The summary of a run as text; draws <root>/learning.png when there is an RL stage."""
+    """The summary of a run as text; writes <root>/learning.png if there is an RL stage."""
     finished = reader.summary(root)["stages"]
     stages = [stage for stage in reader.stages(root) if stage.name in finished]
     exams, learning, trained = (
@@ -64,7 +64,7 @@ def summarize(root: Path) -> str:
 
 
 def _alerts(stage: StageFolder) -> list[str]:
-    """What the page calls alerts."""
+    """The warnings that the page also shows."""
     table = MetricsTable(stage.folder / METRICS)
     while not table.complete and table.tail.path.is_file():
         table.update(1.0)
@@ -75,7 +75,7 @@ def _costs(stages: dict[str, Any], path: Path) -> str:
     costs = {name: stage.get("cost") for name, stage in stages.items()}
     for name, paid in costs.items():
         if not isinstance(paid, dict) or not paid.keys() >= PAID:
-            raise reader.torn(path, f"does not say what {name} cost")
+            raise reader.torn(path, f"has no cost of {name}")
     seconds, money = (sum(c[key] for c in costs.values()) for key in ("wall_seconds", "money_usd"))
     rows = [
         [
@@ -116,7 +116,7 @@ def _before_after(before: StageFolder, after: StageFolder) -> str:
 
 
 def _gain(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """Split the change in an exam's accuracy into thinking more often and thinking better."""
+    """Splits the change in an exam's accuracy into thinking more often and thinking better."""
     if not all(map(is_number, (a.get("accuracy_thinking"), a.get("accuracy_guessing"), b.get("accuracy_thinking")))):
         return ""
     often = (b["thinks"] - a["thinks"]) * (a["accuracy_thinking"] - a["accuracy_guessing"])
@@ -130,11 +130,11 @@ def _gain(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 
 def draw(root: Path, learning: list[StageFolder]) -> Path | None:
-    """Write learning.png: accuracy and response length over RL steps; None when nothing was logged."""
+    """Writes learning.png: accuracy and response length over RL steps; None if nothing was logged."""
     path = root / "learning.png"
     logs = [stage.metrics_file for stage in learning]
     drawn = path.stat().st_mtime_ns if path.is_file() else 0
-    if all(log.is_file() and log.stat().st_mtime_ns <= drawn for log in logs):  # nothing was logged since then
+    if all(log.is_file() and log.stat().st_mtime_ns <= drawn for log in logs):  # nothing was logged since it was drawn
         return path
     logged = {stage.name: [r for r in stage.metrics() if "accuracy" in r] for stage in learning}
     steps = [record for records in logged.values() for record in records]

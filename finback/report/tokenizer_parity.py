@@ -1,4 +1,4 @@
-"""Whether a folder's tokenizer is whole, its model's own, and the same that transformers builds from these files."""
+"""Checks a folder's tokenizer: complete, the model's own, and equal to the one that transformers builds from the files."""
 
 import importlib.util
 import random
@@ -13,8 +13,8 @@ from finback.runs.files import is_gguf
 
 SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café 北京 🐋\r\n  <b>end</b>"
 TEXTS = 1000
-UNUSED = 8  # one row in so many may have no token: models pad their embeddings
-# what tokenizers treat differently: digits, cases, contractions, accents in both forms, scripts, signs, spaces
+UNUSED = 8  # up to one row in so many may have no token: models pad their embeddings
+# texts that tokenizers treat differently: digits, case, contractions, accents in both forms, scripts, signs, spaces
 PIECES = (
     *(
         "hello",
@@ -109,7 +109,7 @@ PIECES = (
 
 
 def texts(marks: Sequence[str], count: int = TEXTS) -> list[str]:
-    """Texts of all kinds, the same each time; one in ten has special tokens in it."""
+    """Test texts of all kinds, always the same; one in ten contains special tokens."""
     draw = random.Random(0)
     found = [SAMPLE]
     while len(found) < count:
@@ -121,17 +121,17 @@ def texts(marks: Sequence[str], count: int = TEXTS) -> list[str]:
 
 
 def faults(tokenizer: Tokenizer, rows: int) -> list[str]:
-    """What is wrong with a tokenizer for a model of so many rows."""
+    """Errors in a tokenizer for a model with so many embedding rows."""
     found = []
     if tokenizer.decode(tokenizer.encode(SAMPLE), skip_special=False) != SAMPLE:
-        found.append("a text does not come back as it went in")
+        found.append("encoding and decoding changes a text")
     if tokenizer.largest_id >= rows:
         found.append(f"more entries than the model has rows: up to id {tokenizer.largest_id:,}")
     elif rows - tokenizer.vocab_size > rows / UNUSED:
         found.append(f"{rows - tokenizer.vocab_size:,} rows of the model have no token: another model's tokenizer?")
     if not tokenizer.stops:
-        found.append("nothing ends an answer: put eos_token into tokenizer_config.json")
-    found += [f"answers are to end at {n}, which is no token" for n in tokenizer.stops if n > tokenizer.largest_id]
+        found.append("no end-of-sequence token: add eos_token to tokenizer_config.json")
+    found += [f"answers should end at {n}, which is not a token" for n in tokenizer.stops if n > tokenizer.largest_id]
     named = tokenizer.ends["generation"]
     if tokenizer.eos >= 0 and named and tokenizer.eos not in named:
         found.append(
@@ -142,7 +142,7 @@ def faults(tokenizer: Tokenizer, rows: int) -> list[str]:
 
 
 def remarks(tokenizer: Tokenizer, raw: dict[str, Any]) -> list[str]:
-    """What one should know of a tokenizer though it works; `raw` is the model's config.json."""
+    """Remarks on a tokenizer that works; `raw` is the model's config.json."""
     said = {*tokenizer.ends["tokenizer"], *tokenizer.ends["generation"]}
     found = [
         f"dialogues end with {n} by the template, which no other file names; finback stops there, and exports say so"
@@ -157,7 +157,7 @@ def remarks(tokenizer: Tokenizer, raw: dict[str, Any]) -> list[str]:
 
 
 def against_transformers(tokenizer: Tokenizer, path: Path) -> Finding:
-    """Compare the ids of TEXTS texts with AutoTokenizer's."""
+    """Compares the ids of TEXTS texts with AutoTokenizer's."""
     if is_gguf(path):
         return None, "not compared with transformers: export it first", []
     if importlib.util.find_spec("transformers") is None:
@@ -168,8 +168,8 @@ def against_transformers(tokenizer: Tokenizer, path: Path) -> Finding:
         theirs = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         samples = texts(tokenizer.added)
         expected = theirs(samples, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # whatever it says is a finding about this folder, not a failure of ours
-        return None, f"transformers builds none ({type(error).__name__}: {str(error)[:200]})", []
+    except Exception as error:  # any error is a finding about this folder, not our failure
+        return None, f"transformers cannot build it ({type(error).__name__}: {str(error)[:200]})", []
     found = tokenizer.encode_batch(samples)
     marks = [mark for mark in tokenizer.added if mark.strip()]
     different = [

@@ -1,6 +1,6 @@
-"""A run's curves in other people's viewers: TensorBoard, trackio, Weights & Biases.
+"""A run's curves in external viewers: TensorBoard, trackio, Weights & Biases.
 
-They are fed from metrics.jsonl, while a run goes on or long after, so that no stage knows of them and none waits.
+They read metrics.jsonl during or after the run, so stages need not know of them and never wait.
 """
 
 import importlib
@@ -19,11 +19,11 @@ from finback.runs.reader import StageFolder
 Viewer = Literal["tensorboard", "trackio", "wandb"]
 
 
-Log = Callable[[int, dict[str, float]], None]  # takes a step's numbers
+Log = Callable[[int, dict[str, float]], None]  # receives a step's numbers
 
 
 def _open(to: Viewer, run: str, stage: StageFolder, out: Path) -> tuple[Log, Callable[[], None]]:
-    """A function that takes a stage's metrics, and one that closes the tracker."""
+    """A function that receives a stage's metrics, and one that closes the tracker."""
     try:
         if to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -31,7 +31,7 @@ def _open(to: Viewer, run: str, stage: StageFolder, out: Path) -> tuple[Log, Cal
             module = importlib.import_module(to)
     except ImportError:
         raise UserError("--to", to, "the package is not installed", how_to_install(to)) from None
-    if to == "tensorboard":  # one folder of events per stage, beside each other so that they show as runs
+    if to == "tensorboard":  # one event folder per stage, so that stages show as runs
         writer = SummaryWriter(str(out / run / stage.name))
         writer.add_text("knobs", "\n".join(f"    {k}: {v}" for k, v in stage.config.items()))
 
@@ -40,16 +40,16 @@ def _open(to: Viewer, run: str, stage: StageFolder, out: Path) -> tuple[Log, Cal
                 writer.add_scalar(name, value, step)
 
         return write, writer.close
-    # trackio and wandb have one interface; wandb stays offline unless the user's own settings differ
+    # trackio and wandb have the same interface; wandb stays offline unless the user's settings differ
     offline = {"mode": "offline", "dir": str(out)} if to == "wandb" else {}
     module.init(project=run, name=stage.name, config=stage.config, **offline)
     return lambda step, numbers: module.log(numbers, step=step), module.finish
 
 
 def track(root: Path, to: Viewer, out: Path, follow: bool = False, every: float = 2.0) -> dict[str, int]:
-    """Send every stage's numbers of a run; with `follow` wait for more until all its stages are finished.
+    """Sends all metrics of a run's stages; with `follow`, continues until all stages are finished.
 
-    Returns how many lines of each stage were sent.
+    Returns the number of rows sent per stage.
     """
     reader.recipe(root)
     sent: dict[str, int] = {}
@@ -63,7 +63,7 @@ def track(root: Path, to: Viewer, out: Path, follow: bool = False, every: float 
 
 
 def _logging(root: Path, follow: bool, every: float) -> Iterator[StageFolder]:
-    """Stages that log, in the order in which they were begun; with `follow` also those that begin later."""
+    """Stages with metrics, in order of their start; with `follow` also those that start later."""
     seen: set[str] = set()
     while True:
         begun = reader.stages(root)
@@ -78,10 +78,10 @@ def _logging(root: Path, follow: bool, every: float) -> Iterator[StageFolder]:
 
 
 def _send(stage: StageFolder, log: Log, follow: bool, every: float) -> int:
-    """Send a stage's metrics as they are logged; those of a run that is rewound are sent again."""
+    """Sends a stage's metrics as they are logged; steps that are repeated after a rewind are sent again."""
     lines, tail = 0, Tail(stage.metrics_file)
     while True:
-        over = stage.has_ended()  # looked for first: what is logged before it is read below
+        over = stage.has_ended()  # checked first, so that everything logged before is read below
         tail.restarted()
         while piece := tail.piece():
             for record in records(piece):

@@ -1,7 +1,7 @@
-"""The verification card: whether a checkpoint is what its config says, and whether its logits are its makers'.
+"""The verification card: whether a checkpoint matches its config, and whether its logits match its makers' implementation.
 
-Nothing is taken on trust: names and shapes against the config, counts against the closed form, copies against their
-originals, text through the tokenizer and back, logits against transformers where that is installed.
+Nothing is taken on trust: names and shapes are checked against the config, counts against the closed form, copies against
+their originals, text through encoding and decoding, logits against transformers if it is installed.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from finback.runs.hub_models import fetched
 
 @dataclass
 class Check:
-    """One line of the card. `holds` is None for what was not checked, or is information alone."""
+    """One line of the card. `holds` is None for what was not checked, or is only informative."""
 
     name: str
     holds: bool | None
@@ -56,7 +56,7 @@ class Card:
         return all(c.holds is not False for c in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """For --json and for programs."""
+        """The card as JSON values."""
         return {
             "model": self.model,
             "family": self.family,
@@ -65,7 +65,7 @@ class Card:
         }
 
     def as_text(self) -> str:
-        """For people; also valid Markdown."""
+        """The card as text that is also valid Markdown."""
         marks = {True: "ok  ", False: "FAIL", None: "-   "}
         lines = [f"# Verification of {self.model} ({self.family})", ""]
         for c in self.checks:
@@ -73,12 +73,12 @@ class Card:
             lines += [f"         {'':16} {detail}" for detail in c.details[:20]]
             if len(c.details) > 20:
                 lines.append(f"         {'':16} and {len(c.details) - 20:,} more")
-        verdict = "Everything that was checked holds." if self.holds else "It does NOT hold."
+        verdict = "All checks passed." if self.holds else "NOT all checks passed."
         return "\n".join([*lines, "", verdict, ""])
 
 
 def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Card:
-    """Check a Hugging Face folder or a GGUF file, with another checkpoint beside it when `against` is given."""
+    """Verifies a Hugging Face folder or a GGUF file, and compares it with another checkpoint if `against` is given."""
     path, against = fetched(path), None if against is None else fetched(against)
     problem = "neither a Hugging Face folder nor a .gguf file"
     demand_checkpoint(path, "FOLDER", "Stages' models go out with `finback export`.", problem)
@@ -90,12 +90,12 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
     checks.append(_tokenizer(path, config.vocab_size))
     if not audit.holds or copies.holds is False:
         checks.append(Check("logits", None, "not compared: the tensors do not hold"))
-    elif short := shortage(config):  # what is too large to build is read one tensor at a time
+    elif short := shortage(config):  # a model too large to build is read one tensor at a time
         stored = ((name, weights.read(name)) for name in audit.loaded)
         checks += [_values(stored), Check("logits", None, f"not compared: {short}")]
     else:
         quantized = [spec.shape for spec in weights.specs.values() if spec.dtype == "F8_E4M3"]
-        # transformers dequantizes FP8 to bf16; so do we where the two are compared
+        # transformers dequantizes FP8 to bf16; for the comparison we do so too
         model = models.load(path, weights="bf16" if quantized else "fp32").eval()
         checks.append(_values(model.state_dict().items()))
         if any(side % fp8.BLOCK for shape in quantized for side in shape):
@@ -110,13 +110,13 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
 
 
 def write(card: Card, path: Path) -> None:
-    """Leave the card as a file; JSON when the name ends so, Markdown otherwise."""
+    """Writes the card to a file: JSON if the name ends in .json, else Markdown."""
     text = json.dumps(card.as_json(), indent=2) + "\n" if path.suffix == ".json" else card.as_text()
     path.write_text(text, encoding="utf-8")
 
 
 def _tensors(audit: Audit, weights: Weights) -> Check:
-    """Every tensor of the files is loaded, skipped for a reason, or the check fails."""
+    """Checks that every tensor of the files is loaded, or skipped for a known reason."""
     dtypes = Counter(weights.specs[n].dtype for n in audit.loaded)
     counts = ", ".join(f"{n:,} {dtype}" for dtype, n in sorted(dtypes.items()))
     text = f"{len(weights.specs):,} in the files: {len(audit.loaded):,} loaded ({counts})"
@@ -129,7 +129,7 @@ def _tensors(audit: Audit, weights: Weights) -> Check:
 
 
 def _parameters(audit: Audit, weights: Weights) -> Check:
-    """The elements in the files against the closed form."""
+    """Compares the number of elements in the files with the closed form."""
     counted = [name for name in audit.loaded if not name.endswith((*names.BIASES, names.TABLE))]
     found = sum(math.prod(weights.specs[name].shape) for name in counted)
     expected, active = parameters(audit.config), parameters(audit.config, active=True, mtp=False)
@@ -138,7 +138,7 @@ def _parameters(audit: Audit, weights: Weights) -> Check:
 
 
 def _routers(audit: Audit, weights: Weights) -> list[Check]:
-    """The selection biases: present in every MoE layer, and not all zero."""
+    """Checks the selection biases: present in every MoE layer, and not all zero."""
     biases = [n for n in audit.loaded if n.endswith(names.BIASES) and n not in audit.wrong]
     config = audit.config
     layers = range(config.num_hash_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
@@ -152,7 +152,7 @@ def _routers(audit: Audit, weights: Weights) -> list[Check]:
 
 
 def _copies(audit: Audit, weights: Weights) -> Check:
-    """Tensors that are skipped as copies really are copies."""
+    """Checks that tensors skipped as copies are copies."""
     originals = names.copies(audit.config)
     copies = [n for n in audit.skipped if n in originals]
     different = [f"{name} differs from {source}" for name, source in differing_copies(weights, audit)]
@@ -160,13 +160,13 @@ def _copies(audit: Audit, weights: Weights) -> Check:
 
 
 def _values(tensors: Iterable[tuple[str, Tensor]]) -> Check:
-    """No weight is NaN or infinite."""
+    """Checks that no weight is NaN or infinite."""
     bad = [n for n, t in tensors if not torch.isfinite(t.float()).all()]
     return Check("values", not bad, "all finite" if not bad else "not finite:", bad)
 
 
 def _tokenizer(path: Path, rows: int) -> Check:
-    """Whether the tokenizer works, is the model's own, knows how an answer ends, and is the one that transformers builds."""
+    """Checks the tokenizer: works, belongs to the model, has an end-of-sequence token, and equals the one that transformers builds."""
     if path.is_dir() and not (path / "tokenizer.json").is_file():
         kept = tokenizer_files.other_forms(path)
         return Check("tokenizer", None, f"only as {', '.join(kept)}" if kept else "none in the folder")

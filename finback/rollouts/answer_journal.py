@@ -1,4 +1,4 @@
-"""Answers on disk as they come, before anything else is done with them: what was paid for survives whoever asked."""
+"""Stores answers on disk as they arrive, so that generated tokens survive a crash of the trainer."""
 
 import json
 from collections.abc import Sequence
@@ -13,47 +13,47 @@ from finback.rollouts.generation import Rollouts
 from finback.runs import npy
 from finback.runs.files import read_lines
 
-FOLDER = ".answers"  # within a stage's
+FOLDER = ".answers"  # within a stage's folder
 
 
 class AnswerJournal:
-    """One file for each step of one rank, and a line in it for each answer, by the seed it was asked with."""
+    """One file per step and rank, with one line per answer, keyed by its seed."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.rank = folder, rank
-        # of the step that was begun last
+        # answers of the current step
         self.known: dict[int, Completion] = {}
         self._file: IO[str] | None = None
 
     def begin(self, step: int) -> None:
-        """Go on with a step: what was answered of it before is known."""
+        """Starts or continues a step; its stored answers become known."""
         self.close()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(step)
         self.known = {int(line["seed"]): _read(line) for line in read_lines(path)}
         self._file = path.open("a", encoding="utf-8")
-        if self._file.tell():  # a kill may have left half a line
+        if self._file.tell():  # a kill may have left an incomplete line
             self._file.write("\n")
 
     def write(self, seed: int, completion: Completion) -> None:
-        """Keep an answer of this step."""
+        """Stores an answer of this step."""
         assert self._file is not None, "a step was begun"
         self._file.write(json.dumps({"seed": seed, **_written(completion)}) + "\n")
         self._file.flush()
 
     def tokens(self, after: int) -> int:
-        """Those of all answers to steps behind one, which nobody has learnt from."""
+        """Number of tokens in answers to steps after `after`, which nobody will learn from."""
         paths = [path for path in self.folder.glob(f"*-{self.rank}.jsonl") if _step(path) > after]
         return sum(len(line["tokens"]) for path in paths for line in read_lines(path))
 
     def forget(self, step: int) -> None:
-        """Drop what is known of steps up to this one, which no checkpoint will ask for again."""
+        """Deletes steps up to this one, which no checkpoint will need again."""
         for path in self.folder.glob(f"*-{self.rank}.jsonl"):
             if _step(path) <= step:
                 path.unlink()
 
     def close(self) -> None:
-        """Close the file of the step that was begun last."""
+        """Closes the file of the current step."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -63,20 +63,20 @@ class AnswerJournal:
 
 
 class JournaledRollouts:
-    """Answers of a journal where it has them, and else new ones, which it then has."""
+    """Takes answers from a journal if they are there; otherwise generates and stores them."""
 
     def __init__(self, rollouts: Rollouts, journal: AnswerJournal) -> None:
         self.rollouts, self.journal = rollouts, journal
 
     @property
     def model_config(self) -> ModelConfig:
-        """Of the model that answers."""
+        """Config of the model."""
         return self.rollouts.model_config
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] alone."""
+        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] only."""
         known = self.journal.known
         asked = [i for i, seed in enumerate(seeds) if seed not in known]
         drawn = [seeds[i] for i in asked]

@@ -1,4 +1,4 @@
-"""Asking ahead: a thread has the next steps answered while the trainer learns from this one (max_staleness)."""
+"""Asynchronous rollouts: a thread generates the next steps' answers while the trainer learns (max_staleness)."""
 
 import threading
 import time
@@ -14,14 +14,14 @@ from finback.rollouts.generation import Rollouts
 from finback.runs.folder import StageRun
 
 T = TypeVar("T")
-LEAVING = 5.0  # seconds for a thread that has nothing more to ask
+LEAVING = 5.0  # seconds to wait for the thread to end
 
 
 class AskingAhead(Generic[T]):
-    """Makes steps in their order, each as soon as it may: `max_staleness` updates before the one that its answers are for.
+    """Prepares steps in order, each as early as allowed: `max_staleness` updates before the one its answers are for.
 
-    A token is never older than that when it is learnt from, for none of a step is made by weights from before. Answers go into
-    a journal as they come; a run that was killed finds them there again, those of steps after its checkpoint included.
+    No token is older than that when it is learned from, because no step is generated with weights from before. Answers are
+    stored in a journal; a killed run finds them there, including those for steps after its checkpoint.
     """
 
     def __init__(self, run: StageRun, steps: int, max_staleness: int) -> None:
@@ -32,22 +32,22 @@ class AskingAhead(Generic[T]):
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._ended = False
-        # after how many updates the weights are that answer
+        # number of updates of the current weights
         self._version = 0
-        # of the questions behind the step that was taken last, and the steps of this and of the last checkpoint
+        # state of the questions after the last step taken; and the steps of this and the last checkpoint
         self._state: dict[str, Any] = {}
         self._taken = self._saved = 0
-        # seconds since the last step was taken in which the trainer has waited for answers, and this for the trainer
+        # since the last step: seconds in which the trainer waited for answers, and in which this thread waited for the trainer
         self._waits, self._idles, self._mark = 0.0, 0.0, time.perf_counter()
 
     def asked(self, rollouts: Rollouts) -> JournaledRollouts:
-        """What steps are to be made with."""
+        """The rollouts to prepare steps with."""
         return JournaledRollouts(rollouts, self.journal)
 
     def take(self, step: int, make: Callable[[int], tuple[T, dict[str, Any]]]) -> T:
-        """A step, once it is there; from now on weights after step - 1 updates answer.
+        """Returns a step, waiting for it if needed; from now on weights after step - 1 updates generate.
 
-        make: in the thread, a step and the state of the questions behind it.
+        make: called in the thread; returns a step and the state of the questions after it.
         """
         begin = time.perf_counter()
         with self._changed:
@@ -66,7 +66,7 @@ class AskingAhead(Generic[T]):
         return made
 
     def take_idle(self) -> dict[str, float]:
-        """The shares of the time since the last call in which the trainer and those who answer had nothing to do."""
+        """Shares of the time since the last call in which the trainer and the generators were idle."""
         now = time.perf_counter()
         with self._changed:
             seconds, waits, idles = now - self._mark, self._waits, self._idles
@@ -76,24 +76,24 @@ class AskingAhead(Generic[T]):
         return {"trainer_idle": trainer, "engines_idle": engines}
 
     def state(self) -> dict[str, Any]:
-        """That of the questions behind the last step that was taken; what is older than the last checkpoint is let go of."""
+        """State of the questions after the last step taken; deletes journals older than the last checkpoint."""
         self.journal.forget(self._saved)
         self._saved = self._taken
         return self._state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Begin, or go on behind a step that was taken before."""
+        """Starts, or continues after a step that was taken before."""
         self._state = state
 
     def close(self) -> int:
-        """Ask nothing more; tokens that were made for steps that nobody will take."""
+        """Stops generation. Returns the tokens that were generated for steps which will not be taken."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
         return self.journal.tokens(after=self._taken)
 
     def join(self) -> None:
-        """Wait a while for the thread, once nothing answers it any more."""
+        """Waits a while for the thread to end."""
         if self._thread is not None:
             self._thread.join(LEAVING)
 
@@ -106,14 +106,14 @@ class AskingAhead(Generic[T]):
                     self._made[step] = made
                     self._changed.notify_all()
                 step += 1
-        except BaseException as error:  # raised where the step is wanted
+        except BaseException as error:  # raised again by `take`
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
         self.journal.close()
 
     def _may_begin(self, step: int) -> bool:
-        """Wait until weights answer that are new enough for a step; False where nobody wants it any more."""
+        """Waits until the weights are new enough for a step. Returns False if it is no longer wanted."""
         begin = time.perf_counter()
         with self._changed:
             while not self._ended and self._version < step - 1 - self.max_staleness:
@@ -123,8 +123,8 @@ class AskingAhead(Generic[T]):
 
 
 def staleness(completions: Sequence[Completion], version: int, most: int, world: World) -> dict[str, Any]:
-    """How many updates the weights that have made a step's tokens are behind those that learn: mean, most, and shares of
-    0, 1, …, `most` updates; and how many versions there are among them. Of all ranks' answers."""
+    """How many updates behind the trainer the weights of a step's tokens are, over all ranks: mean, maximum, shares of 0, 1, …,
+    `most`, and the number of different versions."""
     counts = torch.zeros(most + 1, dtype=torch.float64)
     for completion in completions:
         for made, first, end in completion.versions:

@@ -1,6 +1,6 @@
-"""Requests divided among servers: each is answered once, by whichever server is free, and again by another where one fails.
+"""Distributes requests among servers: each is answered once, by any free server, and retried elsewhere after a failure.
 
-No torch here.
+Does not import torch.
 """
 
 import queue
@@ -20,26 +20,26 @@ T = TypeVar("T")
 
 @dataclass
 class _Health:
-    """How a server does within one call."""
+    """The state of a server during one call."""
 
     server: GenerationServer
-    # failures and refusals in a row
+    # consecutive failures, and consecutive "busy" replies
     faults: int = 0
     busy: int = 0
-    # asked for nothing before this time, nor blamed for what was under way when it was last blamed
+    # not asked before this time; requests that were running when it last failed are not counted again
     resume: float = 0.0
     blamed: float = 0.0
-    # why it is asked for nothing more
+    # why it is no longer used
     problem: str = ""
     last: str = ""
 
 
 class Dispatcher(Generic[T]):
-    """Has `count` requests answered by `ask(server, places)`; `results` gives each place once, as answers come.
+    """Sends `count` requests with `ask(server, places)`; `results` yields each place once, as answers arrive.
 
-    A server is asked for one after the other, `concurrency` at a time; or without that for its share of them at once. A request that
-    fails is asked again, of any server that is left. A server is left alone for a while after a failure, and for good after
-    `retries.tries` in a row (`busy_tries` where it says that it is busy).
+    Each server works on up to `concurrency` requests one by one; without that it gets its share of them all at once. A failed
+    request is sent again, to any remaining server. After a failure a server pauses; after `retries.tries` consecutive failures
+    (`busy_tries` if it reports that it is busy) it is no longer used.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Dispatcher(Generic[T]):
         self._stop = False
 
     def results(self) -> Iterator[tuple[int, T]]:
-        """Every place once, with its answer; UserError where a request fails for good or no server is left."""
+        """Yields every place once with its answer; UserError if a request fails for good or no server is left."""
         count, servers = len(self.waiting), len(self.healths)
         shares = [list(range(first, count, servers)) if self.concurrency is None else [] for first in range(servers)]
-        if self.concurrency is None:  # the same for the same servers, however quick they are
+        if self.concurrency is None:  # a fixed assignment, regardless of their speed
             self.waiting.clear()
         for health, share in zip(self.healths, shares, strict=True):
             for _ in range(min(self.concurrency or 1, count)):
@@ -89,15 +89,15 @@ class Dispatcher(Generic[T]):
                     self._failed(health, places, error, began)
                     self._changed.notify_all()
                 places = []
-            except BaseException as error:  # the user's mistake, or a defect, to be raised where somebody sees it
+            except BaseException as error:  # a user error or a bug, raised again in the caller's thread
                 self._found.put(error)
                 return
             else:
-                if began >= health.blamed:  # not what was under way when the server failed
+                if began >= health.blamed:  # ignores requests that were running when the server failed
                     health.faults = health.busy = 0
 
     def _next(self, health: _Health) -> list[int]:
-        """Requests for a server, none when it is to be asked nothing more."""
+        """The next requests for a server; none if it is no longer used."""
         with self._changed:
             while not self._stop and not health.problem:
                 wait = health.resume - time.monotonic()
@@ -110,12 +110,12 @@ class Dispatcher(Generic[T]):
 
     def _failed(self, health: _Health, places: Sequence[int], error: RequestFailed, began: float) -> None:
         if error.final:
-            remedy = "See what it refuses, correct it, and give the same command again: the run goes on where it was."
+            remedy = "Fix what it refuses, then run the same command: the run continues where it stopped."
             self._found.put(health.server.unfit(f"refuses a request: {error}", remedy))
             return
-        self.waiting.extend(places)  # behind others, by when another server may be free
+        self.waiting.extend(places)  # at the end, when another server may be free
         health.last = str(error)
-        if began >= health.blamed:  # what failed with it at the same time is the same failure
+        if began >= health.blamed:  # concurrent failures count as one
             health.blamed = time.monotonic()
             health.busy, health.faults = health.busy + error.busy, health.faults + (not error.busy)
             health.resume = time.monotonic() + self.retries.wait(error, health.faults + health.busy)
@@ -126,9 +126,9 @@ class Dispatcher(Generic[T]):
             health.problem = health.last
         if all(each.problem for each in self.healths):
             said = "; ".join(f"{each.server.url}: {each.problem}" for each in self.healths)
-            remedy = "Start them again, then give the same command again: the run goes on where it was."
+            remedy = "Start them again, then run the same command: the run continues where it stopped."
             field, urls = health.server.field, ", ".join(each.server.url for each in self.healths)
-            self._found.put(UserError(field, urls, f"no server is left to answer: {said}", remedy))
+            self._found.put(UserError(field, urls, f"no server is left: {said}", remedy))
         elif most >= self.retries.tries * len(self.healths):
-            remedy = "See the servers' logs; a request that no server survives is a defect of theirs."
+            remedy = "See the servers' logs; a request that fails on every server is a bug there."
             self._found.put(health.server.unfit(f"a request failed {most} times: {error}", remedy))

@@ -1,4 +1,4 @@
-"""Which questions are asked: those that a model's window holds, and of a file each once before one comes again."""
+"""Selects the questions to ask: those that fit the model's window; a file's questions each once per epoch."""
 
 import random
 from collections import Counter
@@ -13,50 +13,49 @@ from finback.model.config import ModelConfig
 from finback.tasks import task as tasks
 from finback.tasks.task import Mixture, Problem, Task, is_held_out, listed
 
-TRIES = 1000  # questions in a row that may be too long before a task is given up
+TRIES = 1000  # consecutive questions that may be too long before giving up
 
 
 class Window:
-    """What a model reads at most, question and answer together."""
+    """The model's context window, shared by question and answer."""
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, max_tokens: int, think: bool = False) -> None:
         self.tokenizer, self.size = tokenizer, config.max_position_embeddings
         self.max_tokens, self.think = max_tokens, think
 
     def prompt(self, problem: Problem) -> tuple[list[int], bool]:
-        """Ids that ask a question, and whether they end inside a chain of thought."""
+        """The token ids of a question's prompt, and whether they end inside a chain of thought."""
         return encode_prompt([Message("user", problem.question)], self.tokenizer, think=self.think or None)
 
     def fits(self, problem: Problem) -> bool:
-        """Whether a question leaves room for max_tokens of an answer."""
+        """Whether a question leaves room for an answer of max_tokens."""
         return len(self.prompt(problem)[0]) + self.max_tokens <= self.size
 
     def fitting(self, problems: Sequence[Problem]) -> list[Problem]:
-        """The problems that fit, in their order; UserError if there are some and none fits."""
+        """The problems that fit, in order; UserError if there are problems but none fits."""
         kept = [problem for problem in problems if self.fits(problem)]
         if problems and not kept:
             raise self.too_long(problems[0])
         return kept
 
     def too_long(self, problem: Problem) -> UserError:
-        """Says that a question does not fit: the task's fault, not that of an engine's request which the user never made."""
+        """The error for a question that does not fit; it names the task, since the user did not write the request."""
         shown = problem.question if len(problem.question) <= 60 else f"{problem.question[:60]}…"
         needs = f"its {len(self.prompt(problem)[0])} tokens and max_tokens = {self.max_tokens}"
         remedy = "Leave out such questions, lower max_tokens, or take a model with a longer window."
-        return UserError("question", shown, f"{needs} are more than the {self.size} that the model reads", remedy)
+        return UserError("question", shown, f"{needs} exceed the model's window of {self.size} tokens", remedy)
 
     def remark(self, left_out: int) -> str:
-        """What there is to say of questions that were left out."""
-        return f"{left_out:,} questions left out: with max_tokens = {self.max_tokens} longer than the {self.size} tokens of the window"
+        """A sentence on questions that were left out."""
+        return f"{left_out:,} questions left out: with max_tokens = {self.max_tokens} they exceed the window of {self.size} tokens"
 
 
 class QuestionOrder:
-    """A task's training questions in the order in which training asks them.
+    """A task's training questions, in the order in which training asks them.
 
-    Those of a file come in epochs, each in an order of its own that follows from the seed and the epoch's number, so that none
-    comes again before all others have come; those that do not fit the window or that an exam asks (`exam` names it) are left
-    out before the first. Generated ones are drawn at random; those that do not fit are passed over. `state` is all that
-    resuming needs.
+    A file's questions come in epochs, each shuffled by the seed and the epoch's number, so none repeats before all have been
+    asked; questions that do not fit the window or that an exam asks (`exam` names it) are removed first. Generated questions
+    are drawn at random; those that do not fit are skipped. `state` is all that resuming needs.
     """
 
     def __init__(
@@ -68,17 +67,17 @@ class QuestionOrder:
         exam: Callable[[Problem], str | None] = lambda problem: None,
         validation: frozenset[str] = frozenset(),
     ) -> None:
-        """validation: keys of the questions of a validation set, which are not asked."""
+        """validation: keys of the validation set's questions, which are not asked."""
         self.task, self.window, self.seed, self.say, self.exam = task, window, seed, say, exam
         self.validation = validation
-        # questions that exams or the validation set ask, by exam
+        # number of questions that exams or the validation set ask, by exam
         self.contaminated: Counter[str] = Counter()
         parts = task.tasks if isinstance(task, Mixture) else (task,)
         listed = {place: self._listed(part) for place, part in enumerate(parts)}
         self.lists = {place: window.fitting(problems) for place, problems in listed.items() if problems}
-        # questions that were left out
+        # number of questions that were too long
         self.too_long = sum(map(len, listed.values())) - sum(map(len, self.lists.values()))
-        # how many were drawn of each list
+        # number of questions drawn from each list
         self.drawn = dict.fromkeys(self.lists, 0)
         self._orders: dict[int, tuple[int, list[int]]] = {}
         if self.too_long:
@@ -88,11 +87,11 @@ class QuestionOrder:
 
     @property
     def is_listed(self) -> bool:
-        """Whether what is drawn depends on what was drawn before."""
+        """Whether the next question depends on what was drawn before."""
         return bool(self.lists)
 
     def draw(self, rng: random.Random) -> Problem:
-        """The next question; `rng` draws generated ones, and which task of a mixture it is of."""
+        """The next question. `rng` draws generated ones, and the task within a mixture."""
         for _ in range(TRIES):
             problem, place = self._next(rng)
             if problem.key in self.validation:
@@ -105,11 +104,11 @@ class QuestionOrder:
         raise self.window.too_long(problem)
 
     def state(self) -> dict[str, Any]:
-        """JSON values from which `load_state` goes on."""
+        """JSON values for `load_state`."""
         return {"drawn": list(self.drawn.values()), "too_long": self.too_long}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where another one stopped; begin where that was a version which kept no order."""
+        """Restores what `state` returned; starts from the beginning if an older version stored no order."""
         if not state:
             return
         self.drawn = dict(zip(self.lists, map(int, state["drawn"]), strict=True))
@@ -138,7 +137,7 @@ class QuestionOrder:
         return problems[self._orders[place][1][position]]
 
     def _listed(self, task: Task) -> list[Problem]:
-        """All training problems of a task that has a list of them; none of one that makes them."""
+        """All training problems of a task that has a list; empty for a generator."""
         every = listed(task)
         train = [problem for problem in every if not is_held_out(problem.key)]
         kept = []
@@ -156,6 +155,6 @@ class QuestionOrder:
 
 
 def exam_remark(left_out: Counter[str], what: str = "questions") -> str:
-    """What there is to say of training questions that exams ask too, by exam."""
+    """A sentence on training questions that exams also ask, by exam."""
     exams = ", ".join(f"{exam} ({n:,})" for exam, n in left_out.items())
-    return f"{left_out.total():,} {what} left out that exams ask: {exams}"
+    return f"{left_out.total():,} {what} left out because exams ask them: {exams}"

@@ -1,4 +1,4 @@
-"""vLLM and SGLang as processes of ours: what each is started with, and one that is there once it answers. No torch here."""
+"""Starts vLLM and SGLang as child processes: their commands, and a process that is ready once it answers. Does not import torch."""
 
 import os
 import subprocess
@@ -18,51 +18,51 @@ from finback.rollouts.generation_server import ServedModel
 ProgramName = Literal["vllm", "sglang"]
 MODULES: dict[ProgramName, str] = {"vllm": "vllm.entrypoints.openai.api_server", "sglang": "sglang.launch_server"}
 MODEL_FLAG: dict[ProgramName, str] = {"vllm": "--model", "sglang": "--model-path"}
-# of finback's process, and of no use to another environment
+# variables of finback's process that would break another environment
 NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_NUM_THREADS")
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-HEALTH = 20.0  # seconds in which one says that it is well
-STARTING = 1800.0  # seconds in which one has to be there: a large model takes minutes to read and to compile
-POLL = 0.2  # seconds between two looks at one that is being started
-SHOWN = 1500  # characters of a log
+HEALTH = 20.0  # timeout of a health check, in seconds
+STARTING = 1800.0  # time to start, in seconds: loading and compiling a large model takes minutes
+POLL = 0.2  # seconds between polls while one starts
+SHOWN = 1500  # characters of a log to show
 
 
 @dataclass(frozen=True)
 class EngineProgram:
-    """An engine of others, and the environment that it is installed in."""
+    """An external engine, and the environment it is installed in."""
 
     engine: ProgramName
-    # the Python of that environment
+    # Python interpreter of that environment
     python: str
-    # added to the command, behind finback's own: the last of two counts
+    # added to the command after finback's own flags; the last of two counts
     flags: tuple[str, ...] = ()
-    # NAME=value, of its environment
+    # NAME=value pairs for its environment
     env: tuple[str, ...] = ()
 
     def check(self, field: str) -> None:
-        """UserError, in the name of whoever holds these as knobs."""
+        """Raises UserError about `field` if these are invalid."""
         if not self.python:
-            problem = f"{self.engine} lives in an environment of its own"
-            raise UserError(f"{field}.python", "", problem, "Name the Python that it is installed in.")
+            problem = f"{self.engine} runs in its own environment"
+            raise UserError(f"{field}.python", "", problem, "Give the path of that environment's Python.")
         for entry in self.env:
             if not entry.partition("=")[0].isidentifier() or "=" not in entry:
                 raise UserError(f"{field}.env", entry, "not NAME=value", "Write for example VLLM_MLA_DISABLE=1.")
 
     def command(self, model: str, host: str, port: int, more: Sequence[str] = ()) -> list[str]:
-        """What starts it on a folder or a name of the hub."""
+        """The command that starts it on a folder or a name of the hub."""
         where = (MODEL_FLAG[self.engine], model, "--host", host, "--port", str(port))
         return [self.python, "-m", MODULES[self.engine], *where, *more, *self.flags]
 
     def environment(self, more: dict[str, str]) -> dict[str, str]:
-        """That of this process, without what belongs to finback's own."""
+        """This process's environment, without variables of finback's own installation."""
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         return inherited | ENVIRONMENT | more | dict(entry.split("=", 1) for entry in self.env)
 
 
 def training_flags(engine: ProgramName, dtype: str, model: ServedModel, sleeps: bool) -> tuple[str, ...]:
-    """What makes it an engine to learn from: tokens and their log-probabilities as drawn, weights that change.
+    """Flags that a training run needs: exact tokens, log-probabilities as sampled, and updatable weights.
 
-    dtype: "fp32" or "bf16", of its products too. sleeps: it lets go of its memory between two steps.
+    dtype: "fp32" or "bf16", also of its products. sleeps: it releases its memory between steps.
     """
     flags = ["--dtype", "float32" if dtype == "fp32" else "bfloat16"]
     if model.return_routed_experts:
@@ -75,7 +75,7 @@ def training_flags(engine: ProgramName, dtype: str, model: ServedModel, sleeps: 
     return (*flags, *(("--enable-sleep-mode",) if sleeps else ()))
 
 
-# of an engine whose weights change
+# environment of an engine whose weights are updated
 TRAINING_ENVIRONMENT: dict[ProgramName, dict[str, str]] = {"vllm": {"VLLM_SERVER_DEV_MODE": "1"}, "sglang": {}}
 
 
@@ -83,7 +83,7 @@ class EngineProcess:
     """A program that runs as long as this process does, or until it is closed."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], url: str) -> None:
-        """UserError where there is no such program."""
+        """Raises UserError if the program does not exist."""
         self.url = url
         handle, name = tempfile.mkstemp(prefix="finback-engine-", suffix=".log")
         self.log = Path(name)
@@ -97,11 +97,11 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """Of whatever watches over it."""
+        """pid of the process that supervises it."""
         return self._process.pid
 
     def wait(self, seconds: float) -> None:
-        """Until it answers; RequestFailed, with the end of its log, where it ends before or takes longer."""
+        """Waits until it answers. RequestFailed, with the end of its log, if it ends first or takes longer."""
         until = time.monotonic() + seconds
         while not self.is_well():
             if self._process.poll() is not None:
@@ -111,14 +111,14 @@ class EngineProcess:
             time.sleep(POLL)
 
     def is_well(self) -> bool:
-        """Whether it runs, and says that it is well."""
+        """Whether it is running and healthy."""
         if self._process.poll() is not None:
             return False
         with Client(self.url, timeout=HEALTH) as client:
             return client.has("/health")
 
     def close(self) -> None:
-        """End it and all that it has started; its log goes too."""
+        """Ends it and everything it has started, and deletes its log."""
         assert self._process.stdin is not None, "a pipe"
         self._process.stdin.close()
         self._process.wait()

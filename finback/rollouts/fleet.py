@@ -1,4 +1,4 @@
-"""Answers from a fleet of engines, finback's own, vLLM or SGLang, which Ray places: on this machine, or on a cluster."""
+"""Answers from a fleet of engines (finback's own, vLLM or SGLang) that Ray places on this machine or a cluster."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,50 +20,50 @@ from finback.rollouts.remote import RemoteRollouts
 from finback.rollouts.weight_files import WeightFiles, merged
 from finback.runs import provenance
 
-SILENT = {"finback": 120.0, "vllm": 1800.0, "sglang": 1800.0}  # seconds
+SILENT = {"finback": 120.0, "vllm": 1800.0, "sglang": 1800.0}  # default timeout in seconds
 
 
 @dataclass(frozen=True)
 class Fleet(Backend):
-    """Engines in processes of their own share the prompts. Those that die come back with the weights of the day.
+    """Engines in separate processes share the prompts. An engine that dies is restarted with the current weights.
 
-    One engine of as many threads gives `Here`'s answers to the bit, given dtype="fp32" where the trainer computes in bf16.
+    One engine with the same number of threads gives bit-identical answers to `Here`, with dtype="fp32" even if the trainer computes in bf16.
     """
 
-    # engines
+    # number of engines
     n: int
-    # finback's own; or a program, which is installed in an environment of its own
+    # finback's own engine, or a program that is installed in its own environment
     engine: Literal["finback", "vllm", "sglang"] = "finback"
-    # of Ray, such as 10.0.0.5:6379, or auto: the one of this machine; "": one of its own, for this run
+    # Ray's address, such as 10.0.0.5:6379, or auto: the Ray of this machine; "": start one for this run
     address: str = ""
-    # of each engine: its threads, and what Ray sets aside for it
+    # CPUs that Ray reserves for each engine, and its number of threads
     num_cpus: int = 1
-    # GPUs that Ray sets aside for each engine
+    # GPUs that Ray reserves for each engine
     num_gpus: float = 0.0
-    # engines share their GPUs with the trainer, and let go of their memory while it learns
+    # engines share their GPUs with the trainer and release their memory while it learns
     colocated: bool = False
-    # of the matrices that are sent; auto: that in which the trainer computes
+    # precision of the matrices sent to engines; auto: the one in which the trainer computes
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    # largest distance from the trainer's log-probabilities before the first step, in nats; None: 1e-3 in fp32, 0.1 in bf16
+    # largest allowed difference from the trainer's log-probabilities before the first step, in nats; None: 1e-3 in fp32, 0.1 in bf16
     probe_gap: float | None = None
-    # seconds that an engine may be silent before it is ended and started anew; None: 120 of finback's, which says in mid-answer that
-    # it lives, and 1800 of programs, which do not
+    # seconds without a sign of life after which an engine is restarted; None: 120 for finback's, which reports progress during an
+    # answer, and 1800 for programs, which do not
     timeout: float | None = None
-    # failures in a row after which an engine is asked nothing more in this step
+    # consecutive failures after which an engine is not used for the rest of the step
     tries: int = 6
-    # seconds before an engine that has failed is asked again, the first time; then twice that
+    # seconds before a failed engine is asked again; doubles with each failure
     backoff: float = 1.0
-    # of programs: the Python of their environment
+    # programs only: Python interpreter of their environment
     python: str = ""
-    # added to their command
+    # programs only: flags added to their command
     flags: tuple[str, ...] = ()
-    # NAME=value, of their environment
+    # programs only: NAME=value pairs for their environment
     env: tuple[str, ...] = ()
-    # which all nodes see under the same path, for their weights; "": the stage's own
+    # folder for weights that all nodes see under the same path; "": the stage's own
     folder: str = ""
-    # requests at a time, to each of them
+    # concurrent requests to each program
     concurrency: int = 64
-    # of vLLM's workers, given weights_path
+    # name of vLLM's worker method that reloads weights, called with weights_path
     reload_method: str = "reload_weights"
 
     def __post_init__(self) -> None:
@@ -75,20 +75,20 @@ class Fleet(Backend):
             return
         given = [name for name in ("python", "flags", "env", "folder") if getattr(self, name)]
         if given:
-            problem = "is of programs, and finback's engines run in this environment"
+            problem = "applies to programs, but finback's engines run in this environment"
             raise UserError(
-                f"rollouts.{given[0]}", getattr(self, given[0]), problem, 'Leave it out, or name engine="vllm".'
+                f"rollouts.{given[0]}", getattr(self, given[0]), problem, 'Leave it out, or set engine="vllm".'
             )
 
     @property
     def program(self) -> EngineProgram:
-        """What each engine starts, where it is not finback's own."""
+        """The program that each engine starts, if it is not finback's own."""
         assert self.engine != "finback", "a program"
         return EngineProgram(self.engine, self.python, self.flags, self.env)
 
     @property
     def patience(self) -> float:
-        """Seconds that an engine may be silent."""
+        """Seconds without a sign of life after which an engine is considered lost."""
         return self.timeout if self.timeout is not None else SILENT[self.engine]
 
     def check_ahead(self, field: str, max_staleness: int) -> None:
@@ -101,7 +101,7 @@ class Fleet(Backend):
 
 
 class FleetRollouts(RemoteRollouts):
-    """A fleet of one stage; it is rank 0 that starts engines."""
+    """The fleet of one stage; rank 0 starts the engines."""
 
     is_owner = True
 
@@ -126,30 +126,30 @@ class FleetRollouts(RemoteRollouts):
 
     @property
     def members(self) -> list[FleetMember]:
-        """The engines, with what only a fleet's have."""
+        """The engines, typed as members of a fleet."""
         return [server for server in self.servers if isinstance(server, FleetMember)]
 
     def _check(self) -> None:
-        """Start all actors at once; UserError where one runs other versions than this process."""
+        """Starts all actors at once; UserError if software versions differ from this process."""
         calls = [(member, actor, actor.software.remote()) for member in self.members for actor in (member.begun(),)]
         for member, _, call in calls:
             try:
                 theirs: dict[str, str] = self.cluster.get(call, STARTING)
             except RequestFailed as error:
-                remedy = "See the logs of Ray; finback has to be installed on its nodes, or they see this one's files."
+                remedy = "See the logs of Ray; finback must be installed on its nodes, or they must see this machine's files."
                 raise member.unfit(f"did not start: {error}", remedy) from None
             for name, version in provenance.software().items():
                 if theirs.get(name) != version:
                     remedy = "Install the same version on all nodes."
-                    raise member.unfit(f"has {name} {theirs.get(name)}, the trainer {version}", remedy)
+                    raise member.unfit(f"has {name} {theirs.get(name)}, but the trainer has {version}", remedy)
 
     def _take_weights(self, version: int) -> int:
         if self.fleet.colocated and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what the trainer only keeps for later
+            torch.cuda.empty_cache()  # frees what the trainer only caches
         return super()._take_weights(version)
 
     def _write(self, model: Transformer, label: str) -> tuple[Any, int]:
-        """For programs as files; else in Ray's store: memory that the engines of a machine share, and that Ray sends to others."""
+        """Writes weights as files for programs; otherwise into Ray's store, shared memory that Ray also sends to other machines."""
         if self.fleet.engine != "finback":
             return self.files.write(model, label, self._dtype)
         weights = pack(merged(model, self._dtype), torch.float32 if self._dtype == "fp32" else torch.bfloat16)
@@ -158,7 +158,7 @@ class FleetRollouts(RemoteRollouts):
     def _rest(self) -> bool:
         if not self.fleet.colocated:
             return False
-        self.world.barrier()  # nobody generates any more
+        self.world.barrier()  # no rank is generating any more
         if self.policy.run.is_writer:
             with ThreadPoolExecutor(self.fleet.n) as pool:
                 list(pool.map(lambda member: member.sleep(), self.members))
@@ -166,7 +166,7 @@ class FleetRollouts(RemoteRollouts):
         return True
 
     def close(self) -> None:
-        """End the engines."""
+        """Ends the engines."""
         self.policy.run.hired_cores = 0
         for member in self.members:
             member.close()

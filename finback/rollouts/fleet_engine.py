@@ -1,4 +1,4 @@
-"""One engine of a fleet, as it runs on a Ray worker: finback's own, beside no trainer. Ray is not needed to import it."""
+"""One finback engine of a fleet, as it runs on a Ray worker without a trainer. Importing it does not need Ray."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,40 +19,40 @@ from finback.parallel.served_weights import whole_copy
 from finback.rollouts.live_engine import LiveEngine
 from finback.runs import provenance
 
-# tensors as numpy holds them, those of bf16 as int16
+# tensors as numpy arrays; bf16 as int16
 Packed = dict[str, np.ndarray]
 
 
 class FleetEngine:
-    """Made on the worker; its methods may be called by several threads."""
+    """Created on the worker; its methods may be called from several threads."""
 
     def __init__(
         self, config: ModelConfig, compute: torch.dtype, dtype: torch.dtype, engine: EngineConfig, threads: int
     ) -> None:
-        """compute: of activations. dtype: of the matrices. threads: of the CPU, one less than it has cores at most."""
+        """compute: dtype of activations. dtype: of the matrices. threads: CPU threads, at most one fewer than cores."""
         torch.set_num_threads(threads)
         self.model, self.engine = (config, compute, dtype), engine
-        # none before the first weights, and while it sleeps
+        # None before the first weights, and while asleep
         self.live: LiveEngine | None = None
 
     def software(self) -> dict[str, str]:
-        """Versions that have to be the trainer's."""
+        """Versions that must equal the trainer's."""
         return provenance.software()
 
     def pid(self) -> int:
-        """Of its process."""
+        """pid of its process."""
         return os.getpid()
 
     def load(self, weights: Packed, version: int, drop: bool) -> None:
-        """Go on with other weights; answers under way with them too, or anew (drop)."""
+        """Switches to other weights; answers in progress continue with them, or restart (drop)."""
         if self.live is None:
             model, _ = whole_copy(*self.model, World())
-            # what ends an answer comes with each request
+            # the tokens that end an answer come with each request
             self.live = LiveEngine(Engine(model, (), self.engine))
         self.live.take(lambda model: unpack(model, weights), version, drop)
 
     def sleep(self) -> None:
-        """Let go of weights and cache until other weights come."""
+        """Releases weights and cache until new weights arrive."""
         if self.live is not None:
             self.live.close()
             self.live = None
@@ -63,13 +63,13 @@ class FleetEngine:
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int], patience: float
     ) -> Iterator[tuple[int, Completion] | None]:
         """Each answer with its place, as it is done; None as a sign of life after `patience` seconds without one."""
-        if self.live is None or self.live.version < 0:  # another rank asks one that has just been started
+        if self.live is None or self.live.version < 0:  # another rank asked an engine that has just been started
             raise RequestFailed("has no weights yet")
         yield from self.live.answers(prompts, sampling, seeds, patience)
 
 
 def pack(model: Transformer, dtype: torch.dtype) -> Packed:
-    """A model's weights for `unpack`, without the MTP modules: matrices in dtype, the rest as it is."""
+    """A model's weights for `unpack`, without MTP modules: matrices in dtype, the rest unchanged."""
     kept = {id(p) for m in model.modules() if isinstance(m, RMSNorm | Router) for p in m.parameters(recurse=False)}
     found: Packed = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -83,7 +83,7 @@ def pack(model: Transformer, dtype: torch.dtype) -> Packed:
 
 @torch.no_grad()
 def unpack(model: Transformer, weights: Packed) -> None:
-    """Write weights of `pack` into a model."""
+    """Writes weights of `pack` into a model."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        value: Tensor = torch.from_numpy(weights[name].copy())  # what Ray shares is not to be written
+        value: Tensor = torch.from_numpy(weights[name].copy())  # Ray's shared memory is read-only
         tensor.copy_(value.view(torch.bfloat16) if value.dtype == torch.int16 else value)

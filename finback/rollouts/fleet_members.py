@@ -1,4 +1,4 @@
-"""One engine of a fleet as the trainer sees it: where Ray has placed it, and after it was lost the one in its place."""
+"""An engine of a fleet as the trainer sees it: the actor where Ray has placed it, replaced if it is lost."""
 
 import threading
 import time
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
     from finback.rollouts.fleet import FleetRollouts
 
 T = TypeVar("T")
-STARTING = 300.0  # seconds in which an engine of finback's has to be there
-ASKING = 30.0  # seconds for a question that an actor answers at once
-LONGEST_REPLY = 1 << 30  # bytes; the experts of a long answer alone are megabytes
+STARTING = 300.0  # time for a finback engine to start, in seconds
+ASKING = 30.0  # timeout of calls that an actor answers at once, in seconds
+LONGEST_REPLY = 1 << 30  # bytes; routed experts of a long answer take megabytes
 
 
 class FleetMember(GenerationServer):
-    """An actor that is started anew when it is lost, with the weights of the day; rank 0 starts it, other ranks find it."""
+    """An actor that is restarted with the current weights when it is lost; rank 0 starts it, other ranks look it up."""
 
     kind = "Ray"
 
     def __init__(self, fleet: "FleetRollouts", number: int, model: ServedModel) -> None:
-        # it has no address of its own
+        # it has no HTTP address
         super().__init__(f"engine {number}", Client("http://ray"), "", fleet.field, model)
         self.fleet, self.number, self.cluster = fleet, number, fleet.cluster
         self.drops = fleet.policy.in_flight == "drop"
-        # the weights that one which is started anew has to have, and their version
+        # weights for a restarted engine, and their version
         self.weights: Any = None
         self.newest = ""
         self._actor: Any = None
-        # of whoever starts it or ends it
+        # held while starting or ending the actor
         self._lock = threading.RLock()
 
     def handle(self) -> Any:
-        """The actor; one that was lost is started anew."""
+        """The actor; starts a new one if it was lost."""
         with self._lock:
             if self._actor is None:
                 self._actor = self._start()
@@ -63,7 +63,7 @@ class FleetMember(GenerationServer):
             return self._actor
 
     def load(self, weights: Any, version: str) -> None:
-        """Each time anew where it is lost meanwhile, as `answer`."""
+        """Retries with a new actor if it is lost meanwhile, as does `answer`."""
         self.weights, self.newest = weights, version
 
         def load() -> None:
@@ -80,7 +80,7 @@ class FleetMember(GenerationServer):
         return self._repeated(lambda: super(FleetMember, self).answer(prompt))
 
     def sleep(self) -> None:
-        """One that does not is ended, which gives its memory back too."""
+        """An engine that fails to release its memory is ended, which also frees it."""
         actor = self._actor
         try:
             self._sleep()
@@ -90,11 +90,11 @@ class FleetMember(GenerationServer):
 
     @abstractmethod
     def _start(self) -> Any:
-        """The actor, made or found."""
+        """The actor, created or looked up."""
 
     @abstractmethod
     def _load(self, actor: Any, weights: Any, version: str) -> None:
-        """Have an actor that is there answer with these weights."""
+        """Makes a running actor answer with these weights."""
 
     def _repeated(self, work: Callable[[], T]) -> T:
         retries = self.fleet.retries
@@ -111,7 +111,7 @@ class FleetMember(GenerationServer):
         return self._guarded(actor, lambda: self.cluster.get(call, seconds))
 
     def _guarded(self, actor: Any, work: Callable[[], T]) -> T:
-        """What `work` gives; an actor that does not answer is given up."""
+        """Returns what `work` returns; an actor that does not respond is given up."""
         try:
             return work()
         except RequestFailed as error:
@@ -120,7 +120,7 @@ class FleetMember(GenerationServer):
             raise
 
     def _give_up(self, actor: Any) -> None:
-        """End an actor, unless another one is in its place already."""
+        """Ends an actor, unless it has already been replaced."""
         with self._lock:
             if actor is None or actor is not self._actor:
                 return
@@ -129,16 +129,16 @@ class FleetMember(GenerationServer):
         self.cluster.end(actor)
 
     def _lost(self) -> None:
-        """Let go of what belonged to an actor that was given up."""
+        """Cleans up after an actor that was given up."""
 
     def close(self) -> None:
-        """Ask it nothing more."""
+        """Stops asking it."""
         self.client.close()
         self._lost()
 
 
 class RayEngine(FleetMember):
-    """finback's own engine, which gets weights and gives answers through Ray."""
+    """finback's own engine, which receives weights and sends answers through Ray."""
 
     def _start(self) -> Any:
         policy, knobs = self.fleet.policy, self.fleet.fleet
@@ -177,21 +177,21 @@ class RayEngine(FleetMember):
             if news is not None:
                 place, made = news
                 spans = [(f"{self.fleet.token}-{version}", start, end) for version, start, end in made.versions]
-                # copies: what lies in Ray's store cannot be written, and would stay there
+                # copies: arrays in Ray's store are read-only and would be kept there
                 routes = None if made.routed_experts is None else made.routed_experts.copy()
                 mask = None if made.sampling_mask is None else [ids.copy() for ids in made.sampling_mask]
                 yield place, TokenAnswer(made.tokens, made.logprobs, made.finish_reason, routes, mask, spans)
 
 
 class ProgramMember(FleetMember):
-    """vLLM or SGLang, which an actor starts on a folder of weights, and which is asked over HTTP as any server."""
+    """vLLM or SGLang, which an actor starts on a folder of weights; requests go over HTTP, as to any server."""
 
     def __init__(self, fleet: "FleetRollouts", number: int, model: ServedModel) -> None:
         super().__init__(fleet, number, model)
-        # of the actor that is there; None while there is none
+        # server of the current actor, None if there is none
         self._server: GenerationServer | None = None
         self._starter: threading.Thread | None = None
-        # of whoever has it started beside
+        # held while a background thread starts the program
         self._beginning = threading.Lock()
         self._problem: RequestFailed | None = None
 
@@ -199,7 +199,7 @@ class ProgramMember(FleetMember):
         """The actor, with a server that answers."""
         with self._lock:
             actor = super().handle()
-            if self._server is None:  # another rank has started it
+            if self._server is None:  # started by another rank
                 url = self._get(actor, actor.url.remote(), ASKING)
                 if not url:
                     raise RequestFailed("is being started", busy=True)
@@ -245,7 +245,7 @@ class ProgramMember(FleetMember):
         except BaseException:
             new.client.close()
             raise
-        self._server = new  # nobody asks it before it has its weights
+        self._server = new  # set last, so that nobody asks it before it has its weights
 
     def _sleep(self) -> None:
         if self._server is not None:
@@ -260,7 +260,7 @@ class ProgramMember(FleetMember):
         return self._watched(actor, lambda: server._answer(prompt))
 
     def _begin(self) -> None:
-        """Have it started anew beside, so that others answer meanwhile."""
+        """Restarts it in the background, so that others can answer meanwhile."""
 
         def start() -> None:
             try:
@@ -274,7 +274,7 @@ class ProgramMember(FleetMember):
                 self._starter.start()
 
     def _watched(self, actor: Any, work: Callable[[], T]) -> T:
-        """What `work` gives; a program that is silent, or that is not well when it fails, is given up with its actor."""
+        """Returns what `work` returns; a program that is silent, or unhealthy when it fails, is given up with its actor."""
         try:
             return work()
         except RequestFailed as error:

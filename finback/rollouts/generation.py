@@ -1,7 +1,7 @@
-"""Where answers are generated: what stands between the stages that learn and whatever generates for them.
+"""The interface between stages that learn and whatever generates answers for them.
 
-A stage's knob (a `Backend`: `Here`, `Servers`, `Fleet`) is opened with a `PolicyModel` and gives `Rollouts`: prompts, sampling parameters and
-seeds in; completions out, with the log-probabilities with which they were drawn and the version of the weights.
+A stage's knob (a `Backend`: `Here`, `Servers`, `Fleet`) is opened with a `PolicyModel` and returns `Rollouts`, which take prompts,
+sampling parameters and seeds, and return completions with sampling log-probabilities and the version of the weights.
 """
 
 import threading
@@ -21,7 +21,7 @@ InFlight = Literal["none", "continue", "drop"]
 
 
 class Generator(Protocol):
-    """Whatever answers prompts; an Engine is one too."""
+    """Anything that answers prompts, such as an Engine."""
 
     @property
     def model_config(self) -> ModelConfig: ...
@@ -29,31 +29,31 @@ class Generator(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] alone."""
+        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] only."""
 
 
 @dataclass(frozen=True)
 class PolicyModel:
-    """The model that answers, for whatever generates with it."""
+    """The model that answers, as generators see it."""
 
-    # its weights as they are now, whole; all ranks call it at once, and nobody keeps what it returns
+    # its current, whole weights; all ranks call it at once, and nobody keeps a reference to the result
     weights: ServedWeights
     config: ModelConfig
     tokenizer: Tokenizer
     run: StageRun
     # precision of the trainer's products, "fp32" or "bf16"
     compute: str = "fp32"
-    # False: it is what it is, and what generates with it elsewhere has it already
+    # False: it never changes, and external generators already have it
     learns: bool = True
-    # note the experts that each token is sent to
+    # record the experts that each token is routed to
     return_routed_experts: bool = False
-    # what becomes of answers under way where the weights change; none: nobody generates meanwhile
+    # what happens to answers in progress when the weights change; none: nobody generates at that time
     in_flight: InFlight = "none"
 
 
 @dataclass
 class Tally:
-    """What one rank's generating has cost: weights that were sent, tokens that were made, and seconds of either."""
+    """What one rank's generation has cost: bytes of weights sent, tokens generated, and seconds of both."""
 
     sync_bytes: int = 0
     sync_seconds: float = 0.0
@@ -62,25 +62,25 @@ class Tally:
 
 
 class Rollouts(ABC):
-    """Generates with a policy. `update` is for all ranks at once; each rank generates for itself.
+    """Generates with a policy. `update` is collective; each rank generates for itself.
 
-    Where the policy is `in_flight`, weights may come while others generate, each in a thread of its own.
+    If the policy is `in_flight`, weights may arrive while other threads generate.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.model_config = config
-        # after how many updates of the policy its weights are those that answer; -1: before the first look at them
+        # number of updates of the weights in use; -1: none yet
         self.version = -1
-        # whether it has let go of weights and cache
+        # whether weights and cache have been released
         self.resting = False
         self._tally = Tally()
-        # one thread may generate while another gives weights
+        # one thread may generate while another updates weights
         self._counting = threading.Lock()
 
     def update(self, version: int) -> None:
-        """Have answers come from the policy's weights as they are now, after `version` updates.
+        """Switches generation to the policy's current weights, after `version` updates.
 
-        Nothing happens where they do already. UserError where what generates cannot have them.
+        Does nothing if they are already in use. UserError if the generator cannot take them.
         """
         if version == self.version and not self.resting:
             return
@@ -90,17 +90,17 @@ class Rollouts(ABC):
         self.version, self.resting = version, False
 
     def rest(self) -> None:
-        """Let go of what generating needs until the next `update`, where others want the room; for all ranks at once."""
+        """Releases what generation needs until the next `update`, to make room for others. Collective."""
         self.resting = self._rest()
 
     def _rest(self) -> bool:
-        """Whether there was anything to let go of."""
+        """Returns whether there was anything to release."""
         return False
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] alone."""
+        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] only."""
         found = dict(self.stream(prompts, sampling, seeds))
         return [found[i] for i in range(len(prompts))]
 
@@ -110,7 +110,7 @@ class Rollouts(ABC):
         """The same, each with its place as soon as it is done; every place comes once."""
         if self.version < 0:
             self.update(0)
-        assert not self.resting, "updated before it is asked"
+        assert not self.resting, "`update` must come before generating"
         begin = time.perf_counter()
         for place, completion in self._answers(prompts, sampling, seeds):
             if not completion.versions:
@@ -131,11 +131,11 @@ class Rollouts(ABC):
                 setattr(self._tally, name, getattr(self._tally, name) + value)
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Let go of connections."""
+        """Releases connections."""
 
     @abstractmethod
     def _take_weights(self, version: int) -> int:
-        """Look at the policy's weights; bytes that had to travel for it."""
+        """Takes the policy's weights. Returns the bytes sent for it."""
 
     @abstractmethod
     def _answers(
@@ -144,11 +144,11 @@ class Rollouts(ABC):
 
 
 class Backend(ABC):
-    """A stage's knob that says where its answers are generated."""
+    """A stage's knob for where its answers are generated."""
 
     @abstractmethod
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
-        """What generates for a stage that samples so; UserError where it cannot. Its first `update` is the caller's."""
+        """The rollouts for a stage with this sampling; UserError if it is not possible. The caller makes the first `update`."""
 
     def check_ahead(self, field: str, max_staleness: int) -> None:  # noqa: B027 - most can
-        """UserError, in the name of the stage's knob, where it cannot answer so many updates ahead."""
+        """Raises UserError about the stage's knob if it cannot generate this many updates ahead."""

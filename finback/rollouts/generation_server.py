@@ -1,6 +1,6 @@
-"""A server that generates for a trainer, whichever program it is: what is asked of it, and what its answers have to hold.
+"""The interface of servers that generate for a trainer: what they are asked, and what their answers must contain.
 
-No torch here.
+Does not import torch.
 """
 
 import math
@@ -15,26 +15,26 @@ import numpy as np
 from finback.client import Client, RequestFailed
 from finback.config import UserError
 
-# scripts, digits, code and spaces: what tokenizers differ in
+# scripts, digits, code and spaces, where tokenizers differ
 TEXTS = (
     "The whale sang: 4+5=9, didn't it? 3.14159 and 1,024.",
     "    for i in range(10):\n\t\tprint(i ** 2)\r\n\n",
     "Ünïcode, naïve café; 鯨が歌う 你好 Привет 🐋",
 )
-# (version, first token, behind the last token) of an answer
+# (version, start, end): tokens of an answer
 Span = tuple[str, int, int]
 # (token, log-probability) of the tokens that may come next
 Likeliest = list[tuple[int, float]]
 
 
 def tokenized(client: Client, model: str, text: str) -> Any:
-    """What a server replies that is asked for the ids of a text, {"tokens": [...]} where it has the route."""
+    """A server's reply to a request for the ids of a text: {"tokens": [...]} if it has the route."""
     return client.reply("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
 
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """What one request asks for; fields as in engine.SamplingParams."""
+    """One request; fields as in engine.SamplingParams."""
 
     token_ids: Sequence[int]
     seed: int
@@ -44,13 +44,13 @@ class TokenPrompt:
     top_p: float
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
-    # keeps what is cached of a prompt under one version of the weights from other versions
+    # keeps cached prefixes of different weight versions apart
     cache_salt: str
 
 
 @dataclass(frozen=True)
 class TokenAnswer:
-    """What came back, in one form for all servers; None where the server does not say."""
+    """An answer in one form for all servers; None for what the server does not report."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -62,7 +62,7 @@ class TokenAnswer:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What answers have to fit: the model that is trained, and what the stage needs of them."""
+    """What answers must match: the model in training, and what the stage needs of them."""
 
     vocab_size: int
     layers: int
@@ -72,34 +72,34 @@ class ServedModel:
 
 
 class GenerationServer(ABC):
-    """One server. Its methods may be called by several threads; RequestFailed where it does not answer."""
+    """A server. Its methods may be called from several threads; they raise RequestFailed if it does not answer."""
 
-    # the program
+    # name of the program
     kind = ""
-    # what to do where answers lack something
+    # remedies for answers that lack something
     without_logprobs = "Use a server that returns the log-probabilities of its tokens."
     without_masks = "Leave out top_k and top_p."
 
     def __init__(self, url: str, client: Client, name: str, field: str, model: ServedModel) -> None:
-        """name: what the server calls the model. field: the user's knob, which errors name."""
+        """name: the model's name on the server. field: the user's knob, for errors."""
         self.url, self.client, self.name, self.field, self.model = url, client, name, field, model
-        # what its answers must say of their weights; None: whatever the first one says
+        # version of the weights that its answers must report; None: accept the first one
         self.expected: str | None = None
-        # whether answers under way end where new weights come
+        # whether answers in progress are aborted when new weights arrive
         self.drops = False
-        # whether it has let go of its memory since the last weights
+        # whether it has released its memory since the last weights
         self.asleep = False
 
     def unfit(self, problem: str, remedy: str) -> UserError:
-        """Says that a run cannot use this server as it is."""
+        """The error for a server that a run cannot use."""
         return UserError(self.field, self.url, f"{self.kind} server: {problem}", remedy)
 
     def answer(self, prompt: TokenPrompt) -> TokenAnswer:
-        """Continue a prompt; UserError where what comes back lacks something."""
+        """Continues a prompt; UserError if the answer lacks something."""
         return self._checked(prompt, self._answer(prompt))
 
     def answers(self, prompts: Sequence[TokenPrompt]) -> Iterator[tuple[int, TokenAnswer]]:
-        """Continue several, each with its place as it is done; as `answer`."""
+        """Continues several prompts, each with its place as it is done; errors as `answer`."""
         for place, answer in self._answers(prompts):
             yield place, self._checked(prompts[place], answer)
 
@@ -109,7 +109,7 @@ class GenerationServer(ABC):
 
     @abstractmethod
     def _answer(self, prompt: TokenPrompt) -> TokenAnswer:
-        """What the server says, as it comes."""
+        """The raw answer of the server."""
 
     def likeliest(self, token_ids: Sequence[int], k: int) -> list[Likeliest]:
         """Its k likeliest tokens at each place of a text but the first, at temperature 1; UserError where it does not say so many."""
@@ -129,22 +129,22 @@ class GenerationServer(ABC):
 
     @abstractmethod
     def load(self, weights: Any, version: str) -> None:
-        """Have it answer with other weights, under this version, and with nothing cached of earlier ones.
+        """Makes it answer with other weights, under this version, with nothing cached from earlier ones.
 
-        weights: the folder that they are in, or what stands for it where there are no files.
+        weights: their folder, or what replaces it for servers that use no files.
         """
 
     def sleep(self) -> None:
-        """Have it let go of weights and cache until the next `load`; nothing is asked before that."""
+        """Makes it release weights and cache until the next `load`; it must not be asked before that."""
         self._sleep()
         self.asleep = True
 
     def _sleep(self) -> None:
-        raise self.unfit("does not let go of its memory", "Leave out colocated.")
+        raise self.unfit("cannot release its memory", "Leave out colocated.")
 
     @contextmanager
     def _woken(self) -> Iterator[None]:
-        """Room for weights within, and for its cache behind, where it has none."""
+        """A context with memory for the weights; on exit also for the cache, if it was released."""
         if self.asleep:
             self._wake("weights")
         yield
@@ -153,14 +153,14 @@ class GenerationServer(ABC):
             self.asleep = False
 
     def _wake(self, tag: str) -> None:  # noqa: B027 - those that never sleep
-        """Take back the memory of one of the two."""
+        """Restores the memory of one of the two."""
 
     def version(self) -> str | None:
-        """What it says of its weights where its answers say nothing; None where it cannot be asked."""
+        """Version of the weights, for servers whose answers do not report it; None if it cannot be asked."""
         return None
 
     def tokenize(self, text: str) -> list[int] | None:
-        """The ids of a text, None where the server has no tokenizer."""
+        """Token ids of a text, None if the server has no tokenizer."""
         try:
             found = tokenized(self.client, self.name, text)
         except RequestFailed as error:
@@ -173,7 +173,7 @@ class GenerationServer(ABC):
         return [int(token) for token in ids]
 
     def _checked(self, prompt: TokenPrompt, answer: TokenAnswer) -> TokenAnswer:
-        """The answer; UserError where it cannot be learnt from, RequestFailed where it was broken off."""
+        """The answer. UserError if it cannot be learned from, RequestFailed if it was aborted."""
         m, count = self.model, len(answer.tokens)
         if answer.finish_reason == "abort" and self.drops:
             raise RequestFailed("an answer that was dropped for new weights", busy=True, retry_after=0.0)
@@ -184,9 +184,9 @@ class GenerationServer(ABC):
             raise self.unfit(f"answers with ids beyond the vocabulary of {m.vocab_size:,}", remedy)
         if len(answer.logprobs) != count or not all(map(math.isfinite, answer.logprobs)):
             raise self.unfit("its answers lack log-probabilities", self.without_logprobs)
-        narrows = prompt.top_k > 0 or prompt.top_p < 1  # a validation set or watched prompts may be sampled otherwise
+        narrows = prompt.top_k > 0 or prompt.top_p < 1  # validation and watched prompts may use other sampling
         if m.return_sampling_mask and narrows and (answer.sampling_mask is None or len(answer.sampling_mask) != count):
-            raise self.unfit("does not say which tokens top_k and top_p leave", self.without_masks)
+            raise self.unfit("does not report which tokens top_k and top_p leave", self.without_masks)
         experts, rows = answer.routed_experts, len(prompt.token_ids) + count - 1
         if experts is not None and experts.shape != (rows, m.layers, m.experts_per_token):
             wanted = (rows, m.layers, m.experts_per_token)
@@ -197,7 +197,7 @@ class GenerationServer(ABC):
 
 
 def object_of(reply: Any, *names: str | int) -> Any:
-    """What lies at a place of a JSON reply; RequestFailed where nothing does."""
+    """The value at a path of a JSON reply; RequestFailed if there is none."""
     found = reply
     try:
         for name in names:

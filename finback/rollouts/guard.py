@@ -1,8 +1,8 @@
-"""Runs a command that ends with whoever has started it: `python guard.py COMMAND ...`, by its path, for it imports nothing of finback.
+"""Runs a command that ends with its parent: `python guard.py COMMAND ...`. Started by path, since it imports nothing of finback.
 
-Its standard input is a pipe that nobody writes to. When the other end closes, however that process ended, the command and all
-that it has started are killed; a GPU is not left to an engine that nobody asks any more. A second process watches, in a
-session of its own: Ray kills the children of a worker that it ends, and its whole process group.
+stdin is a pipe that nobody writes to. When its other end closes, however that process ended, the command and everything it
+has started are killed, so that no orphaned engine keeps a GPU. A separate process in its own session watches, because Ray
+kills the children of a worker and its whole process group.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import threading
 
 
 def main() -> int:
-    """The command's exit code."""
+    """Returns the command's exit code."""
     if watcher := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(watcher, 0)[1]) & 0xFF
     os.setsid()
@@ -31,7 +31,7 @@ def main() -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     code = process.wait()
-    end()  # what it has left behind
+    end()  # end whatever it has left running
     os._exit(code if code >= 0 else 128 - code)
 
 

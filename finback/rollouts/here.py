@@ -1,4 +1,4 @@
-"""Answers from finback's own engine in the process that learns, on the very weights that are trained."""
+"""Answers from finback's own engine in the training process, on the weights in training."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from finback.rollouts.weight_files import merged
 
 @dataclass(frozen=True)
 class Here(Backend):
-    """Each rank's own engine generates, in turn with learning, or beside it on a copy of the weights."""
+    """Each rank's own engine generates, alternating with learning, or in parallel on a copy of the weights."""
 
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
         engine = EngineConfig(return_routed_experts=policy.return_routed_experts)
@@ -29,7 +29,7 @@ class Here(Backend):
 
 
 class EngineRollouts(Rollouts):
-    """An engine on the model that is trained, or on a whole copy of it that is put together at each update."""
+    """An engine on the model in training, or on a whole copy of it that is gathered at each update."""
 
     def __init__(
         self, weights: ServedWeights, config: ModelConfig, tokenizer: Tokenizer, engine: EngineConfig | None = None
@@ -40,8 +40,8 @@ class EngineRollouts(Rollouts):
 
     @property
     def engine(self) -> Engine:
-        """On the weights of the last update."""
-        assert self._engine is not None, "made by the first update"
+        """The engine, on the weights of the last update."""
+        assert self._engine is not None, "created by the first update"
         return self._engine
 
     def _take_weights(self, version: int) -> int:
@@ -59,7 +59,7 @@ class EngineRollouts(Rollouts):
 
 
 class LiveRollouts(Rollouts):
-    """An engine in a thread of its own, on a copy of the weights that each update takes over."""
+    """An engine in its own thread, on a copy of the weights that each update refreshes."""
 
     def __init__(self, policy: PolicyModel, engine: EngineConfig) -> None:
         super().__init__(policy.config)
@@ -87,5 +87,5 @@ class LiveRollouts(Rollouts):
         yield from (news for news in found if news is not None)
 
     def close(self) -> None:
-        """End the thread."""
+        """Ends the thread."""
         self.live.close()

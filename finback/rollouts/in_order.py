@@ -1,4 +1,4 @@
-"""Work on a list, some of it at once, with results in its order. No torch here."""
+"""Processes a list concurrently and yields results in order. Does not import torch."""
 
 import threading
 from collections import deque
@@ -11,9 +11,9 @@ R = TypeVar("R")
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], most: int) -> Iterator[tuple[T, R]]:
-    """Each item with work(item), in their order; `most` are worked on at once, each in a thread, or one after the other here.
+    """Yields each item with work(item), in order. Up to `most` run at once in threads; with 1, one by one in this thread.
 
-    A failure is raised in its item's place. Threads whose results nobody takes any more end by themselves, or with the process.
+    A failure is raised at its item's turn. Threads whose results are no longer wanted end by themselves or with the process.
     """
     if most == 1:
         for item in items:
@@ -35,7 +35,7 @@ def _started(work: Callable[[T], R], item: T) -> "Future[R]":
     def run() -> None:
         try:
             future.set_result(work(item))
-        except BaseException as error:  # raised where the result is wanted
+        except BaseException as error:  # raised when the result is taken
             future.set_exception(error)
 
     threading.Thread(target=run, name="ahead", daemon=True).start()

@@ -1,4 +1,4 @@
-"""An engine in a thread of its own: prompts come from any thread, and weights change between two of its steps."""
+"""An engine in its own thread: prompts may come from any thread, and weights may change between steps."""
 
 import queue
 import threading
@@ -13,15 +13,15 @@ from finback.engine.request import Completion, Request, SamplingParams
 from finback.model.cache import PAGE
 from finback.model.transformer import Transformer
 
-SIGNS = 1.0  # seconds between signs of life of an engine that makes long answers
+SIGNS = 1.0  # seconds between signs of life during long answers
 
-# what comes back of a batch: an answer with its place, or why there are no more
+# what comes back from a batch: an answer with its place, or the error that ended it
 _News = tuple[int, Completion] | BaseException
 
 
 @dataclass(eq=False)
 class _Batch:
-    """Prompts that were asked together, and where their answers go."""
+    """Prompts submitted together, and the queue for their answers."""
 
     prompts: list[list[int]]
     sampling: SamplingParams
@@ -30,13 +30,13 @@ class _Batch:
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest request, at most."""
+        """Upper bound of its longest request, in tokens."""
         return max(map(len, self.prompts)) + self.sampling.max_tokens
 
 
 @dataclass(eq=False)
 class _Asked:
-    """A request under way: which prompt of which batch, and which weights have made its tokens from which place on."""
+    """A request in progress: its batch and place, and which weights have generated its tokens."""
 
     batch: _Batch
     place: int
@@ -44,16 +44,16 @@ class _Asked:
 
 
 class LiveEngine:
-    """Runs `engine` until it is closed. Batches that come while others are under way join them."""
+    """Runs `engine` until it is closed. New batches join those in progress."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.version = engine, -1
-        # tokens of answers that were given up for new weights
+        # tokens of answers dropped because of new weights
         self.dropped = 0
         self._steps = 0
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._active: dict[Request, _Asked] = {}
-        # batches longer than the cache has room for while others are under way
+        # batches that exceed the cache's free space while others are in progress
         self._held: deque[_Batch] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -61,9 +61,9 @@ class LiveEngine:
     def answers(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int], patience: float
     ) -> Iterator[tuple[int, Completion] | None]:
-        """Each answer with its place, as it is done; None after `patience` seconds in which steps were made and none was.
+        """Each answer with its place, as it is done; None after `patience` seconds in which steps were made but none finished.
 
-        In an idle engine the answers are those of `Engine.generate`, to the bit.
+        In an idle engine the answers are bit-identical to those of `Engine.generate`.
         """
         batch = _Batch([list(ids) for ids in prompts], sampling, list(seeds))
         self._work.put(lambda: self._begin(batch))
@@ -85,9 +85,9 @@ class LiveEngine:
                 self._work.put(lambda: self._forget(batch))
 
     def take(self, fill: Callable[[Transformer], None], version: int, drop: bool = False) -> None:
-        """Have `fill` write other weights into the model before the next step, and wait for it.
+        """Calls `fill` to write other weights into the model before the next step, and waits for it.
 
-        Answers under way go on with the new weights, on what they have read with the old ones; or are begun again (drop).
+        Answers in progress continue with the new weights, on cache entries of the old ones; or restart (drop).
         """
         done = Future[None]()
 
@@ -103,7 +103,7 @@ class LiveEngine:
         done.result()
 
     def close(self) -> None:
-        """End the thread after the step that is under way; whoever waits for answers hears of it."""
+        """Ends the thread after the current step; callers that wait for answers get an error."""
         self._work.put(None)
         self._thread.join()
 
@@ -136,7 +136,7 @@ class LiveEngine:
     def _step(self) -> None:
         try:
             changed = self.engine.step()
-        except Exception as error:  # whatever a kernel may raise: those who wait hear of it
+        except Exception as error:  # any error of a kernel is passed on to the waiting callers
             self._fail(error)
             return
         self._steps += 1
@@ -147,7 +147,7 @@ class LiveEngine:
                 asked.batch.news.put((asked.place, made))
 
     def _fail(self, error: Exception) -> None:
-        """End all that is under way."""
+        """Ends all batches with an error."""
         for batch in {*self._held, *(asked.batch for asked in self._active.values())}:
             batch.news.put(error)
         list(map(self.engine.cancel, self._active))
@@ -178,6 +178,6 @@ class LiveEngine:
 
 
 def _spans(versions: list[tuple[int, int]], end: int) -> tuple[tuple[int, int, int], ...]:
-    """(version, first, behind the last) of those that have made a token."""
+    """(version, start, end) of each version that has generated a token."""
     ends = [*(start for _, start in versions[1:]), end]
     return tuple((v, start, stop) for (v, start), stop in zip(versions, ends, strict=True) if stop > start)

@@ -1,4 +1,4 @@
-"""One engine of a fleet that is a program of others, as it runs on a Ray worker. Ray is not needed to import it."""
+"""One external engine of a fleet, as it runs on a Ray worker. Importing it does not need Ray."""
 
 import os
 
@@ -9,24 +9,24 @@ from finback.runs import provenance
 
 
 class ProgramEngine:
-    """Starts the program on the worker's machine, in the room that Ray has set aside; it ends with the worker."""
+    """Starts the program on the worker's machine, within the resources Ray has reserved; it ends with the worker."""
 
     def __init__(self, program: EngineProgram, flags: tuple[str, ...]) -> None:
-        """flags: what makes it an engine to learn from, before the user's own."""
+        """flags: flags for training, which come before the user's own."""
         self.program, self.flags = program, flags
         self._process: EngineProcess | None = None
         self._has_weights = False
 
     def software(self) -> dict[str, str]:
-        """Versions that have to be the trainer's."""
+        """Versions that must equal the trainer's."""
         return provenance.software()
 
     def pid(self) -> int:
-        """Of the worker's process."""
+        """pid of the worker's process."""
         return os.getpid()
 
     def start(self, model: str) -> str:
-        """Its address, once it answers with the model of a folder."""
+        """Starts it with the model in a folder. Returns its address once it answers."""
         host, port = ray_cluster.node_address(), free_port()
         command = self.program.command(model, host, port, self.flags)
         environment = self.program.environment(TRAINING_ENVIRONMENT[self.program.engine])
@@ -40,7 +40,7 @@ class ProgramEngine:
         return process.url
 
     def announce(self) -> None:
-        """Tell other ranks of it: it has the weights of the day."""
+        """Makes it visible to other ranks, once it has the current weights."""
         self._has_weights = True
 
     def url(self) -> str:
@@ -48,5 +48,5 @@ class ProgramEngine:
         return self._process.url if self._process is not None and self._has_weights else ""
 
     def is_well(self) -> bool:
-        """Whether it runs, and says that it is well."""
+        """Whether it is running and healthy."""
         return self._process is not None and self._process.is_well()

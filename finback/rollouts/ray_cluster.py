@@ -1,6 +1,6 @@
-"""Ray, as far as a fleet needs it: joining it, room for actors, calls with a limit, and what goes wrong. Imported by nobody else.
+"""What a fleet needs of Ray: joining it, reserving resources, calls with a timeout, and errors. The only file that uses Ray.
 
-Ray itself is imported when a fleet is opened, and not before.
+Ray is imported when a fleet is opened, not before.
 """
 
 import os
@@ -14,16 +14,16 @@ from finback.config import UserError
 from finback.extras import how_to_get
 from finback.parallel.mesh import World
 
-PLACING = 60.0  # seconds in which Ray has to find room
-THREADS = 64  # calls that an actor works on at once
+PLACING = 60.0  # timeout for Ray to find resources, in seconds
+THREADS = 64  # concurrent calls of an actor
 NAMESPACE = "finback"
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a fleet wants of Ray."""
+    """The resources that a fleet wants from Ray."""
 
-    # of its actors, with a number behind it
+    # prefix of its actors' names, followed by a number
     name: str
     n: int
     num_cpus: int
@@ -32,7 +32,7 @@ class Room:
 
 
 class Cluster:
-    """A Ray that this process has joined, with a bundle of CPUs and GPUs set aside for each actor; rank 0 holds them."""
+    """A Ray that this process has joined, with a bundle of CPUs and GPUs reserved for each actor; rank 0 owns them."""
 
     def __init__(self, ray: Any, asked: Room, field: str, is_owner: bool) -> None:
         self.ray, self.asked, self.field, self.is_owner = ray, asked, field, is_owner
@@ -40,11 +40,11 @@ class Cluster:
         self.actors: dict[int, Any] = {}
 
     def reserve(self) -> None:
-        """Set the bundles aside; UserError where Ray has not so much, or others hold it."""
+        """Reserves the bundles; UserError if Ray has too few resources or others hold them."""
         asked, there = self.asked, self.ray.cluster_resources()
         for kind, each in (("CPU", asked.num_cpus), ("GPU", asked.num_gpus)):
             if asked.n * each > (has := there.get(kind, 0.0)):
-                problem = f"{asked.n} engines with {each:g} {kind}s each want {asked.n * each:g}, and Ray has {has:g}"
+                problem = f"{asked.n} engines with {each:g} {kind}s each need {asked.n * each:g}, but Ray has {has:g}"
                 knob = f"num_{kind.lower()}s"
                 raise UserError(f"{self.field}.{knob}", each, problem, "Lower it or n, or add nodes to Ray.")
         bundle = {"CPU": asked.num_cpus} | ({"GPU": asked.num_gpus} if asked.num_gpus else {})
@@ -53,11 +53,11 @@ class Cluster:
             self.ray.get(self.group.ready(), timeout=PLACING)
         except self.ray.exceptions.GetTimeoutError:
             self.leave()
-            problem = f"Ray has found no room for them in {PLACING:.0f} s"
-            raise UserError(f"{self.field}.n", asked.n, problem, "See `ray status`: others may hold it.") from None
+            problem = f"Ray found no resources for them within {PLACING:.0f} s"
+            raise UserError(f"{self.field}.n", asked.n, problem, "See `ray status`: others may use them.") from None
 
     def actor(self, number: int, kind: type, arguments: tuple[Any, ...]) -> Any:
-        """An actor in its bundle, made by the rank that holds them and looked up by the others; RequestFailed without one."""
+        """An actor in its bundle, created by the owner and looked up by other ranks; RequestFailed if there is none."""
         name = f"{self.asked.name}-{number}"
         if not self.is_owner:
             try:
@@ -66,21 +66,21 @@ class Cluster:
                 raise RequestFailed(f"is not there ({error})") from None
         place = self.ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self.group, number)
         options: dict[str, Any] = {"num_cpus": self.asked.num_cpus, "num_gpus": self.asked.num_gpus, "name": name}
-        # started again by whoever gives it weights, and by nobody else
+        # restarted only by the member that loads its weights
         options |= {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": THREADS, "namespace": NAMESPACE}
         try:
             made = self.ray.remote(kind).options(scheduling_strategy=place, **options).remote(*arguments)
-        except ValueError as error:  # the one before it has not left yet
+        except ValueError as error:  # its predecessor has not ended yet
             raise RequestFailed(f"cannot be started: {error}") from None
         self.actors[number] = made
         return made
 
     def put(self, value: Any) -> Any:
-        """A reference that actors are given instead of a large value."""
+        """A reference that is passed to actors instead of a large value."""
         return self.ray.put(value)
 
     def get(self, call: Any, seconds: float) -> Any:
-        """What a call returns; RequestFailed where its actor is gone or takes longer, a final one for a UserError there."""
+        """What a call returns. RequestFailed if its actor is gone or too slow; a final one for a UserError there."""
         errors = self.ray.exceptions
         try:
             return self.ray.get(call, timeout=seconds)
@@ -94,7 +94,7 @@ class Cluster:
             raise RequestFailed(f"was lost ({type(error).__name__})") from None
 
     def next(self, calls: Any, seconds: float) -> Any:
-        """The next of an actor's stream of values, as a reference; None at its end."""
+        """The next value of an actor's stream, as a reference; None at its end."""
         ready, _ = self.ray.wait([calls], timeout=seconds)
         if not ready:
             raise RequestFailed(f"silent for {seconds:g} s")
@@ -106,12 +106,12 @@ class Cluster:
             raise RequestFailed(f"was lost ({type(error).__name__})") from None
 
     def end(self, actor: Any) -> None:
-        """End an actor at once, if it is there at all and ours."""
+        """Ends an actor at once, if it exists and is ours."""
         if actor is not None and self.is_owner:
             self.ray.kill(actor)
 
     def leave(self) -> None:
-        """End all actors, and give their bundles back."""
+        """Ends all actors and releases their bundles."""
         if not self.is_owner or not self.ray.is_initialized():
             return
         for actor in self.actors.values():
@@ -123,7 +123,7 @@ class Cluster:
 
 
 def join(asked: Room, field: str, world: World) -> Cluster:
-    """Join Ray, or start one of this run's own; for all ranks at once. UserError where there is none, or too little of it."""
+    """Joins Ray, or starts one for this run. Collective. UserError if there is none, or it has too few resources."""
     ray = _imported(field)
     address = ""
     if world.rank == 0:
@@ -140,7 +140,7 @@ def join(asked: Room, field: str, world: World) -> Cluster:
 
 
 def node_address() -> str:
-    """Of the machine that this worker is on, as others reach it."""
+    """Address of this worker's machine, as others reach it."""
     import ray.util
 
     return str(ray.util.get_node_ip_address())
@@ -167,24 +167,24 @@ def _connect(ray: Any, asked: Room, field: str) -> None:
 
 def _init(ray: Any, options: dict[str, Any], field: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # engines on CPUs leave CUDA_VISIBLE_DEVICES alone
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU engines must not change CUDA_VISIBLE_DEVICES
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options, **quiet)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # a stage stops at a safe point, Ray's own handler at once
-    except Exception as error:  # of many kinds
+            signal.signal(signal.SIGTERM, before)  # Ray's handler would stop at once, not at a safe point
+    except Exception as error:  # Ray raises many types
         address = options.get("address", "")
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         if address:
             problem, remedy = (
-                f"no Ray can be joined there: {reason}",
+                f"cannot join Ray there: {reason}",
                 "Start it (`ray start --head`), or correct the address.",
             )
         else:
             problem, remedy = (
                 f"Ray does not start here: {reason}",
-                "See /tmp/ray/session_latest/logs, or join one by its address.",
+                "See /tmp/ray/session_latest/logs, or give the address of a running Ray.",
             )
         raise UserError(f"{field}.address", address, problem, remedy) from None

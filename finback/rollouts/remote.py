@@ -1,4 +1,4 @@
-"""Answers from engines elsewhere, whoever starts them: they get the policy's weights before each step, and share the prompts."""
+"""Rollouts from external engines, however they are started: they receive the policy's weights before each step and share the prompts."""
 
 import secrets
 from abc import abstractmethod
@@ -19,7 +19,7 @@ from finback.rollouts.generation_server import GenerationServer, ServedModel, To
 
 
 class Remote(Protocol):
-    """Knobs that all such engines have."""
+    """Knobs that all external engines have."""
 
     @property
     def dtype(self) -> Literal["auto", "fp32", "bf16"]: ...
@@ -35,31 +35,31 @@ class Remote(Protocol):
 
 
 class RemoteRollouts(Rollouts):
-    """Engines that generate for one stage; on many ranks each asks for its own prompts, and rank 0 sends weights."""
+    """External engines of one stage. Each rank asks for its own prompts; rank 0 sends weights."""
 
-    # prompts at a time, to each engine; None: its share of them at once
+    # concurrent prompts per engine; None: each engine gets its whole share at once
     concurrency: int | None = None
-    # whether engines have no weights but ours, so that they get those of a model that does not learn too
+    # whether engines only ever have our weights, so that they also need those of a model that does not learn
     is_owner = False
 
     def __init__(self, knobs: Remote, policy: PolicyModel, sampling: SamplingParams) -> None:
         super().__init__(policy.config)
         self.knobs, self.policy, self.sampling, self.world = knobs, policy, sampling, World.of(policy.run)
         self.field = f"{policy.run.name}.rollouts"
-        # names of versions begin with it, so that another run's weights are never taken for this one's
+        # prefix of version names, so that another run's weights are never mistaken for ours
         self.token = self.world.gather(secrets.token_hex(4))[0]
-        # names of the versions that were sent, each with its number
+        # version names sent so far, with their numbers
         self.sent: dict[str, int] = {}
         self.retries = Retries(knobs.tries, backoff=knobs.backoff)
-        # those that have the weights of this version
+        # engines that have the current weights
         self.ready: list[GenerationServer] = []
         self.servers: list[GenerationServer] = []
-        # looks at log-probabilities that are still to come: at the first weights, and at the first that were learnt
+        # remaining checks of log-probabilities: at the first weights, and after the first update
         self.probes = 2 if policy.learns else 1
 
     @property
     def served(self) -> ServedModel:
-        """What answers have to fit."""
+        """What answers must match."""
         config, policy, narrowed = self.policy.config, self.policy, self.sampling.return_sampling_mask
         return ServedModel(
             config.vocab_size,
@@ -71,19 +71,19 @@ class RemoteRollouts(Rollouts):
 
     @property
     def sends(self) -> bool:
-        """Whether engines are given weights."""
+        """Whether weights are sent to engines."""
         return self.policy.learns or self.is_owner
 
     @abstractmethod
     def _write(self, model: Transformer, label: str) -> tuple[Any, int]:
-        """Put weights where engines find them: what their `load` takes, and its bytes."""
+        """Stores weights where engines find them. Returns what `load` takes, and the bytes."""
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
     def _take_weights(self, version: int) -> int:
-        """Send the weights to every server, and look at what they make of them the first two times.
+        """Sends the weights to every server, and checks its log-probabilities the first two times.
 
-        Later a server that does not take them is left out of the step; it gets the next ones.
+        Later, a server that fails to take weights is skipped in this step and gets the next ones.
         """
         model, is_early = self.policy.weights(), self.probes > 0
         if self.sends:
@@ -99,7 +99,7 @@ class RemoteRollouts(Rollouts):
         return sent if self.policy.run.is_writer else 0
 
     def _send(self, model: Transformer, version: int, is_early: bool) -> tuple[list[str], int]:
-        """Addresses of the servers that have the weights now, and the bytes that they have read."""
+        """Addresses of the servers that now have the weights, and the bytes that they have read."""
         weights, size = self._write(model, self._label(version)) if self.sends else (None, 0)
 
         def load(server: GenerationServer) -> str:
@@ -122,20 +122,20 @@ class RemoteRollouts(Rollouts):
             self.policy.run.say(f"{self.policy.run.name:10} warning: {url} has missed new weights: {problem}")
         if len(lost) == len(self.servers):
             said = "; ".join(f"{url}: {problem}" for url, problem in lost.items())
-            remedy = "Start them again, then give the same command again: the run goes on where it was."
-            raise UserError(self.field, ", ".join(lost), f"no server takes the weights: {said}", remedy)
+            remedy = "Start them again, then run the same command: the run continues where it stopped."
+            raise UserError(self.field, ", ".join(lost), f"no server accepts the weights: {said}", remedy)
         ready = [server.url for server in self.servers if server.url not in lost]
         return ready, size * len(ready)
 
     def _look(self, model: Transformer, version: int, problems: Sequence[str]) -> None:
-        """Compare each server's log-probabilities with the model's; UserError where one does not even have the weights."""
+        """Compares each server's log-probabilities with the model's; UserError if one cannot load the weights at all."""
         for server, problem in zip(self.servers, problems, strict=True):
             try:
                 if problem:
                     raise RequestFailed(problem)
                 server_checks.check_logprobs(server, self._probe(version), model, self._probe_gap)
             except RequestFailed as error:
-                raise server.unfit(f"failed: {error}", "See its log; correct it and start it again.") from None
+                raise server.unfit(f"failed: {error}", "See its log; fix it and start it again.") from None
 
     def _label(self, version: int) -> str:
         return f"{self.token}-{version}"
@@ -147,7 +147,7 @@ class RemoteRollouts(Rollouts):
 
     @property
     def dtypes(self) -> tuple[str, str]:
-        """Of the trainer's products, and of the matrices that are sent."""
+        """Precision of the trainer's products, and of the matrices sent."""
         return self.policy.compute, self._dtype
 
     @property
@@ -162,7 +162,7 @@ class RemoteRollouts(Rollouts):
     ) -> Iterator[tuple[int, Completion]]:
         def ask(server: GenerationServer, places: Sequence[int]) -> Iterator[tuple[int, TokenAnswer]]:
             asked = [self._prompt(prompts[place], sampling, seeds[place], self.version) for place in places]
-            # those before an engine has taken the newest, and all that come while it answers
+            # the last versions before an engine has the newest, and all that arrive while it answers
             flying, first = self.policy.in_flight != "none", max(0, len(self.sent) - 2)
             for number, answer in server.answers(asked):
                 server_checks.check_version(server, answer, list(self.sent)[first:] if flying else ())
@@ -173,7 +173,7 @@ class RemoteRollouts(Rollouts):
             yield place, self._completion(answer)
 
     def _probe(self, version: int) -> TokenPrompt:
-        """What servers are probed with: the stage's own sampling, so that its log-probabilities have to be the stage's."""
+        """The prompt for checking servers, with the stage's own sampling, so that its log-probabilities are comparable."""
         ids, room = server_checks.probe_ids(self.policy)
         warm = self.sampling.temperature or 1.0
         sampling = replace(self.sampling, temperature=warm, max_tokens=room, ignore_eos=True)

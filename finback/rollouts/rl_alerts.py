@@ -1,4 +1,4 @@
-"""What a person should look at in a stage of RL, from its metrics: for the page and for `finback show`. No torch here."""
+"""Warnings about an RL stage, from its metrics, for the page and `finback show`. Does not import torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,19 +9,19 @@ from finback.rollouts import rl_health
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.thinning import Line
 
-Alert = tuple[str, str, int | None, str]  # its kind, whose values, from which step on, and in words
+Alert = tuple[str, str, int | None, str]  # kind, metric, first step, and text
 
-# of old tokens, nats per token: beyond, ratios of a few tokens decide an update
+# KL of old tokens, nats per token; beyond it, the ratios of a few tokens dominate an update
 MOST_KL = 0.1
-# updates that tokens may be behind without a correction; others find 0 to 2 harmless
+# largest age of tokens, in updates, without a correction; 0 to 2 is harmless according to the literature
 UNCORRECTED = 2
-WAITED = 20  # steps whose mean says who waits
+WAITED = 20  # steps over which idle shares are averaged
 MOST_IDLE = 0.5
-MOST_CUT = 0.3  # of tokens that a correction masks or bounds
+MOST_CUT = 0.3  # share of tokens that a correction masks or bounds
 
 
 def alerts(config: Mapping[str, Any], table: MetricsTable) -> Iterator[Alert]:
-    """Trainer and engine apart, tokens too old, corrections that take most, who waits for whom, steps that teach nothing.
+    """Mismatch of trainer and engine, old tokens, corrections that act often, idle time, and steps without a gradient.
 
     config: the stage's knobs as JSON.
     """
@@ -34,7 +34,7 @@ def alerts(config: Mapping[str, Any], table: MetricsTable) -> Iterator[Alert]:
 
 
 def _gaps(config: Mapping[str, Any], table: MetricsTable, steps: Line) -> Iterator[Alert]:
-    """Of steps whose tokens the newest weights have made; or of all where a bound was asked for."""
+    """For steps with tokens of the newest weights; for all steps if max_gap is set."""
     asked = config.get("max_gap")
     allowed = rl_health.max_gap(asked, config.get("compute"))
     values, (rows, _) = table.filled("gap_max"), table.column("gap_max")
@@ -50,7 +50,7 @@ def _old(config: Mapping[str, Any], table: MetricsTable, steps: Line) -> Iterato
     over = np.flatnonzero((ages > 0) & (kl > MOST_KL))
     if len(over):
         step = int(steps[over[0]])
-        text = f"tokens of older weights are {kl[over[0]]:.2g} nats from those that learn at step {step}, more than {MOST_KL:g}"
+        text = f"tokens of older weights are {kl[over[0]]:.2g} nats from the trainer's weights at step {step}, more than {MOST_KL:g}"
         yield "mismatch", "mismatch_kl", step, f"{text}: lower max_staleness or lr, or add a correction"
     correction = (config.get("objective") or {}).get("correction") or {}
     is_corrected = correction.get("mode", "none") != "none" or correction.get("geometric_mask") is not None
@@ -71,13 +71,13 @@ def _cut(table: MetricsTable, steps: Line) -> Iterator[Alert]:
 
 
 def _waiting(config: Mapping[str, Any], table: MetricsTable, steps: Line) -> Iterator[Alert]:
-    """Whether trainer or engines do nothing most of the time, of late."""
+    """Whether the trainer or the engines were mostly idle recently."""
     has_fleet = isinstance(config.get("rollouts"), dict) and config["rollouts"].get("type") == "Fleet"
-    more = "add engines" if has_fleet else "have a fleet or more servers answer"
-    fewer = "take engines away" if has_fleet else "fewer servers would do"
+    more = "add engines" if has_fleet else "use a fleet or more servers"
+    fewer = "use fewer engines" if has_fleet else "fewer servers would do"
     for name, who, remedy in (
         ("trainer_idle", "the trainer waits for answers", more),
-        ("engines_idle", "those who answer wait for the trainer", f"{fewer}, or raise max_staleness"),
+        ("engines_idle", "the engines wait for the trainer", f"{fewer}, or raise max_staleness"),
     ):
         _, values = table.column(name)
         if len(values) >= WAITED and (share := float(np.mean(values[-WAITED:]))) > MOST_IDLE:

@@ -1,4 +1,4 @@
-"""Problems -> completions -> verdicts, what evaluation, probes and RL all do; and completions -> training batches."""
+"""Problems -> completions -> verdicts, for evaluation, probes and RL; and completions -> training batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer to one problem, judged."""
+    """One answer to one problem, with its verdict."""
 
     problem: Problem
     prompt: list[int]
@@ -44,19 +44,19 @@ def rollout(
     sampling: SamplingParams,
     think: bool = False,
 ) -> list[Rollout]:
-    """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
+    """Answers each problem once; `think` opens the chain for the model. An answer cut off within its chain is wrong."""
     window = Window(tokenizer, generator.model_config, sampling.max_tokens, think)
-    # a group's answers are to one question, which is encoded once
+    # answers of a group share a question, which is encoded once
     encoded = {question: window.prompt(p) for question, p in {p.question: p for p in problems}.items()}
     asked = [encoded[problem.question] for problem in problems]
     prompts = [ids for ids, _ in asked]
-    for ids, problem in zip(prompts, problems, strict=True):  # before anything is answered
+    for ids, problem in zip(prompts, problems, strict=True):  # check all before answering any
         if len(ids) + sampling.max_tokens > window.size:
             raise window.too_long(problem)
     completions = generator.generate(prompts, sampling, seeds)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
     responses = [parse_response(THINK * opened + text) for text, (_, opened) in zip(texts, asked, strict=True)]
-    # an answer that was cut off, or whose chain never ends, is not even looked at
+    # an answer that was cut off, or whose chain never ends, is not checked
     whole = [c.finish_reason == "stop" and r.closed for c, r in zip(completions, responses, strict=True)]
     pairs = [(p, r.answer) for p, r, ok in zip(problems, responses, whole, strict=True) if ok]
     verdicts = iter(judged(task, pairs))
@@ -67,7 +67,7 @@ def rollout(
 
 
 def record(r: Rollout) -> dict[str, Any]:
-    """A rollout as a line of a JSONL file."""
+    """A rollout as a row of a JSONL file."""
     return {
         "question": r.problem.question,
         "gold": r.problem.answer,
@@ -91,7 +91,7 @@ def batches(rows: Sequence[tuple[Rollout, float]], micro_tokens: int) -> list[Ba
 
 
 def in_parts(rows: Sequence[T], width: Callable[[T], int], micro_tokens: int) -> Iterator[Sequence[T]]:
-    """Rows, longest first, in parts of at most micro_tokens tokens once each is padded to its part's first."""
+    """Splits rows, longest first, so that each part has at most micro_tokens tokens when padded to its first row."""
     start = 0
     while start < len(rows):
         stop = start + max(1, micro_tokens // width(rows[start]))
@@ -100,26 +100,26 @@ def in_parts(rows: Sequence[T], width: Callable[[T], int], micro_tokens: int) ->
 
 
 def padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
-    """A row for each answer, its prompt included, without the experts that it was sent to."""
+    """A batch with one row per answer, prompt included, without routed experts."""
     shape = len(rows), max(r.length for r, _ in rows)
     tokens, padding_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     labels, logprobs = torch.full(shape, IGNORE), torch.zeros(shape)
     for row, (r, _) in enumerate(rows):
         prompt, end = len(r.prompt), r.length
         tokens[row, :end] = torch.tensor(r.prompt + r.completion.tokens)
-        padding_mask[row, : end - 1] = True  # an answer's last token is never read, however long the rows beside it are
+        padding_mask[row, : end - 1] = True  # the model never reads an answer's last token
         labels[row, prompt - 1 : end - 1] = torch.tensor(r.completion.tokens)
         logprobs[row, prompt - 1 : end - 1] = torch.tensor(r.completion.logprobs)
     tokens, labels, mask, logprobs = (
         t[:, :-1] for t in (tokens, labels, padding_mask, logprobs)
-    )  # the last predicts nothing
+    )  # the last token predicts nothing
     advantages = torch.tensor([a for _, a in rows])
     kept = kept_ids([ids for r, _ in rows for ids in r.completion.sampling_mask or ()])
     return Batch(tokens, labels, shape[1] - 1, mask, rollout_logprobs=logprobs, advantages=advantages, kept=kept)
 
 
 def kept_ids(masks: Sequence[np.ndarray]) -> Tensor | None:
-    """(tokens, most) the ids that each of the answers' tokens was drawn from, filled up with -1; None without tokens."""
+    """(tokens, most) ids that each token of the answers was drawn from, padded with -1; None without tokens."""
     if not masks:
         return None
     kept = torch.full((len(masks), max(map(len, masks))), -1, dtype=torch.int32)
@@ -129,7 +129,7 @@ def kept_ids(masks: Sequence[np.ndarray]) -> Tensor | None:
 
 
 def _routes(rows: Sequence[Rollout], seq_len: int) -> Tensor | None:
-    """(rows, seq_len, layers, k) of all tokens that are read, -1 for padding; None where not all rows have them."""
+    """(rows, seq_len, layers, k) experts of all tokens that are read, -1 for padding; None if any row lacks them."""
     known = [ids for r in rows if (ids := routes_of(r)) is not None]
     if len(known) < len(rows):
         return None
@@ -140,7 +140,7 @@ def _routes(rows: Sequence[Rollout], seq_len: int) -> Tensor | None:
 
 
 def routes_of(r: Rollout) -> Tensor | None:
-    """(tokens, layers, k) the experts of all tokens but the last, which nobody reads, where they are known."""
+    """(tokens, layers, k) experts of all tokens but the last, which is never read; None if unknown."""
     ids = r.completion.routed_experts
     assert ids is None or len(ids) == r.length - 1, "experts for all tokens but the last"
     return None if ids is None else torch.from_numpy(ids.astype("int16"))

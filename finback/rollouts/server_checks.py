@@ -1,4 +1,4 @@
-"""Whether a server answers as the model that is trained: its tokenizer, its log-probabilities, its version of the weights."""
+"""Checks that a server agrees with the model in training: tokenizer, log-probabilities, version of the weights."""
 
 from collections.abc import Collection
 
@@ -12,26 +12,26 @@ from finback.rollouts.generation import PolicyModel
 from finback.rollouts.generation_server import TEXTS, GenerationServer, TokenAnswer, TokenPrompt
 from finback.rollouts.rollouts import kept_ids
 
-PROBED = 48, 16  # tokens of the prompt that is probed, and of the answer
+PROBED = 48, 16  # tokens of the test prompt, and of its answer
 
 
 def has_tokenizer(server: GenerationServer, tokenizer: Tokenizer, remedy: str) -> bool:
-    """Whether it has one; UserError where a text has other ids there."""
+    """Whether it has a tokenizer; UserError if it tokenizes a text differently."""
     for text in TEXTS:
         try:
             theirs = server.tokenize(text)
         except RequestFailed as error:
-            raise server.unfit(f"does not say how it reads a text: {error}", "See its log.") from None
+            raise server.unfit(f"cannot tokenize a text: {error}", "See its log.") from None
         if theirs is None:
             return False
         if theirs != (ours := tokenizer.encode(text)):
-            problem = f"another tokenizer: {text!r} has the ids {_shown(theirs)} there and {_shown(ours)} here"
+            problem = f"different tokenizer: {text!r} has the ids {_shown(theirs)} there and {_shown(ours)} here"
             raise server.unfit(problem, remedy)
     return True
 
 
 def probe_ids(policy: PolicyModel) -> tuple[list[int], int]:
-    """A prompt that every model can read, and how many tokens of an answer fit behind it."""
+    """A prompt that every model can read, and how many tokens of an answer fit after it."""
     window, (longest, answer) = policy.config.max_position_embeddings, PROBED
     ids = policy.tokenizer.encode(" ".join(TEXTS))
     ids = [policy.tokenizer.bos, *ids] if policy.tokenizer.bos >= 0 else ids
@@ -40,27 +40,27 @@ def probe_ids(policy: PolicyModel) -> tuple[list[int], int]:
 
 
 def check_logprobs(server: GenerationServer, prompt: TokenPrompt, model: Transformer, most: float) -> float:
-    """How far the server's log-probabilities are from the trainer's, in nats at most; UserError above `most`."""
+    """Largest difference between the server's and the trainer's log-probabilities, in nats; UserError above `most`."""
     answer = server.answer(prompt)
     check_version(server, answer)
     if server.model.return_routed_experts and answer.routed_experts is None:
         remedy = "Start it with --enable-return-routed-experts, or leave out routing_replay."
-        raise server.unfit("does not say which experts it has sent tokens to", remedy)
+        raise server.unfit("does not report which experts it has routed tokens to", remedy)
     ours = _scored(model, prompt, answer)
     gap = max(abs(theirs - own) for theirs, own in zip(answer.logprobs, ours, strict=True))
     if not gap <= most:  # also when it is NaN
-        problem = f"its log-probabilities differ from the trainer's by {gap:.2g} nats, and {most:g} is the most"
+        problem = f"its log-probabilities differ from the trainer's by {gap:.2g} nats, more than {most:g}"
         remedy = (
-            "It must serve this model, in this precision, with log-probabilities at the temperature and behind top_k and top_p "
-            "(vLLM: --logprobs-mode processed_logprobs), or raise rollouts.probe_gap knowingly."
+            "It must serve this model, in this precision, with log-probabilities after temperature, top_k and top_p "
+            "(vLLM: --logprobs-mode processed_logprobs), or raise rollouts.probe_gap if you know why they differ."
         )
         raise server.unfit(problem, remedy)
     return gap
 
 
 def check_version(server: GenerationServer, answer: TokenAnswer, accepted: Collection[str] = ()) -> None:
-    """UserError where other weights have answered than those that were sent or first seen, or, of an answer that others may have
-    gone on with, than the accepted ones."""
+    """Raises UserError if an answer comes from other weights than those sent or first seen, or, if its weights may change during
+    the answer, than the accepted ones."""
     said = server.version() if answer.versions is None else None
     versions = {said} if answer.versions is None else {version for version, _, _ in answer.versions}
     if versions == {None}:
@@ -69,14 +69,14 @@ def check_version(server: GenerationServer, answer: TokenAnswer, accepted: Colle
     wanted = {server.expected, *accepted}
     if not versions <= wanted:
         others = ", ".join(sorted(repr(v) for v in versions if v not in wanted))
-        problem = f"answers with weights {others}, not with {server.expected!r}, which it was given last"
-        remedy = "Nothing else may give it weights, nor start it again in mid-step. Give the same command again."
+        problem = f"answers with weights {others}, not with {server.expected!r}, which were sent last"
+        remedy = "Nothing else may load weights into it or restart it during a step. Run the same command again."
         raise server.unfit(problem, remedy)
 
 
 @torch.no_grad()
 def _scored(model: Transformer, prompt: TokenPrompt, answer: TokenAnswer) -> list[float]:
-    """The trainer's log-probabilities of an answer's tokens, drawn as the prompt says."""
+    """The trainer's log-probabilities of an answer's tokens, with the prompt's sampling parameters."""
     was_training, start = model.training, len(prompt.token_ids) - 1
     device = model.embed.device
     ids = torch.tensor([[*prompt.token_ids, *answer.tokens[:-1]]], device=device)

@@ -1,6 +1,6 @@
-"""vLLM, SGLang and finback as servers that generate for a trainer: their requests, replies and updates of weights.
+"""vLLM, SGLang and finback as servers that generate for a trainer: requests, replies and weight updates.
 
-Forms of vLLM 0.32 and SGLang 0.5.23. No torch here.
+Formats of vLLM 0.32 and SGLang 0.5.23. Does not import torch.
 """
 
 import base64
@@ -21,11 +21,11 @@ from finback.rollouts.generation_server import (
 )
 from finback.runs import npy
 
-SEEDS = 1 << 31  # of SGLang's
+SEEDS = 1 << 31  # range of SGLang's seeds
 
 
 class VllmServer(GenerationServer):
-    """vLLM: its token route, or completions where that is off; weights are read again by its workers (`reload_method`)."""
+    """vLLM: its token route, or completions if that is off; its workers reload weights from files (`reload_method`)."""
 
     kind = "vLLM"
     reload_method = "reload_weights"
@@ -51,7 +51,7 @@ class VllmServer(GenerationServer):
             "top_p": prompt.top_p,
             "seed": prompt.seed,
             "stop_token_ids": list(prompt.stop_token_ids),
-            # the model's own end of sequence is among them, and nothing else ends an answer
+            # the model's own end of sequence is in stop_token_ids, and nothing else may end an answer
             "ignore_eos": True,
             "logprobs": 1,
         }
@@ -77,7 +77,7 @@ class VllmServer(GenerationServer):
         )
 
     def _of_completions(self, prompt: TokenPrompt) -> TokenAnswer:
-        """POST /v1/completions, which says nothing of masks and versions."""
+        """POST /v1/completions, which reports neither masks nor versions."""
         body = {
             "model": self.name,
             "prompt": list(prompt.token_ids),
@@ -105,11 +105,11 @@ class VllmServer(GenerationServer):
         except RequestFailed as error:
             if not error.final:
                 raise
-            remedy = "Start it with VLLM_SERVER_DEV_MODE=1, on a network that nobody else reaches."
-            raise self.unfit(f"takes no weights ({error})", remedy) from None
+            remedy = "Start it with VLLM_SERVER_DEV_MODE=1, on a network that nobody else can reach."
+            raise self.unfit(f"does not accept weights ({error})", remedy) from None
         try:
             with self._woken():
-                # kwargs travel as text
+                # kwargs are passed as text
                 body = {"method": self.reload_method, "kwargs": {"weights_path": str(weights)}}
                 self.client.reply("/collective_rpc", body)
             self.client.reply("/update_weight_version", {"new_version": version})
@@ -118,7 +118,7 @@ class VllmServer(GenerationServer):
             self.client.reply("/resume", {})
 
     def _sleep(self) -> None:
-        self.client.reply("/sleep?level=2", {})  # new weights come before anything is asked
+        self.client.reply("/sleep?level=2", {})  # level 2 discards the weights; new ones arrive before the next request
 
     def _wake(self, tag: str) -> None:
         self.client.reply(f"/wake_up?tags={tag}", {})
@@ -133,7 +133,7 @@ class VllmServer(GenerationServer):
 
 
 class DiskUpdates(GenerationServer):
-    """Takes weights by POST /update_weights_from_disk."""
+    """Loads weights with POST /update_weights_from_disk."""
 
     def load(self, weights: Path, version: str) -> None:
         body: dict[str, Any] = {"model_path": str(weights), "weight_version": version, "flush_cache": True}
@@ -145,18 +145,18 @@ class DiskUpdates(GenerationServer):
             except RequestFailed as error:
                 if not error.final:
                     raise
-                raise self.unfit(f"takes no weights ({error})", self.refusing) from None
+                raise self.unfit(f"does not accept weights ({error})", self.refusing) from None
             if object_of(reply, "success") is not True:
-                raise RequestFailed(f"the weights were not taken: {str(reply.get('message'))[:200]}")
+                raise RequestFailed(f"the weights were not loaded: {str(reply.get('message'))[:200]}")
 
-    refusing = "See what it says of the folder, which it must see under the same path."
+    refusing = "Check its message; it must see the folder under the same path."
 
 
 class FinbackServer(DiskUpdates, VllmServer):
-    """finback's own: vLLM's token route, and SGLang's way of taking weights."""
+    """finback's own server: vLLM's token route, and SGLang's way of loading weights."""
 
     kind = "finback"
-    refusing = "Start it with --allow-weight-updates FOLDER, which this run's folder of weights lies within."
+    refusing = "Start it with --allow-weight-updates FOLDER, which must contain this run's folder of weights."
 
 
 class SglangServer(DiskUpdates):
@@ -167,7 +167,7 @@ class SglangServer(DiskUpdates):
 
     def _answer(self, prompt: TokenPrompt) -> TokenAnswer:
         if self.model.return_sampling_mask:
-            raise self.unfit("its log-probabilities do not count what top_k and top_p leave", self.without_masks)
+            raise self.unfit("its log-probabilities are not renormalized after top_k and top_p", self.without_masks)
         params = {
             "max_new_tokens": prompt.max_tokens,
             "temperature": prompt.temperature,
@@ -222,7 +222,7 @@ class SglangServer(DiskUpdates):
         self.client.reply("/resume_memory_occupation", {"tags": [tag]})
 
     def _experts(self, given: str | None, rows: int) -> np.ndarray | None:
-        """int32 without a header, for which the model has the shape."""
+        """int32 without a header; the shape follows from the model."""
         if given is None:
             return None
         found = np.frombuffer(base64.b64decode(given), dtype=np.int32)
@@ -236,14 +236,14 @@ KINDS: dict[str, type[GenerationServer]] = {"vllm": VllmServer, "sglang": Sglang
 
 
 def find_server(url: str, client: Client, field: str, model: ServedModel) -> GenerationServer:
-    """The server at an address, by what it says of itself; UserError where it is none of those that finback knows."""
+    """The server at an address, identified by its replies; UserError if finback does not know the program."""
     cards = object_of(client.reply("/v1/models"), "data")
     owner, name = (str(object_of(cards, 0, key)) for key in ("owned_by", "id"))
     kind = KINDS.get(owner.lower())
     server = (kind or VllmServer)(url, client, name, field, model)
     if kind is None:
         server.kind = repr(owner)
-        raise server.unfit("not a program that finback knows", "Serve with vLLM, SGLang or `finback serve`.")
+        raise server.unfit("not a known program", "Serve with vLLM, SGLang or `finback serve`.")
     return server
 
 

@@ -1,4 +1,4 @@
-"""Answers from servers: vLLM, SGLang or finback, which get the policy's weights before each step as files."""
+"""Rollouts from servers (vLLM, SGLang or finback) that load the policy's weights from files before each step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,36 +15,36 @@ from finback.rollouts.remote import RemoteRollouts
 from finback.rollouts.server_kinds import FinbackServer, VllmServer, find_server
 from finback.rollouts.weight_files import WeightFiles
 
-SAME = "Serve the model that is trained, with the tokenizer that lies beside it."
-LONGEST_REPLY = 1 << 30  # bytes; the experts of a long answer alone are megabytes
+SAME = "Serve the model that is trained, with its own tokenizer."
+LONGEST_REPLY = 1 << 30  # bytes; routed experts of a long answer take megabytes
 
 
 @dataclass(frozen=True)
 class Servers(Backend):
-    """Servers generate: any number of vLLM, SGLang or `finback serve`, found out by asking them; they share the prompts.
+    """Servers generate: any number of vLLM, SGLang or `finback serve`, detected by asking them; they share the prompts.
 
-    Before the first step their tokenizers and log-probabilities are compared with those of the model that is trained.
+    Before the first step, their tokenizers and log-probabilities are compared with the model in training.
     """
 
-    # such as http://127.0.0.1:8000
+    # servers, such as http://127.0.0.1:8000
     urls: tuple[str, ...]
-    # which this process and the servers see under the same path, for the weights; "": the stage's own
+    # folder for weights that this process and the servers see under the same path; "": the stage's own
     folder: str = ""
-    # of the weights that are sent; auto: that in which the trainer computes
+    # precision of the weights sent to servers; auto: the one in which the trainer computes
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    # largest distance from the trainer's log-probabilities before the first step, in nats; None: 1e-3 in fp32, 0.1 in bf16
+    # largest allowed difference from the trainer's log-probabilities before the first step, in nats; None: 1e-3 in fp32, 0.1 in bf16
     probe_gap: float | None = None
-    # a file that holds the key, if the servers want one
+    # file that holds the key, if the servers need one
     key_file: str | None = None
-    # requests at a time, to each server
+    # concurrent requests to each server
     concurrency: int = 64
     # seconds that a server may be silent
     timeout: float = 600.0
-    # failures in a row after which a server is asked nothing more in this step
+    # consecutive failures after which a server is not used for the rest of the step
     tries: int = 6
-    # seconds before a server that has failed is asked again, the first time; then twice that
+    # seconds before a failed server is asked again; doubles with each failure
     backoff: float = 1.0
-    # of vLLM's workers, given weights_path
+    # name of vLLM's worker method that reloads weights, called with weights_path
     reload_method: str = "reload_weights"
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Servers(Backend):
         check_positive(self, "rollouts", "probe_gap", "concurrency", "timeout", "tries")
         check_not_negative(self, "rollouts", "backoff")
         if not self.urls or len({*self.urls}) < len(self.urls):
-            raise UserError("rollouts.urls", self.urls, "none, or one of them twice", "Name each server once.")
+            raise UserError("rollouts.urls", self.urls, "empty, or one of them twice", "Name each server once.")
         for url in self.urls:
             check_url(url, "rollouts.urls", "http://127.0.0.1:8000")
 
@@ -91,13 +91,13 @@ class ServerRollouts(RemoteRollouts):
             server.reload_method = knobs.reload_method
         server.drops = self.policy.in_flight == "drop"
         if server.drops and isinstance(server, FinbackServer):
-            raise server.unfit("goes on with answers under way when weights come", 'Use in_flight="continue".')
+            raise server.unfit("continues answers in progress when weights arrive", 'Use in_flight="continue".')
 
     def _write(self, model: Transformer, label: str) -> tuple[Path, int]:
         return self.files.write(model, label, self._dtype)
 
     def close(self) -> None:
-        """Let go of connections, and of the files of weights."""
+        """Releases connections and deletes the files of weights."""
         for client in self.clients.values():
             client.close()
         if self.policy.run.is_writer:
@@ -116,5 +116,5 @@ def connected(clients: dict[str, Client], field: str, model: ServedModel) -> lis
 
 
 def _root(url: str) -> str:
-    """The server's root, which its own routes are at; people write OpenAI's /v1 behind it."""
+    """The server's root, where its own routes are; users often append OpenAI's /v1."""
     return url.rstrip("/").removesuffix("/v1")

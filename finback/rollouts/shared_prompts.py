@@ -1,6 +1,6 @@
-"""Answers to one prompt in one row: the prompt is read once, and the answers behind it see it and not each other.
+"""Answers to one prompt in one row: the prompt is read once, and the answers attend to it but not to each other.
 
-A row holds the prompt without its last token, then each answer behind a copy of that token, which predicts the answer's first.
+A row holds the prompt without its last token, then each answer preceded by a copy of that token, which predicts its first.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ Pair = tuple[Rollout, float]
 
 
 def shared_batches(rows: Sequence[Pair], micro_tokens: int) -> list[Batch]:
-    """Answers with their advantages as batches of at most micro_tokens padded tokens, each prompt read once in its row.
+    """Answers with their advantages as batches of at most micro_tokens padded tokens, with each prompt read once per row.
 
-    A row that would be longer than that becomes several.
+    Rows that would be longer are split into several.
     """
     groups: dict[tuple[int, ...], list[Pair]] = {}
     for pair in rows:
@@ -30,7 +30,7 @@ def shared_batches(rows: Sequence[Pair], micro_tokens: int) -> list[Batch]:
 
 
 def predicting(model: Transformer, batch: Batch) -> Tensor:
-    """What the model makes of the places at which a batch of answers has its labels, (labels, hidden), whichever rows it reads."""
+    """Hidden states (labels, hidden) at the positions that predict the labels of a batch of answers, however its rows are laid out."""
     shared = batch.shared
     if shared is None:
         tokens, padding_mask, _ = batch.inputs
@@ -43,7 +43,7 @@ def predicting(model: Transformer, batch: Batch) -> Tensor:
 def placed_logprobs(model: Transformer, part: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the labels of a batch of answers and their entropies, both (rows, seq_len).
 
-    0 where nothing is learnt and, of rows that are cut, where another part predicts.
+    0 where there is no loss, and where another rank's part of a split row predicts.
     """
     learnt, states = part.learnt, predicting(model, part)
     labels, mine = part.labels[learnt], None if part.shared is None else part.shared.predicted
@@ -66,7 +66,7 @@ def _lines(group: list[Pair], micro_tokens: int) -> list[list[Pair]]:
 
 
 def _width(line: list[Pair]) -> int:
-    """Tokens that a row of these answers reads."""
+    """Tokens that a row with these answers has."""
     return len(line[0][0].prompt) - 1 + sum(len(r.completion.tokens) for r, _ in line)
 
 

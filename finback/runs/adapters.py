@@ -1,6 +1,6 @@
-"""Adapters in files: which folder is one, and which base it belongs to. No torch here.
+"""Adapters in files: recognizing them and finding their base. Does not import torch.
 
-A model may be named by the folder of its adapter, which says where its base is, or as BASE+ADAPTER.
+A model may be named by the folder of its adapter, which names its base, or as BASE+ADAPTER.
 """
 
 from pathlib import Path
@@ -14,33 +14,33 @@ BASE = "base_model_name_or_path"
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter."""
+    """Whether a folder contains an adapter."""
     return (path / CONFIG_FILE).is_file()
 
 
 def split(name: str) -> tuple[str, str]:
-    """BASE+ADAPTER -> both; a name without + or of something that exists -> itself and ""."""
+    """Splits BASE+ADAPTER; a name without +, or of something that exists, gives itself and ""."""
     base, plus, adapter = name.rpartition("+")
     return (base, adapter) if plus and base and adapter and not Path(name).exists() else (name, "")
 
 
 def places(path: Path) -> tuple[Path, Path | None]:
-    """Where the base of a model lies, and its adapter, None where it has none; UserError where one of them is missing.
+    """The paths of a model's base and of its adapter (None if it has none); UserError if one is missing.
 
-    What is named as the hub's is fetched, and nothing else: not the base that an adapter from there names.
+    Only what is itself named as the hub's is fetched: not the base that an adapter from there names.
     """
     name, own = split(str(path))
     path = fetched(Path(name))
     if own:
         if not is_adapter(adapter := fetched(Path(own))):
             problem = f"no {CONFIG_FILE} there"
-            raise UserError("adapter", own, problem, "Name a folder that PEFT or a stage with an adapter has written.")
+            raise UserError("adapter", own, problem, "Give a folder written by PEFT or by a stage with an adapter.")
         return path, adapter
     return (_base_of(path), path) if is_adapter(path) else (path, None)
 
 
 def tokenizer_place(path: Path) -> Path:
-    """Where the tokenizer of a model lies: with its adapter, if it has one that brings its own, else with its base."""
+    """The path of a model's tokenizer: with its adapter if that has one, else with its base."""
     base, adapter = places(path)
     if adapter is not None:
         return adapter if (adapter / "tokenizer.json").is_file() else tokenizer_place(base)
@@ -48,7 +48,7 @@ def tokenizer_place(path: Path) -> Path:
 
 
 def base_name(folder: Path, base: Path) -> str:
-    """How an adapter in a folder names its base: another stage of the run by its name, so that the run can be moved."""
+    """How an adapter's folder names its base: stages of the same run by name, so that the run can be moved."""
     base = base.resolve()
     for root in folder.resolve().parents:
         if (root / RECIPE).is_file() and base.is_relative_to(root):
@@ -63,7 +63,7 @@ def _base_of(adapter: Path) -> Path:
         if name and (root / name).exists():
             return root / name
     problem = f"the base of {adapter} is not here" if name else f"{adapter} does not say what its base is"
-    remedy = f"Name it: BASE+{adapter}"
+    remedy = f"Give it: BASE+{adapter}"
     if name and is_name(Path(name)):
-        remedy = f"Name it, and it is fetched from the hub: {name}+{adapter}"
+        remedy = f"Give it, to fetch it from the hub: {name}+{adapter}"
     raise UserError(BASE, name, problem, remedy)

@@ -1,7 +1,7 @@
-"""What a stage depends on beside its knobs: what the files hold that they name, and the code of the functions in them.
+"""What a stage depends on besides its knobs: contents of the files that they name, and code of functions in them.
 
-No torch here. Knobs tell which files they are by a method `content_files`: the field, and the paths that it names; and of what is no
-file, such as a data set of the hub, the version by `content_versions`.
+Does not import torch. A knob's method `content_files` returns its fields with the paths that they name; `content_versions` returns
+versions of what is not a file, such as a data set of the hub.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from finback.config import UserError
 from finback.runs.provenance import sha256
 
 OWN = Path(__file__).parent.parent
-CODE = f"code of Python {sys.version_info.major}.{sys.version_info.minor}"  # other versions compile to other code
+CODE = f"code of Python {sys.version_info.major}.{sys.version_info.minor}"  # other versions produce different bytecode
 FILES = "files"
 
 
 def digests(stage: Any) -> dict[str, dict[str, str]]:
-    """SHA-256 by knob, such as task.source, of files and of code, and versions; what is not there has none."""
+    """SHA-256 of files and code, and versions, by knob, such as task.source; without what does not exist."""
     found: dict[str, dict[str, str]] = {FILES: {}, CODE: {}}
     for field in dataclasses.fields(stage):
         if field.name not in stage.watched:
@@ -34,7 +34,7 @@ def digests(stage: Any) -> dict[str, dict[str, str]]:
 
 
 def changed(then: Any, now: dict[str, dict[str, str]]) -> tuple[str, str, str] | None:
-    """The first knob whose content is another than it was, with both digests; what only one of them knows is not compared."""
+    """The first knob whose content has changed, with both digests; knobs known to only one of them are not compared."""
     old = then if isinstance(then, dict) else {}
     for kind, knobs in now.items():
         for knob, digest in knobs.items():
@@ -45,7 +45,7 @@ def changed(then: Any, now: dict[str, dict[str, str]]) -> tuple[str, str, str] |
 
 
 def shown(digest: str) -> str:
-    """A digest or a version, as short as a person can tell it from another."""
+    """A short form of a digest or version that people can compare."""
     kind, _, rest = digest.rpartition(" ")
     return f"{kind or 'sha256'} {rest[:12]}"
 
@@ -76,12 +76,12 @@ def _files(value: Any, knob: str) -> Iterator[tuple[str, str, str]]:
             if paths and all(path.is_file() for path in paths):
                 every = "".join(map(sha256, paths))
                 yield FILES, f"{knob}.{field}", hashlib.sha256(every.encode()).hexdigest()
-    except (UserError, OSError):  # the stage says so where it reads them
+    except (UserError, OSError):  # the stage reports this when it reads them
         return
 
 
 def code_digest(function: Any) -> str:
-    """Of what a user's function does: its code and all of the user's own that it calls or names, not its comments."""
+    """Digest of what a user's function does: its code and all user code that it calls or names, without comments."""
     whole = hashlib.sha256()
     for text in _described(function, set()):
         whole.update(text.encode(errors="surrogatepass") + b"\0")
@@ -89,7 +89,7 @@ def code_digest(function: Any) -> str:
 
 
 def _described(value: Any, seen: set[int]) -> Iterator[str]:
-    """What a value is, as texts that are the same in every process."""
+    """Describes a value as texts that are the same in every process."""
     if id(value) in seen:
         return
     if isinstance(value, types.CodeType):
@@ -117,7 +117,7 @@ def _described(value: Any, seen: set[int]) -> Iterator[str]:
 
 
 def _members(value: Any, seen: set[int]) -> Iterator[str]:
-    """Of a function, a method, a class or an object of a class that is the user's own."""
+    """Describes the members of a user's function, method, class or object."""
     function = getattr(value, "__func__", value)
     if isinstance(function, types.FunctionType):
         cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
@@ -155,14 +155,14 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def _is_filled(cell: types.CellType) -> bool:
     try:
-        cell.cell_contents  # noqa: B018 - raises where it is empty
+        cell.cell_contents  # noqa: B018 - raises if it is empty
     except ValueError:
         return False
     return True
 
 
 def _is_users(value: Any) -> bool:
-    """Whether a function, a class or an object is neither Python's, nor finback's, nor of an installed package."""
+    """Whether a function, class or object belongs to the user, not to Python, finback or an installed package."""
     function = getattr(value, "__func__", value)
     if isinstance(function, types.FunctionType):
         return _is_outside(function.__code__.co_filename)

@@ -1,4 +1,4 @@
-"""What a stage declares of the folder it leaves, so that readers need neither its class nor a table of classes."""
+"""What a stage declares about its folder, so that readers need neither its class nor a table of classes."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -8,23 +8,23 @@ Kind = Literal[
 ]
 
 
-DECLARATION = "declaration"  # the key in config.json beside the knobs
+DECLARATION = "declaration"  # key in config.json, next to the knobs
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """Written into config.json beside the knobs: a folder stays readable where the stage's class is not known."""
+    """Written into config.json next to the knobs, so that a folder can be read without the stage's class."""
 
     kind: Kind = "other"
-    # what training optimises, in words; empty where nothing is trained
+    # what training optimizes, in words; "": nothing is trained
     objective: str = ""
-    # sums in its ledger beside seconds and cores; a document that misses one says so
+    # sums that its ledger has besides seconds and cores; documents report missing ones
     ledger: tuple[str, ...] = ()
     # keys of its results
     results: tuple[str, ...] = ()
     # curves to draw: title with unit -> metrics that share the axis
     curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    # knob that says how long it takes at most, in steps or, for a knob of tokens, in tokens
+    # knob that limits its length, in steps, or in tokens for a knob of tokens
     length: str = "steps"
 
     @property
@@ -34,12 +34,12 @@ class Declaration:
 
     @property
     def samples(self) -> bool:
-        """Whether answers are sampled to learn from."""
+        """Whether it samples answers to learn from."""
         return "flops_generation" in self.ledger
 
 
 def from_json(raw: Any) -> Declaration:
-    """A declaration out of a config.json, perhaps of another version: what does not fit keeps its default."""
+    """A declaration from a config.json, perhaps of another version: invalid entries get their default."""
     found: dict[str, Any] = raw if isinstance(raw, dict) else {}
     curves = found.get("curves")
     return Declaration(

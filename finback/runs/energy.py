@@ -1,7 +1,7 @@
-"""Joules by the machine's own counters: RAPL for processor packages and memory, NVML for GPUs. No torch here.
+"""Energy in joules from the machine's counters: RAPL for CPU packages and memory, NVML for GPUs. Does not import torch.
 
-RAPL counts what everybody on the machine uses. Neither counter includes fans, disks or the power supply. Where there
-is no counter to read, runs/ledger.py estimates from the CPU time of the run's processes, which is counted here too.
+RAPL counts all programs on the machine. Neither counter includes fans, disks or the power supply. Without counters,
+runs/ledger.py estimates energy from the CPU time of the run's processes, which is measured here too.
 """
 
 import contextlib
@@ -18,30 +18,30 @@ from finback.runs.provenance import cuda
 
 RAPL = Path("/sys/class/powercap")
 
-# of one counted part: a counter that such a part could have wrapped around between two readings is not trusted
+# maximal power of one component: if a counter could have wrapped around since the last reading, it is not trusted
 WATTS_AT_MOST = 1000.0
-# a counter that went down has turned over, or was reset; more than this, or than half as much again as it was seen to
-# take, says reset
+# a counter that went down has wrapped around, or was reset; more than this power, or half as much again as seen before,
+# means a reset
 WATTS_OVER_THE_TURN = 400.0
 GPU_WATTS_AT_MOST = 2000.0
-# what a counter may be ahead by at once: it is updated at its own times
+# how far a counter may run ahead: it is updated at its own times
 SLACK_JOULES = 100.0
-# counters are read at least so often while a stage logs steps
+# longest time between readings while a stage logs steps, in seconds
 LOOK_SECONDS = 60.0
 
 
 @dataclass
 class Counter:
-    """One counter of microjoules, which begins at 0 again after `turn`."""
+    """A counter of microjoules that wraps around at `turn`."""
 
     path: Path
     turn: int
     last: int
-    # the most that it was seen to take while it went up
+    # highest power seen while it was increasing
     watts: float = 0.0
 
     def joules(self, value: int, gap: float) -> float | None:
-        """Since the last reading, `gap` seconds ago; None where the counter was reset, or says what cannot be."""
+        """Joules since the last reading, `gap` seconds ago; None if the counter was reset or is implausible."""
         turned, joules = value < self.last, (value - self.last) % self.turn / 1e6
         self.last = value
         most = (1.5 * self.watts or WATTS_OVER_THE_TURN) if turned else WATTS_AT_MOST
@@ -53,7 +53,7 @@ class Counter:
 
 
 class Energy:
-    """Joules by the machine's counters since they were last asked for."""
+    """Joules by the machine's counters since the last call."""
 
     def __init__(self, rapl: Path = RAPL) -> None:
         self.counters = [c for c in map(_counter, sorted(rapl.glob("intel-rapl:*"))) if c is not None]
@@ -63,12 +63,12 @@ class Energy:
 
     @property
     def method(self) -> str:
-        """What is read; empty where nothing is."""
+        """The counters in use; "" if there are none."""
         rapl = "RAPL of processor packages and memory" if self.counters else ""
         return " and ".join(part for part in (rapl, f"NVML of {len(self.gpus)} GPUs" if self.gpus else "") if part)
 
     def read(self, now: float | None = None) -> None:
-        """Read all counters; often enough, so that none turns over twice in between."""
+        """Reads all counters; call it often enough that none wraps around twice."""
         now = time.monotonic() if now is None else now
         gap, self.at = max(0.0, now - self.at), now
         for counter in self.counters:
@@ -83,17 +83,17 @@ class Energy:
         self._gpu_last = values
 
     def _add(self, joules: float | None) -> None:
-        """Add what one counter says; one that cannot be believed adds nothing, and nothing is certain then."""
+        """Adds one counter's joules; an implausible one adds nothing and makes the total uncertain."""
         self.joules += joules or 0.0
         self.certain &= joules is not None
 
     def read_if_due(self) -> None:
-        """Read if that was not done lately: cheap enough for every step."""
+        """Reads the counters if the last reading is old; cheap enough for every step."""
         if time.monotonic() - self.at > LOOK_SECONDS:
             self.read()
 
     def take(self) -> float | None:
-        """Joules since the last call; None where nothing can be read, or a counter was not read for too long."""
+        """Joules since the last call; None if nothing can be read, or a counter was not read for too long."""
         if not self.method:
             return None
         self.read()
@@ -103,9 +103,9 @@ class Energy:
 
 
 class CpuTime:
-    """CPU seconds of a run's processes and of what they start, whatever else the machine does meanwhile.
+    """CPU seconds of a run's processes and their children, regardless of other programs.
 
-    `ranks` are a machine's name and a process id of each rank; ranks on other machines count as those here.
+    `ranks`: (host name, process id) of each rank; ranks on other machines are assumed to use as much as those here.
     """
 
     def __init__(self, ranks: Iterable[tuple[str, int]]) -> None:
@@ -115,14 +115,14 @@ class CpuTime:
         self._last = _cpu_seconds(self.pids)
 
     def take(self) -> float | None:
-        """CPU seconds since the last call; None where no process can be asked."""
+        """CPU seconds since the last call; None if no process can be measured."""
         now, last = _cpu_seconds(self.pids), self._last
         self._last = now
         return max(0.0, now - last) / self.share if self.share else None
 
 
 def _cpu_seconds(pids: Iterable[int]) -> float:
-    """Of these processes, of those they started, and of those that have ended since."""
+    """CPU seconds of these processes, their children, and ended children."""
     processes: set[psutil.Process] = set()
     for pid in pids:
         with contextlib.suppress(psutil.Error):
@@ -137,7 +137,7 @@ def _cpu_seconds(pids: Iterable[int]) -> float:
 
 
 def _counter(folder: Path) -> Counter | None:
-    """A package, or memory, which no package includes; cores and graphics are parts of a package, psys is the whole."""
+    """A RAPL counter of a package, or of memory, which packages exclude; cores and graphics are part of a package, psys is the total."""
     try:
         name = (folder / "name").read_text().strip()
         turn = int((folder / "max_energy_range_uj").read_text())
@@ -150,14 +150,14 @@ def _counter(folder: Path) -> Counter | None:
 
 
 def _read(path: Path) -> int | None:
-    try:  # root alone may read it on most machines
+    try:  # on most machines only root may read it
         return int(path.read_text())
     except (OSError, ValueError):
         return None
 
 
 def _gpus() -> list[Any]:
-    """NVML's handles of the GPUs that torch sees; none without pynvml."""
+    """NVML handles of the GPUs that torch sees; [] without pynvml."""
     torch = cuda()
     if torch is None:
         return []
@@ -168,8 +168,8 @@ def _gpus() -> list[Any]:
         ids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
         handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in ids]
         for handle in handles:
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # older GPUs have no such counter
-    except Exception:  # the library's own errors, which cannot be named without it
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # older GPUs lack this counter
+    except Exception:  # the library's own exceptions, which need it to be named
         return []
     return handles
 
@@ -179,5 +179,5 @@ def _millijoules(handle: Any) -> int | None:
 
     try:
         return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-    except Exception:  # a GPU that fell off the bus must not end a run
+    except Exception:  # a failing GPU counter must not end a run
         return None

@@ -1,12 +1,12 @@
-"""The run folder: what a stage reads of earlier ones, and all that a report reads.
+"""The run folder: what a stage reads of earlier ones, and all that reports read.
 
-runs/<recipe>/recipe.json            which recipe and seed this folder belongs to, and which commits of the hub's models
+runs/<recipe>/recipe.json            the recipe and seed of this folder, and the commits of hub models
 runs/<recipe>/<stage>/config.json    the stage's knobs, resolved
                       metrics.jsonl  one line per logged step
                       samples.jsonl  every answer of every step of RL
-                      watched.jsonl  answers to the prompts that RL watches
+                      watched.jsonl  answers to RL's watched prompts
                       router.jsonl   loads and biases of the routers, every few steps of pre-training
-                      ledger.jsonl   what it was made with, then what was spent between two checkpoints
+                      ledger.jsonl   provenance, then what was spent between checkpoints
                       manifest.json  written last: its existence means finished
 runs/<recipe>/summary.json           results and costs of all finished stages
 
@@ -43,17 +43,17 @@ from finback.runs.files import (
 )
 from finback.runs.ledger import FLOPS
 
-STEPPED = (METRICS, SAMPLES, ROUTER, WATCHED)  # files whose lines belong to steps
+STEPPED = (METRICS, SAMPLES, ROUTER, WATCHED)  # files with one or more rows per step
 
-BEST = ".best"  # the model of a stage in training that has answered its validation set best
-# what resuming needs, and nobody once a stage is finished
+BEST = ".best"  # the model with the best validation score, during training
+# needed for resuming only, deleted when a stage is finished
 SCRATCH = ("step-*.safetensors*", ".tmp*", "part-*.json*", "sharded", ".model", ".weights", ".answers", BEST)
 
-NEEDED_BYTES = 200 * 2**20  # free space asked for before a stage starts
+NEEDED_BYTES = 200 * 2**20  # free space required to start a stage
 
 
 class Ranks(Protocol):
-    """What run folders need of a group of processes; parallel.mesh.World is one."""
+    """What run folders need from a group of processes; parallel.mesh.World implements it."""
 
     rank: int
     size: int
@@ -66,20 +66,20 @@ class Ranks(Protocol):
 
 
 class Interrupted(Exception):
-    """Work stopped at a safe point because the user asked; running the recipe again continues from there."""
+    """Work stopped at a safe point because the user asked; running the recipe again continues there."""
 
 
 class StageRun:
-    """One stage's folder and its means: inputs, seeds, metrics, ledger, progress, finish."""
+    """One stage's folder and services: inputs, seeds, metrics, ledger, progress, finishing."""
 
     def __init__(self, root: Path, name: str, seed: int, ranks: Ranks, quiet: bool = False) -> None:
         self.root, self.folder, self.name, self.ranks, self.quiet = root, root / name, name, ranks, quiet
         self.base_seed = seed
-        # those of the whole recipe, as far as it is known
+        # stages of the whole recipe, if known
         self.stages: Sequence[Any] = ()
         self.stop_requested = False
         self._mark = time.perf_counter()
-        # of engines that others run for this stage, which cost what ranks cost
+        # cores of external engines for this stage, which cost as much as ranks
         self.hired_cores = 0
         self._energy: Energy | None = None
         self._cpu: CpuTime | None = None
@@ -97,8 +97,8 @@ class StageRun:
     def input(self, start: str) -> Path:
         """The folder of an earlier stage, or what `start` names: a finished stage elsewhere, or a checkpoint.
 
-        `base/average` is what lies within an earlier stage: another form of its model. Of base+adapter, both are looked up.
-        A model of the hub is that of the commit at which the run was begun.
+        `base/average` names a folder within an earlier stage: another form of its model. For base+adapter, both are resolved.
+        A model of the hub is used at the commit at which the run began.
         """
         base, adapter = adapters.split(start)
         if adapter:
@@ -108,12 +108,12 @@ class StageRun:
         if (self.root / stage / MANIFEST).is_file() and (not within or inside.is_dir()):
             return inside
         path = Path(start)
-        if (self.root / stage).is_dir() or not hub_models.is_name(path):  # a stage has nothing of this name
+        if (self.root / stage).is_dir() or not hub_models.is_name(path):  # the stage has no such folder
             return path
         return hub_models.fetched(path, read_object(self.root / RECIPE).get(HUB, {}).get(start, ""))
 
     def begin(self, recipe: Path | None, inputs: Iterable[str]) -> None:
-        """Write down what works from now on, on what and from what; start reading the counters of energy."""
+        """Records provenance: software, machine and inputs; starts reading energy counters."""
         processes = self.ranks.gather((platform.node(), os.getpid()))
         if not self.is_writer:
             return
@@ -128,21 +128,21 @@ class StageRun:
         self.append(LEDGER, began)
 
     def log(self, step: int, **metrics: Any) -> None:
-        """Append one line to metrics.jsonl."""
+        """Appends one row to metrics.jsonl."""
         if self._energy is not None:
             self._energy.read_if_due()
         self.append(METRICS, {"step": step, **metrics})
 
     def rewind(self, step: int) -> None:
-        """Forget logged steps from `step` on: they are about to be done again."""
+        """Removes logged steps from `step` on, because they will be repeated."""
         for path in (self.folder / name for name in STEPPED):
             if self.is_writer and path.is_file():
                 write_lines(path, [r for r in read_lines(path) if r["step"] < step])
 
     def account(self, **spent: float) -> None:
-        """Append what was spent since the last call to ledger.jsonl; wall and CPU seconds and metered joules are added here.
+        """Appends what was spent since the last call to ledger.jsonl; adds wall and CPU seconds and metered joules.
 
-        FLOPs by purpose are named flops_<one of FLOPS>; `flops` are those that MFU is of.
+        FLOPs by purpose are named flops_<one of FLOPS>; `flops` are those that MFU counts.
         """
         assert all(k[6:] in FLOPS for k in spent if k.startswith("flops_")), f"unknown purpose in {set(spent)}"
         now = time.perf_counter()
@@ -156,14 +156,14 @@ class StageRun:
         self.append(LEDGER, {"seconds": seconds, "cores": self.ranks.size + self.hired_cores, **spent})
 
     def append(self, name: str, *records: dict[str, Any]) -> None:
-        """Append lines to one of the folder's files; those of a step have its number as "step"."""
+        """Appends rows to one of the folder's files; rows of a step have its number as "step"."""
         if not self.is_writer:
             return
         with (self.folder / name).open("a+b") as handle:
             torn = b""
             if handle.tell():
                 handle.seek(-1, os.SEEK_END)
-                torn = b"" if handle.read(1) == b"\n" else b"\n"  # a kill left half a line: keep it apart
+                torn = b"" if handle.read(1) == b"\n" else b"\n"  # terminate an incomplete line left by a kill
             handle.write(torn + b"".join(json.dumps(record).encode() + b"\n" for record in records))
 
     def check_stop(self) -> bool:
@@ -171,12 +171,12 @@ class StageRun:
         return self.ranks.any(self.stop_requested)
 
     def say(self, text: str) -> None:
-        """One line of prose on stderr, from rank 0."""
+        """Prints one line on stderr, on rank 0 only."""
         if self.is_writer and not self.quiet:
             print(f"\r\033[K{text}" if self._line.isatty() else text, file=self._line, flush=True)
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write the manifest, from now on the stage is done; only then is what resuming needs dropped."""
+        """Writes the manifest, which marks the stage as finished; then deletes what only resuming needed."""
         self.account()
         if self.is_writer:
             scratch = {p.name for p in self._scratch()}
@@ -186,7 +186,7 @@ class StageRun:
         self.ranks.barrier()
 
     def tidy(self) -> None:
-        """Drop what only resuming needed; a kill may have come between the manifest and this."""
+        """Deletes what only resuming needed, in case a kill came after the manifest was written."""
         for path in self._scratch() if self.is_writer else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -195,7 +195,7 @@ class StageRun:
 
 
 def prepare_folder(root: Path) -> None:
-    """Make a run folder, or say why it cannot be used: not writable, or no space left."""
+    """Creates a run folder; UserError if it is not writable or the disk is full."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f".write-test-{os.getpid()}"

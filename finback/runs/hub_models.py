@@ -1,11 +1,11 @@
-"""Models of the Hugging Face hub by their names: which texts are names, and the files behind them. No torch here.
+"""Models of the Hugging Face hub by name: which texts are names, and fetching the files. Does not import torch.
 
     org/model                 its config, weights and tokenizer
     org/model@revision        the same at a branch, a tag or a commit
     org/model/file.gguf       one file of it
 
-What lies here under such a path is taken first, and hub:org/model is the hub's in any case. Downloading, resuming and the cache are huggingface_hub's, so what
-transformers, vLLM or `hf download` have fetched is there already; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count.
+An existing local path takes precedence; hub:org/model always means the hub. Downloading, resuming and caching are done by huggingface_hub, so
+files fetched by transformers, vLLM or `hf download` are reused; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply.
 """
 
 import re
@@ -23,7 +23,7 @@ _NAME = re.compile(
 )
 _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")  # a repository's folder in the cache
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5}\.gguf)", re.I)
-# what a model's folder is read from; neither code, nor weights in other forms, nor files in folders of their own
+# files that a model's folder is read from; no code, no weights in other formats, no subfolders
 MODEL = (
     *("*.json", "*.jinja", "model*.safetensors", "adapter_model.safetensors", "tokenizer.model", "tiktoken.model"),
     *("merges.txt", "vocab.txt"),
@@ -33,7 +33,7 @@ CONFIGS = ("config.json", "model.json", "adapter_config.json")
 
 
 def is_name(path: Path) -> bool:
-    """Whether a path that leads nowhere may be a model of the hub; a folder of the first part's name makes it a path."""
+    """Whether a nonexistent path may be a hub model; if its first part is a local folder, it is a path."""
     found = _NAME.fullmatch(str(path))
     if found is None or path.exists():
         return False
@@ -45,9 +45,9 @@ def is_name(path: Path) -> bool:
 
 
 def fetched(path: Path, revision: str = "", wanted: Sequence[str] = MODEL) -> Path:
-    """Where the model behind a name lies, downloaded if it has to be; any other path as it is.
+    """The local path of a named model, downloaded if necessary; any other path unchanged.
 
-    `revision` counts before that of the name. UserError where the hub, and the cache, do not give it.
+    `revision` overrides that of the name. UserError if neither hub nor cache has it.
     """
     if not is_name(path):
         return path
@@ -57,21 +57,21 @@ def fetched(path: Path, revision: str = "", wanted: Sequence[str] = MODEL) -> Pa
     patterns, ignored = (_parts(file), ()) if file else (tuple(wanted), _ELSEWHERE)
     snapshot = _download(path, repo, revision, patterns, ignored)
     if file and not (snapshot / file).is_file():
-        raise UserError("model", str(path), f"{repo} has no file {file}", "Look at its files on the hub.")
+        raise UserError("model", str(path), f"{repo} has no file {file}", "Check its files on the hub.")
     return snapshot / file
 
 
 def commit(folder: Path) -> str:
-    """The commit that a folder, or a file in it, of the hub's cache is of."""
+    """The commit of a folder, or of a file in it, in the hub's cache."""
     parts = folder.parts
     return parts[parts.index("snapshots") + 1]
 
 
 def model_name(path: Path) -> str:
-    """What a model is called: its repository's name, if it is the hub's or in its cache, else the last part of its path."""
+    """A model's display name: its repository's name if it is the hub's or cached, else the last part of its path."""
     if is_name(path) and (found := _NAME.fullmatch(str(path))):
         return Path(found["file"] or found["repo"]).name
-    if is_gguf(path) and path.suffix:  # in the cache it is a link to something called by its digest
+    if is_gguf(path) and path.suffix:  # in the cache it links to a file named by its digest
         return path.name
     resolved = path.resolve()
     for part in reversed((*path.absolute().parts, *resolved.parts)):
@@ -81,13 +81,13 @@ def model_name(path: Path) -> str:
 
 
 def _parts(file: str) -> tuple[str, ...]:
-    """A GGUF file, and where it is the first of several, the others; as patterns."""
+    """Patterns for a GGUF file and, if it is the first of several parts, the others."""
     plain = re.sub(r"([\[?*])", r"[\1]", file)
     return (_SPLIT.sub(r"-*-of-\1", plain),)
 
 
 def _download(path: Path, repo: str, revision: str, wanted: Sequence[str], ignored: Sequence[str]) -> Path:
-    """The snapshot of a repository; nothing is asked of the hub where the cache has all of a commit."""
+    """The snapshot of a repository; no request is made if the cache has all files of a commit."""
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
@@ -105,20 +105,20 @@ def _download(path: Path, repo: str, revision: str, wanted: Sequence[str], ignor
         remedy = f"Accept them on {page}, and log in: `hf auth login`."
     except errors.RepositoryNotFoundError:
         problem = f"no such file or folder, and the hub has no model {repo} for you"
-        remedy = "Check the path or the name; a private model wants `hf auth login`."
+        remedy = "Check the path or the name; a private model needs `hf auth login`."
     except errors.RevisionNotFoundError:
         problem = f"{repo} has no revision {revision!r}"
         remedy = f"Its branches, tags and commits are on {page}/tree/main."
-    except errors.LocalEntryNotFoundError as error:  # no connection, and not or not all in the cache
+    except errors.LocalEntryNotFoundError as error:  # no connection, and not completely cached
         problem = f"no such file or folder, and the hub cannot be asked for {repo}: {_first_line(error)}"
-        remedy = "Check the path, or go online once; what is fetched stays in the cache."
+        remedy = "Check the path, or go online once; fetched files stay in the cache."
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         problem = f"the hub did not give it: {_first_line(error)}"
-        remedy = "Run the command again: what has come is kept."
+        remedy = "Run the command again: downloaded files are reused."
     raise UserError("model", str(path), problem, remedy)
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, in short."""
+    """The first line of an error's message."""
     cause = error.__cause__ or error
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]

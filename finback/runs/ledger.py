@@ -1,4 +1,4 @@
-"""The bill: what ledger.jsonl records of a stage, summed up and priced. No torch here."""
+"""The bill: sums and prices what ledger.jsonl records of a stage. Does not import torch."""
 
 import json
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 
 from finback.runs.files import LEDGER, is_number
 
-# Stated estimates, used where the machine cannot be asked; summary.json repeats them beside every figure.
+# Estimates, used where the machine cannot be measured; summary.json repeats them next to every figure.
 WATTS_PER_CORE = 12.0
 
 DOLLARS_PER_CORE_HOUR = 0.04
@@ -18,11 +18,11 @@ BASIS = (
     "(a common on-demand cloud price); nothing was metered"
 )
 
-# what a ledger must say in numbers, beside tokens_* and flops_*
+# numeric entries of a ledger, besides tokens_* and flops_*
 AMOUNTS = ("seconds", "cores", "cpu_seconds", "joules", "metered_core_seconds", "flops", "peak_flops")
-MOST = 1e30  # of anything: no machine has done or will do more
+MOST = 1e30  # upper bound of any plausible amount
 
-# FLOPs by what they were for, as the EU's guidelines on general-purpose models distinguish them (annex, 117-133)
+# FLOPs by purpose, as the EU's guidelines on general-purpose models distinguish them (annex, 117-133)
 FLOPS = {
     "training": "forward and backward passes that update parameters",
     "recomputed": "activations made again in the backward pass",
@@ -34,14 +34,14 @@ FLOPS = {
 
 @dataclass(frozen=True)
 class Ledger:
-    """A ledger as far as it can be believed: every number of `lines` is finite and not negative; `faults` in words."""
+    """The valid part of a ledger: every number in `lines` is finite and nonnegative; `faults` describes what was dropped."""
 
     lines: list[dict[str, Any]]
     faults: list[str]
 
 
 def read(folder: Path) -> Ledger:
-    """A stage's ledger. What cannot be is left out and named; half a last line, which a kill leaves, is no fault."""
+    """A stage's ledger. Invalid entries are dropped and reported; an incomplete last line, left by a kill, is not a fault."""
     path, lines, faults = folder / LEDGER, [], []
     texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     for number, text in enumerate(texts, 1):
@@ -54,16 +54,16 @@ def read(folder: Path) -> Ledger:
             if number == len(texts):
                 continue
         if not isinstance(line, dict):
-            faults.append(f"line {number} of {LEDGER} is torn, and left out")
+            faults.append(f"line {number} of {LEDGER} is torn and was ignored")
             continue
         bad = [key for key, value in line.items() if not _is_believed(key, value)]
-        faults += [f"line {number} of {LEDGER} says {key} = {str(line[key])[:40]}, which is left out" for key in bad]
+        faults += [f"line {number} of {LEDGER} says {key} = {str(line[key])[:40]}, which is ignored" for key in bad]
         lines.append({key: value for key, value in line.items() if key not in bad})
     return Ledger(lines, faults)
 
 
 def _is_believed(key: str, value: Any) -> bool:
-    """Whether an entry is words, or an amount where it must be or is one."""
+    """Whether an entry is text, or a valid amount if it must be one."""
     is_amount = key in AMOUNTS or key.startswith(("flops_", "tokens_"))
     if isinstance(value, int | float) and not isinstance(value, bool):
         return 0 <= value <= MOST  # NaN is neither
@@ -71,12 +71,12 @@ def _is_believed(key: str, value: Any) -> bool:
 
 
 def spent(folder: Path) -> dict[str, float]:
-    """Sums over a stage's ledger: seconds, core-seconds, and whatever else was accounted, as far as it is numbers."""
+    """Sums over a stage's ledger: seconds, core-seconds, and all other valid amounts."""
     return sums(read(folder).lines)
 
 
 def sums(ledger: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """The same of a ledger's lines."""
+    """The same for a ledger's rows."""
     total = {"seconds": 0.0, "core_seconds": 0.0}
     for line in ledger:
         numbers = {key: value for key, value in line.items() if is_number(value)}
@@ -87,7 +87,7 @@ def sums(ledger: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def watt_hours(ledger: Iterable[dict[str, Any]]) -> float:
-    """Energy: metered as far as it was; else by the CPU time of the run's processes, or in ledgers without it by wall time."""
+    """Energy: metered if possible; otherwise from the CPU time of the run's processes, or in older ledgers from wall time."""
     joules = 0.0
     for line in ledger:
         wall = line.get("seconds", 0.0) * line.get("cores", 0)
@@ -99,7 +99,7 @@ def watt_hours(ledger: Iterable[dict[str, Any]]) -> float:
 
 
 def dollars(core_seconds: float) -> float:
-    """What they cost, by the estimate."""
+    """Their estimated price."""
     return core_seconds / 3600 * DOLLARS_PER_CORE_HOUR
 
 
@@ -127,16 +127,16 @@ def cost(folder: Path) -> dict[str, Any]:
 
 
 def _left_out(lines: list[dict[str, Any]]) -> list[str]:
-    """What the energy lacks: GPUs that could not be asked."""
+    """What the energy does not include: GPUs that could not be measured."""
     machines = [line["machine"] for line in lines if isinstance(line.get("machine"), dict)]
     asked = any("NVML" in str(line.get("metered")) for line in lines)
     if asked or not any(machine.get("gpus") for machine in machines):
         return []
-    return ["what its GPUs took is NOT in it (pynvml can ask them)"]
+    return ["energy of its GPUs is NOT included (install pynvml to measure it)"]
 
 
 def _basis(lines: list[dict[str, Any]], total: dict[str, float]) -> str:
-    """How energy and money are known."""
+    """How energy and money were determined."""
     metered = sum(line.get("metered_core_seconds", 0.0) for line in lines if "joules" in line)
     if not metered:
         return BASIS

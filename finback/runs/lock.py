@@ -1,8 +1,8 @@
-"""One run at a time in a folder, however it is started: by the command line, by torchrun or Slurm, in a notebook.
+"""Allows one run at a time in a folder, however it is started: by the command line, torchrun, Slurm, or in a notebook.
 
-The system's lock on `.lock` (flock) ends with the last process that holds it, so that nothing stale is left of a kill; but on
-some network file systems other machines do not see it. `.owner.json` is created exclusively, which all file systems do; its
-time of change is renewed every few seconds, which tells a live owner on another machine from a dead one. No torch here.
+A system lock on `.lock` (flock) ends with the last process that holds it, so a kill leaves nothing stale; but on some
+network file systems other machines do not see it. `.owner.json` is therefore created exclusively, which works on all file
+systems; its modification time is refreshed every few seconds, to tell a live owner from a dead one. Does not import torch.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ import psutil
 from finback.config import UserError
 from finback.runs.files import LOCK, OWNER
 
-BEAT = 5.0  # seconds between two signs of life
-STALE = 6 * BEAT  # without one an owner may be dead
-MOMENT = 5.0  # seconds that ranks of a killed run need to notice
+BEAT = 5.0  # seconds between signs of life
+STALE = 6 * BEAT  # without a sign of life for so long, an owner may be dead
+MOMENT = 5.0  # seconds until ranks of a killed run notice
 _BUSY = "another run is at work in this folder"
 
 
 @contextmanager
 def locked(root: Path, job: str = "") -> Iterator[int]:
-    """Keep a second run out of a folder; UserError says whose it is.
+    """Keeps a second run out of a folder; UserError names the current owner.
 
-    The descriptor lets other processes hold the lock too, until the last of them ends. job: names a run that is started
-    again, perhaps on another machine; it takes over what its dead predecessor there has left.
+    Child processes may inherit the descriptor and hold the lock until the last of them ends. job: identifies a run that is
+    restarted, perhaps on another machine; it takes over from its dead predecessor.
     """
     with (root / LOCK).open("a+") as handle:
         _lock(handle.fileno(), root)
@@ -48,24 +48,24 @@ def locked(root: Path, job: str = "") -> Iterator[int]:
 
 
 def release(root: Path) -> None:
-    """Give up a folder that this process owns."""
+    """Gives up a folder that this process owns."""
     if _is_mine(owner(root)):
         (root / OWNER).unlink(missing_ok=True)
 
 
 def owner(root: Path) -> dict[str, Any] | None:
-    """Who owns a folder: host, pid and since when, as far as that is known; None where nobody does."""
+    """The owner of a folder: host, pid and start time, as far as known; None if there is none."""
     try:
         found = json.loads((root / OWNER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError:  # killed while it was written
+    except ValueError:  # killed while writing it
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def is_busy_elsewhere(root: Path) -> bool:
-    """Whether a live process of another machine owns a folder."""
+    """Whether a live process on another machine owns a folder."""
     found = owner(root)
     if not found or found.get("host") == platform.node():
         return False
@@ -85,7 +85,7 @@ def _lock(descriptor: int, root: Path) -> None:
             return
         except BlockingIOError:
             time.sleep(0.1)
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             return
     raise _taken(root, owner(root) or {})
 
@@ -107,7 +107,7 @@ def _own(root: Path, job: str) -> None:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Write a file that is not there yet; False where it is."""
+    """Writes a new file; returns False if it exists."""
     try:
         with path.open("x", encoding="utf-8") as handle:
             handle.write(text)
@@ -119,7 +119,7 @@ def _create(path: Path, text: str) -> bool:
 
 
 def _demand_dead(root: Path, theirs: dict[str, Any], job: str) -> None:
-    """UserError unless the owner of a folder is known to be dead; who holds flock knows it of those on this machine."""
+    """Raises UserError unless the owner of a folder is known to be dead; flock already tells about owners on this machine."""
     if theirs.get("host") == platform.node():
         if _is_alive(theirs):
             raise _taken(root, theirs)
@@ -148,7 +148,7 @@ def _is_mine(found: dict[str, Any] | None) -> bool:
 
 
 def _is_alive(theirs: dict[str, Any]) -> bool:
-    """Whether the very process is there that wrote this, and not another with its number."""
+    """Whether the process that wrote this is alive, and not another one with its pid."""
     try:
         process = psutil.Process(int(theirs["pid"]))
         return process.create_time() == theirs["started"] and process.status() != psutil.STATUS_ZOMBIE
@@ -157,7 +157,7 @@ def _is_alive(theirs: dict[str, Any]) -> bool:
 
 
 def _is_silent(path: Path) -> bool:
-    """Whether a file is not touched for three beats."""
+    """Whether a file was not touched for three beats."""
     before = path.stat().st_mtime_ns
     for _ in range(30):
         time.sleep(BEAT / 10)
@@ -167,11 +167,11 @@ def _is_silent(path: Path) -> bool:
 
 
 def _age(root: Path) -> float:
-    """Seconds since the owner's last sign of life, by the clock of the file system."""
+    """Seconds since the owner's last sign of life, by the file system's clock."""
     os.utime(root / LOCK)
     try:
         return (root / LOCK).stat().st_mtime - (root / OWNER).stat().st_mtime
-    except FileNotFoundError:  # it has just ended
+    except FileNotFoundError:  # the owner has just ended
         return 0.0
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl as columns, read on from where the last look ended. No torch here."""
+"""metrics.jsonl as columns, read incrementally. Does not import torch."""
 
 import json
 import time
@@ -16,14 +16,14 @@ PIECE = 1 << 20  # bytes read at a time
 
 
 class Tail:
-    """The whole lines that a file has got since the last look; half a line is left until it is whole."""
+    """The complete lines added to a file since the last look; an incomplete line is left for later."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset, self.size = path, 0, 0
         self._identity: tuple[int, int] | None = None
 
     def restarted(self) -> bool:
-        """Whether the file is another one than at the last look, or has been cut: then all of it is new."""
+        """Whether the file has been replaced or truncated since the last look: then all of it is new."""
         try:
             found = self.path.lstat()
         except OSError:
@@ -36,8 +36,8 @@ class Tail:
         return again
 
     def piece(self) -> bytes:
-        """Some more whole lines, which end at `offset`; b"" when there are none."""
-        if self.path.is_symlink():  # a run folder's files are its own
+        """Some more complete lines, which end at `offset`; b"" if there are none."""
+        if self.path.is_symlink():  # symbolic links are not followed
             return b""
         try:
             with self.path.open("rb") as handle:
@@ -56,22 +56,22 @@ class Tail:
 
 
 class Following:
-    """What is known of the lines of a file, read on from where the last look ended."""
+    """Reads a file's lines incrementally."""
 
-    complete = False  # whether all of the file is known
+    complete = False  # whether the whole file has been read
 
     def __init__(self, path: Path) -> None:
         self.tail = Tail(path)
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forgets everything."""
 
     def take(self, lines: bytes, place: int) -> None:
-        """Learn whole lines, which begin at a place of the file."""
+        """Processes complete lines that start at `place` in the file."""
 
     def update(self, seconds: float) -> None:
-        """Read what is new, for about this long; call again for the rest."""
+        """Reads new lines for about `seconds`; call again for the rest."""
         if self.tail.restarted():
             self.clear()
         end, self.complete = time.monotonic() + seconds, False
@@ -83,7 +83,7 @@ class Following:
 
 
 class MetricsTable(Following):
-    """One stage's metrics: for each name the rows that have it and its values; nested lists stay as they are."""
+    """One stage's metrics: for each name the rows that have it and the values; nested lists stay as they are."""
 
     def clear(self) -> None:
         self.rows = 0
@@ -92,11 +92,11 @@ class MetricsTable(Following):
 
     @property
     def share(self) -> float:
-        """How much of the file has been read."""
+        """The share of the file that has been read."""
         return 1.0 if self.complete else self.tail.offset / max(1, self.tail.size)
 
     def column(self, name: str) -> tuple[Line, Line]:
-        """Rows and values of a name, both empty where it was never logged."""
+        """Rows and values of a name, both empty if it was never logged."""
         rows, values = self.columns.get(name, (array("q"), array("d")))
         return np.array(rows, dtype=np.float64), np.array(values, dtype=np.float64)
 
@@ -119,7 +119,7 @@ class MetricsTable(Following):
 
     def take(self, lines: bytes, place: int) -> None:
         found, begin = records(lines), 0
-        while begin < len(found):  # stretches of records with the same names go in column by column
+        while begin < len(found):  # consecutive records with the same names are added column by column
             names = found[begin].keys()
             end = begin + 1
             while end < len(found) and found[end].keys() == names:
@@ -148,14 +148,14 @@ class MetricsTable(Following):
 
 
 def read(path: Path) -> MetricsTable:
-    """All of a file at once."""
+    """Reads a whole file at once."""
     table = MetricsTable(path)
     table.update(float("inf"))
     return table
 
 
 def outline(path: Path, lines: int) -> MetricsTable:
-    """A table of single lines spread evenly over a file, the first and the last among them: how its curves will look."""
+    """A table of single lines spread evenly over a file, including the first and last: a preview of its curves."""
     table = MetricsTable(path)
     table.take(b"".join(_spread(path, lines)), 0)
     return table
@@ -167,7 +167,7 @@ def _spread(path: Path, lines: int) -> list[bytes]:
     size, found = path.stat().st_size, []
     with path.open("rb") as handle:
         for place in range(0, size, max(1, size // lines)):
-            if place > handle.tell():  # else the line before has come as far as this
+            if place > handle.tell():  # otherwise the previous line already reached this place
                 handle.seek(place - 1)
                 handle.readline(PIECE)
             found.append(handle.readline(PIECE))
@@ -177,9 +177,9 @@ def _spread(path: Path, lines: int) -> list[bytes]:
 
 
 def records(lines: bytes) -> list[dict[str, Any]]:
-    """The objects in lines of JSON; what is none, such as half a line, is left out."""
+    """The objects in lines of JSON; invalid ones, such as an incomplete line, are skipped."""
     try:
-        # one call, and three times as fast as json's; no line break stands inside a value
+        # one call, three times as fast as json; JSON values contain no raw line breaks
         found = from_json(b"[" + lines.strip(b"\n").replace(b"\n", b",") + b"]")
     except ValueError:
         found = []

@@ -1,4 +1,4 @@
-"""numpy arrays as text, in JSON: base64 of .npy, as vLLM sends them. No torch here."""
+"""numpy arrays as JSON text: base64 of .npy, as vLLM sends them. Does not import torch."""
 
 import base64
 import io
@@ -7,13 +7,13 @@ import numpy as np
 
 
 def to_text(array: np.ndarray) -> str:
-    """The text of an array, its shape and dtype included."""
+    """The text of an array, including its shape and dtype."""
     written = io.BytesIO()
     np.save(written, array)
     return base64.b64encode(written.getvalue()).decode("ascii")
 
 
 def from_text(text: str) -> np.ndarray:
-    """The array; ValueError where the text is none, and nothing in it is run."""
+    """The array; ValueError for invalid text. Pickled code is never executed."""
     found: np.ndarray = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
     return found

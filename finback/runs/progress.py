@@ -1,7 +1,7 @@
-"""How far work is: done, rate, time left, money so far, for stages and comparisons alike. No torch here.
+"""Progress display: done, rate, time left, money so far, for stages and comparisons. Does not import torch.
 
-rich's live displays are not used: they start a thread, which does not survive a fork of this process, and they hide the
-cursor until they are stopped, which a killed rank cannot do.
+rich's live displays are not used: they start a thread, which does not survive a fork, and they hide the cursor until they
+are stopped, which a killed rank cannot do.
 """
 
 import html
@@ -17,14 +17,14 @@ from rich.text import Text
 from finback.runs.folder import StageRun
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
 
-REDRAWN, REPEATED = 0.2, 10.0  # seconds between two states of a line that is redrawn, and between two lines
+REDRAWN, REPEATED = 0.2, 10.0  # seconds between updates of a redrawn line, and between separate lines
 LEAST_BAR, MOST_BAR = 8, 40  # columns
 
 
 class ProgressLine:
-    """A line on stderr that a terminal or a notebook redraws; anywhere else a new one every ten seconds.
+    """A line on stderr that is redrawn in a terminal or notebook; elsewhere a new line every ten seconds.
 
-    `sure` is how much must be done before the time left is shown: a model's first answers wait for its weights.
+    `sure`: amount that must be done before the time left is shown, since a model's first answers wait for its weights.
     """
 
     def __init__(self, name: str, total: float, unit: str, sure: float = 0.0) -> None:
@@ -32,10 +32,10 @@ class ProgressLine:
         self.console = Console(stderr=True)
         self.in_terminal = self.console.file.isatty() and not self.console.is_dumb_terminal
         self.began, self._last = time.monotonic(), float("-inf")
-        self._output: Any = None  # the notebook's
+        self._output: Any = None  # the notebook's output area
 
     def draw(self, done: float, new: float, dollars: float | None, note: str = "", end: bool = False) -> None:
-        """Report that `done` of `total` units are finished, `new` of them since this line began; `end` ends the line."""
+        """Reports that `done` of `total` units are finished, `new` of them since this line began; `end` ends the line."""
         now = time.monotonic()
         redrawn = self.in_terminal or self.console.is_jupyter
         if not end and not (redrawn and done >= self.total) and now - self._last < (REDRAWN if redrawn else REPEATED):
@@ -50,7 +50,7 @@ class ProgressLine:
             print(text, file=self.console.file, flush=True)
 
     def text(self, done: float, new: float, dollars: float | None, note: str = "") -> str:
-        """The line, what matters most first; rate and time left are of what is new."""
+        """The line, most important parts first; rate and time left are based on `new`."""
         elapsed = time.monotonic() - self.began
         rate = new / elapsed if elapsed > 0 else 0.0
         speed = f"{short(rate)}/s" if rate > 0 else ""
@@ -60,7 +60,7 @@ class ProgressLine:
         return ", ".join(part for part in parts if part)
 
     def _redraw(self, done: float, text: str, end: str) -> None:
-        """One column less than the terminal has, so that it never wraps: a wrapped line cannot be taken back."""
+        """Draws one column less than the terminal's width: a wrapped line could not be erased."""
         width = self.console.width - 1
         line = Text(text)
         line.truncate(width, overflow="ellipsis")
@@ -84,7 +84,7 @@ class ProgressLine:
 
 
 class Progress(ProgressLine):
-    """The line of a stage, shown by rank 0; `spent` are the seconds that the stage took before it was resumed."""
+    """A stage's progress line, shown by rank 0; `spent`: seconds the stage took before it was resumed."""
 
     def __init__(self, run: StageRun, total: float, unit: str, spent: float = 0.0) -> None:
         super().__init__(run.name, total, unit)
@@ -92,7 +92,7 @@ class Progress(ProgressLine):
         self.first: float | None = None
 
     def show(self, done: float, note: str = "") -> None:
-        """Report that `done` of `total` units are finished."""
+        """Reports that `done` of `total` units are finished."""
         self.first = done if self.first is None else self.first
         if self.run.is_writer and not self.run.quiet:
             seconds = self.spent + time.monotonic() - self.began

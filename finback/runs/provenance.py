@@ -1,4 +1,4 @@
-"""What a stage was made with: versions, machine, commit and digests of its inputs. No torch here."""
+"""Provenance of a stage: versions, machine, commit and digests of its inputs. Does not import torch."""
 
 import hashlib
 import importlib.metadata
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
 
 
 def made_with(recipe: Path | None) -> dict[str, Any]:
-    """The time, versions, machine and threads, and the commit of the recipe's checkout, if it lies in one."""
+    """Time, versions, machine and threads, and the commit of the recipe's checkout if it is in one."""
     checkout = commit(recipe) if recipe is not None else None
     return {
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -27,18 +27,18 @@ def made_with(recipe: Path | None) -> dict[str, Any]:
 
 
 def software() -> dict[str, str]:
-    """Versions of what computes."""
+    """Versions of the software that computes."""
     found = {"finback": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a copy on the path, without metadata
+        except importlib.metadata.PackageNotFoundError:  # a copy on the path has no metadata
             continue
     return found
 
 
 def commit(path: Path) -> dict[str, Any] | None:
-    """The commit of the checkout that holds `path`, and whether tracked files differ from it; None without git."""
+    """The commit of the checkout with `path`, and whether tracked files are modified; None without git."""
     folder = path if path.is_dir() else path.parent
     head = _git(folder, "rev-parse", "HEAD")
     if head is None:
@@ -48,7 +48,7 @@ def commit(path: Path) -> dict[str, Any] | None:
 
 
 def digest(path: Path) -> str | None:
-    """SHA-256 that identifies an input: of a stage's manifest, or of a checkpoint's config; None without."""
+    """SHA-256 that identifies an input: of a stage's manifest, or of a checkpoint's config; None if there is neither."""
     for name in ("manifest.json", "config.json"):
         if (path / name).is_file():
             return sha256(path / name)
@@ -56,7 +56,7 @@ def digest(path: Path) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -70,7 +70,7 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """The processor and its GPUs, by name."""
+    """Names of the processor and GPUs."""
     torch = cuda()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {
@@ -82,12 +82,12 @@ def machine() -> dict[str, Any]:
 
 
 def threads() -> dict[str, int]:
-    """How many compute in this process, once torch is loaded: with another number, sums are rounded in another order."""
+    """Numbers of compute threads, once torch is loaded: another number changes the order of rounding."""
     torch = sys.modules.get("torch")
     return {"threads": torch.get_num_threads()} if torch is not None else {}
 
 
 def cuda() -> Any:
-    """torch, if it is loaded and has a GPU to work on."""
+    """torch, if it is loaded and has a GPU."""
     torch = sys.modules.get("torch")
     return torch if torch is not None and torch.cuda.is_available() else None

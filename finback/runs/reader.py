@@ -1,7 +1,7 @@
-"""Run folders as others read them: stages, their state, results and logs. No torch here.
+"""Reads run folders: stages, their state, results and logs. Does not import torch.
 
-A page that strangers may open reads leniently: what is damaged counts as not there and makes its stage a torn one, and links
-are not followed. For everybody else a damaged file is a UserError.
+A page that may be public reads leniently: damaged files count as missing and mark their stage as torn, and symbolic links
+are not followed. Everywhere else a damaged file is a UserError.
 """
 
 import json
@@ -23,24 +23,24 @@ from finback.runs.files import CONFIG, LEDGER, LOCK, MANIFEST, METRICS, RECIPE, 
 from finback.runs.ledger import Ledger
 from finback.runs.lock import is_busy_elsewhere
 
-MOST_BYTES = 4 << 20  # of a JSON file that is read leniently
+MOST_BYTES = 4 << 20  # limit for a JSON file that is read leniently
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """One stage that has begun."""
+    """A stage that has begun."""
 
     folder: Path
-    # what recipe.config_json says of the stage
+    # the stage's recipe.config_json
     config_json: dict[str, Any]
     # None until it is finished
     manifest: dict[str, Any] | None = None
-    # the file that is damaged or gone, if it was read leniently
+    # the damaged or missing file, if read leniently
     torn: str = ""
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its knobs, and its class's name as "type"."""
+        """Its knobs, with the name of its class as "type"."""
         return {k: v for k, v in self.config_json.items() if k != DECLARATION}
 
     @cached_property
@@ -59,12 +59,12 @@ class StageFolder:
 
     @property
     def type(self) -> str:
-        """The name of the stage's class, such as GRPO."""
+        """Name of the stage's class, such as GRPO."""
         return str(self.config.get("type", "?"))
 
     @property
     def kind(self) -> str:
-        """What it declares itself to be, such as reinforcement learning."""
+        """The kind that it declares, such as reinforcement learning."""
         return self.declaration.kind
 
     @property
@@ -72,34 +72,34 @@ class StageFolder:
         return self.manifest is not None
 
     def has_ended(self) -> bool:
-        """Whether it is finished by now."""
+        """Whether it has finished in the meantime."""
         return plain_file(self.folder, MANIFEST)
 
     @property
     def results(self) -> dict[str, Any]:
-        """What the stage returned; {} until it is finished."""
+        """The results of the stage; {} until it is finished."""
         found = (self.manifest or {}).get("results")
         return found if isinstance(found, dict) else {}
 
     @property
     def exams(self) -> list[str]:
-        """Names of the exams whose answers lie in the folder."""
+        """Names of the exams with answers in the folder."""
         listed = self.config.get("exams")
         names = [e.get("name") for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
         return [str(n) for n in names if plain_file(self.folder, f"{n}.jsonl")]
 
     @property
     def metrics_file(self) -> Path:
-        """For metrics_table.MetricsTable."""
+        """The file for metrics_table.MetricsTable."""
         return self.folder / METRICS
 
     def answers_file(self, exam: str = "") -> Path:
-        """Answers to an exam, or those of RL's steps; for samples.SampleIndex."""
+        """Answers to an exam, or of RL's steps; for samples.SampleIndex."""
         return self.folder / (f"{exam}.jsonl" if exam else SAMPLES)
 
     @property
     def watches(self) -> str:
-        """As what `answers_file` knows the answers to prompts that RL watches; "" where there are none."""
+        """The name by which `answers_file` finds answers to watched prompts; "" if there are none."""
         return WATCHED.removesuffix(".jsonl") if plain_file(self.folder, WATCHED) else ""
 
     @property
@@ -119,12 +119,12 @@ class StageFolder:
         return self._lines(ROUTER)
 
     def ledger(self) -> list[dict[str, Any]]:
-        """What it was made with, and what was spent between checkpoints, as far as it can be believed."""
+        """Provenance, and what was spent between checkpoints, without invalid rows."""
         return self._ledger.lines
 
     @property
     def ledger_faults(self) -> list[str]:
-        """What of it cannot be, and was left out."""
+        """Descriptions of invalid rows that were ignored."""
         return self._ledger.faults
 
     @property
@@ -132,7 +132,7 @@ class StageFolder:
         return ledgers.read(self.folder) if plain_file(self.folder, LEDGER) else Ledger([], [])
 
     def answers(self, exam: str = "") -> list[dict[str, Any]]:
-        """Answers to an exam, or those of RL's steps."""
+        """Answers to an exam, or of RL's steps."""
         return self._lines(self.answers_file(exam).name)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ class StageFolder:
 
 
 def stages(root: Path, lenient: bool = False) -> list[StageFolder]:
-    """Stages that have begun: in the recipe's order as far as summary.json has it, then in that of their beginning."""
+    """Stages that have begun: in the order of summary.json as far as it lists them, then by start time."""
     listed = _object(root, SUMMARY, lenient).get("stages")
     order = list(listed) if isinstance(listed, dict) else []
     found = [stage for folder in inside(root, lenient) if (stage := _stage(folder, lenient)) is not None]
@@ -163,9 +163,9 @@ def _stage(folder: Path, lenient: bool) -> StageFolder | None:
 
 
 def finished_stages(root: Path) -> Iterator[Path]:
-    """Folders under `root` that hold a manifest, oldest first.
+    """Folders under `root` with a manifest, oldest first.
 
-    As far as summary.json lists them its order counts, the recipe's: files of a run that was copied have any times.
+    Those listed in summary.json come in its order, the recipe's, since files of a copied run may have any times.
     """
     listed = _object(root, SUMMARY, lenient=True).get("stages")
     place = {name: i for i, name in enumerate(listed if isinstance(listed, dict) else ())}
@@ -179,22 +179,22 @@ def finished_stages(root: Path) -> Iterator[Path]:
 
 
 def is_run(root: Path) -> bool:
-    """Whether a folder is a run's."""
+    """Whether a folder is a run folder."""
     return plain_file(root, RECIPE)
 
 
 def recipe(root: Path, lenient: bool = False) -> dict[str, Any]:
-    """The recipe's name and the seed of a run; UserError where a folder is not a run's."""
+    """The recipe's name and the seed of a run; UserError if the folder is not a run folder."""
     if not lenient and not is_run(root):
         problem = "not a run folder: it has no recipe.json" if root.is_dir() else "no such folder"
-        raise UserError("run", str(root), problem, "Name one that `finback run` made, such as runs/tiny.")
+        raise UserError("run", str(root), problem, "Give a folder made by `finback run`, such as runs/tiny.")
     return _object(root, RECIPE, lenient)
 
 
 def summary(root: Path) -> dict[str, Any]:
-    """Results and costs of all finished stages; UserError where none has finished, or where they are not listed."""
+    """Results and costs of all finished stages; UserError if none has finished or they are not listed."""
     if not has_summary(root):
-        raise UserError("run", str(root), "holds no summary.json", "Name a folder such as runs/tiny.")
+        raise UserError("run", str(root), "has no summary.json", "Give a folder such as runs/tiny.")
     found = _object(root, SUMMARY)
     stages = found.get("stages")
     if "recipe" not in found or not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
@@ -212,7 +212,7 @@ def damaged(root: Path) -> list[str]:
 
 
 def is_locked(root: Path) -> bool:
-    """Whether somebody is at work in a run folder; where locks cannot be asked, whether it changed a minute ago."""
+    """Whether a process is working in a run folder; without locks, whether it changed within a minute."""
     try:
         import fcntl
     except ImportError:
@@ -223,24 +223,24 @@ def is_locked(root: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        pass  # none was ever at work here, or this file system has no locks
+        pass  # no run has ever locked it, or this file system has no locks
     return is_busy_elsewhere(root)
 
 
 def changed(root: Path) -> float:
-    """When something in a run was last written, in seconds since 1970."""
+    """Time of the last change in a run, in seconds since 1970."""
     written = (folder / name for folder in inside(root, lenient=True) for name in (METRICS, MANIFEST, CONFIG))
     return max([_time_of(root / RECIPE), *map(_time_of, written)])
 
 
 def plain_file(folder: Path, name: str) -> bool:
-    """Whether a folder itself holds a file of this name: neither a link nor something elsewhere."""
+    """Whether a folder itself has a file of this name, not a symbolic link."""
     path = folder / name
     return path.parent == folder and path.is_file() and not path.is_symlink()
 
 
 def inside(folder: Path, lenient: bool = False) -> list[Path]:
-    """The folders in a folder, by name."""
+    """The folders in a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             found = [e.name for e in entries if e.is_dir(follow_symlinks=not lenient) and not e.name.startswith(".")]
@@ -250,7 +250,7 @@ def inside(folder: Path, lenient: bool = False) -> list[Path]:
 
 
 def _object(folder: Path, name: str, lenient: bool = False) -> dict[str, Any]:
-    """A JSON object in a file; {} where there is none."""
+    """A JSON object in a file; {} if the file does not exist."""
     path = folder / name
     if not plain_file(folder, name):
         return {}
@@ -261,7 +261,7 @@ def _object(folder: Path, name: str, lenient: bool = False) -> dict[str, Any]:
 
 
 def _lenient(path: Path) -> dict[str, Any]:
-    """{} for anything but a JSON object; NaN and infinities, which JSON cannot carry on, become None."""
+    """{} for anything but a JSON object; NaN and infinities, which JSON cannot represent, become None."""
 
     def finite(text: str) -> float | None:
         return value if math.isfinite(value := float(text)) else None
@@ -275,7 +275,7 @@ def _lenient(path: Path) -> dict[str, Any]:
 
 
 def torn(path: Path, problem: str) -> UserError:
-    """The error of a file in a run folder that cannot be read."""
+    """The error for a file in a run folder that cannot be read."""
     what = "that file" if path.name in (RECIPE, SUMMARY) else "that stage's folder"
     return UserError("run", str(path), problem, f"Delete {what} and run the recipe again.")
 

@@ -1,8 +1,8 @@
-"""Recipes and stages: what is to be done, in which order, and doing it once.
+"""Recipes and stages: definition, order, and executing each stage once.
 
 A stage is a frozen dataclass: its fields are the knobs, `work()` says how much it will train and generate, `run()`
-does it. A recipe is a Python file whose `recipe` is a list of stages, or a function that makes it, whose parameters are
-knobs of the recipe itself. The same list is run, priced and shown.
+executes it. A recipe is a Python file whose `recipe` is a list of stages, or a function that returns one and whose
+parameters are knobs of the recipe itself. The same list is run, priced and shown.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from finback.runs.folder import Interrupted, Ranks, StageRun
 from finback.runs.ledger import cost, spent
 from finback.runs.recipe_files import demand_file
 
-CONTENTS = "contents"  # the key in a begun stage's declaration
+CONTENTS = "contents"  # key in the config.json of a stage that has begun
 _REMEDY = "Choose another folder with --runs, or delete that stage's folder and those after it."
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage is going to do at most; the ledger says afterwards what it did."""
+    """Upper bounds of a stage's work; the ledger records what it did."""
 
     tokens_trained: int = 0
     tokens_generated: int = 0
@@ -40,14 +40,14 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Base of all stages. `name` is also the name of the stage's folder."""
+    """Base class of all stages. `name` is also the name of the stage's folder."""
 
-    # unique in a recipe; the stage's folder has it, and later stages refer to it
+    # unique in a recipe; names the stage's folder, and later stages refer to it
     name: str
 
-    # limits of the running and not of the result: these may change in a half-finished stage
+    # knobs that do not change the result: they may change in a half-finished stage
     free: ClassVar[frozenset[str]] = frozenset({"checkpoint_steps", "max_gap", "patience", "rollouts", "workers"})
-    # knobs whose files the stage itself reads again where they changed
+    # knobs whose files the stage reads again by itself when they change
     watched: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -56,11 +56,11 @@ class Stage:
             raise UserError("name", self.name, "not a folder name", "Use lower-case letters, digits, - and _.")
 
     def wrong(self, knob: str, problem: str, remedy: str) -> UserError:
-        """The error of a knob's value."""
+        """The error for a knob's value."""
         return UserError(f"{self.name}.{knob}", getattr(self, knob), problem, remedy)
 
     def inputs(self) -> tuple[str, ...]:
-        """Names of earlier stages, or paths of finished ones, that this stage reads: by default the model of `start`."""
+        """Names of earlier stages, or paths of finished ones, that this stage reads; default: the model of `start`."""
         return tuple(filter(None, adapters.split(getattr(self, "start", ""))))
 
     def work(self) -> Work:
@@ -68,36 +68,36 @@ class Stage:
         return Work()
 
     def declaration(self) -> Declaration:
-        """What readers of the stage's folder have to know of it."""
+        """What readers of the stage's folder need to know."""
         return Declaration()
 
     def describe(self, results: dict[str, Any]) -> str:
-        """What the run's summary says of the results beside their cost; empty where nothing."""
+        """What the run's summary says about the results besides cost; "" if nothing."""
         return ""
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        """Do it and return the results; must resume from what an interrupted call left in run.folder."""
+        """Runs the stage and returns its results; must resume from what an interrupted call left in run.folder."""
         raise NotImplementedError(f"{type(self).__name__}.run")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A name and its stages, checked: names are distinct and every input exists before it is needed."""
+    """A name and its stages, validated: names are distinct and every input exists before it is needed."""
 
     name: str
     stages: tuple[Stage, ...]
-    # where it was read from
+    # the file it was read from
     file: Path | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[^/\\]+", self.name) or self.name in (".", ".."):
-            raise UserError("name", self.name, "not a name for a folder", "Leave out slashes and dots alone.")
+            raise UserError("name", self.name, "not a name for a folder", "Use no slashes, and not only dots.")
         names = [stage.name for stage in self.stages]
         if not names:
-            raise UserError("recipe", self.name, "has no stages", "Put at least one stage into the list.")
+            raise UserError("recipe", self.name, "has no stages", "Add at least one stage.")
         for position, stage in enumerate(self.stages):
             if stage.name in names[:position]:
-                raise UserError("name", stage.name, "two stages have this name", "Rename one of them.")
+                raise UserError("name", stage.name, "two stages have the same name", "Rename one of them.")
             for start in stage.inputs():
                 self._check_input(stage.name, start, names[:position], names[position:])
 
@@ -117,9 +117,9 @@ class Recipe:
 
 
 def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
-    """Run a recipe file, apply `stage.field=value` texts and check the list; a mistake is reported with its line.
+    """Runs a recipe file, applies `stage.field=value` settings and validates the list; errors are reported with their line.
 
-    Where the recipe is a function, a `name=value` text gives one of its parameters.
+    If the recipe is a function, a `name=value` setting gives one of its parameters.
     """
     demand_file(path)
     try:
@@ -134,12 +134,12 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise _mistake(path, error) from None
     if not isinstance(stages, list) or not all(isinstance(stage, Stage) for stage in stages):
         raise UserError("recipe", str(path), "does not define `recipe`, a list of stages", "See recipes/tiny.py.")
-    # checked as changed: --set may name another start
+    # validated after the changes: --set may name another start
     return Recipe(path.stem, overridden(stages, settings), path)
 
 
 def _own_knobs(recipe: Callable[..., Any], settings: Sequence[str]) -> dict[str, Any]:
-    """What `name=value` texts give a recipe's own parameters."""
+    """Values of a recipe's own parameters from `name=value` settings."""
     hints, known = typing.get_type_hints(recipe), inspect.signature(recipe).parameters
     found = {}
     for setting in settings:
@@ -173,7 +173,7 @@ def _fields_of(name: str) -> list[str]:
 
 
 def overridden(given: Sequence[Stage], settings: Sequence[str]) -> tuple[Stage, ...]:
-    """Stages with `stage.field=value` texts applied, as --set gives them."""
+    """Stages with `stage.field=value` settings applied."""
     stages = list(given)
     where = {stage.name: index for index, stage in enumerate(stages)}
     for setting in settings:
@@ -189,23 +189,23 @@ def overridden(given: Sequence[Stage], settings: Sequence[str]) -> tuple[Stage, 
 
 
 def config_json(stage: Stage) -> dict[str, Any]:
-    """What config.json holds: the knobs, and what readers have to know: its declaration, inputs and announced work."""
+    """Content of config.json: knobs, and what readers need: declaration, inputs and announced work."""
     declared = dataclasses.asdict(stage.declaration())
     declared |= {"inputs": stage.inputs(), "work": dataclasses.asdict(stage.work())}
     return dict(as_json(stage)) | {DECLARATION: declared}
 
 
 def begun_json(stage: Stage) -> dict[str, Any]:
-    """What config.json holds once the stage is begun: also digests of the files and the code that its knobs name."""
+    """Content of config.json once the stage has begun: also digests of the files and code that its knobs name."""
     config = config_json(stage)
     return config | {DECLARATION: config[DECLARATION] | {CONTENTS: contents.digests(stage)}}
 
 
 def claim(recipe: Recipe, root: Path, seed: int) -> None:
-    """Check that a run folder belongs to this recipe, seed and knobs, and say so in it if it is new.
+    """Checks that a run folder belongs to this recipe, seed and knobs, or claims it if it is new.
 
-    Finished and half-finished stages must have the knobs they have now: mixing two recipes' stages in one folder
-    would make every number in it a lie. Models of the hub are fetched, and stay at the commits at which they are now.
+    Finished and half-finished stages must have the current knobs: mixing stages of two recipes in one folder would make its
+    numbers meaningless. Hub models are fetched, and pinned to their current commits.
     """
     marker = root / RECIPE
     mine = {"recipe": recipe.name, "seed": seed}
@@ -229,7 +229,7 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
 
 
 def _commits(recipe: Recipe, root: Path, known: dict[str, str]) -> dict[str, str]:
-    """Where the hub's models that unfinished stages begin with stand, by name, without those that are known."""
+    """Current commits of the hub models that unfinished stages start from, by name, without known ones."""
     stages = {stage.name for stage in recipe.stages}
     waiting = [stage for stage in recipe.stages if not (root / stage.name / MANIFEST).is_file()]
     starts = {start for stage in waiting for start in stage.inputs()}
@@ -246,25 +246,25 @@ def _check_knobs(stage: Stage, path: Path) -> None:
     then, now = read_object(path), json.loads(json.dumps(as_json(stage)))
     defaults = {f.name: as_json(f.default) for f in dataclasses.fields(stage) if f.default is not MISSING}
     for field in sorted((set(then) | set(now)) - stage.free - {DECLARATION}):
-        # a knob that came with a later version had its default before there was one
+        # a knob added in a later version had its default before
         was = then.get(field, defaults.get(field))
         if was != now.get(field):
             raise UserError(f"{stage.name}.{field}", now.get(field), f"{path.parent} was made with {was!r}", _REMEDY)
     if found := contents.changed(then.get(DECLARATION, {}).get(CONTENTS), contents.digests(stage)):
         knob, before, digest = found
-        problem = f"the content is another than {path.parent} was made with, {contents.shown(before)}"
+        problem = f"the content has changed since {path.parent} was made, {contents.shown(before)}"
         raise UserError(f"{stage.name}.{knob}", contents.shown(digest), problem, _REMEDY)
 
 
 def execute(
     recipe: Recipe, root: Path, seed: int, ranks: Ranks, watch: Callable[[StageRun], None], quiet: bool = False
 ) -> None:
-    """Run every unfinished stage in order; `watch` learns of each StageRun before it starts (to stop it)."""
+    """Runs every unfinished stage in order; `watch` gets each StageRun before it starts (to stop it)."""
     for stage in recipe.stages:
         run = StageRun(root, stage.name, seed, ranks, quiet)
         run.stages = recipe.stages
         if (run.folder / MANIFEST).is_file():
-            run.say(f"{stage.name:10} done before")
+            run.say(f"{stage.name:10} already done")
             run.tidy()
             continue
         if run.is_writer:
@@ -285,7 +285,7 @@ def execute(
 
 
 def write_summary(recipe: Recipe, root: Path, seed: int) -> None:
-    """Write summary.json: for each finished stage its results, a text on them, and what they cost."""
+    """Writes summary.json: for each finished stage its results, a text about them, and its cost."""
     stages = {}
     for stage in recipe.stages:
         folder = root / stage.name

@@ -1,4 +1,4 @@
-"""Answers of a model, of RL steps or of an exam, found by step or by question. No torch here."""
+"""Finds answers of RL steps or of an exam by step or question. Does not import torch."""
 
 import json
 from collections import defaultdict
@@ -7,19 +7,19 @@ from typing import Any
 from finback.runs.files import is_number
 from finback.runs.metrics_table import Following, records
 
-MOST = 512  # records in one reply
-NEWEST = 4 << 20  # bytes at the end of a file in which its last step is looked for
+MOST = 512  # most records in one reply
+NEWEST = 4 << 20  # bytes at the end of a file to search for its last step
 
 
 class SampleIndex(Following):
     """An index of a JSONL file of answers; the answers themselves stay on disk."""
 
     def clear(self) -> None:
-        self.by_step: defaultdict[int, list[int]] = defaultdict(list)  # places in the file
+        self.by_step: defaultdict[int, list[int]] = defaultdict(list)  # offsets in the file
         self.by_question: defaultdict[str, list[int]] = defaultdict(list)
 
     def newest(self) -> list[dict[str, Any]]:
-        """Answers of the last step in the file, which may not be in the index yet."""
+        """Answers of the last step in the file, which may not be indexed yet."""
         if self.tail.path.is_symlink() or not self.tail.path.is_file():
             return []
         with self.tail.path.open("rb") as handle:
@@ -32,11 +32,11 @@ class SampleIndex(Following):
         return self._read(self.by_step.get(step, []))
 
     def of_question(self, question: str) -> list[dict[str, Any]]:
-        """Answers to one question, in the order of training."""
+        """Answers to one question, in training order."""
         return self._read(self.by_question.get(question, []))
 
     def questions(self, text: str, most: int) -> list[str]:
-        """Questions that hold a text, first those that were asked most often."""
+        """Questions that contain a text, most frequent first."""
         low = text.lower()
         found = [q for q in self.by_question if low in q.lower()]
         return sorted(found, key=lambda q: -len(self.by_question[q]))[:most]
@@ -67,7 +67,7 @@ class SampleIndex(Following):
 
 
 def _head(line: bytes) -> bytes:
-    """The fields of a line that the index needs, which stand before the gold answer; inside a text, `"` is written `\\"`."""
+    """The fields of a line that the index needs, which come before the gold answer; inside a string, `"` is written `\\"`."""
     end = line.find(b', "gold": ')
     return line if end < 0 else line[:end] + b"}"
 
@@ -78,13 +78,13 @@ def _step(record: dict[str, Any]) -> int:
 
 
 def shown(record: dict[str, Any]) -> dict[str, Any]:
-    """What a page shows of a record: texts as texts, whatever stands in the file."""
+    """A record as the page shows it, with validated types."""
     found = {name: _text(record.get(name)) for name in ("question", "gold", "thinking", "answer", "finish")}
     reward = record.get("reward")
     return found | {
         "step": _step(record),
         "tokens": _number(record.get("tokens")),
-        # None: nobody has judged it
+        # None: not judged
         "correct": None if "correct" in record and record["correct"] is None else record.get("correct") is True,
         "thinks": record.get("thinks") is True,
         "advantage": _number(record.get("advantage")),
@@ -94,12 +94,12 @@ def shown(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def continued(record: dict[str, Any], later: dict[str, Any] | None) -> dict[str, Any]:
-    """As `shown` an answer to a watched prompt, and what the look after it, if there was one, has found of its tokens."""
+    """As `shown` for an answer to a watched prompt, with what the following look, if any, recorded about its tokens."""
     return shown(record if later is None else record | {"new_logprobs": later.get("former_logprobs")})
 
 
 def _detail(record: dict[str, Any]) -> dict[str, Any] | None:
-    """An answer's tokens: their texts, log-probabilities before and after, experts by layer; None where they are not known."""
+    """An answer's tokens: texts, log-probabilities before and after, experts by layer; None if unknown."""
     pieces, before, after = (record.get(name) for name in ("pieces", "logprobs", "new_logprobs"))
     if not isinstance(pieces, list) or not _are_numbers(before, len(pieces)):
         return None
@@ -115,7 +115,7 @@ def _detail(record: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _are_numbers(values: Any, count: int | None = None) -> bool:
-    """Whether it is a list of numbers, of so many where that is known."""
+    """Whether it is a list of numbers, of length `count` if given."""
     return isinstance(values, list) and all(map(is_number, values)) and count in (None, len(values))
 
 

@@ -1,4 +1,4 @@
-"""What is printed for people: tables of columns, by rich. No torch here."""
+"""Tables for the terminal, by rich. Does not import torch."""
 
 import sys
 import textwrap
@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-GAP = 2  # spaces between two columns
-UNLIMITED = 100_000  # characters of a line that goes to a file or a pipe
+GAP = 2  # spaces between columns
+UNLIMITED = 100_000  # maximal line length in a file or pipe
 
 
 def columns() -> int:
@@ -21,11 +21,11 @@ def columns() -> int:
 
 
 def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = (), indent: int = 0, right: bool = True) -> str:
-    """Rows of cells as lines of text, no longer than the terminal is wide; in a file or a pipe as long as they need.
+    """Rows of cells as lines of text, at most as wide as the terminal; in a file or pipe as wide as needed.
 
-    The first column stands to the left, the others to the right unless `right` is False. What is too wide is turned on
-    its side if that makes it narrower, and otherwise goes on in the next line of its column; where not even the words
-    fit, each row becomes lines of its own.
+    The first column is left-aligned, the others right-aligned unless `right` is False. A table that is too wide is
+    transposed if that makes it narrower; otherwise cells wrap within their column. If even single words do not fit,
+    each row becomes a list of lines.
     """
     given = [list(row) for row in rows]
     cells, named = given, headers

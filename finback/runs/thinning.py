@@ -1,17 +1,17 @@
-"""Long curves for small screens: the fewest points that look the same, and smoothing over all of them. No torch here."""
+"""Long curves for small screens: thinning to few points that look the same, and smoothing. Does not import torch."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 Line = NDArray[np.float64]
-NOTHING = 1e-18  # a share that no sum of this precision feels
+NOTHING = 1e-18  # a share below the precision of float64 sums
 
 
 def thin(x: Line, y: Line, points: int) -> NDArray[np.int64]:
-    """Places of at most about `points` points of a curve: of each stretch of x the lowest and the highest y.
+    """Indices of about `points` points of a curve: the lowest and highest y in each interval of x.
 
-    First and last stay, and so does one value that is NaN or infinite in each stretch that has some: a gap is a finding.
-    x must not fall.
+    The first and last points are kept, and one NaN or infinite value per interval, since gaps are informative. x must not
+    decrease.
     """
     if len(x) <= points:
         return np.arange(len(x))
@@ -30,7 +30,7 @@ def thin(x: Line, y: Line, points: int) -> NDArray[np.int64]:
 
 
 def _first_lowest(y: Line, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each stretch the first place at which its lowest value stands."""
+    """For each interval, the first index of its minimum."""
     extremes = np.minimum.reduceat(y, starts)
     lengths = np.diff(np.append(starts, len(y)))
     hits = np.flatnonzero(y == np.repeat(extremes, lengths))
@@ -39,7 +39,7 @@ def _first_lowest(y: Line, starts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def smooth(y: Line, weight: float) -> Line:
-    """Exponential mean s_t = w s_{t-1} + (1 - w) y_t, divided by 1 - w^t; NaN and infinite values are passed over."""
+    """Exponential moving average s_t = w s_{t-1} + (1 - w) y_t, divided by 1 - w^t; NaN and infinite values are skipped."""
     assert 0 <= weight < 1, f"weight {weight} is not in [0, 1)"
     if weight == 0 or not len(y):
         return y
@@ -52,7 +52,7 @@ def smooth(y: Line, weight: float) -> Line:
 
 
 def _decayed(y: Line, weight: float) -> Line:
-    """Sums of w^(t-s) y_s over s <= t: those over 2k values are two of those over k."""
+    """Sums of w^(t-s) y_s over s <= t, by doubling: sums over 2k values from those over k."""
     found, k = y.copy(), 1
     while k < len(y) and weight**k > NOTHING:
         found[k:] += weight**k * found[:-k]

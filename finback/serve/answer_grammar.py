@@ -1,7 +1,7 @@
-"""What an answer has to be, in whatever words a request says it: a JSON schema, or a grammar in llguidance's Lark.
+"""The required form of an answer, from any of a request's fields: a JSON schema, or a grammar in llguidance's Lark.
 
-Schemas are read leniently where that changes no meaning: an unknown `format` is an annotation, as JSON Schema has it, and
-what cannot be followed is left out with a note, or refused by its place where the request asks for `strict`.
+Schemas are read leniently where that does not change their meaning: an unknown `format` is an annotation, as JSON Schema
+defines it. Keywords that cannot be enforced are dropped with a note, or refused with their location if the request is `strict`.
 """
 
 import json
@@ -17,14 +17,14 @@ from finback.serve.protocol import ChatRequest, small
 from finback.serve.schema_ends import can_end, target
 from finback.serve.tool_calls import ToolForm
 
-# one line, a space at most behind commas and colons: a model that does not want to go on could write spaces for ever
+# one line, with at most one space after commas and colons: a model that does not want to continue could write spaces forever
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "coerce_one_of": True}
 FORMATS = ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"]
 # keywords whose values are a schema, schemas by name, or a list of schemas
 ONE = ("additionalProperties", "items", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames")
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 LISTED = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-# what llguidance knows nothing of
+# keywords that llguidance does not support
 UNKNOWN = [
     "not",
     "if",
@@ -47,23 +47,23 @@ _LOOKAROUND = re.compile(r"\(\?<?[=!]")
 
 @dataclass(frozen=True)
 class AnswerGrammar:
-    """What an answer has to be: a JSON schema, or Lark; behind the field that a refusal blames."""
+    """The required form of an answer: a JSON schema or a Lark grammar, and the request's field that errors name."""
 
     param: str
     schema: str | None = None
     grammar: str | None = None
-    # of a grammar, the schemas in it by the fields they came in
+    # for a grammar: the schemas in it, by the request's field
     schemas: dict[str, str] = field(default_factory=dict)
-    # the form of the calls that it demands or allows
+    # the form of tool calls that it demands or allows
     form: ToolForm | None = None
     notes: tuple[str, ...] = ()
 
 
 def answer_grammar(request: ChatRequest) -> AnswerGrammar | None:
-    """What the request wants the answer to be; ApiError 400 where it says so twice."""
+    """The form that the request requires; ApiError 400 if two fields specify one."""
     wanted = list(_wanted(request))
     if len(wanted) > 1:
-        raise bad(f"{wanted[0][0]} and {wanted[1][0]} both say what the answer has to be; send one", wanted[1][0])
+        raise bad(f"{wanted[0][0]} and {wanted[1][0]} both specify the form of the answer; send one", wanted[1][0])
     if not wanted:
         return None
     param, kind, value = wanted[0]
@@ -77,12 +77,12 @@ def answer_grammar(request: ChatRequest) -> AnswerGrammar | None:
         return AnswerGrammar(param, grammar="start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in value))
     try:
         return AnswerGrammar(param, grammar=any_to_lark(value))
-    except Exception as error:  # whatever the conversion stumbles on
+    except Exception as error:  # the conversion may raise anything
         raise bad(f"{param}: neither Lark nor GBNF ({str(error)[:200]})", param) from None
 
 
 def _wanted(request: ChatRequest) -> Iterator[tuple[str, str, Any]]:
-    """All ways in which a request says it: field, kind, value."""
+    """Every form that a request specifies: field, kind, value."""
     form, other = request.response_format, request.structured_outputs
     anything = {"type": "object"}
     if form is not None and form.type != "text":
@@ -110,7 +110,7 @@ def _wanted(request: ChatRequest) -> Iterator[tuple[str, str, Any]]:
 
 
 def _object(given: Any, param: str) -> Any:
-    """A schema that may have come as text."""
+    """A schema that may be given as text."""
     if not isinstance(given, str):
         return given
     try:
@@ -120,9 +120,9 @@ def _object(given: Any, param: str) -> Any:
 
 
 def readable(schema: Any, strict: bool, param: str) -> tuple[Any, tuple[str, ...]]:
-    """The schema as llguidance can follow it, and what was left out; ApiError 400 where that changes a `strict` one.
+    """The schema as llguidance can enforce it, and what was dropped; ApiError 400 if that would change a `strict` schema.
 
-    A `$ref` that leads back to itself describes nothing, and what demands itself within itself never ends: both are refused.
+    A `$ref` that only leads back to itself describes nothing, and a schema that requires itself never ends: both are refused.
     """
     notes: list[str] = []
 
@@ -142,8 +142,8 @@ def readable(schema: Any, strict: bool, param: str) -> tuple[Any, tuple[str, ...
                     key == "pattern" and value.get("format") in FORMATS
                 )
                 if strict and not harmless and key != "uniqueItems":
-                    raise bad(f"{param}: {here} cannot be followed; leave it out, or leave out strict", param)
-                notes.append(f"{here} is not followed")
+                    raise bad(f"{param}: {here} cannot be enforced; leave it out, or leave out strict", param)
+                notes.append(f"{here} is not enforced")
             elif key != "x-guidance" and (key != "format" or inner in FORMATS):
                 found[key] = walk(inner, here) if key in ONE else inner
         return found
@@ -155,7 +155,7 @@ def readable(schema: Any, strict: bool, param: str) -> tuple[Any, tuple[str, ...
 
 
 def _check_reference(value: dict[str, Any], schema: Any, at: str, param: str) -> None:
-    """ApiError 400 for a reference that leads to itself by references alone."""
+    """ApiError 400 for a reference that leads back to itself through references only."""
     seen: list[str] = []
     while isinstance(value, dict) and isinstance(reference := value.get("$ref"), str):
         if reference in seen or reference == at:

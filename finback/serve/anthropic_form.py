@@ -1,7 +1,7 @@
-"""Requests as Anthropic's Messages interface defines them, and the chat requests that they are translated to. No torch here.
+"""Requests to Anthropic's Messages API, and their translation to chat requests. Does not import torch.
 
-Unknown fields, block caching, betas and the like are ignored, as clients send them unasked. What the model cannot do is
-left out with a note where the answer makes sense without it, else refused by name.
+Unknown fields, block caching, betas and the like are ignored, since clients send them unasked. What the model cannot do is
+left out with a note if the answer makes sense without it, and refused by name otherwise.
 """
 
 import json
@@ -16,12 +16,12 @@ from finback.serve.translation import TranslatedRequest
 
 BILLING = "x-anthropic-billing-header"  # Claude Code's first system block; it may change with each request
 NAMES = {"response_format": "output_config.format", "tool_choice.function.name": "tool_choice.name"}
-# kinds of blocks that add nothing a text model could read
+# kinds of blocks without anything that a text model could read
 DROPPED = ("redacted_thinking", "tool_reference", "server_tool_use", "tool_addition", "tool_removal", "fallback")
 
 
 class ContentBlock(RequestPart):
-    """A block of content."""
+    """A content block."""
 
     type: str
     text: str | None = None
@@ -34,7 +34,7 @@ class ContentBlock(RequestPart):
 
     @model_validator(mode="after")
     def _is_whole(self) -> "ContentBlock":
-        """ValueError that names a kind of block that is not read, or what one lacks."""
+        """ValueError that names an unsupported kind of block, or a missing field."""
         is_left_out = self.type in DROPPED or self.type.endswith("_tool_result")
         needs = {"text": "text", "thinking": "thinking", "tool_use": "name", "tool_result": "tool_use_id"}
         if self.type not in needs and self.type != "search_result" and not is_left_out:
@@ -47,7 +47,7 @@ class ContentBlock(RequestPart):
 
     @property
     def plain(self) -> str:
-        """Its text; that of a result or a search, whose parts stand on lines of their own."""
+        """Its text; for a result or a search, the parts on separate lines."""
         if self.type == "text":
             return self.text or ""
         if isinstance(self.content, list):
@@ -56,7 +56,7 @@ class ContentBlock(RequestPart):
 
 
 class TurnParam(RequestPart):
-    """One turn of a dialogue; a system message may stand among them."""
+    """One turn of a dialogue; system messages may occur among them."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[ContentBlock]
@@ -67,7 +67,7 @@ class TurnParam(RequestPart):
 
 
 class ThinkingSwitch(RequestPart):
-    """Whether the model thinks before it answers; adaptive and between_tools leave it to the model."""
+    """Whether the model thinks before it answers; adaptive and between_tools leave that to the model."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
@@ -81,7 +81,7 @@ class OutputFormat(RequestPart):
 
 
 class OutputConfig(RequestPart):
-    """How much thought an answer gets, and its form."""
+    """The effort of thinking, and the form of the answer."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
@@ -102,7 +102,7 @@ class ClientTool(RequestPart):
 
 
 class ToolChoice(RequestPart):
-    """Which tools are called."""
+    """Which tools may be called."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: Annotated[str, Field(max_length=128)] | None = None
@@ -116,7 +116,7 @@ class ToolChoice(RequestPart):
 
 
 class EndUser(RequestPart):
-    """Who asks, in words of the client's own."""
+    """The end user, identified by the client."""
 
     user_id: Annotated[str, Field(max_length=2048)] | None = None
 
@@ -136,41 +136,39 @@ class CountRequest(RequestPart):
 class MessagesRequest(CountRequest):
     """POST /v1/messages."""
 
-    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = Field(
-        description="more than the window has left is no mistake"
-    )
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = Field(description="may exceed the rest of the window")
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
-    seed: int | None = Field(None, description="finback's own: the same seed, the same answer")
+    seed: int | None = Field(None, description="finback's extension: the same seed gives the same answer")
     metadata: EndUser | None = None
     mcp_servers: list[Any] | None = Field(None, description="refused unless empty")
 
 
 def translated(body: CountRequest) -> TranslatedRequest:
-    """The request in chat's form; ApiError 400 for what cannot be had."""
+    """The request in chat's form; ApiError 400 for what is not supported."""
     messages: list[dict[str, Any]] = []
     places: list[str] = []
     for message, place in (*_system(body.system), *_turns(body.messages)):
         messages.append(message)
         places.append(place)
     if not messages or all(m["role"] == "system" for m in messages):
-        raise bad("messages: nothing but empty turns", "messages")
+        raise bad("messages: all turns are empty", "messages")
     request: dict[str, Any] = {"messages": messages, **_tools(body)}
     thinking, config = body.thinking, body.output_config or OutputConfig()
     if thinking is not None:
         kind = "adaptive" if thinking.type == "between_tools" else thinking.type
         request["thinking"] = {"type": kind, "budget_tokens": thinking.budget_tokens}
     if config.effort is not None:
-        # an effort says how long to think, not whether to
+        # effort sets how long to think, not whether to think
         request |= {"thinking": request.get("thinking") or {"type": "adaptive"}, "reasoning_effort": config.effort}
     if config.format is not None:
         request["response_format"] = {"type": "json_schema", "json_schema": {"schema": config.format.schema_}}
     if isinstance(body, MessagesRequest):
         if body.mcp_servers:
-            raise bad("mcp_servers: this server calls no others; leave it out", "mcp_servers")
+            raise bad("mcp_servers: this server does not call other servers; leave it out", "mcp_servers")
         request |= {n: getattr(body, n) for n in ("max_tokens", "stream", "temperature", "top_p", "top_k", "seed")}
         request |= {"stop": body.stop_sequences, "user_id": body.metadata and _short(body.metadata.user_id)}
     return TranslatedRequest.of(request, places, NAMES, _notes(body))
@@ -188,7 +186,7 @@ def _system(given: str | list[ContentBlock] | None) -> Iterator[tuple[dict[str, 
 
 
 def _turns(turns: Sequence[TurnParam]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Chat messages with where each comes from; turns without content say nothing."""
+    """Chat messages with their location in the request; turns without content are dropped."""
     for i, turn in enumerate(turns):
         place, blocks = f"messages[{i}]", turn.blocks
         text = "".join(block.plain for block in blocks if block.type in ("text", "search_result"))

@@ -1,4 +1,4 @@
-"""The answers to Anthropic's Messages: blocks of thinking, text and tool use, whole or as events."""
+"""Answers in Anthropic's Messages format: blocks of thinking, text and tool use, whole or as events."""
 
 import asyncio
 import base64
@@ -22,7 +22,7 @@ from finback.serve.service import Service, service_of
 from finback.serve.worker import OutputStream
 
 KINDS = {"reasoning": "thinking", "content": "text", "tool": "tool_use"}
-# what a block holds at its start, and the delta that adds to it: its type and its field
+# for each kind of block: its initial content, and its delta's type and field
 EMPTY: dict[str, dict[str, Any]] = {
     "thinking": {"thinking": "", "signature": ""},
     "text": {"text": ""},
@@ -33,7 +33,9 @@ ADDS = {
     "text": ("text_delta", "text"),
     "tool_use": ("input_json_delta", "partial_json"),
 }
-_KEY = secrets.token_bytes(32)  # signs chains of thought; nobody checks it, and clients drop a chain that has none
+_KEY = secrets.token_bytes(
+    32
+)  # signs chains of thought: nobody checks the signature, but clients drop chains without one
 
 
 class MessagesReply(PartsReply):
@@ -46,10 +48,10 @@ class MessagesReply(PartsReply):
     ) -> None:
         super().__init__(service, prepared, outputs, f"msg_{secrets.token_hex(12)}")
         self.blocks: list[dict[str, Any]] = []
-        self._kind = ""  # of the open block
-        self._text: list[str] = []  # of it
+        self._kind = ""  # kind of the open block
+        self._text: list[str] = []  # text of the open block
         self._input = InputGate()
-        self._call = -1  # which call it is
+        self._call = -1  # index of the current call
 
     def begin(self) -> bytes:
         start = self._message([], None, None) | {"usage": self._usage() | {"output_tokens": 0}}
@@ -86,7 +88,7 @@ class MessagesReply(PartsReply):
         }
 
     def _stop(self) -> tuple[str, str | None]:
-        """Why it ended, and the text that ended it."""
+        """The stop reason, and the stop string if there was one."""
         met = self.request.detokenizer.stop if self.request.detokenizer is not None else None
         if self.finish == "length":
             return "max_tokens", None
@@ -95,7 +97,7 @@ class MessagesReply(PartsReply):
         return ("tool_use" if self.parser.called else "end_turn"), None
 
     def _is_whole_call(self) -> bool:
-        """Whether the answer ends with a call that can be made."""
+        """Whether the answer ends with a complete call."""
         return self.parser.called and json_object(self.parser.calls[-1].arguments) is not None
 
     def _usage(self) -> dict[str, int]:
@@ -130,7 +132,7 @@ class MessagesReply(PartsReply):
         return self._delta({"type": kind, field: text})
 
     def _close(self) -> bytes:
-        """The end of the open block; the block is then whole."""
+        """Closes the open block, which is then complete."""
         if not self._kind:
             return b""
         found, block = b"", self.blocks[-1]
@@ -151,7 +153,7 @@ class MessagesReply(PartsReply):
 
 
 class InputGate:
-    """Lets the JSON of a call through as far as it is the beginning of an object: clients read it as it comes."""
+    """Passes the JSON of a call on as long as it is a valid prefix of an object: clients parse it as it arrives."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -159,15 +161,15 @@ class InputGate:
         self._broken = False
 
     def push(self, text: str) -> str:
-        """What may be sent of the text so far and was not."""
+        """The part of the text so far that may be sent and was not."""
         self._text += text
-        # so that the work stays proportional to the length
+        # so that the total work stays linear in the length
         if self._broken or (len(self._text) - self._sent) * 32 < len(self._text):
             return ""
         return self._release()
 
     def end(self) -> str:
-        """The rest; an object without members where nothing was one."""
+        """The rest; an empty object if nothing was one."""
         rest = "" if self._broken else self._release()
         return rest if self._sent else "{}"
 
@@ -176,7 +178,7 @@ class InputGate:
             if not isinstance(from_json(self._text, allow_partial=True), dict):
                 raise ValueError("no object")
         except ValueError:
-            # a number or a word that goes on may look wrong for a moment
+            # an incomplete number or word may look invalid for a moment
             self._broken = self._sent == 0 and bool(self._text.strip()) and not self._text.lstrip().startswith("{")
             return ""
         new, self._sent = self._text[self._sent :], len(self._text)
@@ -184,7 +186,7 @@ class InputGate:
 
 
 async def count_tokens(request: Request) -> Response:
-    """How many tokens the prompt of a request has; nothing is generated, so it waits for nobody."""
+    """The number of prompt tokens of a request; nothing is generated, so it does not queue."""
     body = await read(request, CountRequest)
     service = await service_of(request.scope).reach(body.model)
     chat = translated(body)

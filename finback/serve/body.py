@@ -1,4 +1,4 @@
-"""The body of an HTTP request: bytes to JSON, JSON to a form whose types and ranges hold. No torch here."""
+"""Reads the body of an HTTP request: bytes to JSON, JSON to a validated form. Does not import torch."""
 
 import asyncio
 import json
@@ -10,16 +10,16 @@ from starlette.requests import Request
 
 from finback.serve.errors import bad, from_pydantic
 
-DEPTH = 200  # lists in lists; Python's own recursion ends at 1000
-_BROKEN = re.compile("[\0\ud800-\udfff]")  # no tokenizer takes half a surrogate pair, no C string a NUL
+DEPTH = 200  # nesting depth; Python's recursion limit is 1000
+_BROKEN = re.compile("[\0\ud800-\udfff]")  # tokenizers reject lone surrogates, C strings reject NUL
 
 Form = TypeVar("Form", bound=BaseModel)
 
 
 async def read(request: Request, form: type[Form]) -> Form:
-    """Read and validate the body of an HTTP request; ApiError 400 names the first field that does not fit."""
+    """Reads and validates the body of an HTTP request; ApiError 400 names the first invalid field."""
     raw = await request.body()
-    # a short body is read sooner than a thread is found
+    # a short body is parsed faster than a thread is started
     return _validated(raw, form) if len(raw) < 1 << 16 else await asyncio.to_thread(_validated, raw, form)
 
 
@@ -30,7 +30,7 @@ def _validated(raw: bytes, form: type[Form]) -> Form:
         raise bad(f"the body is not UTF-8 (byte {error.start})", code="invalid_json") from None
     except RecursionError:
         raise bad(f"the body nests deeper than {DEPTH}", code="invalid_json") from None
-    except ValueError as error:  # not JSON, or a number of thousands of digits
+    except ValueError as error:  # not JSON, or a number with thousands of digits
         raise bad(f"the body is not JSON ({error})", code="invalid_json") from None
     if not isinstance(found, dict):
         raise bad("the body is not a JSON object", code="invalid_json")
@@ -43,14 +43,14 @@ def _validated(raw: bytes, form: type[Form]) -> Form:
 
 
 def depth(value: Any) -> int:
-    """How deep a JSON value nests, 0 for a plain one; ApiError for a text that no tokenizer takes."""
+    """Nesting depth of a JSON value, 0 for a scalar; ApiError for text that no tokenizer accepts."""
     deepest = 0
     todo = [(value, 0)]
     while todo:
         item, level = todo.pop()
         if isinstance(item, str):
             if not item.isprintable() and (met := _BROKEN.search(item)):
-                raise bad(f"a text holds U+{ord(met[0]):04X}, which is no character", code="invalid_json")
+                raise bad(f"a text holds U+{ord(met[0]):04X}, which is not a character", code="invalid_json")
             continue
         if isinstance(item, dict):
             todo += [(key, level) for key in item]

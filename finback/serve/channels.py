@@ -1,6 +1,6 @@
-"""Texts in channels, as gpt-oss writes them (harmony): <|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>….
+"""Parses texts in channels, as gpt-oss writes them (harmony): <|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>….
 
-analysis is the chain of thought, final and commentary the answer, and what is sent to=functions.NAME a call.
+analysis is the chain of thought, final and commentary are the answer, and a message sent to=functions.NAME is a call.
 """
 
 import re
@@ -15,27 +15,27 @@ _RECIPIENT = re.compile(r"to=functions\.([\w.-]+)")
 
 
 def read(reader: IncrementalReader, sink: DeltaCollector, tools: bool) -> Wait[None]:
-    """Read messages to the end of the text; the first one's start, or its channel's mark, has just been read."""
+    """Reads messages to the end of the text; the start of the first message, or its channel mark, has just been read."""
     answered = False
     while True:
         head = yield from reader.before((MESSAGE, *ENDS))
         if not (yield from reader.match((MESSAGE,))):
             if (yield from reader.match(ENDS)):
                 continue
-            return  # a head that breaks off says nothing
+            return  # an incomplete header is dropped
         channel = re.match(r"\s*(\w*)", head.rpartition(CHANNEL)[2])
         kind, recipient = channel[1] if channel else "", _RECIPIENT.search(head)
         is_call = bool(recipient and tools)
         if recipient and is_call:
             sink.call(recipient[1])
-        is_chain = kind == "analysis" and not is_call  # calls are made there too
+        is_chain = kind == "analysis" and not is_call  # calls may be made in analysis too
         answered = yield from _message(reader, sink, answered, is_chain, is_call)
 
 
 def _message(
     reader: IncrementalReader, sink: DeltaCollector, follows: bool, is_chain: bool, is_call: bool
 ) -> Wait[bool]:
-    """The text of one message, to the next one's start; whether an answer has been written by then."""
+    """Reads the text of one message, up to the start of the next. Returns whether an answer has been written by then."""
     wrote = False
     while True:
         text, end = yield from reader.until((*ENDS, START))

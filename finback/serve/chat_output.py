@@ -1,4 +1,4 @@
-"""One choice of a chat response: what a parser finds in its text, as messages and deltas."""
+"""One choice of a chat response: turns the parser's output into messages and deltas."""
 
 from bisect import bisect_left
 from typing import Any
@@ -19,22 +19,22 @@ REASONING = {
 
 
 class ChatChoice:
-    """One choice of a chat response; `field` says where the chain of thought is shown."""
+    """One choice of a chat response; `field` selects where the chain of thought goes."""
 
     def __init__(
         self, index: int, request: Request, parser: Parser, field: ReasoningField, texts: TokenTexts | None
     ) -> None:
         self.index, self.request, self.parser, self.field, self.texts = index, request, parser, field, texts
         self.finish: str | None = None
-        self._tokens = 0  # whose log-probabilities are sent
+        self._tokens = 0  # tokens whose log-probabilities have been sent
         self._logprobs: dict[str, list[Any]] = {"content": [], "reasoning_content": []}
-        self._is_inline = False  # inside <think> in the content
+        self._is_inline = False  # whether the content is inside <think>
 
     def start(self) -> dict[str, Any]:
         return self._choice({"role": "assistant", "content": ""}, None)
 
     def take(self, delta: OutputDelta) -> list[dict[str, Any]]:
-        """The choices of the chunks that this output makes."""
+        """The choices for the chunks of this output."""
         parts = self.parser.push(delta.text) if delta.text else []
         if delta.finish is not None:
             parts += self.parser.end()
@@ -60,7 +60,7 @@ class ChatChoice:
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish}
 
     def _message(self, part: Delta) -> dict[str, Any] | None:
-        """What the part adds to the message."""
+        """What a part adds to the message."""
         if part.kind == "reasoning":
             if self.field == "inline":
                 mark, self._is_inline = "" if self._is_inline else THINK, True
@@ -73,7 +73,7 @@ class ChatChoice:
         return {"tool_calls": [{"index": part.index, **first}]} | ({"content": mark} if mark else {})
 
     def _new_logprobs(self, delta: OutputDelta) -> dict[str, Any]:
-        """Those of the tokens since the last call, the chain's apart from the answer's; `drafted` marks MTP's."""
+        """Log-probabilities of the tokens since the last call, separately for chain and answer; `drafted` marks MTP drafts."""
         assert self.texts is not None
         new: dict[str, list[Any]] = {"content": [], "reasoning_content": []}
         accepted = self.request.accepted_at

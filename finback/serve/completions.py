@@ -1,4 +1,4 @@
-"""The answers to chat and to text completions, in OpenAI's envelope."""
+"""Answers to chat and text completions, in OpenAI's format."""
 
 import secrets
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ class CompletionReply(Reply):
         }
 
     def _chunk(self, choices: list[dict[str, Any]], newest: bool = False) -> bytes:
-        """One event; `newest`: nothing later is known, so it may be the last."""
+        """One event; `newest`: nothing later is known yet, so it may be the last."""
         chunk = self._envelope("chat.completion.chunk") | {"choices": choices}
         if self.include_usage:
             chunk["usage"] = None
@@ -81,7 +81,7 @@ class CompletionReply(Reply):
 
 
 class TextChoice:
-    """One choice of a text completion; `echo` is the text of a prompt that its text begins with.
+    """One choice of a text completion; `echo` is the prompt text that it starts with.
 
     `scored`: it says how likely the tokens of the prompt are.
     """
@@ -92,11 +92,11 @@ class TextChoice:
         self.index, self.request, self.echo, self.texts, self.scored = index, request, echo, texts, scored
         self.finish: str | None = None
         self._chunks: list[dict[str, Any]] = []
-        self._tokens = 0  # whose log-probabilities are sent
-        self._characters = 0  # where the next token begins in the text
+        self._tokens = 0  # tokens whose log-probabilities have been sent
+        self._characters = 0  # offset of the next token in the text
 
     def take(self, delta: OutputDelta) -> list[dict[str, Any]]:
-        """The choices of the chunks that this output makes."""
+        """The choices for the chunks of this output."""
         text, logprobs = delta.text, None
         is_echo = not self._chunks and self.echo is not None
         if is_echo:
@@ -106,7 +106,7 @@ class TextChoice:
         if self.texts is not None:
             tokens = self.request.tokens[self._tokens : delta.tokens]
             found: list[TokenLogprobs | None] = [*self.request.top_logprobs[self._tokens : delta.tokens]]
-            if is_echo:  # the first token has nothing before it that could predict it
+            if is_echo:  # nothing predicts the first token
                 tokens, found = [*self.request.prompt, *tokens], [None, *self.request.prompt_logprobs, *found]
             logprobs, self._characters = self.texts.table(tokens, found, self._characters)
             self._tokens = delta.tokens

@@ -1,4 +1,4 @@
-"""A stage's metrics for a page: axes, curves, heat maps, time left, and what looks wrong. No torch here."""
+"""A stage's metrics for the page: axes, curves, heat maps, remaining time, and warnings. Does not import torch."""
 
 import math
 import time
@@ -16,15 +16,15 @@ from finback.runs.reader import StageFolder
 from finback.runs.thinning import Line, smooth, thin
 
 AXES = ("step", "tokens", "time", "cost")
-RESULTS = "accuracy", "reward", "loss"  # what says how good a model is, where a stage's results do not
-QUIET = 120.0  # seconds without a line after which a running stage has stalled, and no less than 20 steps' time
-BLOCK = 50  # steps whose spread says what a spike is
-SPIKE = 12.0  # robust standard deviations above the stretch before
-LISTED = 5  # spikes that are shown
+RESULTS = "accuracy", "reward", "loss"  # metrics of model quality, if a stage has no results
+QUIET = 120.0  # seconds without a new row after which a running stage counts as stalled; at least 20 steps' time
+BLOCK = 50  # steps from which the normal spread is estimated
+SPIKE = 12.0  # robust standard deviations above the preceding block
+LISTED = 5  # most spikes to show
 
 
 def axis(table: MetricsTable, name: str, cores: float) -> Line:
-    """For each row where it stands: its step, the tokens, seconds or dollars of all rows up to it; never falling."""
+    """The x value of each row: its step, or cumulative tokens, seconds or dollars; monotonic."""
     if name == "step":
         return np.maximum.accumulate(table.carried("step")) if table.rows else np.zeros(0)
     if name == "tokens":
@@ -56,10 +56,10 @@ def _seconds(table: MetricsTable) -> Line:
 def curve(
     table: MetricsTable, name: str, places: Line, weight: float, begin: float | None, end: float | None, points: int
 ) -> dict[str, Any]:
-    """A curve between two places of the axis, and the same smoothed: [x, y] thinned, None for what is NaN or infinite."""
+    """A curve between two x values, raw and smoothed: [x, y] pairs, thinned, None where NaN or infinite."""
     rows, y = table.column(name)
     x = places[rows.astype(np.int64)]
-    smoothed = smooth(y, weight)  # before it is cut, so that zooming in does not change it
+    smoothed = smooth(y, weight)  # before cutting, so that zooming does not change it
     first = max(0, int(np.searchsorted(x, begin, "left")) - 1) if begin is not None else 0
     last = min(len(x), int(np.searchsorted(x, end, "right")) + 1) if end is not None else len(x)
     x, y, smoothed = x[first:last], y[first:last], smoothed[first:last]
@@ -71,7 +71,7 @@ def curve(
 
 
 def heat(table: MetricsTable, name: str, most: int) -> dict[str, Any]:
-    """Nested values such as the share of tokens of each layer's experts, at up to `most` steps spread over the run."""
+    """Nested values, such as the token share of each layer's experts, at up to `most` steps spread over the run."""
     rows, values = table.nested.get(name, ([], []))
     steps = axis(table, "step", 1.0)
     spread = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))
@@ -82,7 +82,7 @@ def heat(table: MetricsTable, name: str, most: int) -> dict[str, Any]:
 
 
 def _matrix(value: Any) -> list[list[float | None]]:
-    """A list of equal rows of numbers; [] for anything else."""
+    """A list of equally long rows of numbers; [] for anything else."""
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
         return []
     if len({len(row) for row in value}) != 1:
@@ -91,12 +91,12 @@ def _matrix(value: Any) -> list[list[float | None]]:
 
 
 def latest(table: MetricsTable) -> dict[str, float | None]:
-    """The last values of the curves in `RESULTS` that there are."""
+    """The last values of those curves in `RESULTS` that exist."""
     return {name: _plain(table.column(name)[1][-1:])[0] for name in RESULTS if name in table.columns}
 
 
 def progress(stage: StageFolder, table: MetricsTable) -> dict[str, Any]:
-    """How far a stage is: its step, what its knobs say will be the last, and seconds left at the pace of late."""
+    """A stage's progress: its step, the last step according to its knobs, and seconds left at the recent pace."""
     steps, tokens = axis(table, "step", 1.0), axis(table, "tokens", 1.0)
     seconds = _seconds(table)
     done: dict[str, Any] = {"step": int(steps[-1]) if len(steps) else 0, "of": None, "unit": "steps", "left": None}
@@ -110,14 +110,14 @@ def progress(stage: StageFolder, table: MetricsTable) -> dict[str, Any]:
 
 
 def _left(line: Line, seconds: Line, total: float) -> float | None:
-    """Seconds until a line that grows reaches a total, at the pace of its last 50 rows."""
+    """Seconds until a growing curve reaches a total, at the pace of its last 50 rows."""
     recent = line[-50:], seconds[-50:]
     grown, took = (float(part[-1] - part[0]) if len(part) > 1 else 0.0 for part in recent)
     return max(0.0, total - float(line[-1])) / grown * took if grown > 0 and took > 0 else None
 
 
 def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[str, Any]]:
-    """What a person should look at: NaN, spikes, what is amiss in RL, a stall."""
+    """Warnings: NaN, spikes, RL problems, a stall."""
     found = [*_non_finite(table), *rl_alerts.alerts(stage.config, table)]
     for name in () if "reward" in table.columns else ("loss", "grad_norm"):
         found += _spikes(table, name)
@@ -127,7 +127,7 @@ def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[
 
 
 def damage(stage: StageFolder) -> list[dict[str, Any]]:
-    """What of a stage cannot be read: a file that a kill has torn, lines of the ledger."""
+    """What cannot be read of a stage: a torn file, or broken rows of the ledger."""
     found = [("ledger", LEDGER, None, fault) for fault in stage.ledger_faults[:LISTED]]
     if stage.torn:
         text = f"{stage.torn} is torn: delete the folder {stage.name} and run the recipe again"
@@ -145,10 +145,10 @@ def _non_finite(table: MetricsTable) -> Iterator[Alert]:
 
 
 def _spikes(table: MetricsTable, name: str) -> Iterator[Alert]:
-    """The highest values that stand far above the stretch before theirs, by its median and median deviation."""
+    """The highest values that are far above the preceding block, measured by its median and median deviation."""
     rows, y = table.column(name)
     whole = np.append(y, np.full(-len(y) % BLOCK, np.nan)).reshape(-1, BLOCK)
-    known = np.isfinite(whole[:-1]).any(axis=1)  # stretches that say what is usual
+    known = np.isfinite(whole[:-1]).any(axis=1)  # blocks with finite values
     if not known.any():
         return
     before, after = whole[:-1][known], whole[1:][known]
@@ -161,7 +161,7 @@ def _spikes(table: MetricsTable, name: str) -> Iterator[Alert]:
     value = highest[np.arange(len(top)), top]
     over = np.flatnonzero(value > limit)
     size = value[over] / np.maximum(np.abs(middle[over]), 1e-12)
-    first = (np.flatnonzero(known) + 1) * BLOCK  # where each later stretch begins
+    first = (np.flatnonzero(known) + 1) * BLOCK  # start of each following block
     steps = axis(table, "step", 1.0)
     for i in over[np.argsort(-size)][:LISTED]:
         step = int(steps[int(rows[first[i] + top[i]])])

@@ -1,4 +1,4 @@
-"""What a parser finds in a model's text, as deltas: reasoning, content, and tool calls."""
+"""The parser's output as deltas: reasoning, content, and tool calls."""
 
 import json
 import uuid
@@ -11,12 +11,12 @@ from finback.serve.incremental import Fence
 
 @dataclass(frozen=True)
 class Delta:
-    """What a piece of text adds. A call's first delta has its name and id and no text, later ones only text."""
+    """What a piece of text adds. A call's first delta has its name and id but no text, later ones only text."""
 
     kind: Literal["reasoning", "content", "tool"]
-    # of a call: a fragment of the arguments' JSON text
+    # for a call: a fragment of its arguments' JSON
     text: str = ""
-    # of a call: which one, counted from 0
+    # index of the call, counted from 0
     index: int = 0
     name: str | None = None
     call_id: str | None = None
@@ -24,7 +24,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class ParsedCall:
-    """A tool call; `arguments` is JSON text as the model wrote it, which may be broken off or no JSON at all."""
+    """A tool call; `arguments` is JSON text as the model wrote it, possibly incomplete or invalid."""
 
     id: str
     name: str
@@ -37,23 +37,23 @@ def fresh_id() -> str:
 
 
 class DeltaCollector:
-    """Takes what a parser finds and hands it out as deltas; whitespace waits for what follows it."""
+    """Collects the parser's output as deltas; whitespace is held back until it is known what follows."""
 
     def __init__(self, tools: bool, new_id: Callable[[], str], single_call: bool) -> None:
         self.reasoning: list[str] = []
         self.content: list[str] = []
         self.calls: list[tuple[str, str, list[str]]] = []
-        self.fence = Fence()  # of the content since the last call
+        self.fence = Fence()  # code fences in the content since the last call
         self._new_id, self._single_call = new_id, single_call
-        self._left_out = False  # the call that is being read
-        self._waits = tools  # whether content's whitespace may yet belong to a call
-        self._blank = ""  # the whitespace that waits
-        self._called = False  # no content since the last call
-        self._held: str | None = None  # arguments that are no object as they stand
+        self._left_out = False  # whether the current call is left out
+        self._waits = tools  # whether whitespace may still belong to a call
+        self._blank = ""  # whitespace held back
+        self._called = False  # whether no content has followed the last call
+        self._held: str | None = None  # arguments given as a string or null
         self._new: list[Delta] = []
 
     def take(self) -> list[Delta]:
-        """The deltas since the last call."""
+        """The deltas since the last call of this method."""
         new, self._new = self._new, []
         return new
 
@@ -63,7 +63,7 @@ class DeltaCollector:
             self._add(Delta("reasoning", shown))
 
     def end_chain(self) -> None:
-        """Drop the chain's last whitespace."""
+        """Drops the chain's trailing whitespace."""
         self._blank = ""
 
     def text(self, text: str) -> None:
@@ -77,7 +77,7 @@ class DeltaCollector:
             self._add(Delta("content", shown))
 
     def call(self, name: str, ident: str | None = None) -> None:
-        """A call begins; `ident` is its id, if the model has written one."""
+        """Starts a call; `ident` is its id if the model has written one."""
         self.end_call()
         self._blank, self._called, self.fence = "", True, Fence()
         self._left_out = self._single_call and bool(self.calls)
@@ -88,18 +88,18 @@ class DeltaCollector:
         self._new.append(Delta("tool", "", len(self.calls) - 1, name, self.calls[-1][0]))
 
     def arguments(self, text: str) -> None:
-        """A piece of the arguments' JSON."""
+        """Adds a piece of the arguments' JSON."""
         if self._left_out or not text:
             return
         if self._held is not None:
             self._held += text
-        elif not self.calls[-1][2] and text[0] in '"n':  # a text that holds them, or null
+        elif not self.calls[-1][2] and text[0] in '"n':  # a string that contains them, or null
             self._held = text
         else:
             self._argue(text)
 
     def end_call(self) -> None:
-        """The call is over: arguments in a string are taken out of it, and null is none."""
+        """Ends the call: arguments given as a string are unpacked, and null means none."""
         if self._held is None:
             return
         held, self._held = self._held, None
@@ -116,7 +116,7 @@ class DeltaCollector:
         self._add(Delta("tool", text, len(self.calls) - 1))
 
     def end(self) -> None:
-        """Whitespace that ends a plain answer is part of it."""
+        """Ends the text: whitespace at the end of a plain answer belongs to it."""
         self.end_call()
         if self._blank and not self._called:
             self.content.append(self._blank)

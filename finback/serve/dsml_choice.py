@@ -1,6 +1,6 @@
-"""Demanded calls in DSML, as Lark: arguments one by one, in the order of the schema, those that are not required or not.
+"""Demanded calls in DSML as a Lark grammar: arguments one by one in the schema's order, the optional ones optionally.
 
-Text is free up to the mark that ends it; what a schema says more of than its type is written as JSON.
+Strings are free text up to the closing mark; values with further constraints are written as JSON.
 """
 
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from finback.data.dsml import DSML, DsmlForm
 
-# of a schema's own members those that one argument after the other follows
+# schema keywords that can be enforced with arguments one by one
 PLAIN = {
     *("type", "properties", "required", "additionalProperties", "$defs", "definitions", "x-guidance"),
     *("$schema", "$id", "$comment", "title", "description", "default", "examples"),
@@ -17,14 +17,14 @@ ANNOTATIONS = {"type", "title", "description", "default", "examples", "$comment"
 
 
 def is_plain(schema: dict[str, Any]) -> bool:
-    """Whether arguments one by one can be held to a schema."""
+    """Whether a schema can be enforced with arguments one by one."""
     return schema.keys() <= PLAIN and set(schema.get("required", ())) <= set(schema.get("properties", ()))
 
 
 def rules(form: DsmlForm, number: int, name: str, schema: dict[str, Any]) -> list[str]:
-    """The rules f{number}, a call of this function, and those that it is made of; `text_rule` goes with them.
+    """The rule f{number}, a call of this function, and the rules it uses; `text_rule` must be added once.
 
-    The newline behind a call belongs to it: one that could be the next call's or the end's would have to be taken back.
+    The newline after a call belongs to it: otherwise it could belong to the next call or to the end, and parsing would backtrack.
     """
     properties, required = schema.get("properties", {}), set(schema.get("required", ()))
     shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
@@ -37,7 +37,7 @@ def rules(form: DsmlForm, number: int, name: str, schema: dict[str, Any]) -> lis
     if not properties and schema.get("additionalProperties") is not False:
         found.append(f"f{number}any: {_any(form, shared)}")
         body.append(f"f{number}any*")
-    if form.blank and not required:  # what is written in place of no arguments
+    if form.blank and not required:  # what the form writes for no arguments
         body.append(f"{_quoted(form.blank)}{'?' if body else ''}")
     head = _quoted(f'<{DSML}{form.space}invoke name="{name}">\n')
     tail = _quoted(f"</{DSML}{form.space}invoke>\n")
@@ -45,7 +45,7 @@ def rules(form: DsmlForm, number: int, name: str, schema: dict[str, Any]) -> lis
 
 
 def text_rule(form: DsmlForm) -> str:
-    """A text and what ends it."""
+    """Free text and its closing mark."""
     return f"text[suffix={_quoted(_end(form))}]: /(?s:.*)/"
 
 
@@ -60,7 +60,7 @@ def _argument(form: DsmlForm, name: str, schema: Any, shared: dict[str, Any]) ->
 
 
 def _any(form: DsmlForm, shared: dict[str, Any]) -> str:
-    """An argument of any name."""
+    """An argument with any name."""
     begin = _quoted(f'<{DSML}{form.space}parameter name="')
     value = f'"true\\">" text | "false\\">" {_json(shared)} {_quoted(_end(form))}'
     return f'{begin} /[A-Za-z0-9_.-]{{1,64}}/ "\\" string=\\"" ({value})'

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, whatever raised them: {"error": {message, type, param, code}}, or in Anthropic's. No torch here."""
+"""Errors in OpenAI's form, {"error": {message, type, param, code}}, or in Anthropic's, whatever raised them. Does not import torch."""
 
 import logging
 import re
@@ -16,12 +16,12 @@ from finback.config import UserError
 log = logging.getLogger("finback.serve")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-# the same in Anthropic's interface; other statuses of 400 and more, and of 500 and more
+# the same for Anthropic's API; 400 and 500 stand for all other statuses of their class
 ANTHROPIC = {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"} | TYPES
 ANTHROPIC_OTHERS = ("invalid_request_error", "api_error")
-# by status: the code of an error, and what it means
+# by status: the default code of an error, and its meaning
 STATUSES = {
-    400: ("invalid_value", "The request does not fit; `param` names the field."),
+    400: ("invalid_value", "The request is invalid; `param` names the field."),
     401: ("invalid_api_key", "The API key is missing or wrong."),
     403: ("forbidden", "The Host or Origin is not allowed, or the server was started without this path."),
     404: ("not_found", "No such path, model or running request."),
@@ -34,11 +34,11 @@ STATUSES = {
     500: ("server_error", "The server failed."),
     503: ("overloaded", "Overloaded, shutting down, or the model has failed; Retry-After says when to come back."),
 }
-RETRYABLE = (408, 429, 503)  # clients retry after these, so each says when
+RETRYABLE = (408, 429, 503)  # clients retry after these, so they carry Retry-After
 
 
 class ApiError(Exception):
-    """A request that fails with a status; `param` is the field that is to blame."""
+    """A request that fails with a status; `param` is the field at fault."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int = 1
@@ -54,12 +54,12 @@ class ApiError(Exception):
 
     @property
     def anthropic(self) -> dict[str, Any]:
-        """The error in Anthropic's shape."""
+        """The error in Anthropic's form."""
         kind = ANTHROPIC.get(self.status, ANTHROPIC_OTHERS[self.status >= 500])
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def response(self, path: str = "") -> Response:
-        """What is sent to whoever asked for `path`."""
+        """The response to a request for `path`."""
         headers = {"retry-after": str(self.retry_after)} if self.status in RETRYABLE else {"x-should-retry": "false"}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
@@ -67,7 +67,7 @@ class ApiError(Exception):
 
 
 class TooLong(ApiError):
-    """A prompt and an answer that the window does not hold."""
+    """Prompt and answer together exceed the context window."""
 
     def __init__(self, requested: str, window: int, param: str) -> None:
         message = (
@@ -79,7 +79,7 @@ class TooLong(ApiError):
 
     @property
     def anthropic(self) -> dict[str, Any]:
-        """In the words that clients read both numbers from."""
+        """In the wording from which clients parse both numbers."""
         found = super().anthropic
         number = re.search(r"\d+", self.requested)
         found["error"]["message"] = f"prompt is too long: {number[0] if number else 0} tokens > {self.window} maximum"
@@ -87,20 +87,20 @@ class TooLong(ApiError):
 
 
 def is_anthropic(path: str) -> bool:
-    """Whether a path belongs to Anthropic's interface."""
+    """Whether a path belongs to Anthropic's API."""
     return path.rstrip("/").endswith(("/messages", "/messages/count_tokens"))
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that its sender must change."""
+    """An error that the sender must fix."""
     return ApiError(400, message, param, code)
 
 
 def from_pydantic(error: ValidationError, body: Any) -> ApiError:
-    """The first field of a body that does not fit; its value is not repeated, it may be of any length."""
+    """The first invalid field of a body; its value is not repeated, since it may be long."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     places = [_place(each["loc"], body, each["type"] == "missing") for each in found]
-    # a value may be of several kinds: what is wrong within the one that comes nearest says most
+    # if a value may have several types, the error in the best matching one is the most useful
     near = [i for i, place in enumerate(places) if place[: len(places[0])] == places[0]]
     at = max(near, key=lambda i: (len(places[i]), not found[i]["type"].endswith("_type")))
     message, param = found[at]["msg"].removeprefix("Value error, "), path_of(places[at]) or None
@@ -113,7 +113,7 @@ def path_of(parts: Sequence[str | int]) -> str:
 
 
 def _place(loc: Sequence[str | int], body: Any, is_missing: bool) -> list[str | int]:
-    """Where an error is, without the kinds that a value might have been, which are no fields."""
+    """Location of an error, without the names of alternative types, which are not fields."""
     found: list[str | int] = []
     for at, part in enumerate(loc):
         is_last = at == len(loc) - 1
@@ -127,12 +127,12 @@ def _place(loc: Sequence[str | int], body: Any, is_missing: bool) -> list[str | 
 
 
 def log_failure(what: str, error: BaseException) -> None:
-    """Log where something has failed, without the error's message: it may quote what somebody wrote."""
+    """Logs where something failed, without the error's message: it may quote user text."""
     log.error("%s failed: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """The response to a refusal: ours, the engine's, or the framework's (no such path, wrong method)."""
+    """The response to an error: ours, the engine's, or the framework's (unknown path, wrong method)."""
     path = request.url.path
     if isinstance(error, ApiError):
         return error.response(path)

@@ -1,8 +1,8 @@
-"""Generation for trainers, by token ids: vLLM's POST /inference/v1/generate.
+"""Generation from token ids for trainers: vLLM's POST /inference/v1/generate.
 
-Nothing of a text is looked at: no template, no generation_config.json, no stops but those that the request names and,
-without `ignore_eos`, the model's own. Log-probabilities are those with which tokens were drawn, at the temperature and among
-what top-k, top-p and min-p leave (vLLM's processed_logprobs).
+No text processing: no template, no generation_config.json, and no stop tokens but those in the request and, without
+`ignore_eos`, the model's own. Log-probabilities are those of the sampling distribution, after temperature, top-k, top-p and
+min-p (vLLM's processed_logprobs).
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class TokenGeneration:
     """The endpoint that answers token ids with token ids."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; however it ends, the engine keeps nothing of it."""
+        """Answers one request; the engine drops it however it ends."""
         service, owner = service_of(scope), scope["state"]["owner"]
         service.refuse_if_all_busy()
         body = await read(Request(scope, receive), TokensRequest)
@@ -53,7 +53,7 @@ async def _respond(service: Service, owner: bytes, body: TokensRequest, send: Se
                 finish = delta.finish
     finally:
         service.worker.cancel(outputs)
-    # of thousands of tokens the experts alone are megabytes
+    # for thousands of tokens the experts alone take megabytes
     content = await asyncio.to_thread(_content, body, request, outputs.versions)
     await JSONResponse(content)({"type": "http"}, _no_body, send)
 
@@ -100,7 +100,7 @@ def _content(body: TokensRequest, request: EngineRequest, versions: Sequence[tup
 
 
 def _spans(versions: Sequence[tuple[str, int]], count: int) -> list[dict[str, Any]]:
-    """Which weights made which of `count` tokens, without those that made none."""
+    """Which weights generated which of `count` tokens, without versions that generated none."""
     ends = [*(start for _, start in versions[1:]), count]
     spans = [(v, start, min(end, count)) for (v, start), end in zip(versions, ends, strict=True)]
     return [{"version": v, "start": start, "end": end} for v, start, end in spans if start < end]

@@ -1,11 +1,11 @@
-"""How often values fell below each of some bounds, as Prometheus has it. No torch here."""
+"""A Prometheus histogram. Does not import torch."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
 
 
 class Histogram:
-    """How often values fell below each of some bounds (seconds)."""
+    """Counts values (seconds) up to each of several bounds."""
 
     def __init__(self, bounds: Iterable[float]) -> None:
         self.bounds = tuple(bounds)
@@ -17,7 +17,7 @@ class Histogram:
         self.total += value * times
 
     def lines(self, name: str, label: str = "") -> list[str]:
-        """As cumulative buckets, sum and count, with one more label if there is one."""
+        """Cumulative buckets, sum and count in Prometheus' format, with an additional label if given."""
         found, so_far = [], 0
         more, own = (f",{label}", f"{{{label}}}") if label else ("", "")
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):

@@ -1,4 +1,4 @@
-"""How both servers stand on the network: application, uvicorn's settings, socket, and API keys as digests. No torch here."""
+"""The network side of both servers: application, uvicorn's settings, socket, and API keys as digests. Does not import torch."""
 
 import asyncio
 import errno
@@ -31,12 +31,12 @@ from finback.serve.options import LOOPBACK, ListenOptions
 
 Listen = TypeVar("Listen", bound=ListenOptions)
 
-SHORTEST = 16  # characters; 128 bits in hexadecimal are 32
-GRACE = 5  # seconds for the last bytes, once every answer has ended
+SHORTEST = 16  # minimum length of a key; 128 bits in hexadecimal are 32 characters
+GRACE = 5  # seconds for the last bytes after every answer has ended
 
 
 def application(routes: Sequence[Route], options: ListenOptions, metrics: Metrics, lifespan: Any = None) -> Starlette:
-    """The ASGI application of these routes and /health, behind the middleware."""
+    """The ASGI application with these routes and /health, wrapped in the middleware."""
     access = Middleware(AccessMiddleware, options=options, metrics=metrics)
     app = Starlette(
         routes=[Route("/health", health), *routes], middleware=[access], exception_handlers=HANDLERS, lifespan=lifespan
@@ -50,7 +50,7 @@ async def health(request: Request) -> Response:
 
 
 def configuration(app: Starlette, options: ListenOptions) -> uvicorn.Config:
-    """How uvicorn runs the application; ours is the only log."""
+    """uvicorn's configuration; its own logs are off."""
     quiet: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False, "server_header": False}
     if options.ssl_certfile is not None:
         quiet |= {
@@ -62,7 +62,7 @@ def configuration(app: Starlette, options: ListenOptions) -> uvicorn.Config:
 
 
 class Seldom(logging.Filter):
-    """Lets an error with a traceback through once a second: what goes wrong in a loop should not fill the disk."""
+    """Lets one error with a traceback through per second, so that an error in a loop does not fill the disk."""
 
     _last = float("-inf")
 
@@ -75,17 +75,17 @@ class Seldom(logging.Filter):
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's, with its one reply of its own in the shape of all others, and an end to requests that never come.
+    """uvicorn's protocol, with its own error reply in our form, and timeouts for incomplete requests.
 
-    A connection that keeps a request half sent would stay for ever, and a thousand of them leave no room for others.
+    A connection with a half-sent request would stay open forever, and a thousand of them would exhaust the server.
     """
 
-    # seconds for a head, and for a pause in a body
+    # seconds for the headers, and for a pause in the body
     patience = (10.0, 30.0)
     _timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: Any) -> None:  # uvicorn types it by a class of its own
-        """A connection that is one too many is closed before it costs anything."""
+    def connection_made(self, transport: Any) -> None:  # uvicorn annotates it with its own class
+        """Closes a connection beyond the limit before it costs anything."""
         super().connection_made(transport)
         if len(self.connections) > most_connections():
             transport.abort()
@@ -94,7 +94,7 @@ class HttpProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         is_head = self._waits_for_head
         super().data_received(data)
-        if not (is_head and self._waits_for_head):  # a head has its time as a whole
+        if not (is_head and self._waits_for_head):  # the timeout of headers covers them as a whole
             self._watch()
 
     def on_response_complete(self) -> None:
@@ -110,7 +110,7 @@ class HttpProtocol(H11Protocol):
         return self.conn.their_state is h11.IDLE
 
     def _watch(self) -> None:
-        """Wait for what is missing of the request, if anything is."""
+        """Starts the timeout if part of the request is missing."""
         self._unwatch()
         head, body = self.patience
         wait = head if self._waits_for_head else body if self.conn.their_state is h11.SEND_BODY else None
@@ -123,12 +123,12 @@ class HttpProtocol(H11Protocol):
             self._timer = None
 
     def _give_up(self) -> None:
-        # an application that has begun to read finds the connection closed
+        # if the application has begun to read, it sees a closed connection
         if not self.transport.is_closing():
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP."""
+        """Refuses what is not HTTP."""
         content = bad(msg, code="invalid_http").response().body
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nx-should-retry: false\r\n"
@@ -139,21 +139,23 @@ class HttpProtocol(H11Protocol):
 
 
 def listen_as(options: ListenOptions) -> socket.socket:
-    """The socket that the options name."""
+    """The socket that the options describe."""
     return listen(options.host, options.port) if options.uds is None else listen_at(options.uds)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address; UserError when it is taken or no address of this machine."""
+    """A socket at an address; UserError if it is in use or not an address of this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)  # type: ignore[arg-type]
     except (OSError, OverflowError) as error:
-        raise UserError("host:port", f"{host}:{port}", str(error), "Name another, or end what uses it.") from None
+        raise UserError(
+            "host:port", f"{host}:{port}", str(error), "Use another address, or stop the program that uses it."
+        ) from None
 
 
 def listen_at(path: Path) -> socket.socket:
-    """A Unix socket that only this user may open; one that nobody listens on any more is replaced."""
+    """A Unix socket that only this user may open; replaces one that nobody listens on."""
     listener = socket.socket(socket.AF_UNIX)
     try:
         if path.is_socket():
@@ -168,19 +170,19 @@ def listen_at(path: Path) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         listener.close()
-        raise UserError("--uds", str(path), error.strerror or str(error), "Name another path.") from None
+        raise UserError("--uds", str(path), error.strerror or str(error), "Use another path.") from None
     return listener
 
 
 @functools.cache
 def most_connections() -> int:
-    """How many connections fit among the files that the process may have open."""
+    """Number of connections that fit into the process's limit of open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(16, soft * 3 // 4)
 
 
 def url(listener: socket.socket, options: ListenOptions) -> str:
-    """Where a socket is reached by HTTP."""
+    """The URL of a socket."""
     if listener.family == socket.AF_UNIX:
         return f"http+unix://{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
@@ -188,16 +190,18 @@ def url(listener: socket.socket, options: ListenOptions) -> str:
 
 
 def digests(keys: Iterable[str], file: Path | None = None) -> tuple[bytes, ...]:
-    """SHA-256 of each key given and of each line of a file (# begins a comment); the keys themselves are not stored.
+    """SHA-256 of each given key and of each line of a file (# starts a comment); the keys themselves are not stored.
 
-    A line may also be `sha256:` and the digest in hexadecimal, so that the file need not hold the key.
+    A line may also be `sha256:` and the hexadecimal digest, so that the file need not contain the key.
     """
     found = [key.strip() for key in keys]
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError("keys", str(file), f"cannot be read ({error})", "Name a text file, a key a line.") from None
+            raise UserError(
+                "keys", str(file), f"cannot be read ({error})", "Give a text file with one key per line."
+            ) from None
         found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     for key in found:
         if len(key) < SHORTEST:
@@ -212,9 +216,9 @@ def _digest(key: str) -> bytes:
 
 
 def secured(options: Listen) -> Listen:
-    """The options with the digests of all keys; refuses to stand open on a network by mistake."""
+    """The options with digests of all keys; refuses to open an unprotected server to the network by mistake."""
     keys = (*options.keys, *digests([options.api_key] if options.api_key else [], options.key_file))
     if options.uds is None and options.host not in LOOPBACK and not keys and not options.insecure:
-        remedy = "Give --key-file or FINBACK_API_KEY, or --insecure if anybody may use it."
+        remedy = "Give --key-file or FINBACK_API_KEY, or --insecure if anyone may use it."
         raise UserError("host", options.host, "open to the network, with no API key", remedy)
     return replace(options, keys=keys, api_key="", key_file=None)

@@ -1,7 +1,7 @@
-"""Text that is still arriving: read as if it were whole, and its code fences.
+"""Reads text that is still arriving as if it were complete; and tracks code fences.
 
-Readers are generators: they yield where what has come does not decide what it is, and go on when more has come. Their
-decisions depend on the text alone and never on how it was cut into pieces.
+Readers are generators: they yield when the text so far is ambiguous, and continue when more has arrived. Their decisions
+depend only on the text, never on how it was split into pieces.
 """
 
 import re
@@ -11,61 +11,61 @@ from typing import TypeVar
 from finback.engine.detokenizer import overlap
 
 T = TypeVar("T")
-Wait = Generator[None, None, T]  # yields for more text, returns what was read
+Wait = Generator[None, None, T]  # yields to wait for more text, returns the result
 
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)", re.DOTALL)
-_PREFIXES = ("", "b", "f", "r", "u", "B", "F", "R", "U", "rb", "br", "rf", "fr")  # of Python's strings
+_PREFIXES = ("", "b", "f", "r", "u", "B", "F", "R", "U", "rb", "br", "rf", "fr")  # prefixes of Python strings
 
 
 class IncrementalReader:
-    """A growing text with a reading position; after `end` nothing more comes and every wait is over."""
+    """A growing text with a read position; after `end` no text follows and nothing waits."""
 
     def __init__(self) -> None:
         self.ended = False
         self._text = ""
         self._at = 0
-        self._start = -1  # where `mark` was called, -1 after `marked`
+        self._start = -1  # position of `mark`, -1 after `marked`
 
     def push(self, piece: str) -> None:
-        """Add text at the end; what was read before a mark is forgotten."""
+        """Appends text; what was read before the mark is dropped."""
         start = self._at if self._start < 0 else self._start
         self._text = self._text[start:] + piece
         self._at, self._start = self._at - start, min(self._start, 0)
 
     def mark(self, last: int) -> None:
-        """Remember what is read from now on, and the `last` characters before."""
+        """Sets a mark, from which `marked` returns text, `last` characters before the read position."""
         self._start = self._at - last
 
     def marked(self) -> str:
-        """What was read since `mark`, which ends here."""
+        """The text read since `mark`; removes the mark."""
         text, self._start = self._text[self._start : self._at], -1
         return text
 
     def back(self, count: int) -> None:
-        """Unread `count` characters; they must have been read since the last wait, or since `mark`."""
+        """Unreads `count` characters; they must have been read since the last wait, or since `mark`."""
         self._at -= count
 
     @property
     def position(self) -> int:
-        """How much is read since the mark."""
+        """Number of characters read since the mark."""
         return self._at - self._start
 
     def rewind(self, position: int) -> None:
-        """Unread what was read behind a position since the mark."""
+        """Unreads what was read after a position since the mark."""
         self._at = self._start + position
 
     def peek(self) -> Wait[str]:
-        """The next character, unread; "" at the end."""
+        """The next character without reading it; "" at the end."""
         while self._at == len(self._text) and not self.ended:
             yield
         return self._text[self._at : self._at + 1]
 
     def is_over(self) -> Wait[bool]:
-        """Whether all is read and no more comes."""
+        """Whether everything has been read and no more text follows."""
         return not (yield from self.peek())
 
     def blank(self, characters: str | None = None) -> Wait[str]:
-        """Read all of these characters that come next; None stands for whitespace."""
+        """Reads any run of these characters; None means whitespace."""
         found = ""
         while (next_one := (yield from self.peek())) and (
             next_one.isspace() if characters is None else next_one in characters
@@ -75,7 +75,7 @@ class IncrementalReader:
         return found
 
     def match(self, tags: Sequence[str]) -> Wait[str]:
-        """Read the one of `tags` that comes next; "" if none does. No tag may begin another."""
+        """Reads the one of `tags` that comes next; "" if none does. No tag may be a prefix of another."""
         while True:
             for tag in tags:
                 if self._text.startswith(tag, self._at):
@@ -87,9 +87,9 @@ class IncrementalReader:
             yield
 
     def until(self, tags: Sequence[str], torn: bool = True) -> Wait[tuple[str, str]]:
-        """The next text that is no part of a tag, or the tag that comes next, as (text, tag) of which one is "".
+        """The next text that is not part of a tag, or the next tag, as (text, tag) with one of them "".
 
-        Both are "" at the end. What is left of a tag that the end has torn is text if `torn`, else it is dropped.
+        Both are "" at the end. A tag that is incomplete at the end is text if `torn`, else it is dropped.
         """
         while True:
             if tag := next((t for t in tags if self._text.startswith(t, self._at)), ""):
@@ -106,7 +106,7 @@ class IncrementalReader:
             yield
 
     def before(self, tags: Sequence[str]) -> Wait[str]:
-        """Read all text before the first of the tags, which stays unread; to the end if there is none."""
+        """Reads all text before the first of the tags, which stays unread; to the end if there is none."""
         found = ""
         while True:
             text, tag = yield from self.until(tags)
@@ -116,7 +116,7 @@ class IncrementalReader:
             found += text
 
     def comes_first(self, wanted: str, other: str) -> Wait[bool]:
-        """Whether the character `wanted` comes before `other` in what is unread; not so if neither ever comes."""
+        """Whether the character `wanted` comes before `other` in the unread text; False if neither ever comes."""
         while True:
             ours, theirs = self._text.find(wanted, self._at), self._text.find(other, self._at)
             if ours >= 0 or theirs >= 0 or self.ended:
@@ -125,11 +125,11 @@ class IncrementalReader:
 
 
 class Fence:
-    """Whether the end of a Markdown text lies in a code fence, after CommonMark; any indentation may precede one."""
+    """Whether the end of a Markdown text is inside a code fence, as in CommonMark, but with any indentation."""
 
     def __init__(self) -> None:
-        self._mark = ""  # what opened the fence on a line that is over
-        self._line: list[str] = []  # pieces of the last line
+        self._mark = ""  # the fence that is open after the last complete line
+        self._line: list[str] = []  # pieces of the current line
 
     def push(self, text: str) -> None:
         first, *others = text.split("\n")
@@ -140,11 +140,11 @@ class Fence:
 
     @property
     def is_open(self) -> bool:
-        """Whether what comes next is code: also right after the mark that opens, not right after the one that closes."""
+        """Whether what comes next is code: true right after an opening fence, false right after a closing one."""
         return bool(self._after("".join(self._line)))
 
     def quote(self) -> str:
-        """The quotation mark that is open on the last line, "" if none is; an apostrophe within a word is none."""
+        """The quotation mark that is open on the last line, "" if none; an apostrophe within a word does not count."""
         line = "".join(self._line)
         found = _FENCE.match(line)
         open_, before, word = "", "", ""
@@ -158,11 +158,11 @@ class Fence:
         return open_
 
     def _after(self, line: str) -> str:
-        """What `_mark` becomes if the last line is this one."""
+        """The value of `_mark` if the current line is this one."""
         found = _FENCE.match(line)
         if found is None:
             return self._mark
         run, rest = found.groups()
         if self._mark:
             return "" if run.startswith(self._mark) and not rest.strip() else self._mark
-        return "" if run[0] == "`" and "`" in rest else run  # ```such a line``` is code, but no fence
+        return "" if run[0] == "`" and "`" in rest else run  # ```such a line``` is inline code, not a fence

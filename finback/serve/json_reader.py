@@ -1,4 +1,4 @@
-"""JSON within a text that is still arriving: where a value ends, and the members of an object."""
+"""JSON within a text that is still arriving: the end of a value, and the members of an object."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from finback.serve.deltas import DeltaCollector
 from finback.serve.incremental import IncrementalReader, Wait
 
-ARGUMENTS = ("arguments", "parameters")  # what models call them
+ARGUMENTS = ("arguments", "parameters")  # names that models use
 BETWEEN = ", \t\r\n"
 
 
 def is_whole(arguments: str) -> bool:
-    """Whether the JSON of a call that follows a grammar is complete."""
+    """Whether the JSON arguments of a grammar-constrained call are complete."""
     json_text = JsonEnd()
     json_text.push(arguments)
     return json_text.is_whole
 
 
 def read_members(reader: IncrementalReader, sink: DeltaCollector, ends: Sequence[str]) -> Wait[tuple[bool, bool, bool]]:
-    """The members of a call's object: whether they hold a name, hold arguments, and end with the object's brace."""
-    early: list[str] = []  # arguments before the name
+    """Reads the members of a call's object. Returns whether there was a name, whether there were arguments, and whether it was closed."""
+    early: list[str] = []  # arguments that came before the name
     named = argued = False
     while True:
         yield from reader.blank(BETWEEN)
@@ -48,9 +48,9 @@ def read_members(reader: IncrementalReader, sink: DeltaCollector, ends: Sequence
 
 
 def read_value(reader: IncrementalReader, take: Callable[[str], None], ends: Sequence[str]) -> Wait[bool]:
-    """Hand on one JSON value, character by character as it stands; False if it breaks off.
+    """Passes on one JSON value character by character; returns False if it is incomplete.
 
-    One of `ends` ends a value except within a string, where it is text as long as the string is sound.
+    Any of `ends` ends the value, except inside a string, where it is text as long as the string is valid.
     """
     json_text = JsonEnd()
     while not json_text.is_whole:
@@ -68,11 +68,11 @@ def read_value(reader: IncrementalReader, take: Callable[[str], None], ends: Seq
 
 
 class JsonEnd:
-    """Where a JSON value ends, from its brackets and quotation marks."""
+    """Finds the end of a JSON value by its brackets and quotation marks."""
 
     def __init__(self) -> None:
         self.is_whole = False
-        self.is_quoting = False  # within a string without a raw newline, which JSON does not allow
+        self.is_quoting = False  # inside a string without a raw newline, which JSON does not allow
         self._depth = 0
         self._in_string = self._escaped = False
 
@@ -92,7 +92,7 @@ class JsonEnd:
                 self._depth += 1
                 continue
             elif self._depth == 0 and (character in ",}]" or character.isspace()):
-                self.is_whole = True  # a number or a word, which only what follows can end
+                self.is_whole = True  # a number or a word ends only with what follows
                 return place
             elif character in "}]":
                 self._depth -= 1
@@ -105,10 +105,10 @@ class JsonEnd:
 
 
 def string_of(pieces: list[str]) -> str:
-    """The text that a JSON string stands for; "" if it is none."""
+    """The decoded text of a JSON string; "" if it is not one."""
     raw = "".join(pieces)
     try:
         found = json.loads(raw, strict=False) if raw.startswith('"') else ""
     except ValueError:
         return ""
-    return str(found).encode("utf-8", "replace").decode()  # half a surrogate pair could not be sent on
+    return str(found).encode("utf-8", "replace").decode()  # a lone surrogate could not be encoded

@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes, with the text and the bytes of each token."""
+"""Log-probabilities in OpenAI's two formats, with the text and bytes of each token."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """Text and bytes of each token of one tokenizer."""
+    """Text and bytes of each token of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -28,11 +28,11 @@ class TokenTexts:
         self.longest = max(map(len, (*self._pieces.values(), *self._added.values())), default=1)
 
     def text(self, token: int) -> str:
-        """A token decoded alone, special ones by their names."""
+        """A token decoded on its own; special tokens by their names."""
         return self.tokenizer.decode([token], skip_special=False)
 
     def bytes(self, token: int) -> list[int]:
-        """The bytes that a token stands for, also where they are only a part of a character."""
+        """The bytes of a token, even if they are only part of a character."""
         piece = self._pieces.get(token)
         if token in self._added or piece is None:
             return list(self.text(token).encode())
@@ -43,27 +43,27 @@ class TokenTexts:
         return list(self.text(token).encode())
 
     def label(self, token: int) -> str:
-        """A name for a token in a table: its text, or its bytes where they are no text, as OpenAI writes them."""
+        """A token's label in a table: its text, or its bytes if they are not valid text, as OpenAI writes them."""
         text = self.text(token)
         return "bytes:" + "".join(f"\\x{b:02x}" for b in self.bytes(token)) if "\ufffd" in text else text
 
     def entry(self, alternatives: TokenLogprobs) -> dict[str, Any]:
-        """One token in chat's shape: its own log-probability first in `alternatives`, then the likeliest."""
+        """One token in chat's format; `alternatives` starts with the token itself, then the likeliest."""
         own, *others = ({"token": self.text(t), "logprob": finite(p), "bytes": self.bytes(t)} for t, p in alternatives)
         return own | {"top_logprobs": others}
 
     def table(
         self, tokens: Iterable[int], found: Iterable[TokenLogprobs | None], offset: int
     ) -> tuple[dict[str, list[Any]], int]:
-        """Tokens in the shape of text completions, lists side by side; and where the text behind them begins.
+        """Tokens in the format of text completions, as parallel lists; and the offset of the text after them.
 
-        `offset` is where the first token begins in the text; a token that nothing predicts has None in `found`.
+        `offset`: position of the first token in the text. `found` has None for a token that nothing predicts.
         """
         table: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, line in zip(tokens, found, strict=True):
             table["tokens"].append(self.label(token))
             table["token_logprobs"].append(None if line is None else finite(line[0][1]))
-            # the token's own stands among the likeliest, as OpenAI has it
+            # the token itself is listed among the likeliest, as OpenAI does
             has_others = line is not None and len(line) > 1
             table["top_logprobs"].append({self.label(t): finite(p) for t, p in line or ()} if has_others else None)
             table["text_offset"].append(offset)
@@ -78,7 +78,7 @@ def finite(logprob: float) -> float:
 
 @functools.cache
 def _characters() -> dict[str, int]:
-    """The characters by which byte-level vocabularies write bytes (GPT-2's table): printable ones stand for themselves."""
+    """The characters that byte-level vocabularies use for bytes (GPT-2's table): printable ones represent themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

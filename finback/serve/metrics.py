@@ -1,6 +1,6 @@
-"""What requests cost: usage as OpenAI and DeepSeek count it, timings as llama.cpp reports them, Prometheus' counters.
+"""Metrics of requests: usage as OpenAI and DeepSeek count it, timings as llama.cpp reports them, Prometheus counters.
 
-No torch here.
+Does not import torch.
 """
 
 from collections import Counter
@@ -18,17 +18,17 @@ GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TOTALS = {
     "prompt_tokens": "Prompt tokens of accepted requests.",
     "prompt_tokens_cached": "Prompt tokens found in the cache.",
-    "generated_tokens": "Tokens made.",
+    "generated_tokens": "Tokens generated.",
     "drafted_tokens": "Tokens that MTP drafted.",
-    "accepted_tokens": "Drafts that were right.",
+    "accepted_tokens": "Drafts that were accepted.",
     "cancelled": "Choices whose client left before the end.",
-    "failed_steps": "Passes of the model that failed.",
+    "failed_steps": "Engine steps that failed.",
 }
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """What the server has done since it started; only the event loop writes here."""
+    """Counters since the start of the server; only the event loop writes here."""
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()  # (route, status)
@@ -37,7 +37,7 @@ class Metrics:
         self.models: dict[str, ModelMetrics] = {}  # by name
 
     def observe(self, request: "Request", new_tokens: int, gap: float | None, finish: str | None, model: str) -> None:
-        """Count an output of one choice; `gap` is the seconds since the one before, None for the first."""
+        """Counts an output of one choice; `gap`: seconds since the previous one, None for the first."""
         self.models.setdefault(model, ModelMetrics()).observe(request, new_tokens, gap, finish)
         self.totals["generated_tokens"] += new_tokens
         if new_tokens and gap is None:
@@ -50,7 +50,7 @@ class Metrics:
                 self.totals.update(prompt_tokens=len(request.prompt), prompt_tokens_cached=request.cached)
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """All of it, with `gauges` (name -> what it is, value) as they stand now."""
+        """All metrics as text, with `gauges` (name -> description, current value)."""
         lines = _head("finback_requests_total", "counter", "Requests by route and status.")
         for (route, status), count in sorted(self.requests.items()):
             lines.append(f'finback_requests_total{{route="{route}",status="{status}"}} {count}')
@@ -87,7 +87,7 @@ def usage(requests: Sequence["Request"]) -> dict[str, Any]:
 
 
 def timings(requests: Sequence["Request"]) -> dict[str, Any]:
-    """Times in milliseconds: in the queue, reading what was not cached, and from the first token to the last."""
+    """Times in milliseconds: in the queue, reading uncached prompt tokens, and from the first token to the last."""
     leaders = [r for r in requests if r.leader is None]
     read = sum(len(r.prompt) - r.cached for r in leaders)
     generated = sum(len(r.tokens) for r in requests)
@@ -102,7 +102,7 @@ def timings(requests: Sequence["Request"]) -> dict[str, Any]:
         "prompt_n": read,
         "prompt_ms": _ms(prompt_time),
         "prompt_per_second": _rate(read, prompt_time),
-        # the first token belongs to the prompt: reading it makes this token
+        # reading the prompt generates the first token, so it belongs to the prompt's time
         "predicted_n": generated,
         "predicted_ms": _ms(generating),
         "predicted_per_second": _rate(max(0, generated - 1), generating),

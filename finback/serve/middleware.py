@@ -1,4 +1,4 @@
-"""What every request passes: who asks, from where, how much; and the one line that is logged of it. No torch here."""
+"""Middleware for every request: authentication, origin, quotas; and one log line. Does not import torch."""
 
 import hashlib
 import hmac
@@ -25,21 +25,23 @@ from finback.serve.options import LOOPBACK, ListenOptions, ServeOptions
 if TYPE_CHECKING:
     from finback.serve.upstream import ServedEngine
 
-OPEN = frozenset({"/health"})  # the only paths that need no key; beside the page's, where it is on
-ALLOWED = b"authorization, content-type, x-api-key"  # headers of other origins' requests, unless they ask for others
-_NAMES = re.compile(rb"[A-Za-z0-9_-]+(, *[A-Za-z0-9_-]+){0,63}")  # of headers
-GONE = 499  # nginx's number for a client that left before the answer
+OPEN = frozenset({"/health"})  # the only path without a key, besides the page's own if it is on
+ALLOWED = (
+    b"authorization, content-type, x-api-key"  # headers allowed for other origins, unless they ask for specific ones
+)
+_NAMES = re.compile(rb"[A-Za-z0-9_-]+(, *[A-Za-z0-9_-]+){0,63}")  # header names
+GONE = 499  # nginx's status for a client that disconnected before the answer
 
 
 class AccessMiddleware:
-    """ASGI middleware around everything: a request that it lets through has an owner and a bounded body."""
+    """Outermost ASGI middleware: a request that passes has an owner and a bounded body."""
 
     def __init__(self, app: ASGIApp, options: ListenOptions, metrics: Metrics) -> None:
         self.app, self.options, self.metrics = app, options, metrics
         self.hosts = {name.lower() for name in (*LOOPBACK, options.host, *options.hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check, count and log a request; whatever fails gets a response."""
+        """Checks, counts and logs a request; every failure gets a response."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -67,13 +69,13 @@ class AccessMiddleware:
 
         try:
             self._check(scope)
-            # what it is asked for is checked as it was sent; then a slash at the end makes no difference
+            # permissions were checked for the path as sent; from here a trailing slash makes no difference
             scope["path"] = scope["path"].rstrip("/") or "/"
             app = Response(status_code=204) if self._is_preflight(scope) else self.app
             await app(scope, count_in, count_out)
-        except ClientDisconnect:  # in the middle of its request
+        except ClientDisconnect:  # while sending its request
             pass
-        except Exception as error:  # the last line
+        except Exception as error:  # nothing may escape
             refusal = error if isinstance(error, ApiError) else ApiError(500, "the server failed")
             if refusal is not error:
                 log_failure(ident, error)
@@ -90,7 +92,7 @@ class AccessMiddleware:
         if sum(len(name) + len(value) for name, value in headers) > self.options.headers:
             raise ApiError(431, f"headers of more than {self.options.headers} bytes")
         by_name = dict(headers)
-        if scope["path"].startswith(("http://", "https://")):  # as a proxy is asked
+        if scope["path"].startswith(("http://", "https://")):  # absolute form, as sent to a proxy
             parts = urlsplit(scope["path"])
             self._check_host(parts.netloc)
             scope["path"] = parts.path or "/"
@@ -110,14 +112,14 @@ class AccessMiddleware:
             raise self._too_large()
 
     def _check_host(self, host: str) -> None:
-        """Refuse foreign names: by one that resolves here, a stranger's page would share the server's origin."""
+        """Refuses unknown host names: a foreign name that resolves here would share the server's origin (DNS rebinding)."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").lower()
         except ValueError:
             name = ""
         if name in self.hosts or "*" in self.hosts:
             return
-        # a server on a network is reached by addresses it does not know of; an address cannot be rebound
+        # a server on a network may be reached by addresses it does not know; an address cannot be rebound
         if name and self.options.host not in LOOPBACK and _is_address(name):
             return
         raise ApiError(403, "this Host is not one of the server's; allow it with --allow-host", code="host_not_allowed")
@@ -127,11 +129,11 @@ class AccessMiddleware:
             return
         scheme, _, rest = origin.partition("://")
         if scheme not in ("http", "https") or rest.lower() != host.lower():
-            problem = "pages of this Origin may not ask; allow it with --allow-origin"
+            problem = "pages of this Origin are not allowed; allow it with --allow-origin"
             raise ApiError(403, problem, code="origin_not_allowed")
 
     def _is_preflight(self, scope: Scope) -> bool:
-        """Whether a browser asks if a page of another, configured, origin may send the request."""
+        """Whether a browser asks if a page of another, configured origin may send the request."""
         names = {name for name, _ in scope["headers"]}
         asks = scope["method"] == "OPTIONS" and b"access-control-request-method" in names
         return asks and bool(self.options.origins)
@@ -166,7 +168,7 @@ def _is_address(name: str) -> bool:
 
 
 def owner_of(headers: Iterable[tuple[bytes, bytes]], keys: tuple[bytes, ...]) -> bytes | None:
-    """The digest of the key that a request carries, b"" where none is needed, None where it is missing or wrong."""
+    """The digest of a request's key, b"" if none is needed, None if it is missing or wrong."""
     if not keys:
         return b""
     given = b""
@@ -176,30 +178,30 @@ def owner_of(headers: Iterable[tuple[bytes, bytes]], keys: tuple[bytes, ...]) ->
         elif name == b"x-api-key" and not given:
             given = value.strip()
     digest, found = hashlib.sha256(given).digest(), None
-    for key in keys:  # all of them, so that the time taken reveals nothing
+    for key in keys:  # compare with all, for constant time
         if hmac.compare_digest(digest, key):
             found = key
     return found
 
 
 def salt(owner: bytes, user: str | None) -> bytes:
-    """Keeps cached prompts of one key, and of one end user of it, from the others'; b"" without either."""
+    """Separates the prompt cache of each key, and of each end user of a key; b"" without either."""
     if not owner and not user:
         return b""
     return hashlib.sha256(owner + b"\0" + (user or "").encode()).digest()
 
 
 class Quota:
-    """How much each key asks for: `rate` requests a minute, `concurrent` at a time; 0 is no limit."""
+    """Limits for each key: `rate` requests per minute, `concurrent` at a time; 0: unlimited."""
 
     def __init__(self, rate: int, concurrent: int) -> None:
         self.rate, self.concurrent = rate, concurrent
         self._running: Counter[bytes] = Counter()
-        self._bucket: dict[bytes, tuple[float, float]] = {}  # requests left, and when that was worked out
+        self._bucket: dict[bytes, tuple[float, float]] = {}  # requests left, and the time of that count
 
     @contextmanager
     def use(self, owner: bytes) -> Iterator[None]:
-        """Count a request while it runs; ApiError 429 when it is one too many."""
+        """Counts a request while it runs; ApiError 429 if it exceeds the limit."""
         if self.concurrent and self._running[owner] >= self.concurrent:
             raise ApiError(429, f"more than {self.concurrent} requests at a time", code="concurrency_limit_exceeded")
         if self.rate:
@@ -221,16 +223,16 @@ class Quota:
 
 
 class Admission:
-    """How many choices one model takes at a time: those that run, and `options.queue` that wait."""
+    """Limits the choices of one model: those that run, and up to `options.queue` that wait."""
 
     def __init__(self, engine: "ServedEngine", options: ServeOptions, quota: Quota) -> None:
         self.engine, self.quota = engine, quota
         self.room = math.inf if options.queue is None else engine.config.rows + options.queue
-        # more than can run and may wait would only wait
+        # choices beyond this could never all be admitted
         self.most_choices = int(min(options.choices, self.room))
-        # of admitted requests
+        # number of admitted choices and requests
         self.choices = self.requests = 0
-        # since when, in monotonic time
+        # monotonic time since which the server is draining
         self.draining: float | None = None
 
     @property
@@ -238,11 +240,11 @@ class Admission:
         return max(0, self.choices - self.engine.running)
 
     def is_full(self, choices: int = 1) -> bool:
-        """Whether so many choices more are too many."""
+        """Whether this many more choices exceed the limit."""
         return self.choices + choices > self.room
 
     def refuse_if_busy(self, choices: int = 1) -> None:
-        """ApiError 503 when nothing more can be taken; costs nothing, so that overload is refused at once."""
+        """ApiError 503 if nothing more can be admitted; cheap, so that overload is refused at once."""
         if self.draining is not None:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
         if self.is_full(choices):
@@ -250,9 +252,9 @@ class Admission:
 
     @contextmanager
     def admitted(self, owner: bytes, choices: int) -> Iterator[None]:
-        """Reserve room for a request's choices; ApiError 429 or 503 when there is none."""
+        """Reserves capacity for a request's choices; ApiError 429 or 503 if there is none."""
         if choices > self.most_choices:
-            raise bad(f"{choices} choices (prompts x n), and {self.most_choices} is the most", "n")
+            raise bad(f"{choices} choices (prompts x n), more than the {self.most_choices} allowed", "n")
         self.refuse_if_busy(choices)
         with self.quota.use(owner):
             self.choices += choices

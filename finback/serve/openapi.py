@@ -1,4 +1,4 @@
-"""This server's interface as an OpenAPI document: requests from protocol.py and trainer_protocol.py, the rest from openapi.json. No torch here."""
+"""This server's OpenAPI document: requests from protocol.py and trainer_protocol.py, the rest from openapi.json. Does not import torch."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ REF = "#/components/schemas/"
 
 @functools.cache
 def document() -> dict[str, Any]:
-    """The whole document; every operation may also end with each of the errors."""
+    """The whole document; every operation may also return each of the errors."""
     document: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     document["info"]["version"] = __version__
     openai = (ChatRequest, CompletionRequest, ControlRequest, ResponsesRequest, InputTokensRequest)

@@ -1,4 +1,4 @@
-"""The web page: its files, read once, and the security policy a browser has to follow. No torch here."""
+"""The web page: its files, read once, and its content security policy. Does not import torch."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ TYPES = {
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; font-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    # no text becomes HTML but by way of the sanitiser
+    # text becomes HTML only through the sanitizer
     "require-trusted-types-for 'script'; trusted-types dompurify"
 )
 HEADERS = {
@@ -42,12 +42,12 @@ HEADERS = {
 FOREVER = "public, max-age=31536000, immutable"
 _ENTRY = re.compile(r'<script type="module" src="{{web}}/([^"]+)"')
 _IMPORT = re.compile(r'from ?"(\.{1,2}/[^"]+)"')
-LEAST = 1024  # bytes that are worth compressing
+LEAST = 1024  # smallest size worth compressing, in bytes
 
 
 @dataclass(frozen=True)
 class File:
-    """What is sent for one path."""
+    """The content sent for one path."""
 
     content: bytes
     packed: bytes | None
@@ -56,7 +56,7 @@ class File:
 
 
 class Page:
-    """All files of the page in memory: a request can name no other. Their digest is a part of their address."""
+    """All files of the page in memory: a request cannot name any other. Their digest is part of their address."""
 
     def __init__(self, folder: Path = WEB) -> None:
         paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in TYPES)
@@ -64,19 +64,19 @@ class Page:
         whole = hashlib.sha256(b"".join(f"{name}\0".encode() + content for name, content in raw.items()))
         self.digest = whole.hexdigest()[:16]
         self.files = {name: _file(name, self._addressed(name, content, raw)) for name, content in raw.items()}
-        # the runs with a way to the chat, and without where there is no model
+        # the page of the runs with a link to the chat, and without for `watch`, which has no model
         runs = self.files["runs.html"].content
         for name, chat in (("runs.html", f' data-chat="{CHAT}"'), ("watch.html", "")):
             self.files[name] = _file(name, runs.replace(b"{{chat}}", chat.encode()))
 
     def routes(self, *, chat: bool) -> list[Route]:
-        """`chat` False: without a model, the runs are all there is."""
+        """`chat` False: there is no model, so only the runs are shown."""
         first, second = ("chat.html", "runs.html") if chat else ("watch.html", "watch.html")
         static = Route(STATIC + "{digest}/{name:path}", self.static)
         return [Route(CHAT, self._shell(first)), Route(RUNS, self._shell(second)), static]
 
     async def static(self, request: Request) -> Response:
-        """One file. Under its own digest it never changes; under an older one it is what it is now."""
+        """One file. Under its own digest it never changes; under an older digest it is the current one."""
         name = request.path_params["name"]
         if name not in self.files or name.endswith(".html"):
             raise ApiError(404, "no such file")
@@ -90,7 +90,7 @@ class Page:
         return shell
 
     def _addressed(self, name: str, content: bytes, raw: Mapping[str, bytes]) -> bytes:
-        """A page with the addresses of its files, and with all modules that it is going to want named at once."""
+        """A page with the addresses of its files, and preloads for all modules that it will import."""
         if not name.endswith(".html"):
             return content
         web = f"{STATIC}{self.digest}"
@@ -101,7 +101,7 @@ class Page:
 
 
 def _imported(module: str, raw: Mapping[str, bytes]) -> set[str]:
-    """A module and those that it imports, directly or not."""
+    """A module and all that it imports, directly or indirectly."""
     found, waiting = set(), [module]
     while waiting:
         name = waiting.pop()
@@ -115,7 +115,7 @@ def _imported(module: str, raw: Mapping[str, bytes]) -> set[str]:
 
 
 def is_public(path: str) -> bool:
-    """Whether a path is the page itself, which asks for the key that everything else needs."""
+    """Whether a path belongs to the page itself, which asks for the key that all other paths need."""
     return path in (CHAT, RUNS) or path.startswith(STATIC)
 
 

@@ -1,17 +1,17 @@
-"""A model's text, as it streams, into reasoning, content and tool calls.
+"""Parses a model's text, as it streams, into reasoning, content and tool calls.
 
-The rules of the parser, which depend on the text alone and never on how it was cut into pieces:
+The rules depend only on the text, never on how it was split into pieces:
 
-- A chain of thought is there if the prompt opened it or if the text begins with `<think>`; repeated at its start the tag
-  is dropped. The newline after `<think>` and the whitespace at the chain's end are no part of it. A chain that is never
-  closed leaves the content empty.
-- In the chain, `</think>` closes unless it is quoted in code: within an open code fence and between two quotation marks
-  (" ' or `) of the same line. So a fence that the model forgot to close hides nothing.
-- Newlines and further `</think>` where the answer begins are dropped. Later on, think tags are text.
-- Tool calls are looked for in the answer only, outside code fences, if the request has tools. The first mark that is
-  seen decides the form. Whitespace around calls belongs to the tool_calls.
-- A text that begins with `<|channel|>` is written in channels (gpt-oss): analysis is the chain, final the answer, and
-  what is sent to `functions.f` a call.
+- There is a chain of thought if the prompt opened it or the text starts with `<think>`; a repeated tag at its start is
+  dropped. The newline after `<think>` and whitespace at the chain's end do not belong to it. If the chain is never closed,
+  the content is empty.
+- Inside the chain, `</think>` closes it unless it is quoted as code: inside an open code fence and between two quotation
+  marks (" ' or `) of the same line. So a fence that the model forgot to close hides nothing.
+- Newlines and further `</think>` at the start of the answer are dropped. Later on, think tags are text.
+- Tool calls are recognized only in the answer, outside code fences, and if the request has tools. The first mark found
+  decides the form. Whitespace around calls belongs to the tool_calls.
+- A text that starts with `<|channel|>` is written in channels (gpt-oss): analysis is the chain, final the answer, and a
+  message to `functions.f` is a call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +27,13 @@ from finback.serve.tool_calls import OPENERS, CallReader, ToolForm, bare_calls
 
 
 class Parser:
-    """Takes the text piece by piece and returns what each adds; any text is taken without an error.
+    """Takes the text piece by piece and returns what each adds; accepts any text without an error.
 
-    `opened`: the prompt ends inside a chain of thought. `tools`: the request has tools, so that calls are looked for.
-    `form`: the only form of calls to look for, None for all. `new_id` makes the calls' ids. `constrained`: the answer
-    follows a grammar, so that the first `</think>` ends the chain, marks in a call's strings are text, and an answer that
-    does not begin with a call has none. `single_call`: calls behind the first are left out. `chains` False: think tags
-    are text. `schemas`: of the functions' arguments, by name, by which forms without JSON tell what a value is.
+    `opened`: the prompt ends inside a chain of thought. `tools`: the request has tools, so calls are recognized. `form`: the
+    only form of calls to recognize, None for all. `new_id` creates the calls' ids. `constrained`: the answer follows a
+    grammar, so the first `</think>` ends the chain, marks inside a call's strings are text, and an answer that does not start
+    with a call has none. `single_call`: calls after the first are dropped. `chains` False: think tags are text. `schemas`:
+    schemas of the functions' arguments by name, which tell the types of values in forms without JSON.
     """
 
     def __init__(
@@ -54,34 +54,34 @@ class Parser:
 
     @property
     def reasoning(self) -> str:
-        """The chain so far, or the whole of it after `end`."""
+        """The chain so far, complete after `end`."""
         return "".join(self._output.reasoning)
 
     @property
     def content(self) -> str:
-        """The answer so far, or the whole of it after `end`."""
+        """The answer so far, complete after `end`."""
         return "".join(self._output.content)
 
     @property
     def calls(self) -> list[ParsedCall]:
-        """The calls so far, or all of them after `end`."""
+        """The calls so far, complete after `end`."""
         return [ParsedCall(call_id, name, "".join(pieces)) for call_id, name, pieces in self._output.calls]
 
     @property
     def called(self) -> bool:
-        """Whether there is a call to answer; one that a grammar should have completed must have been."""
+        """Whether there is a call to answer; one constrained by a grammar must be complete."""
         calls = self.calls
         return bool(calls) and not (self._constrained and not is_whole(calls[-1].arguments))
 
     def push(self, piece: str) -> list[Delta]:
-        """Add text; what it makes certain, neighbours of one kind as one delta."""
+        """Adds text. Returns what is certain now, merging neighboring deltas of one kind."""
         assert not self._reader.ended, "text after the end"
         self._reader.push(piece)
         next(self._parsing)  # the generator never returns before end()
         return self._output.take()
 
     def end(self) -> list[Delta]:
-        """What was still undecided: no more text comes. A second call returns nothing."""
+        """Ends the text and returns what was still undecided. A second call returns nothing."""
         if not self._reader.ended:
             self._reader.ended = True
             next(self._parsing, None)
@@ -147,7 +147,7 @@ class Parser:
                 return
 
     def _begins_with(self, tags: Sequence[str]) -> Wait[bool]:
-        """Whether the next that is no whitespace is one of the tags; nothing is read."""
+        """Whether the next non-whitespace text is one of the tags; reads nothing."""
         self._reader.mark(0)
         blank = yield from self._reader.blank()
         tag = yield from self._reader.match(tags)

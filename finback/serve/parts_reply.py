@@ -1,4 +1,4 @@
-"""What the answers of Messages and Responses share: thinking, text and calls are parts that come one after the other."""
+"""Shared by answers in the Messages and Responses formats: thinking, text and calls are consecutive parts."""
 
 import json
 from abc import abstractmethod
@@ -13,7 +13,7 @@ from finback.serve.worker import OutputDelta, OutputStream
 
 
 class PartsReply(Reply):
-    """The answer to a request that has one choice."""
+    """The answer to a request with one choice."""
 
     def __init__(self, service: Service, prepared: PreparedRequest, outputs: OutputStream, ident: str) -> None:
         super().__init__(service, prepared, outputs, ident)
@@ -37,15 +37,15 @@ class PartsReply(Reply):
 
     @abstractmethod
     def _part(self, part: Delta) -> bytes:
-        """The events of one delta, which goes on with the open part or begins the next one."""
+        """The events of one delta, which continues the open part or starts the next."""
 
     @abstractmethod
     def _finished(self) -> bytes:
-        """The events that end the last part; clients look at the first one, so there is one at least."""
+        """The events that end the last part; at least one part exists, since clients look at the first."""
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """The object that a JSON text stands for; None if it is none."""
+    """The object that a JSON text encodes; None if it does not encode one."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""From a validated request to the engine's input: prompts as token ids, and sampling params."""
+"""Turns a validated request into the engine's input: prompts as token ids, and sampling params."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,31 +24,31 @@ from finback.serve.tool_choice import tool_grammar
 from finback.serve.translation import TranslatedRequest
 from finback.serve.worker import ChoiceInput
 
-DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # fields of generation_config.json
 CHOSEN = (*DEFAULTS, "frequency_penalty", "presence_penalty")
 SEEDS = 1 << 63
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """One request, ready for the engine, and what its response has to show."""
+    """A request ready for the engine, with what its response needs."""
 
     choices: list[ChoiceInput]
-    # the prompt ends inside a chain of thought
+    # whether the prompt ends inside a chain of thought
     is_thinking: bool = False
-    # the functions that may be called, by name, with the schemas of their arguments
+    # functions that may be called, by name, with the schemas of their arguments
     tools: Mapping[str, Any] = field(default_factory=dict)
-    # of which only the first counts
+    # whether only the first call counts
     single_call: bool = False
-    # what the output has to be
+    # required form of the output
     grammar: AnswerGrammar | None = None
     logprobs: bool = False
-    # for each choice, the text of the prompt that its text begins with
+    # for each choice, the prompt text that its text starts with
     echo: list[str] = field(default_factory=list)
-    # what of the request was left out, and why
+    # what was left out of the request, and why
     notes: tuple[str, ...] = ()
 
-    # chains of thought are told apart from the rest of the output
+    # whether chains of thought are separated from the rest of the output
     chains: bool = True
 
     @property
@@ -74,17 +74,17 @@ class EncodedPrompt:
     """The prompt of a chat request."""
 
     ids: list[int]
-    # it ends inside a chain of thought
+    # whether it ends inside a chain of thought
     opened: bool
-    # whether the model is to think, None if that is up to it
+    # whether the model should think; None: the model decides
     think: bool | None
-    # the functions that it names, with the schemas of their arguments
+    # its functions, with the schemas of their arguments
     tools: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
 
 class RequestPreparer:
-    """Prepares requests for one model; prompt and completion fit `window`, and `stops` end answers beside the engine's."""
+    """Prepares requests for one model; prompt and answer must fit `window`; `stops` are stop tokens besides the engine's."""
 
     def __init__(
         self,
@@ -99,10 +99,10 @@ class RequestPreparer:
         self.adapter, self.stops = adapter, tuple(stops)
         known = tokenizer.generation
         self.defaults = {n: known[n] for n in DEFAULTS if isinstance(known.get(n), int | float)}
-        SamplingParams(**self.defaults)  # a bad file is better found now than by every request
+        SamplingParams(**self.defaults)  # detect a bad file now rather than at every request
 
     def prepare(self, request: ChatRequest | CompletionRequest, seed: int) -> PreparedRequest:
-        """The engine's input for a request; ApiError 400 or UserError where it cannot be served."""
+        """The engine's input for a request; ApiError 400 or UserError if it cannot be served."""
         if isinstance(request, CompletionRequest):
             return self._completion(request, seed)
         try:
@@ -133,7 +133,7 @@ class RequestPreparer:
             reply_schema=reply_schema(request),
             continue_last=begun,
         )
-        # nobody has said that it does not think, and nothing of the answer is there yet
+        # thinking was not disabled, and the answer has not begun
         has_answer = begun and bool(messages[-1].content)
         unmarked = self.chains == "deepseek_r1" and think is not False and not has_answer
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
@@ -143,13 +143,13 @@ class RequestPreparer:
         if request.top_logprobs is not None and not request.logprobs:
             raise bad("top_logprobs needs logprobs: true", "top_logprobs")
         is_demanded = request.tool_choice not in (None, "none", "auto")
-        # an answer that is nothing but calls leaves nothing for a schema to constrain
+        # an answer of calls only leaves nothing for a schema to constrain
         grammar = None if is_demanded else answer_grammar(request)
         if grammar is not None and request.messages[-1].prefix:
-            raise bad("a begun answer cannot follow a schema; leave out prefix", grammar.param)
+            raise bad("an answer with a prefix cannot follow a schema; leave out prefix", grammar.param)
         if is_demanded or (grammar is not None and request.tools and request.tool_choice != "none"):
             if grammar is not None and grammar.schema is None:
-                raise bad(f"beside tools the answer can follow a JSON schema only, not {grammar.param}", grammar.param)
+                raise bad(f"with tools, the answer can follow a JSON schema only, not {grammar.param}", grammar.param)
             grammar = tool_grammar(request, self.tokenizer, is_demanded, grammar)
         prompt = self.prompt(request)
         ids = prompt.ids
@@ -175,14 +175,14 @@ class RequestPreparer:
         )
 
     def _thinks(self, request: ChatRequest) -> tuple[bool | None, tuple[str, ...]]:
-        """Whether the model is to think, None if that is up to it; and a note where it cannot."""
+        """Whether the model should think, None if it decides; and a note if it cannot."""
         think = thinks(request)
         if 0 in (request.thinking_budget, request.thinking.budget_tokens if request.thinking else None):
             think = False
         if think and THINK not in self.tokenizer.ids:
-            # an effort is not a demand
+            # an effort is not a demand to think
             asked = request.reasoning_effort is None
-            return None, ("the model has no mark for a chain of thought, and answers without one",) if asked else ()
+            return None, ("the model has no token for a chain of thought, so it answers without one",) if asked else ()
         return think, ()
 
     def _closed(self, sampling: SamplingParams) -> SamplingParams:
@@ -191,7 +191,7 @@ class RequestPreparer:
         return replace(sampling, logit_bias=(*sampling.logit_bias, *bans))
 
     def _allowed(self, messages: list[Message]) -> list[Message]:
-        """The messages; those of the system all in front, if the model's template wants them nowhere else."""
+        """The messages; with system messages moved to the front if the template allows them only there."""
         is_inline = any(m.role == "system" for m in messages[1:])
         if self.tokenizer.template is None or not is_inline or self._takes_inline_system:
             return messages
@@ -200,7 +200,7 @@ class RequestPreparer:
 
     @cached_property
     def _takes_inline_system(self) -> bool:
-        """Whether the template takes a system message behind others."""
+        """Whether the template accepts a system message after others."""
         turns = [Message(role, "?") for role in ("system", "user", "system", "user")]
         try:
             encode_prompt(turns, self.tokenizer)
@@ -209,7 +209,7 @@ class RequestPreparer:
         return True
 
     def _completion(self, request: CompletionRequest, seed: int) -> PreparedRequest:
-        """The choices of the first prompt come first."""
+        """Input for a text completion; the choices of the first prompt come first."""
         n = request.n or 1
         if request.best_of not in (None, n):
             raise bad("best_of other than n is not supported", "best_of")
@@ -222,7 +222,7 @@ class RequestPreparer:
         for prompt in request.prompts:
             ids, text = self._prompt(prompt, request)
             limit = self._limit(len(ids), request.max_tokens, "prompt")
-            # a prompt that is only read gets log-probabilities, whether they are asked for or not
+            # a prompt that is only read always gets log-probabilities
             asked = [request.prompt_logprobs, request.logprobs if request.echo else None, 0 if not limit else None]
             prompt_logprobs = max((each for each in asked if each is not None), default=None)
             sampling = self._sampling(request, limit, top_logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
@@ -231,11 +231,11 @@ class RequestPreparer:
         return PreparedRequest(choices, logprobs=request.logprobs is not None, echo=echo)
 
     def _prompt(self, prompt: str | list[int], request: CompletionRequest) -> tuple[list[int], str]:
-        """Ids of one prompt, and its text as it was sent."""
+        """Token ids of a prompt, and its text as sent."""
         if isinstance(prompt, str):
             self._refuse_endless(len(prompt) + len(request.suffix or ""), "prompt")
             ids, text = self.tokenizer.encode(prompt), prompt
-            # training texts and dialogues begin with it; ids are used unchanged
+            # training texts and dialogues start with bos; ids are used unchanged
             start = [self.tokenizer.bos] if self.tokenizer.adds_bos else []
         else:
             ids, text, start = prompt, self.tokenizer.decode(prompt) if request.echo else "", []
@@ -250,18 +250,18 @@ class RequestPreparer:
         return start + ids, text
 
     def _refuse_endless(self, characters: int, param: str) -> None:
-        """A text that cannot fit is refused before it is cut into tokens, which takes seconds for megabytes."""
+        """Refuses a text that cannot fit before tokenizing it, which takes seconds for megabytes."""
         least = characters // self.longest_token
         if least > self.window:
             raise self._too_long(f"at least {least}", param)
 
     def _limit(self, prompt: int, wanted: int | None, param: str, clamps: bool = False) -> int:
-        """How many tokens the completion may have; at most `wanted` if it `clamps`, else just as many."""
+        """Number of tokens for the answer: at most `wanted` if it `clamps`, else exactly `wanted`."""
         room = self.window - prompt
         wanted = None if wanted == -1 or (clamps and (wanted or 0) > room) else wanted
         least = 1 if wanted is None else wanted
         if room < least:
-            fits = room >= min(least, 1)  # then it is the answer that asks too much
+            fits = room >= min(least, 1)  # the prompt fits, so max_tokens is at fault
             raise self._too_long(f"{prompt} in the prompt and {least} in the answer", "max_tokens" if fits else param)
         return room if wanted is None else wanted
 
@@ -282,7 +282,7 @@ class RequestPreparer:
     def _choices(
         self, ids: list[int], sampling: SamplingParams, seed: int, n: int, place: int, opened: bool
     ) -> list[ChoiceInput]:
-        """n choices for one prompt; all but the first, which is number `place`, wait until that has read it."""
+        """n choices for one prompt; all but the first, which has index `place`, wait until that has read the prompt."""
         return [
             ChoiceInput(ids, sampling, (seed + i) % SEEDS, opened, None if i == 0 else place, self.adapter)
             for i in range(n)

@@ -1,4 +1,4 @@
-"""Engines of others behind this server: started beside it, or found where they run, and put together as one."""
+"""External engines behind this server: started next to it, or already running, and combined into one."""
 
 import os
 import tempfile
@@ -20,18 +20,18 @@ from finback.serve.options import ServeOptions
 from finback.serve.replicas import KINDS, Replica
 from finback.serve.upstream import UpstreamConfig, UpstreamEngine
 
-# the interface for tokens, and llguidance's grammars, which finback writes
+# flags for the token API and for llguidance, whose grammars finback writes
 FLAGS = {
     "vllm": ("--enable-scale-out", "--structured-outputs-config", '{"backend": "guidance"}'),
     "sglang": ("--grammar-backend", "llguidance"),
 }
-HOST = "127.0.0.1"  # nobody but this server reaches those that it starts
+HOST = "127.0.0.1"  # started programs are reachable from this machine only
 
 
 @contextmanager
 def opened(options: ServeOptions) -> Iterator[tuple[UpstreamEngine, Tokenizer]]:
-    """The engines that the options name, as one, for as long as the context; UserError where one is not there or has another model."""
-    assert options.model is not None, "there is one to begin with"
+    """The external engines that the options name, as one, for the duration of the context; UserError if one is missing or has another model."""
+    assert options.model is not None, "a model is given, or is the first of the folder"
     source = find_model(options.model)
     tokenizer = Tokenizer(source)
     with ExitStack() as stack:
@@ -46,7 +46,7 @@ def opened(options: ServeOptions) -> Iterator[tuple[UpstreamEngine, Tokenizer]]:
 
 
 def _started(options: ServeOptions, source: Path, stack: ExitStack) -> list[str]:
-    """Addresses of new ones, which end with the context or with this process; each has an equal share of the GPUs."""
+    """Addresses of newly started programs, which end with the context or this process; each gets an equal share of the GPUs."""
     assert options.engine != "finback", "a program"
     program = EngineProgram(options.engine, options.engine_python, options.engine_flags, options.engine_env)
     program.check("--engine")
@@ -67,7 +67,7 @@ def _started(options: ServeOptions, source: Path, stack: ExitStack) -> list[str]
 
 
 def _folder(source: Path, stack: ExitStack) -> Path:
-    """A folder that programs read: the model's own in Hugging Face's form, or its export, for as long as the context."""
+    """A folder for the programs: the model's own if it is in Hugging Face format, or its export, for the duration of the context."""
     if not (source / "model.json").is_file():
         return source
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finback-serve-"))) / source.name
@@ -76,7 +76,7 @@ def _folder(source: Path, stack: ExitStack) -> Path:
 
 
 def _devices(number: int, replicas: int) -> dict[str, str]:
-    """The GPUs of one of several replicas; {} where each sees all that there are."""
+    """The GPUs of one of several replicas; {} if each may use all."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     visible = visible or [str(i) for i in range(launch.gpus())]
     share = len(visible) // replicas
@@ -84,7 +84,7 @@ def _devices(number: int, replicas: int) -> dict[str, str]:
 
 
 def _replica(url: str, engine: str) -> tuple[Replica, int]:
-    """The one at an address, and the tokens that it reads."""
+    """The replica at an address, and its context length in tokens."""
     root = url.rstrip("/").removesuffix("/v1")
     with Client(root) as client:
         try:
@@ -95,16 +95,16 @@ def _replica(url: str, engine: str) -> tuple[Replica, int]:
                 "--upstream", url, f"no {engine} answers: {error}", "Start it, or correct the url."
             ) from None
     if not isinstance(window, int):
-        raise UserError("--upstream", url, "does not say how many tokens it reads", "Use vLLM or SGLang.")
+        raise UserError("--upstream", url, "does not report its context length", "Use vLLM or SGLang.")
     return KINDS[engine](root, name), window
 
 
 def _check(replica: Replica, tokenizer: Tokenizer) -> None:
-    """UserError where it reads texts otherwise: another model, most likely."""
+    """Raises UserError if the replica tokenizes differently, which indicates another model."""
     try:
         theirs = [tokenized(replica.client, replica.name, text).get("tokens") for text in TEXTS]
     except RequestFailed:
-        return  # it has no such route; an answer in another vocabulary is seen
+        return  # it lacks the route; answers with another vocabulary are detected later
     if theirs != [tokenizer.encode(text) for text in TEXTS]:
         remedy = "Serve the same folder there and here."
-        raise UserError("--upstream", replica.url, "has another tokenizer than the model that was named", remedy)
+        raise UserError("--upstream", replica.url, "does not have the tokenizer of the given model", remedy)

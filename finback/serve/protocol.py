@@ -1,4 +1,4 @@
-"""Requests as OpenAI and DeepSeek define them: types, ranges, limits. No torch here.
+"""Requests as OpenAI and DeepSeek define them: types, ranges, limits. Does not import torch.
 
 Unknown fields are ignored, as both services do. Types are strict: "1" is not a number, 1 is not a boolean.
 """
@@ -16,7 +16,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Biases = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 Name = Annotated[str, Field(max_length=256)]
-Unlimited = Literal[-1]  # llama.cpp's word for as much as fits
+Unlimited = Literal[-1]  # llama.cpp's value for as many as fit
 
 
 class RequestPart(BaseModel):
@@ -26,11 +26,11 @@ class RequestPart(BaseModel):
 
 
 class StreamOptions(RequestPart):
-    """How a stream ends."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     resumable: bool | None = Field(
-        None, description="go on for a while when the connection is lost; read on at /chat/completions/{id}/stream"
+        None, description="continue for a while if the connection is lost; resume at /chat/completions/{id}/stream"
     )
 
 
@@ -56,7 +56,7 @@ class GenerationRequest(RequestPart):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     user_id: Annotated[str, Field(max_length=512)] | None = Field(
-        None, description="keeps the prompt cache of one end user from the others'"
+        None, description="separates the prompt cache of end users"
     )
 
     @property
@@ -74,14 +74,14 @@ class FunctionParam(RequestPart):
 
 
 class ToolParam(RequestPart):
-    """OpenAI's wrapping of a function."""
+    """OpenAI's wrapper of a function."""
 
     type: Literal["function"]
     function: FunctionParam
 
 
 class CalledFunctionParam(RequestPart):
-    """A function and what it was called with."""
+    """A function and its arguments in a call."""
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
     arguments: str
@@ -103,7 +103,7 @@ def text_only(kind: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The beginning of what a client sent, fit for a message."""
+    """The beginning of client text, safe for a message."""
     return "".join(c if c.isprintable() else "?" for c in text[:64])
 
 
@@ -133,7 +133,7 @@ class MessageParam(RequestPart):
     reasoning: str | None = Field(None, description="the same as reasoning_content")
     tool_calls: Annotated[list[ToolCallParam], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
-    prefix: bool | None = Field(None, description="in the last message, the assistant's: go on from its end")
+    prefix: bool | None = Field(None, description="for a last message of the assistant: continue it")
 
     @model_validator(mode="after")
     def _has_content(self) -> "MessageParam":
@@ -145,7 +145,7 @@ class MessageParam(RequestPart):
 class ThinkingParam(RequestPart):
     """DeepSeek's switch."""
 
-    type: Literal["enabled", "disabled", "adaptive"] = Field(description="adaptive: as the model likes")
+    type: Literal["enabled", "disabled", "adaptive"] = Field(description="adaptive: the model decides")
     budget_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
 
 
@@ -154,11 +154,11 @@ class TemplateSwitches(RequestPart):
 
     enable_thinking: bool | None = None
     thinking: bool | None = None
-    chat_template: None = Field(None, description="refused: templates are programs, and come with the model")
+    chat_template: None = Field(None, description="refused: templates are code and come from the model")
 
 
 def small(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema unchanged; ValueError where it is too large to constrain an answer."""
+    """The schema unchanged; ValueError if it is too large to constrain an answer."""
     if depth(schema) > SCHEMA_DEPTH:
         raise ValueError(f"nests deeper than {SCHEMA_DEPTH}")
     if len(json.dumps(schema, ensure_ascii=False).encode()) > SCHEMA_BYTES:
@@ -173,7 +173,7 @@ Choices = Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_leng
 
 
 class JsonSchema(RequestPart):
-    """OpenAI's wrapping of a schema."""
+    """OpenAI's wrapper of a schema."""
 
     name: Annotated[str, Field(max_length=64)] | None = None
     schema_: Schema = Field(alias="schema")
@@ -181,13 +181,13 @@ class JsonSchema(RequestPart):
 
 
 class NamedFunction(RequestPart):
-    """Which function."""
+    """The name of a function."""
 
     name: Annotated[str, Field(max_length=128)]
 
 
 class NamedToolParam(RequestPart):
-    """The one function that must be called, in OpenAI's wrapping."""
+    """The one function that must be called, in OpenAI's wrapper."""
 
     type: Literal["function"]
     function: NamedFunction
@@ -198,7 +198,7 @@ class ResponseFormat(RequestPart):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    schema_: Schema | None = Field(None, alias="schema", description="llama.cpp's place for the schema")
+    schema_: Schema | None = Field(None, alias="schema", description="llama.cpp's field for the schema")
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> "ResponseFormat":
@@ -208,7 +208,7 @@ class ResponseFormat(RequestPart):
 
 
 class StructuredOutputs(RequestPart):
-    """vLLM's ways to say what an answer has to be; one of them."""
+    """vLLM's ways to specify the form of an answer; at most one."""
 
     json_: Schema | bool | LongText | None = Field(None, alias="json")
     json_object: bool | None = None
@@ -228,9 +228,9 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[ToolParam], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolParam | None = Field(
-        None, description="required: one call or more; a function by name: one call of it"
+        None, description="required: at least one call; a function: exactly one call of it"
     )
-    parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | LongText | None = Field(None, description="vLLM's older names for the same")
@@ -238,13 +238,13 @@ class ChatRequest(GenerationRequest):
     guided_choice: Choices | None = None
     guided_grammar: LongText | None = None
     grammar: LongText | None = Field(None, description="llama.cpp's GBNF")
-    json_schema: Schema | None = Field(None, description="llama.cpp's place for a schema")
-    chat_template: None = Field(None, description="refused: templates are programs, and come with the model")
+    json_schema: Schema | None = Field(None, description="llama.cpp's field for a schema")
+    chat_template: None = Field(None, description="refused: templates are code and come from the model")
     thinking: ThinkingParam | None = None
     chat_template_kwargs: TemplateSwitches | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
     thinking_budget: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(
-        None, description="tokens of the chain of thought; then it is closed"
+        None, description="longest chain of thought in tokens; then it is closed"
     )
 
 
@@ -255,14 +255,13 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
-    suffix: str | None = Field(None, description="what follows: the model fills in between")
+    suffix: str | None = Field(None, description="text after the gap that the model fills")
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        None,
-        description="vLLM's: of each token of the prompt, and of so many likelier ones, by their ids; not with stream",
+        None, description="vLLM's: for each prompt token and this many of the likeliest, by id; not with stream"
     )
-    best_of: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="n, or nothing")
+    best_of: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="equal to n, or absent")
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -1,4 +1,4 @@
-"""Engines that run elsewhere and hold the same model: how each is asked for tokens, and which one is asked."""
+"""External engines with the same model: how to request tokens from each, and which one to ask."""
 
 import threading
 import time
@@ -14,16 +14,16 @@ from finback.engine.request import SamplingParams, TokenLogprobs
 from finback.rollouts.generation_server import object_of
 from finback.rollouts.server_kinds import SEEDS
 
-BLOCK = 64  # tokens of a beginning that is looked for
-KNOWN = 1 << 16  # beginnings that are remembered of a replica
-MORE = 8  # requests that one may have beyond the least busy one for the sake of what it has read
-RESTS = 5.0  # seconds for which one that has failed is asked nothing
-LONGEST = 256 << 20  # bytes of an answer
+BLOCK = 64  # granularity of prefix matching, in tokens
+KNOWN = 1 << 16  # prefixes remembered per replica
+MORE = 8  # most requests that a replica may have above the least busy one because of its cache
+RESTS = 5.0  # pause after a failure, in seconds
+LONGEST = 256 << 20  # largest answer in bytes
 
 
 @dataclass(frozen=True)
 class TokenPiece:
-    """Tokens as they come, each with its log-probability and the likeliest others, if asked for; and why there are no more."""
+    """Tokens as they arrive, with log-probabilities and top alternatives if requested; and the finish reason."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -32,29 +32,29 @@ class TokenPiece:
 
 
 class Replica(ABC):
-    """One engine, by its interface for tokens; a subclass for each program."""
+    """One external engine, through its token API; there is a subclass for each program."""
 
     def __init__(self, url: str, name: str, key: str = "", timeout: float = 600.0) -> None:
-        """name: what it calls the model."""
+        """name: the program's name for the model."""
         self.url, self.name = url, name
         self.client = Client(url, key, timeout, max_bytes=LONGEST)
-        # requests under way, and the time before which it is asked nothing
+        # running requests, and the time before which it is not asked
         self.active, self.resume = 0, 0.0
-        # of beginnings of prompts that it has read, the newest last
+        # prefixes of prompts that it has read, the newest last
         self.read: OrderedDict[bytes, None] = OrderedDict()
 
     @abstractmethod
     def answer(
         self, ids: Sequence[int], sampling: SamplingParams, room: int, seed: int, salt: str
     ) -> Iterator[TokenPiece]:
-        """Continue a prompt by `room` tokens at most, by the sampling's schema or grammar from the first one on.
+        """Continues a prompt by at most `room` tokens, which follow the sampling's schema or grammar from the first one on.
 
-        RequestFailed where it does not. Closing the iterator ends the request there.
+        RequestFailed if it fails. Closing the iterator cancels the request.
         """
 
 
 class VllmReplica(Replica):
-    """vLLM's token route, as a stream."""
+    """vLLM's token route, streamed."""
 
     def answer(
         self, ids: Sequence[int], sampling: SamplingParams, room: int, seed: int, salt: str
@@ -70,8 +70,8 @@ class VllmReplica(Replica):
             "presence_penalty": s.presence_penalty,
             "repetition_penalty": s.repetition_penalty,
             "seed": seed % SEEDS,
-            "ignore_eos": True,  # what ends an answer is seen here
-            # the sampled token is one of them
+            "ignore_eos": True,  # stop conditions are checked here
+            # includes the sampled token
             "logprobs": 1 + (s.top_logprobs or 0),
         }
         if s.schema is not None:
@@ -102,7 +102,7 @@ class VllmReplica(Replica):
 
 
 class SglangReplica(Replica):
-    """SGLang's /generate, whose stream repeats what came before."""
+    """SGLang's /generate, whose stream repeats earlier output."""
 
     def answer(
         self, ids: Sequence[int], sampling: SamplingParams, room: int, seed: int, salt: str
@@ -159,14 +159,14 @@ KINDS: dict[str, type[Replica]] = {"vllm": VllmReplica, "sglang": SglangReplica}
 
 
 class ReplicaRouter:
-    """Sends a prompt where most of it has been read already, unless that replica has much more to do than another."""
+    """Sends a prompt to the replica that has read most of it already, unless that one is much busier than another."""
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self.replicas = list(replicas)
         self._lock = threading.Lock()
 
     def take(self, ids: Sequence[int], salt: bytes) -> Replica:
-        """The replica for a prompt, which has one request more from now on; `salt` keeps apart what shares no cache."""
+        """The replica for a prompt, with its request count increased; `salt` separates prompts that share no cache."""
         names: list[bytes] = []
         for end in range(BLOCK, len(ids) + 1, BLOCK):
             names.append(digest(names[-1] if names else salt[:64], ids[end - BLOCK : end]))
@@ -185,16 +185,16 @@ class ReplicaRouter:
         return best
 
     def give_back(self, replica: Replica, error: RequestFailed | None = None) -> None:
-        """Say that a request has ended there, and how."""
+        """Reports that a request has ended, and how."""
         with self._lock:
             replica.active -= 1
             if error is not None and not error.final:
                 replica.resume = time.monotonic() + RESTS
-                replica.read.clear()  # it may have been started anew
+                replica.read.clear()  # it may have been restarted
 
 
 def _known(replica: Replica, names: Sequence[bytes]) -> int:
-    """Blocks of a prompt that a replica has read, from the first on."""
+    """Number of leading blocks of a prompt that a replica has read."""
     for count, name in enumerate(names):
         if name not in replica.read:
             return count

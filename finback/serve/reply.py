@@ -1,7 +1,7 @@
-"""From the body of an HTTP request to the last event of its answer, whatever form the two are written in.
+"""From the body of an HTTP request to the last event of its answer, independent of their format.
 
 A request passes middleware -> Generation -> protocol, or a translation to it -> prepare -> data/messages -> worker ->
-engine/engine -> scheduler -> runner -> model/transformer -> sampler, and comes back by worker -> Reply.
+engine/engine -> scheduler -> runner -> model/transformer -> sampler, and returns through worker -> Reply.
 """
 
 import asyncio
@@ -27,13 +27,13 @@ from finback.serve.resumable import KEEP_ALIVE, SSE, ResumableStream, until_disc
 from finback.serve.service import Service, service_of
 from finback.serve.worker import OutputDelta, OutputStream
 
-NOTE = b"finback-note"  # the header that says what of a request was left out
+NOTE = b"finback-note"  # response header for what was left out of a request
 
 
 class Reply(ABC):
-    """The answer to one request; what it looks like is up to the classes of each form."""
+    """The answer to one request; subclasses implement the formats."""
 
-    # what a stream says where it would be silent for too long
+    # sent in a stream that would otherwise be silent for too long
     alive = KEEP_ALIVE
 
     def __init__(self, service: Service, prepared: PreparedRequest, outputs: OutputStream, ident: str) -> None:
@@ -43,7 +43,7 @@ class Reply(ABC):
     @property
     @abstractmethod
     def is_finished(self) -> bool:
-        """Whether all is generated."""
+        """Whether everything has been generated."""
 
     def begin(self) -> bytes:
         """The events before anything is generated."""
@@ -51,28 +51,28 @@ class Reply(ABC):
 
     @abstractmethod
     def take(self, deltas: Sequence[tuple[int, OutputDelta]]) -> bytes:
-        """The events that these outputs make, each with the number of its choice."""
+        """The events for these outputs, each with the index of its choice."""
 
     @abstractmethod
     def end(self) -> bytes:
-        """The events once all is generated."""
+        """The events after everything has been generated."""
 
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """The answer as one object, once all is generated."""
+        """The complete answer as one object."""
 
     def failed(self, error: ApiError) -> bytes:
-        """The event of a failure; the headers are out by then."""
+        """The event for a failure; the headers have already been sent."""
         return event(error.body)
 
     async def whole(self) -> dict[str, Any]:
-        """The answer as one object."""
+        """Waits for the answer and returns it as one object."""
         while not self.is_finished:
             self.take(await self._next())
         return self.content()
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The answer as server-sent events; an error is one of them."""
+        """The answer as server-sent events; errors are events too."""
         try:
             if start := self.begin():
                 yield start
@@ -89,7 +89,7 @@ class Reply(ABC):
             yield self.end()
         except ApiError as error:
             yield self.failed(error)
-        except Exception as error:  # a stream never ends without a word
+        except Exception as error:  # a stream must not end without an error event
             log_failure(self.id, error)
             yield self.failed(ApiError(500, "the server failed"))
 
@@ -102,19 +102,19 @@ class Reply(ABC):
                 raise ApiError(500, request.problem)
             if delta.finish == "error":
                 grammar = self.prepared.grammar
-                problem = "no token of the model can go on with this answer as its schema or grammar demands"
+                problem = "no token of the model can continue this answer according to its schema or grammar"
                 raise bad(problem, grammar.param if grammar else None, "grammar_dead_end")
         return found
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """A form of requests and answers."""
+    """A format of requests and answers."""
 
     form: type[BaseModel]
-    # the request as chat or text completions have it; ApiError for what cannot be had so
+    # converts the request to chat or text completions; ApiError for what is not supported
     translated: Callable[[Any, Service, bytes], ChatRequest | CompletionRequest]
-    # the answer to the request as it came
+    # creates the answer to the original request
     reply: Callable[[Any, Service, PreparedRequest, OutputStream], Reply]
 
 
@@ -125,7 +125,7 @@ class Generation:
         self.dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; however it ends, the engine keeps nothing of it."""
+        """Answers one request; the engine drops it however it ends."""
         service, owner = service_of(scope), scope["state"]["owner"]
         service.refuse_if_all_busy()
         body: Any = await read(Request(scope, receive), self.dialect.form)
@@ -141,7 +141,7 @@ class Generation:
                 with service.admission.admitted(owner, choices):
                     await self._respond(service, owner, body, request, stream)
 
-            stream.run(detached())  # in a task of its own, which outlives this connection
+            stream.run(detached())  # in a separate task, which outlives this connection
             await until_disconnect(receive, stream.serve(0, send))
             return
         with service.admission.admitted(owner, choices):
@@ -156,7 +156,7 @@ class Generation:
         to: Send | ResumableStream,
     ) -> None:
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed % SEEDS
-        # templates and long texts take their time; others should not wait for it
+        # templates and long texts take time; do not block the event loop
         prepared = await asyncio.to_thread(service.preparer.prepare, request, seed)
         if prepared.is_constrained:
             await service.schemas.check(prepared)

@@ -1,7 +1,7 @@
-"""Requests as OpenAI's Responses interface defines them, and the chat requests that they are translated to. No torch here.
+"""Requests to OpenAI's Responses API, and their translation to chat requests. Does not import torch.
 
-Unknown fields are ignored, as clients send many unasked. Tools that a hosted service would run are left out with a note where
-functions remain, else refused by name.
+Unknown fields are ignored, since clients send many unasked. Tools that a hosted service would run are left out with a note
+if functions remain, else refused by name.
 """
 
 import json
@@ -24,7 +24,7 @@ NAMES = {
 }
 ITEMS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 CUSTOM = ("custom_tool_call", "custom_tool_call_output")
-INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}  # of a custom tool
+INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}  # input of a custom tool
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Names = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -58,7 +58,7 @@ class Item(RequestPart):
 
     @model_validator(mode="after")
     def _is_whole(self) -> "Item":
-        """ValueError that names a kind of item that is not read, or what one lacks."""
+        """ValueError that names an unsupported kind of item, or a missing field."""
         if self.type is None:
             self.type = "item_reference" if self.role is None and self.id is not None else "message"
         if self.type not in (*ITEMS, *CUSTOM):
@@ -103,7 +103,7 @@ class TextParam(RequestPart):
 
 
 class ResponseTool(RequestPart):
-    """A function, a tool that takes plain text, or a namespace of functions; other kinds are hosted ones."""
+    """A function, a tool with plain text input, or a namespace of functions; other kinds are hosted."""
 
     type: Annotated[str, Field(max_length=64)]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
@@ -120,7 +120,7 @@ class ResponseTool(RequestPart):
 
 
 class ChosenTool(RequestPart):
-    """Which tools are called."""
+    """Which tools may be called."""
 
     type: Annotated[str, Field(max_length=64)]
     name: Names | None = None
@@ -144,7 +144,7 @@ class InputTokensRequest(RequestPart):
 
     @property
     def items(self) -> list[Item]:
-        """The input; a text is a message."""
+        """The input; a string is one message."""
         given = self.input if self.input is not None else []
         return [Item(type="message", role="user", content=given)] if isinstance(given, str) else given
 
@@ -152,11 +152,11 @@ class InputTokensRequest(RequestPart):
 class ResponsesRequest(InputTokensRequest):
     """POST /v1/responses."""
 
-    store: bool | None = Field(None, description="false: the response cannot be asked for or referred to later")
+    store: bool | None = Field(None, description="false: the response cannot be retrieved or referenced later")
     max_output_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: int | None = Field(None, description="finback's own: the same seed, the same answer")
+    seed: int | None = Field(None, description="finback's extension: the same seed gives the same answer")
     stream: bool | None = None
     background: Literal[False] | None = None
     prompt: None = Field(None, description="refused: there are no stored prompts")
@@ -166,7 +166,7 @@ class ResponsesRequest(InputTokensRequest):
 
 
 def translated(body: InputTokensRequest, items: Sequence[tuple[Item, str]]) -> TranslatedRequest:
-    """The request in chat's form; `items` are all that it refers to, each with where it comes from."""
+    """The request in chat's form; `items` are all referenced items, each with its location."""
     messages = list(_messages(items))
     if body.instructions:
         messages.insert(0, ({"role": "system", "content": body.instructions}, "instructions"))
@@ -188,7 +188,7 @@ def translated(body: InputTokensRequest, items: Sequence[tuple[Item, str]]) -> T
 
 
 def _messages(items: Sequence[tuple[Item, str]]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Chat messages; reasoning, text and calls of one turn of the assistant become one message."""
+    """Chat messages; reasoning, text and calls of one assistant turn become one message."""
     turn: dict[str, Any] = {}
     at = ""
     for item, place in items:
@@ -226,7 +226,7 @@ def _call(item: Item) -> dict[str, Any]:
 
 
 def _functions(tool: ResponseTool) -> list[dict[str, Any]]:
-    """The functions that a tool stands for; none for a hosted one."""
+    """The functions that a tool contains; none for a hosted one."""
     if tool.type == "namespace":
         inner = [each for each in tool.tools or () if each.type in ("function", "custom")]
         return [f | {"name": f"{tool.name}__{f['name']}"} for each in inner for f in _functions(each)]

@@ -1,4 +1,4 @@
-"""The answers to OpenAI's Responses: items of reasoning, text and calls, whole or as events, and what is kept of them."""
+"""Answers in OpenAI's Responses format: items of reasoning, text and calls, whole or as events, and their storage."""
 
 import asyncio
 import secrets
@@ -35,9 +35,9 @@ class ResponsesReply(PartsReply):
             self.given = [raw for _, _, raw in service.responses.dialogue(outputs.owner, body)]
         self.output: list[dict[str, Any]] = []
         self._is_open = False
-        self._text: list[str] = []  # of the open item
-        self._number = 0  # of the next event
-        # names as the model calls them: the namespace and the name within; and tools that take plain text
+        self._text: list[str] = []  # text of the open item
+        self._number = 0  # number of the next event
+        # names as the model calls them -> (namespace, name within it); and tools with plain text input
         self._spaces = {f"{t.name}__{i.name}": (t.name, i.name) for t in body.tools or () for i in t.tools or ()}
         self._custom = {t.name for t in body.tools or () if t.type == "custom"}
 
@@ -139,7 +139,7 @@ class ResponsesReply(PartsReply):
             return b""
         self._text.append(text)
         match self.output[-1]["type"]:
-            case "reasoning":  # some clients show the one, others the other
+            case "reasoning":  # some clients show one of them, others the other
                 own = self._event("response.reasoning_text.delta", True, content_index=0, delta=text)
                 return own + self._event("response.reasoning_summary_text.delta", True, summary_index=0, delta=text)
             case "message":
@@ -149,7 +149,7 @@ class ResponsesReply(PartsReply):
         return b""
 
     def _close(self, is_last: bool = False) -> bytes:
-        """The end of the open item; it is then whole, unless the answer broke off in it."""
+        """Closes the open item, which is then complete unless the answer was cut off in it."""
         if not self._is_open:
             return b""
         self._is_open, item, text = False, self.output[-1], "".join(self._text)
@@ -176,7 +176,7 @@ class ResponsesReply(PartsReply):
         return found + self._event("response.output_item.done", item=dict(item))
 
     def _event(self, kind: str, is_of_item: bool = False, **more: Any) -> bytes:
-        """One event; all but those of the response name the place of their item."""
+        """One event; all but the response's own events carry the index of their item."""
         place = {} if "response" in more else {"output_index": len(self.output) - 1}
         own = {"item_id": self.output[-1]["id"]} if is_of_item else {}
         found = event({"type": kind, "sequence_number": self._number, **own, **place, **more}, kind)
@@ -205,7 +205,7 @@ def _translated(body: InputTokensRequest, service: Service, owner: bytes) -> Tra
 
 
 async def input_tokens(request: Request) -> Response:
-    """How many tokens the prompt of a request has."""
+    """The number of prompt tokens of a request."""
     body = await read(request, InputTokensRequest)
     service = await service_of(request.scope).reach(body.model)
     chat = _translated(body, service, request.state.owner)
@@ -214,24 +214,24 @@ async def input_tokens(request: Request) -> Response:
 
 
 async def stored(request: Request) -> Response:
-    """A stored response; DELETE forgets it."""
+    """A stored response; DELETE removes it."""
     store, ident = service_of(request.scope).responses, request.path_params["id"]
     if request.method == "DELETE":
         store.delete(request.state.owner, ident)
         return JSONResponse({"id": ident, "object": "response", "deleted": True})
     if request.query_params.get("stream") == "true":
-        raise bad("stream: a stored response is whole; only one that is being made is streamed", "stream")
+        raise bad("stream: a stored response is complete; only new ones are streamed", "stream")
     return JSONResponse(store.get(request.state.owner, ident, "id").response)
 
 
 async def cancel(request: Request) -> Response:
     """ApiError 400: nothing runs in the background."""
     service_of(request.scope).responses.get(request.state.owner, request.path_params["id"], "id")
-    raise bad("only responses in the background are cancelled; close the connection of this one", "id")
+    raise bad("only background responses can be cancelled; close the connection instead", "id")
 
 
 async def input_items(request: Request) -> Response:
-    """What a stored response was asked with, the latest first unless order=asc."""
+    """The input of a stored response, latest item first unless order=asc."""
     found = service_of(request.scope).responses.get(request.state.owner, request.path_params["id"], "id")
     items = found.input if request.query_params.get("order") == "asc" else found.input[::-1]
     ends = (

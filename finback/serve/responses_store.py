@@ -1,4 +1,4 @@
-"""Responses that can be asked for, referred to and gone on from for a while, in memory. No torch here."""
+"""Stores responses in memory for a while, so that they can be retrieved, referenced and continued. Does not import torch."""
 
 import json
 import secrets
@@ -16,7 +16,7 @@ COUNT, BYTES, SECONDS = 1000, 64 << 20, 3600.0
 
 @dataclass
 class StoredResponse:
-    """One response, and the whole dialogue that led to it, without instructions."""
+    """A response, and the dialogue that led to it, without instructions."""
 
     owner: bytes
     response: dict[str, Any]
@@ -26,16 +26,16 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The latest responses, as many as fit; what one key has stored another never finds."""
+    """The latest responses, as many as fit; a key can only find its own."""
 
     def __init__(self, count: int = COUNT, size: int = BYTES, seconds: float = SECONDS) -> None:
         self.count, self.size, self.seconds = count, size, seconds
-        self._responses: OrderedDict[str, StoredResponse] = OrderedDict()  # the oldest first
-        self._items: dict[str, tuple[str, dict[str, Any]]] = {}  # by id: the response's id, the item
+        self._responses: OrderedDict[str, StoredResponse] = OrderedDict()  # oldest first
+        self._items: dict[str, tuple[str, dict[str, Any]]] = {}  # item id -> (response id, item)
         self._bytes = 0
 
     def put(self, owner: bytes, response: dict[str, Any], given: list[dict[str, Any]]) -> None:
-        """Store a response; the oldest make room."""
+        """Stores a response; the oldest are dropped if necessary."""
         size = len(json.dumps(response)) + len(json.dumps(given))
         ident = response["id"]
         self._responses[ident] = StoredResponse(owner, response, given, size)
@@ -44,16 +44,16 @@ class ResponseStore:
         self._tidy()
 
     def get(self, owner: bytes, ident: str, param: str) -> StoredResponse:
-        """A response; ApiError 404 where the key has stored none by this id, or too long ago."""
+        """A stored response; ApiError 404 if this key has none with this id, or no longer."""
         self._tidy()
         found = self._responses.get(ident)
         if found is None or found.owner != owner:
-            problem = "it is kept in memory, and not for long: send the whole input again, with store: false"
+            problem = "responses are stored in memory for a limited time: send the whole input again, with store: false"
             raise ApiError(404, f"no response {ident[:64]!r} is stored; {problem}", param)
         return found
 
     def item(self, owner: bytes, ident: str, param: str) -> dict[str, Any]:
-        """An item that a stored response has put out."""
+        """An output item of a stored response."""
         self._tidy()
         of, item = self._items.get(ident, ("", {}))
         if not of or self._responses[of].owner != owner:
@@ -66,7 +66,7 @@ class ResponseStore:
         self._drop(ident)
 
     def dialogue(self, owner: bytes, body: InputTokensRequest) -> list[tuple[Item, str, dict[str, Any]]]:
-        """All items that a request goes on from: each read, with where it stands in the request, and as it was sent."""
+        """All items that a request continues: each parsed, with its location in the request, and as sent."""
         return list(self._dialogue(owner, body))
 
     def _dialogue(self, owner: bytes, body: InputTokensRequest) -> Iterator[tuple[Item, str, dict[str, Any]]]:

@@ -1,6 +1,6 @@
-"""Streams and lost connections: most requests end with theirs, a resumable stream can be read on from a later one.
+"""Streams and lost connections: most requests end with their connection; a resumable stream can be continued on another.
 
-A resumable stream (`stream_options.resumable`) stores its events for a while, so that its client can come back.
+A resumable stream (`stream_options.resumable`) stores its events for a while, so that its client can return.
 """
 
 import asyncio
@@ -19,19 +19,19 @@ SSE = [
     (b"x-accel-buffering", b"no"),  # nginx would buffer the stream
 ]
 KEEP_ALIVE = b": keep-alive\n\n"
-A_LOOK = 0.25  # seconds between two looks at the queue
+A_LOOK = 0.25  # seconds between checks of the queue
 
 
 class ResumableStream:
-    """The events of one response, numbered from 1, and the task that makes them. All of it belongs to the event loop."""
+    """The events of one response, numbered from 1, and the task that produces them. Used on the event loop only."""
 
     def __init__(self, owner: bytes, options: ServeOptions) -> None:
         self.owner, self.options = owner, options
-        self.place: Callable[[], int] = lambda: 0  # where it stands in the queue, 0 once it is being answered
-        self.first = 1  # the number of the first event that is still stored
+        self.place: Callable[[], int] = lambda: 0  # position in the queue, 0 once generation has started
+        self.first = 1  # number of the oldest stored event
         self.is_finished = False
-        self.forget: Callable[[], object] = lambda: None  # set once others know of it
-        self.size = 0  # in bytes
+        self.forget: Callable[[], object] = lambda: None  # set when the stream is registered
+        self.size = 0  # stored bytes
         self._events: deque[bytes] = deque()
         self._readers = 0
         self._grown = asyncio.Event()
@@ -45,13 +45,13 @@ class ResumableStream:
         return self.first + len(self._events) - 1
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Let the work go on, which puts events."""
+        """Starts the task that produces events."""
         self._task = asyncio.create_task(work)
         self._task.add_done_callback(self._ended)
 
     def put(self, events: bytes) -> None:
-        """Store events; the oldest are dropped where they become too many."""
-        if events.startswith(b":"):  # a comment; each reader gets its own
+        """Stores events; drops the oldest if there are too many."""
+        if events.startswith(b":"):  # a comment; each reader creates its own
             return
         for event in events.removesuffix(b"\n\n").split(b"\n\n"):
             numbered = b"id: %d\n%b\n\n" % (self.last + 1, event)
@@ -67,7 +67,7 @@ class ResumableStream:
             self._task.cancel()
 
     async def serve(self, after: int, send: Send) -> None:
-        """Send what came behind the event `after`, and go on until the end or until the reader leaves."""
+        """Sends the events after number `after`, until the stream ends or the reader disconnects."""
         if not self.first - 1 <= after <= self.last:
             raise ApiError(404, f"event {after} is not stored: there are {self.first} to {self.last}", "after")
         self._readers += 1
@@ -88,7 +88,7 @@ class ResumableStream:
             self._left(at)
 
     async def _follow(self, at: int) -> AsyncIterator[tuple[int, bytes]]:
-        """What is to be sent, with the number of its last event."""
+        """The data to send, with the number of its last event."""
         sent = 0
         while True:
             if at < self.last:
@@ -104,7 +104,7 @@ class ResumableStream:
                 yield at, KEEP_ALIVE
 
     async def _more(self, seconds: float | None) -> bool:
-        """Wait for events; False when none came in that time."""
+        """Waits for events; returns False if none came in time."""
         grown = self._grown
         try:
             async with asyncio.timeout(seconds):
@@ -118,18 +118,18 @@ class ResumableStream:
         self._grown = asyncio.Event()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._error = ApiError(503, "it was ended") if task.cancelled() else task.exception()
+        self._error = ApiError(503, "the stream was stopped") if task.cancelled() else task.exception()
         self.is_finished = True
         self._wake()
 
     def _left(self, at: int) -> None:
-        """A reader has gone who has everything up to event `at`."""
+        """A reader that has everything up to event `at` has disconnected."""
         self._readers -= 1
         if self._readers:
             return
         if self.is_finished and at == self.last:
             self.forget()
-        elif not at:  # nobody knows what to come back for
+        elif not at:  # without an event, the reader does not know the stream's id
             self.stop()
         else:
             self._leaving = asyncio.get_running_loop().call_later(self.options.resume_timeout, self._abandon)
@@ -140,7 +140,7 @@ class ResumableStream:
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[None]) -> None:
-    """Do the work, but stop when the client leaves."""
+    """Does the work, but stops when the client disconnects."""
 
     async def disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":

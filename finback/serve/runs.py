@@ -1,4 +1,4 @@
-"""Run folders as the page lists them: which there are, how far their stages are, what they cost. Reads only; no torch here."""
+"""Run folders as the page lists them: their names, progress and cost. Read-only; does not import torch."""
 
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,17 @@ from finback.runs.ledger import BASIS, dollars, sums
 from finback.runs.reader import StageFolder
 from finback.serve.errors import ApiError
 
-DEEPEST = 3  # folders below the runs folder in which a run is looked for
+DEEPEST = 3  # levels below the runs folder to search for runs
 
 
 class Runs:
-    """The run folders under one folder. What a request names is looked up among them, never made into a path."""
+    """The run folders under a folder. A request's name is looked up among them, never turned into a path."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def folders(self) -> dict[str, Path]:
-        """Run folders by name, the latest first; links are not followed."""
+        """Run folders by name, the latest first; symbolic links are not followed."""
         found: list[tuple[float, str, Path]] = []
         here = self.root.resolve()
         waiting = [(here, 0)]
@@ -32,18 +32,18 @@ class Runs:
         return {name: folder for _, name, folder in sorted(found, key=lambda f: (-f[0], f[1]))}
 
     def find(self, name: str) -> Path:
-        """The folder of a run; ApiError 404 where there is none of this name."""
+        """The folder of a run; ApiError 404 if there is none with this name."""
         folder = self.folders().get(name)
         if folder is None:
             raise ApiError(404, "no such run", "run")
         return folder
 
     def stages(self, run: str) -> list[StageFolder]:
-        """The stages of a run; ApiError 404 where there is none of this name."""
+        """The stages of a run; ApiError 404 if there is none with this name."""
         return reader.stages(self.find(run), lenient=True)
 
     def stage(self, run: str, name: str) -> StageFolder:
-        """A stage of a run; ApiError 404 where there is none of this name."""
+        """A stage of a run; ApiError 404 if there is none with this name."""
         for stage in self.stages(run):
             if stage.name == name:
                 return stage
@@ -51,7 +51,7 @@ class Runs:
 
 
 def overview(name: str, root: Path, begun: list[StageFolder]) -> dict[str, Any]:
-    """A run in a list: the stages that have begun, with state and cost."""
+    """A run's entry in the list: the stages that have begun, with state and cost."""
     busy = reader.is_locked(root)
     listed = [stage_state(stage, busy and stage is begun[-1]) for stage in begun]
     recipe = reader.recipe(root, lenient=True)
@@ -74,7 +74,7 @@ def overview(name: str, root: Path, begun: list[StageFolder]) -> dict[str, Any]:
 
 
 def stage_state(stage: StageFolder, busy: bool) -> dict[str, Any]:
-    """A stage's state, and what the ledger says that it has cost."""
+    """A stage's state, and its cost according to the ledger."""
     ledger = stage.ledger()
     spent = sums(ledger)
     return {
@@ -94,6 +94,6 @@ def stage_state(stage: StageFolder, busy: bool) -> dict[str, Any]:
 
 
 def cores(ledger: list[dict[str, Any]]) -> float:
-    """Cores that a stage works on; 1 until its ledger says."""
+    """Number of cores of a stage; 1 until its ledger records it."""
     found = ledger[0].get("cores") if ledger else None
     return max(1.0, float(found)) if isinstance(found, int | float) else 1.0

@@ -1,4 +1,4 @@
-"""Schemas are compiled in another process before the engine sees them: a hard one would block it for everybody."""
+"""Compiles schemas in another process before the engine sees them: a hard one would block the engine for all requests."""
 
 import asyncio
 import contextlib
@@ -11,20 +11,20 @@ from typing import Literal
 from finback.serve.errors import ApiError, bad
 from finback.serve.prepare import PreparedRequest
 
-PATIENCE = 1.0  # seconds; schemas that people write take a hundredth
-KNOWN = 256  # schemas that need no second check
+PATIENCE = 1.0  # seconds; ordinary schemas take a hundredth of it
+KNOWN = 256  # checked schemas to remember
 
 
 class SchemaChecker:
-    """Checks schemas, one at a time; belongs to the event loop."""
+    """Checks schemas one at a time; used on the event loop only."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
-        self._valid: OrderedDict[bytes, None] = OrderedDict()  # digests, the longest unused first
+        self._valid: OrderedDict[bytes, None] = OrderedDict()  # digests, least recently used first
 
     async def check(self, prepared: PreparedRequest) -> None:
-        """ApiError 400 for a schema or a grammar that the engine could not follow, or not in reasonable time."""
+        """ApiError 400 for a schema or grammar that the engine cannot enforce, or not in reasonable time."""
         grammar = prepared.grammar
         assert grammar is not None, "nothing to check"
         if grammar.schema is not None:
@@ -36,7 +36,7 @@ class SchemaChecker:
         except ApiError:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE):
-                    for param, schema in grammar.schemas.items():  # which of them is to blame?
+                    for param, schema in grammar.schemas.items():  # find the one at fault
                         await self._check("json_schema", schema, param)
             raise
         for param, schema in grammar.schemas.items():
@@ -65,14 +65,14 @@ class SchemaChecker:
         except TimeoutError:
             await self.close()
             raise bad("the schema is too complex; simplify it", param) from None
-        except (OSError, ValueError):  # the process has died, perhaps of this very schema
+        except (OSError, ValueError):  # the process has died, perhaps because of this schema
             await self.close()
             raise ApiError(503, "schemas cannot be checked at the moment", param) from None
-        except asyncio.CancelledError:  # its answer would be taken for the next one's
+        except asyncio.CancelledError:  # otherwise its answer would be taken for the next one's
             await self.close()
             raise
         if problem:
-            raise bad(f"the schema cannot be followed: {_in_one_line(problem)}", param)
+            raise bad(f"the schema cannot be enforced: {_in_one_line(problem)}", param)
 
     async def _start(self) -> asyncio.subprocess.Process:
         command = (sys.executable, "-m", "finback.serve.schema_child")
@@ -80,7 +80,7 @@ class SchemaChecker:
         start = asyncio.create_subprocess_exec
         process = await start(*command, stdin=pipe, stdout=pipe, stderr=quiet, limit=1 << 20)
         assert process.stdout is not None, "started with pipes"
-        await process.stdout.readline()  # it is there
+        await process.stdout.readline()  # it has started
         return process
 
     async def close(self) -> None:

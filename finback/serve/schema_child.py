@@ -1,8 +1,8 @@
-"""A process of its own that compiles schemas: `python -m finback.serve.schema_child`. No torch here.
+"""A separate process that compiles schemas: `python -m finback.serve.schema_child`. Does not import torch.
 
-A line in is a JSON list, ["json_schema", schema] or ["lark", grammar], both as texts; a line out says what is wrong with
-it, or nothing. A schema of two kilobytes can keep the library busy for hours, and only a process can be ended in the
-middle of that.
+An input line is a JSON list, ["json_schema", schema] or ["lark", grammar], with both as strings; the output line is the
+error, or empty. A schema of two kilobytes can occupy the library for hours, and only a process can be killed while it
+does.
 """
 
 import json
@@ -12,14 +12,14 @@ from llguidance import LLMatcher, LLTokenizer
 
 
 def _dead_end(grammar: str) -> str:
-    """What is wrong with a grammar by which no answer can begin."""
+    """The error if no answer can satisfy a grammar, else ""."""
     matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
     matcher.compute_bitmask()
     return "no answer fits it" if matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()) else ""
 
 
 def main() -> None:
-    """Answer line by line until the input ends."""
+    """Answers line by line until the input ends."""
     print("ready", flush=True)
     for line in sys.stdin:
         try:

@@ -1,4 +1,4 @@
-"""The server: its paths and what each does, how it is built, run, and drained at the end."""
+"""The server: its routes, how it is built and run, and how it shuts down."""
 
 import asyncio
 import dataclasses
@@ -54,9 +54,9 @@ def build(
     adapters: Mapping[str, Tokenizer] | None = None,
     planned: Planned | None = None,
 ) -> Starlette:
-    """The ASGI application; the engines run between its startup and its shutdown. `others` are more models by name.
+    """The ASGI application; engines run between its startup and shutdown. `others`: further models by name.
 
-    `adapters` are those of the first model, which the engine has, by name, each with its tokenizer. `planned` says what a run of the page was planned to take.
+    `adapters`: tokenizers of the first model's adapters by name; the engine has the adapters. `planned` returns the planned costs of a run, for the page.
     """
     service = Service(engine, tokenizer, options)
     alone = dataclasses.replace(options, aliases=(), also=(), lora=())
@@ -83,16 +83,16 @@ def build(
 
 
 def run(options: ServeOptions, planned: Planned | None = None) -> None:
-    """Serve the models that the options name until a signal ends it."""
+    """Serves the models that the options name until a signal ends it."""
     o = secured(with_first(options))
-    assert o.model is not None, "there is one to begin with"
-    listener = listen_as(o)  # before the model is read: a port that is taken shows at once
+    assert o.model is not None, "a model is given, or is the first of the folder"
+    listener = listen_as(o)  # before loading the model, so that a port in use fails at once
     if o.engine != "finback":
         with programs.opened(o) as (upstream, tokenizer):
             serve(build(upstream, tokenizer, o, planned=planned), listener)
         return
-    # Not in this thread: torch keeps threads for each that has used it, and OpenMP, which then counts more threads
-    # than cores, lets the engine's sleep after every product. Measured: 45 instead of 29 ms a step.
+    # Not in this thread: torch keeps threads for each thread that has used it, and OpenMP, which then counts more threads
+    # than cores, puts the engine's to sleep after every product. Measured: 45 instead of 29 ms per step.
     config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate, o.return_routed_experts)
     with ThreadPoolExecutor(1) as reader:
         engine, tokenizer = reader.submit(open_engine, o.model, o.dtype, config, o.adapters).result()
@@ -100,13 +100,16 @@ def run(options: ServeOptions, planned: Planned | None = None) -> None:
         others = {name: reader.submit(open_engine, path, o.dtype, config).result() for name, path in o.others.items()}
     if isinstance(engine.model, MultiLoraTransformer):
         for name, form in engine.model.bases.items():
-            if form in FORMATS:  # what rounding had done to it is not there for the adapter to make up for
-                print(f"{name} learnt on a base in {form}; here its base is as its files have it", file=sys.stderr)
+            if form in FORMATS:  # the adapter was trained to compensate the rounding of its base
+                print(
+                    f"warning: {name} was trained on a base in {form}; here the base is served unquantized, as its files store it",
+                    file=sys.stderr,
+                )
     serve(build(engine, tokenizer, o, others, adapters, planned), listener)
 
 
 def serve(app: Starlette, listener: socket.socket) -> None:
-    """Answer on a socket until a signal comes; returns when running requests have ended or had their time."""
+    """Answers on a socket until a signal; returns when running requests have ended or timed out."""
     service: Service = app.state.service
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -123,26 +126,26 @@ def serve(app: Starlette, listener: socket.socket) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but it goes on answering (with 503) while running requests end."""
+    """uvicorn's server, but it keeps answering (with 503) while running requests end."""
 
     def __init__(self, app: Starlette) -> None:
         self.service: Service = app.state.service
         super().__init__(configuration(app, self.service.options))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second ends the process on the spot."""
+        """The first signal drains, the second ends the process at once."""
         if self.service.admission.draining is not None:
             os._exit(128 + sig)
         self.service.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: leave once drained."""
+        """Called ten times a second: exits once drained."""
         self.should_exit = self.should_exit or self.service.is_drained()
         return await super().on_tick(counter)
 
 
 def routes() -> list[Route]:
-    """All of them but /health; every one needs a key."""
+    """All routes but /health; each needs a key."""
     found = [Route("/ready", ready), Route("/metrics", show_metrics), Route("/openapi.json", show_openapi)]
     found += [*generate.routes(), *weights.routes()]
     for prefix in PREFIXES:
@@ -162,7 +165,7 @@ def routes() -> list[Route]:
 
 
 def messages(prefix: str) -> list[Route]:
-    """Anthropic's interface; DeepSeek has it under /anthropic."""
+    """Anthropic's API; DeepSeek has it under /anthropic."""
     return [
         Route(f"{prefix}/messages", Generation(MESSAGES), methods=["POST"]),
         Route(f"{prefix}/messages/count_tokens", count_tokens, methods=["POST"]),
@@ -170,7 +173,7 @@ def messages(prefix: str) -> list[Route]:
 
 
 def responses(prefix: str) -> list[Route]:
-    """OpenAI's newer interface."""
+    """OpenAI's newer API."""
     return [
         Route(f"{prefix}/responses", Generation(RESPONSES), methods=["POST"]),
         Route(f"{prefix}/responses/input_tokens", input_tokens, methods=["POST"]),
@@ -181,10 +184,10 @@ def responses(prefix: str) -> list[Route]:
 
 
 class Resume:
-    """The endpoint that goes on with a resumable stream, behind the last event that its reader has."""
+    """The endpoint that continues a resumable stream after the last event that its reader has."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the rest, for the key that sent the request; ApiError 404 where there is no such stream any more."""
+        """Sends the rest, for the key that sent the request; ApiError 404 if there is no such stream any more."""
         request = Request(scope, receive)
         ident = request.path_params["id"]
         stream = service_of(scope).streams.get(ident)
@@ -197,7 +200,7 @@ class Resume:
 
 
 async def control(request: Request) -> Response:
-    """Close the chains of thought of an active request, or end it, for the key that has sent it."""
+    """Closes the chains of thought of a running request, or stops it, for the key that sent it."""
     service, body = service_of(request.scope), await read(request, ControlRequest)
     ident = request.path_params["id"]
     service = next((each for each in service.all if ident in each.active), service)
@@ -207,7 +210,7 @@ async def control(request: Request) -> Response:
     if body.action == "answer_now":
         service.worker.answer_now(outputs)
     else:
-        outputs.fail(ApiError(409, "it was stopped", code="stopped"))
+        outputs.fail(ApiError(409, "the request was stopped", code="stopped"))
     return JSONResponse({"id": ident, "object": "chat.completion.control", "action": body.action})
 
 

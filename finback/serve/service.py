@@ -1,4 +1,4 @@
-"""What the routes share: each served model with its worker, its active requests, and whether it is ready."""
+"""State shared by the routes: each served model with its worker, its running requests, and its readiness."""
 
 import asyncio
 import time
@@ -23,10 +23,10 @@ from finback.serve.worker import OutputStream, Worker
 
 
 class Service:
-    """One model, served. All of it belongs to the event loop but the engine, which the worker's thread owns.
+    """One served model. Used on the event loop, except for the engine, which the worker's thread owns.
 
-    With `first`, it joins that one's server: both count into the same metrics and quotas. With `adapter`, it is that one's
-    model with an adapter, in the same engine; its tokenizer may differ in all but the vocabulary.
+    With `first`, it joins that service's server: both share metrics and quotas. With `adapter`, it is that service's model with
+    an adapter, in the same engine; its tokenizer may differ in everything but the vocabulary.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Service:
         self.engine, self.tokenizer, self.options, self.adapter = engine, tokenizer, options, adapter
         base = first if adapter else None
         self.created = int(time.time())
-        self.all: list[Service] = first.all if first else []  # the models of this server
+        self.all: list[Service] = first.all if first else []  # all models of this server
         self.all.append(self)
         self.metrics: Metrics = first.metrics if first else Metrics()
         self.worker: Worker = base.worker if base else Worker(engine, self.metrics)
@@ -49,31 +49,31 @@ class Service:
         stops = sorted(stops_of(tokenizer) - engine.stops) if adapter else ()
         self.preparer = RequestPreparer(tokenizer, engine.capacity, longest, chains, adapter, stops)
         self.schemas: SchemaChecker = base.schemas if base else SchemaChecker()
-        # one after the other takes other weights
+        # serializes weight updates
         self.updating: asyncio.Lock = base.updating if base else asyncio.Lock()
         quota: Quota = first.admission.quota if first else Quota(options.rate, options.concurrent)
         self.admission: Admission = base.admission if base else Admission(engine, options, quota)
-        # further models, of a server's first
+        # further models, owned by the server's first
         self.folder = ModelsFolder(options, self, Service) if first is None and options.models_dir is not None else None
         self.used = time.monotonic()
         self.responses: ResponseStore = first.responses if first else ResponseStore()
-        # what can still be controlled, by the id of the response
+        # requests that can still be controlled, by response id
         self.active: dict[str, OutputStream] = base.active if base else {}
-        # a stream that has ended stays for a while
+        # finished streams stay for a while
         self.streams: dict[str, ResumableStream] = first.streams if first else {}
 
     @property
     def engines(self) -> "list[Service]":
-        """The models of this server that have an engine of their own."""
+        """The models of this server that have their own engine."""
         return [service for service in self.all if not service.adapter]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the model may be called."""
+        """The names of the model."""
         return (self.options.name, *self.options.aliases)
 
     def store(self, ident: str, stream: ResumableStream, outputs: OutputStream) -> None:
-        """Let a stream be found by its id until it is forgotten; the oldest that have ended make room."""
+        """Makes a stream available by its id; the oldest finished ones are dropped if necessary."""
         stream.place = lambda: self._place(outputs)
         stream.forget = lambda: self.streams.pop(ident, None)
         self.streams[ident] = stream
@@ -82,12 +82,12 @@ class Service:
             each.forget()
 
     def _place(self, outputs: OutputStream) -> int:
-        """Position among the requests that have not started, from 1; 0 for one that has."""
+        """Position among the requests that have not started, from 1; 0 if it has started."""
         waiting = [each for each in self.active.values() if not each.started]
         return waiting.index(outputs) + 1 if outputs in waiting else 0
 
     def named(self, name: str | None) -> "Service":
-        """The model of this name among those that are served, this one where none is named; ApiError 404."""
+        """The served model of this name, this one if no name is given; ApiError 404."""
         if name is None:
             return self
         for service in self.all:
@@ -97,7 +97,7 @@ class Service:
         raise ApiError(404, f"no model {name!r} here. {did_you_mean(name, known)}", "model", "model_not_found")
 
     async def reach(self, name: str | None) -> "Service":
-        """As `named`, and a model of the folder is read first if nobody has asked for it yet."""
+        """As `named`, but loads a model of the folder first if necessary."""
         folder = self.all[0].folder
         is_here = name is None or any(name in service.names for service in self.all)
         found = None if is_here or folder is None or name is None else await folder.load(name)
@@ -106,16 +106,16 @@ class Service:
         return found
 
     def refuse_if_all_busy(self) -> None:
-        """ApiError 503 when no model takes anything, before the request is read."""
+        """ApiError 503 if no model accepts requests, before the request is read."""
         if self.admission.draining is not None or all(service.admission.is_full() for service in self.all):
             self.admission.refuse_if_busy()
 
     def why_not_ready(self) -> str | None:
-        """What keeps the server from answering, if anything does."""
+        """Why the server cannot answer, None if it can."""
         return next((problem for service in self.all if (problem := service.problem())), None)
 
     def problem(self) -> str | None:
-        """What keeps this model from answering, if anything does."""
+        """Why this model cannot answer, None if it can."""
         if self.admission.draining is not None:
             return "shutting down"
         if not self.worker.alive:
@@ -127,12 +127,12 @@ class Service:
         return None
 
     def drain(self) -> None:
-        """Take no more requests; those that are active have `options.drain` seconds."""
+        """Accepts no more requests; running ones have `options.drain` seconds."""
         for service in self.all:
             service.admission.draining = service.admission.draining or time.monotonic()
 
     def is_drained(self) -> bool:
-        """Whether a draining server may go: nobody is left, or their time is over and they get an error."""
+        """Whether a draining server may exit: no requests are left, or their time is over and they get an error."""
         since = self.admission.draining
         if since is None:
             return False
@@ -143,7 +143,7 @@ class Service:
         return True
 
     def vllm_gauges(self) -> dict[str, float]:
-        """The same of this model alone, under vLLM's names."""
+        """The gauges of this model, under vLLM's names."""
         pages = self.engine.pages
         return {
             "num_requests_running": self.engine.running,
@@ -152,18 +152,18 @@ class Service:
         }
 
     def gauges(self) -> dict[str, tuple[str, float]]:
-        """What /metrics shows beside the counters."""
+        """Gauges for /metrics."""
         pages = [service.engine.pages for service in self.engines]
         return {
-            "running": ("Choices that are being made.", sum(s.engine.running for s in self.engines)),
-            "queued": ("Choices that wait.", sum(s.admission.queued for s in self.engines)),
+            "running": ("Choices being generated.", sum(s.engine.running for s in self.engines)),
+            "queued": ("Choices waiting.", sum(s.admission.queued for s in self.engines)),
             "pages": ("Pages of the cache.", sum(p.count for p in pages)),
-            "pages_used": ("Pages that running choices hold.", sum(p.count - p.free for p in pages)),
+            "pages_used": ("Pages held by running choices.", sum(p.count - p.free for p in pages)),
             "ready": ("1 if requests are being answered.", float(self.why_not_ready() is None)),
         }
 
 
 def service_of(scope: Scope) -> Service:
-    """The service of the application that a request has come to."""
+    """The service of the application that received a request."""
     found: Service = scope["app"].state.service
     return found

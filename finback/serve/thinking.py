@@ -1,15 +1,15 @@
-"""What a chat request says of thinking, in its many words, and of the form of the answer. No torch here."""
+"""A chat request's settings for thinking, in their many forms, and for the form of the answer. Does not import torch."""
 
 from typing import Any
 
 from finback.serve.protocol import ChatRequest
 
-# DeepSeek's and OpenAI's efforts as the share of max_tokens that the chain may take; None: all of it
+# DeepSeek's and OpenAI's efforts, as the share of max_tokens that the chain may use; None: all
 EFFORT = {"minimal": 1 / 8, "low": 1 / 8, "medium": 1 / 4, "high": 1 / 2, "xhigh": 1 / 2, "max": None, "ultra": None}
 
 
 def thinks(request: ChatRequest) -> bool | None:
-    """Whether the request wants a chain of thought; None leaves it to the model."""
+    """Whether the request wants a chain of thought; None: the model decides."""
     if request.thinking is not None:
         return {"enabled": True, "disabled": False, "adaptive": None}[request.thinking.type]
     switches = request.chat_template_kwargs
@@ -21,9 +21,9 @@ def thinks(request: ChatRequest) -> bool | None:
 
 
 def thinking_budget(request: ChatRequest, limit: int, told: bool) -> int | None:
-    """The longest chain of thought in tokens, of an answer of `limit`; None: no bound but that.
+    """The longest chain of thought in tokens, for an answer of `limit` tokens; None: no other bound.
 
-    Where the prompt has `told` the model the effort, the effort is no bound.
+    If the prompt has `told` the model the effort, the effort does not limit the chain.
     """
     for budget in (request.thinking_budget, request.thinking.budget_tokens if request.thinking else None):
         if budget is not None:
@@ -33,7 +33,7 @@ def thinking_budget(request: ChatRequest, limit: int, told: bool) -> int | None:
 
 
 def reply_schema(request: ChatRequest) -> dict[str, Any] | None:
-    """The schema of `response_format` as prompts tell it; {"type": "json_object"} stands for any object."""
+    """The schema of `response_format` for use in prompts; {"type": "json_object"} stands for any object."""
     form = request.response_format
     if form is None or form.type == "text":
         return None

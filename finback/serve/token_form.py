@@ -1,4 +1,4 @@
-"""Requests for tokens, in vLLM's and in llama.cpp's words. No torch here."""
+"""Tokenization requests, in vLLM's and llama.cpp's forms. Does not import torch."""
 
 from typing import Annotated
 
@@ -19,9 +19,9 @@ class TokenizeRequest(RequestPart):
     tools: Annotated[list[ToolParam], Field(max_length=128)] | None = None
     chat_template_kwargs: TemplateSwitches | None = None
     continue_final_message: bool | None = None
-    add_special_tokens: bool | None = Field(None, description="bos before a prompt; default yes")
-    add_special: bool | None = Field(None, description="bos before llama.cpp's content; default no")
-    parse_special: bool | None = Field(None, description="special tokens in the text mean what they say")
+    add_special_tokens: bool | None = Field(None, description="add bos before a prompt; default: true")
+    add_special: bool | None = Field(None, description="add bos before llama.cpp's content; default: false")
+    parse_special: bool | None = Field(None, description="parse special tokens in the text")
     return_token_strs: bool | None = None
     with_pieces: bool | None = None
 

@@ -1,4 +1,4 @@
-"""Text to tokens and back, in vLLM's and in llama.cpp's words."""
+"""Tokenization and detokenization, in vLLM's and llama.cpp's forms."""
 
 import asyncio
 from typing import Any
@@ -42,7 +42,7 @@ def _tokens(body: TokenizeRequest, service: Service) -> list[int]:
 
 
 async def detokenize(request: Request) -> Response:
-    """The text of tokens, special ones by their names."""
+    """The text of tokens; special tokens by their names."""
     body = await read(request, DetokenizeRequest)
     service = await service_of(request.scope).reach(body.model)
     engine = service.engine

@@ -1,7 +1,7 @@
-"""Tool calls as models write them: DeepSeek V3 and R1, V3.1, V3.2 and V4, Hermes and Qwen, Qwen3-Coder, Kimi K2, GLM-4.5, Llama 3.1.
+"""Parses tool calls as models write them: DeepSeek V3 and R1, V3.1, V3.2 and V4, Hermes and Qwen, Qwen3-Coder, Kimi K2, GLM-4.5, Llama 3.1.
 
-The arguments of a call come out as they arrive, those that are not written as JSON as soon as a value is whole. Markup that
-turns out to hold no call is given back as text, to the character; a call that breaks off keeps what it had. A stretch of
+Arguments are emitted as they arrive; those not written as JSON as soon as a value is complete. Markup that turns out not to
+be a call is emitted as text, unchanged; an incomplete call keeps what it had. No text is emitted as both.
 text is never both.
 """
 
@@ -21,13 +21,13 @@ from finback.serve.tool_markup import DSML_OPENERS, FUNCTION, QWEN_BEGIN, QWEN_E
 
 PYTHON_TAG = "<|python_tag|>"
 _CLOSERS = "}] \t\r\n"
-_NOTHING = "{}"  # the arguments of a whole call that names none: clients read them as JSON
+_NOTHING = "{}"  # arguments of a complete call without any: clients parse them as JSON
 _KIMI_NAME = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?")
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What stands around calls, each in all its spellings, around one, and between its head and its arguments."""
+    """The marks around all calls (in all spellings), around one call, and between its head and its arguments."""
 
     calls: tuple[str, ...]
     call: str
@@ -37,7 +37,7 @@ class Marks:
 
     @property
     def after(self) -> tuple[str, ...]:
-        """Each of these ends a call."""
+        """Marks that end a call."""
         return (self.end, self.call, *self.ends)
 
 
@@ -53,7 +53,7 @@ OPENERS = (CALLS_BEGIN, QWEN_BEGIN, *KIMI.calls, *DSML_OPENERS, FUNCTION, PYTHON
 
 
 class ToolForm(StrEnum):
-    """How calls are written; V3 and V3.1 begin alike and are distinguished by each call's head, DSML's by how they begin."""
+    """Forms of calls. V3 and V3.1 start alike and differ in each call's head; DSML's forms differ in their first mark."""
 
     V3 = "v3"
     V31 = "v3.1"
@@ -64,7 +64,7 @@ class ToolForm(StrEnum):
 
     @property
     def opener(self) -> str:
-        """What the first call begins with."""
+        """The first mark of calls in this form."""
         return {ToolForm.QWEN: QWEN_BEGIN, ToolForm.V3: CALLS_BEGIN, ToolForm.V31: CALLS_BEGIN}.get(self, self.value)
 
 
@@ -72,8 +72,8 @@ class ToolForm(StrEnum):
 class CallReader:
     """Reads calls.
 
-    `form`: the only one to look for, None for all. `constrained`: a grammar makes JSON of all arguments, so that marks in
-    their strings are text. `schemas`: of the functions' arguments, by name, as far as they are known.
+    `form`: the only form to recognize, None for all. `constrained`: a grammar guarantees JSON arguments, so marks inside their
+    strings are text. `schemas`: schemas of the functions' arguments by name, as far as they are known.
     """
 
     form: ToolForm | None
@@ -81,7 +81,7 @@ class CallReader:
     schemas: Mapping[str, Any]
 
     def read(self, reader: IncrementalReader, opener: str, sink: DeltaCollector) -> Wait[None]:
-        """Read the calls that begin with `opener`, which has just been read."""
+        """Reads the calls that start with `opener`, which has just been read."""
         if marks := next((marks for marks in (DEEPSEEK, KIMI) if opener in marks.calls), None):
             yield from self._marked(reader, marks, opener, sink)
         elif opener == QWEN_BEGIN:
@@ -97,8 +97,8 @@ class CallReader:
         sink.end_call()
 
     def _marked(self, reader: IncrementalReader, marks: Marks, opener: str, sink: DeltaCollector) -> Wait[None]:
-        """<calls begin> calls <calls end>; where the last mark is missing, what follows is text."""
-        undecided = opener  # given back with what follows unless that is a call
+        """<calls begin> calls <calls end>; if the last mark is missing, what follows is text."""
+        undecided = opener  # emitted as text unless a call follows
         called = False
         while True:
             blank = yield from reader.blank()
@@ -115,7 +115,7 @@ class CallReader:
             sink.text(undecided + blank + tag)
 
     def _marked_call(self, reader: IncrementalReader, marks: Marks, sink: DeltaCollector) -> Wait[bool]:
-        """What follows <call begin>, its end included; False if it is no call."""
+        """Reads what follows <call begin>, including its end mark; False if it is not a call."""
         head = yield from self._head(reader, marks)
         if head and marks is KIMI:
             met = _KIMI_NAME.fullmatch(head)
@@ -130,7 +130,7 @@ class CallReader:
         return bool(head)
 
     def _head(self, reader: IncrementalReader, marks: Marks) -> Wait[str]:
-        """The name, or Kimi's id, up to where the arguments begin; "" if it is missing or broken off."""
+        """The name, or Kimi's id, up to the start of the arguments; "" if it is missing or incomplete."""
         name = yield from reader.before((marks.separator, *marks.after))
         if not (yield from reader.match((marks.separator,))):
             return ""
@@ -145,13 +145,13 @@ class CallReader:
         return name.strip()
 
     def _arguments(self, reader: IncrementalReader, marks: Marks, sink: DeltaCollector) -> Wait[None]:
-        """JSON up to the call's end, without the code fence and the blanks around it."""
+        """JSON up to the call's end mark, without the code fence and blanks around it."""
         yield from reader.blank()
         if (yield from reader.match(("```",))):
             yield from reader.before(("\n", "{", "[", *marks.after))  # the fence's language
             yield from reader.blank()
         if self.constrained:
-            if (yield from reader.peek()) == "{":  # else the fence has broken off
+            if (yield from reader.peek()) == "{":  # otherwise the fence is incomplete
                 yield from read_value(reader, sink.arguments, marks.after)
             yield from reader.before(marks.after)
             return
@@ -173,7 +173,7 @@ class CallReader:
             sink.end_call()
 
     def _tagged(self, reader: IncrementalReader, sink: DeltaCollector) -> Wait[None]:
-        """Behind <tool_call> JSON (Hermes), a list of it, <function=…> (Qwen3-Coder), or a name and its arguments (GLM)."""
+        """After <tool_call>: JSON (Hermes), a list of it, <function=…> (Qwen3-Coder), or a name and its arguments (GLM)."""
         reader.mark(len(QWEN_BEGIN))
         yield from reader.blank()
         if not (yield from reader.match(("{",))):
@@ -196,15 +196,15 @@ class CallReader:
         if is_whole and not argued:
             sink.arguments(_NOTHING)
         if is_whole:
-            junk = "" if end else junk.replace("}", "").replace("]", "")  # a brace too many is a common slip
+            junk = "" if end else junk.replace("}", "").replace("]", "")  # an extra brace is a common mistake
         sink.text(junk)
 
 
 def bare_calls(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[str, Any]) -> Wait[bool]:
-    """Read the objects of Llama 3.1, {"name": …, "parameters": …}, and whether there is one.
+    """Reads Llama 3.1's objects, {"name": …, "parameters": …}. Returns whether there was one.
 
-    They are joined by ";", stand each on its line, or in a JSON list. Anything else is left unread: such an object has to
-    name a function that is known. The reader has a mark.
+    They are separated by ";" or newlines, or are in a JSON list. Anything else is left unread: such an object must name a
+    known function. The reader has a mark.
     """
     if not schemas:
         return False
@@ -225,7 +225,7 @@ def bare_calls(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping
 
 
 def _follows(reader: IncrementalReader, is_list: bool, found: bool) -> Wait[bool]:
-    """Whether another object may begin here; what joins it to one that was found is read."""
+    """Whether another object may start here; reads the separator after a previous one."""
     gap = yield from reader.blank()
     joined = bool(found and (yield from reader.match((",",) if is_list else (";",))))
     yield from reader.blank()

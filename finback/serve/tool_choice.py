@@ -1,8 +1,8 @@
-"""The calls that `tool_choice` demands, as a grammar that allows nothing else once the chain of thought is closed; or the
-calls that tools allow where the answer has to follow a schema.
+"""Grammars for tool calls: those that `tool_choice` demands, allowing nothing else after the chain of thought; or those that
+tools allow if the answer must follow a schema.
 
-Marks are tokens where the vocabulary has them. The arguments follow the functions' schemas; white space between their
-parts is limited, since a model that does not want to call may go on with it for ever.
+Marks are tokens if the vocabulary has them. Arguments follow the functions' schemas; whitespace between their parts is
+limited, since a model that does not want to call might write it forever.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from finback.serve.protocol import ChatRequest, FunctionParam, NamedToolParam, s
 from finback.serve.tool_calls import ToolForm
 from finback.serve.tool_markup import DSML_FORMS, QWEN_BEGIN, QWEN_END
 
-# what stands before all calls, between two, and behind all; and how one is written
+# text before all calls, between two, and after all; and the form of one
 AROUND = {
     ToolForm.V3: (CALLS_BEGIN, "\n", CALLS_END),
     ToolForm.V31: (CALLS_BEGIN, "", CALLS_END),
@@ -40,7 +40,7 @@ _MARK = re.compile(f"({'|'.join((CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, S
 def tool_grammar(
     request: ChatRequest, tokenizer: Tokenizer, is_demanded: bool, answer: AnswerGrammar | None
 ) -> AnswerGrammar:
-    """The calls that a request demands; if it demands none, those that it allows in the place of the `answer`."""
+    """The calls that a request demands; if it demands none, those that it allows instead of the `answer`."""
     functions_at = _demanded(request) if is_demanded else _offered(request)
     params = {f"tools[{i}].function.parameters": function for i, function in functions_at.items()}
     schemas = {param: _schema(function, param) for param, function in params.items()}
@@ -48,7 +48,7 @@ def tool_grammar(
     several = request.tool_choice in ("required", "auto", None) and request.parallel_tool_calls is not False
     form = form_of(tokenizer)
     if form in DSML_FORMS and not all(dsml_choice.is_plain(json.loads(schema)) for _, schema in functions):
-        form = ToolForm.V31  # which writes the arguments as one JSON object
+        form = ToolForm.V31  # the form with arguments as one JSON object
     grammar = _grammar(form, functions, several, tokenizer, None if is_demanded else answer)
     if answer is None or is_demanded:
         return AnswerGrammar("tools", grammar=grammar, schemas=schemas, form=form)
@@ -57,7 +57,7 @@ def tool_grammar(
 
 
 def form_of(tokenizer: Tokenizer) -> ToolForm:
-    """The form of the model's calls, by its template; where that shows none that we read, by its vocabulary."""
+    """The form of the model's calls, from its template; if that shows no known form, from its vocabulary."""
     shown = call_example(tokenizer)
     if written := next((opener for opener in DSML_FORMS if opener in shown), None):
         return ToolForm(written)
@@ -67,10 +67,10 @@ def form_of(tokenizer: Tokenizer) -> ToolForm:
 
 
 def _demanded(request: ChatRequest) -> dict[int, FunctionParam]:
-    """The functions of which one must be called, by their places among the tools."""
+    """The functions of which one must be called, by index among the tools."""
     choice, functions = request.tool_choice, _offered(request)
     if not functions:
-        raise bad("a call is demanded, and there are no tools", "tool_choice")
+        raise bad("a call is demanded, but there are no tools", "tool_choice")
     if not isinstance(choice, NamedToolParam):
         return functions
     name = choice.function.name
@@ -85,11 +85,11 @@ def _offered(request: ChatRequest) -> dict[int, FunctionParam]:
 
 
 def _schema(function: FunctionParam, param: str) -> str:
-    """The schema of the arguments, always an object; a function without a schema takes none."""
+    """The schema of the arguments, always an object; a function without a schema takes no arguments."""
     given: dict[str, Any] = function.parameters or {}
     kinds = given.get("type", "object")
     if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
-        raise bad(f'arguments are an object; {param}.type must be "object"', param)
+        raise bad(f'arguments must be an object; {param}.type must be "object"', param)
     try:
         small(given)
     except ValueError as error:
@@ -104,7 +104,7 @@ def _schema(function: FunctionParam, param: str) -> str:
 def _grammar(
     form: ToolForm, functions: list[tuple[str, str]], several: bool, tokenizer: Tokenizer, answer: AnswerGrammar | None
 ) -> str:
-    """Lark: the newlines that may follow a chain, then one call or more of functions with their schemas, or the answer."""
+    """Lark: optional newlines after a chain, then one or more calls of functions with their schemas, or the answer."""
     written = DSML_FORMS.get(form)
     around = AROUND[form] if written is None else (f"\n\n{written.opener}\n", "", written.closer)
     before, between, after = (_terms(text, tokenizer) for text in around)
@@ -123,18 +123,18 @@ def _grammar(
 
 
 def _call(form: ToolForm, number: int, name: str, schema: str, tokenizer: Tokenizer) -> str:
-    """The rule of one function whose arguments are one JSON object."""
+    """The rule for a function whose arguments are one JSON object."""
     head, tail = CALL[form].split("ARGUMENTS")
     return f"f{number}: {_terms(head.replace('NAME', name), tokenizer)} %json {schema} {_terms(tail, tokenizer)}"
 
 
 def _terms(text: str, tokenizer: Tokenizer) -> str:
-    """A text in Lark."""
+    """A text as Lark terminals."""
     pieces = ((piece, _token(piece, tokenizer)) for piece in _MARK.split(text) if piece)
     return " ".join(f"<[{token}]>" if token else json.dumps(piece, ensure_ascii=False) for piece, token in pieces)
 
 
 def _token(mark: str, tokenizer: Tokenizer) -> int | None:
-    """The token of a mark; None for other texts, and where the vocabulary has none that can be read again."""
+    """The token of a mark; None for other texts, and if no token of the vocabulary decodes to it."""
     ids = tokenizer.encode_marked(mark) if _MARK.fullmatch(mark) else []
     return ids[0] if len(ids) == 1 and tokenizer.decode(ids) == mark else None

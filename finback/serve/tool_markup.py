@@ -1,4 +1,4 @@
-"""Calls whose arguments are written one by one, not as one JSON object: Qwen3-Coder, GLM-4.5, DeepSeek V3.2 and V4."""
+"""Parses calls with arguments written one by one instead of as one JSON object: Qwen3-Coder, GLM-4.5, DeepSeek V3.2 and V4."""
 
 import json
 import math
@@ -19,13 +19,13 @@ VALUE, VALUE_END = "<arg_value>", "</arg_value>"
 DSML = f"<{dsml.DSML}"
 INVOKE = f"{DSML}invoke"
 DSML_FORMS = {form.opener: form for form in (dsml.V32, dsml.V4, dsml.V41)}
-DSML_OPENERS = (INVOKE, *DSML_FORMS, f"{DSML}toolcalls>", f"{DSML}tool>")  # the last two are V4's slips
+DSML_OPENERS = (INVOKE, *DSML_FORMS, f"{DSML}toolcalls>", f"{DSML}tool>")  # the last two are mistakes that V4 makes
 _NAME = re.compile(r"[\w.:-]{1,128}")
 _ATTRIBUTE = re.compile(r'([a-z]+)="([^"]*)"')
 
 
 def read(reader: IncrementalReader, opener: str, sink: DeltaCollector, schemas: Mapping[str, Any]) -> Wait[None]:
-    """Read what begins with <function= or with one of DSML's marks, which has just been read."""
+    """Reads what starts with <function= or one of DSML's marks, which has just been read."""
     reader.mark(len(opener))
     if opener == FUNCTION:
         is_call = yield from _function(reader, sink, schemas)
@@ -37,7 +37,7 @@ def read(reader: IncrementalReader, opener: str, sink: DeltaCollector, schemas: 
 
 
 def tagged(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[str, Any]) -> Wait[bool]:
-    """A call behind <tool_call>, its end included; False if it is none."""
+    """Reads a call after <tool_call>, including its end mark; False if it is not a call."""
     if (yield from reader.match((FUNCTION,))):
         is_call = yield from _function(reader, sink, schemas)
     else:
@@ -73,7 +73,7 @@ def _function(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[
     end = yield from reader.match((FUNCTION_END, QWEN_END))
     if end:
         arguments.close()
-    if end == QWEN_END:  # the end of the function is missing
+    if end == QWEN_END:  # the function's end mark is missing
         reader.back(len(end))
     return True
 
@@ -111,7 +111,7 @@ def _invokes(reader: IncrementalReader, opener: str, sink: DeltaCollector) -> Wa
     """DeepSeek's <｜DSML｜invoke name="F"> <｜DSML｜parameter name="K" string="true">V</｜DSML｜parameter> … </｜DSML｜invoke>."""
     space = " " if opener.startswith(f"{DSML} ") else ""
     end = f"</{opener[1:]}"
-    if opener == INVOKE:  # without the mark around all
+    if opener == INVOKE:  # without the mark around all calls
         reader.back(len(opener))
     found = False
     while True:
@@ -152,19 +152,19 @@ def _dsml_parameters(reader: IncrementalReader, mark: str, closing: str, argumen
 
 
 def closing(reader: IncrementalReader, end: str) -> Wait[None]:
-    """Read an end that may follow, and the whitespace before it."""
+    """Reads an optional end mark, and the whitespace before it."""
     blank = yield from reader.blank()
     if not (yield from reader.match((end,))):
         reader.back(len(blank))
 
 
 def _trimmed(value: str) -> str:
-    """Without the newline that the form puts at either end."""
+    """Removes the newline that the form adds at both ends."""
     return value.removeprefix("\n").removesuffix("\n")
 
 
 class Arguments:
-    """Arguments one by one, written as a JSON object; `schema` tells what kind of value a text is."""
+    """Writes arguments that arrive one by one as a JSON object; `schema` tells the type of a text."""
 
     def __init__(self, sink: DeltaCollector, schema: Any) -> None:
         self._sink, self._properties, self._count = sink, {}, 0
@@ -172,11 +172,11 @@ class Arguments:
             self._properties = properties
 
     def add(self, name: str, text: str) -> None:
-        """An argument by its text."""
+        """Adds an argument given as text."""
         self.put(name, coerced(text, self._properties.get(name)))
 
     def put(self, name: str, value: str) -> None:
-        """An argument by its JSON."""
+        """Adds an argument given as JSON."""
         mark = ", " if self._count else "{"
         self._count += 1
         self._sink.arguments(f"{mark}{json.dumps(name, ensure_ascii=False)}: {value}")
@@ -187,7 +187,7 @@ class Arguments:
 
 
 def coerced(text: str, schema: Any) -> str:
-    """The JSON of a value that is written as plain text, of a kind that the schema allows; else a string."""
+    """A plain text as JSON of a type that the schema allows; otherwise as a string."""
     kinds, plain = set(_kinds(schema)), text.strip()
     for kind in ("null", "integer", "number", "boolean", "object", "array"):
         if kind not in kinds:
@@ -216,7 +216,7 @@ def _number(text: str) -> str | None:
 
 
 def _kinds(schema: Any) -> Iterable[str]:
-    """The types that a schema names, in its branches too."""
+    """The types that a schema names, including its branches."""
     if not isinstance(schema, dict):
         return
     named = schema.get("type", [])

@@ -1,4 +1,4 @@
-"""What trainers send: prompts as token ids in vLLM's form, and other weights in SGLang's. No torch here."""
+"""Requests of trainers: prompts as token ids in vLLM's form, and weight updates in SGLang's. Does not import torch."""
 
 from typing import Annotated, Literal
 
@@ -8,17 +8,19 @@ from finback.serve.protocol import Ids, Name, RequestPart, Token
 
 
 class TokenSamplingParam(RequestPart):
-    """vLLM's sampling parameters, as far as finback has them."""
+    """vLLM's sampling parameters, as far as finback supports them."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = Field(0, description="0 or -1: all tokens")
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = Field(None, description="none: what the window holds")
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = Field(
+        None, description="absent: as many as the window holds"
+    )
     seed: int | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
     ignore_eos: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=1)] | None = Field(None, description="0 or 1: of the token that was drawn")
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = Field(None, description="0 or 1: only the sampled token")
     n: Literal[1] = 1
 
 
@@ -30,7 +32,7 @@ class TokensRequest(RequestPart):
     model: Name | None = None
     request_id: Annotated[str, Field(max_length=256)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
-        None, description="keeps cached prompts from requests with another one"
+        None, description="separates cached prompts of requests with different values"
     )
     output_mode: Literal["tokens"] = "tokens"
     return_token_ids: bool | None = None
@@ -40,7 +42,7 @@ class TokensRequest(RequestPart):
     @classmethod
     def _whole(cls, value: bool | None) -> bool | None:
         if value:
-            raise ValueError("answers by token ids come whole; leave out stream")
+            raise ValueError("answers with token ids are not streamed; leave out stream")
         return value
 
 
@@ -48,9 +50,9 @@ class UpdateWeightsRequest(RequestPart):
     """POST /update_weights_from_disk."""
 
     model_path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
-        description="a folder that `finback serve` takes, within that of --allow-weight-updates"
+        description="a folder that `finback serve` accepts, inside that of --allow-weight-updates"
     )
     weight_version: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        None, description="what answers call these weights; none: the folder's name"
+        None, description="the name of these weights in answers; absent: the folder's name"
     )
     model: Name | None = None

@@ -1,4 +1,4 @@
-"""Chat requests that came in another form. No torch here."""
+"""Chat requests that were translated from another form. Does not import torch."""
 
 import re
 from typing import Any
@@ -11,14 +11,14 @@ from finback.serve.protocol import ChatRequest
 
 
 class TranslatedRequest(ChatRequest):
-    """A chat request that came in another form.
+    """A chat request that was translated from another form.
 
-    `max_tokens` is then what there may be at most: of a full window the answer gets the rest.
+    `max_tokens` is then an upper limit: if the window has less left, the answer is shorter.
     """
 
-    # for each message, where it came from in the request as it was sent
+    # for each message, its location in the original request
     places: list[str] = Field(default_factory=list, exclude=True)
-    # its names of other fields
+    # the original request's names of other fields
     names: dict[str, str] = Field(default_factory=dict, exclude=True)
     # what was left out, and why
     notes: list[str] = Field(default_factory=list, exclude=True)
@@ -27,7 +27,7 @@ class TranslatedRequest(ChatRequest):
     def of(
         cls, request: dict[str, Any], places: list[str], names: dict[str, str], notes: list[str]
     ) -> "TranslatedRequest":
-        """The request; ApiError 400 where what came in the other form is more than chat takes."""
+        """The translated request; ApiError 400 if the original exceeds what chat accepts."""
         try:
             return cls(**request, places=places, names=names, notes=notes)
         except ValidationError as error:
@@ -35,7 +35,7 @@ class TranslatedRequest(ChatRequest):
             raise where.blamed(from_pydantic(error, request)) from None
 
     def blamed(self, error: ApiError | UserError) -> ApiError:
-        """A refusal of this request that names the field as it was sent."""
+        """An error about this request that names the field of the original request."""
         if isinstance(error, UserError):
             param = self._renamed(error.field)
             return bad(str(error).replace(error.field, param, 1), param)

@@ -1,4 +1,4 @@
-"""The same counters under vLLM's names, for dashboards that know these: per model, Prometheus' text. No torch here."""
+"""The counters under vLLM's names, for existing dashboards: per model, in Prometheus' text format. Does not import torch."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from finback.serve.histogram import Histogram
 if TYPE_CHECKING:
     from finback.engine.request import Request
 
-# vLLM's own bounds, so that quantiles can be compared
+# vLLM's bounds, so that quantiles can be compared
 TTFT = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
     *(20, 40, 80, 160, 640, 2560),
@@ -26,22 +26,22 @@ HISTOGRAMS = {
 }
 COUNTERS = {
     "prompt_tokens_total": "Prompt tokens of requests that have ended.",
-    "generation_tokens_total": "Tokens made.",
+    "generation_tokens_total": "Tokens generated.",
     "prefix_cache_queries_total": "Prompt tokens looked for in the cache.",
-    "prefix_cache_hits_total": "Prompt tokens found there.",
-    "num_preemptions_total": "How often a request gave its place up.",
+    "prefix_cache_hits_total": "Prompt tokens found in the cache.",
+    "num_preemptions_total": "Preemptions of requests.",
     "spec_decode_num_draft_tokens_total": "Tokens that MTP drafted.",
-    "spec_decode_num_accepted_tokens_total": "Drafts that were right.",
+    "spec_decode_num_accepted_tokens_total": "Drafts that were accepted.",
 }
 GAUGES = {
-    "num_requests_running": "Choices that are being made.",
-    "num_requests_waiting": "Choices that wait.",
+    "num_requests_running": "Choices being generated.",
+    "num_requests_waiting": "Choices waiting.",
     "kv_cache_usage_perc": "Share of the cache's pages in use, 0 to 1.",
 }
 
 
 class ModelMetrics:
-    """What one model has done."""
+    """Metrics of one model."""
 
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
@@ -49,7 +49,7 @@ class ModelMetrics:
         self.histograms = {name: Histogram(bounds) for name, (bounds, _) in HISTOGRAMS.items()}
 
     def observe(self, request: "Request", new_tokens: int, gap: float | None, finish: str | None) -> None:
-        """Count an output of one choice."""
+        """Counts an output of one choice."""
         self.totals["generation_tokens_total"] += new_tokens
         if new_tokens and gap is None:
             self.histograms["time_to_first_token_seconds"].observe(request.first - request.submitted)
@@ -81,13 +81,13 @@ class ModelMetrics:
 
 
 def text(models: Mapping[str, ModelMetrics], gauges: Mapping[str, Mapping[str, float]]) -> str:
-    """All models' metrics; `gauges` are those that stand now, by model and name."""
+    """All models' metrics as text; `gauges`: current values by model and name."""
     lines: list[str] = []
     for name, about in GAUGES.items():
         lines += _lines(name, "gauge", about, ((model, f"{now[name]:g}") for model, now in gauges.items()))
     for name, about in COUNTERS.items():
         lines += _lines(name, "counter", about, ((model, str(m.totals[name])) for model, m in models.items()))
-    lines += _head("request_success_total", "counter", "Requests by the reason of their end.")
+    lines += _head("request_success_total", "counter", "Requests by finish reason.")
     for model, each in models.items():
         for reason, count in sorted(each.finished.items()):
             lines.append(f'vllm:request_success_total{{finished_reason="{reason}",{_label(model)}}} {count}')

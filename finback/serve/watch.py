@@ -1,4 +1,4 @@
-"""The JSON interface to run folders, read-only, and `finback watch`, which serves it with its page alone. No torch here."""
+"""The read-only JSON API for run folders, and `finback watch`, which serves it with its page. Does not import torch."""
 
 import asyncio
 import functools
@@ -32,23 +32,23 @@ from finback.serve.options import ListenOptions, WatchOptions
 from finback.serve.page import Page
 from finback.serve.runs import Runs, cores, overview
 
-AT_ONCE = 0.5  # seconds that one request reads new lines for; the page asks again for the rest
-A_LOOK = 0.1  # the same, where curves or answers are not what is asked for, or wanted soon
-OUTLINE = 600  # lines that stand for a file which is still being read
-OPENED = 32  # files whose columns or index stay in memory
-POINTS = 4000  # most points of one curve in one reply
+AT_ONCE = 0.5  # seconds for reading new rows per request; the page asks again for the rest
+A_LOOK = 0.1  # the same for requests where curves and answers are secondary
+OUTLINE = 600  # rows sampled from a file that is still being read
+OPENED = 32  # files with columns or index in memory
+POINTS = 4000  # most points of a curve per reply
 
-Planned = Callable[[Path], dict[str, dict[str, float]]]  # of a run folder: by stage its seconds, dollars and flops
+Planned = Callable[[Path], dict[str, dict[str, float]]]  # run folder -> seconds, dollars and flops of each stage
 
 
 class RunsApi:
-    """Run folders, with what has been read of them so far; `planned` says what a run was planned to take."""
+    """The API, with what has been read of the run folders so far; `planned` returns a run's planned costs."""
 
     def __init__(self, root: Path, planned: Planned | None = None) -> None:
         self.runs, self.planned = Runs(root), planned
-        self._plan = functools.lru_cache(1)(self._planned)  # worked out anew when another stage has begun
+        self._plan = functools.lru_cache(1)(self._planned)  # recomputed when another stage has begun
         self._open = functools.lru_cache(OPENED)(lambda kind, path: kind(path))
-        self._lock = threading.Lock()  # requests are answered by several threads
+        self._lock = threading.Lock()  # several threads answer requests
 
     def routes(self) -> list[Route]:
         found = {"runs": self.all_runs, "run": self.one_run, "series": self.series, "heat": self.heat}
@@ -67,7 +67,7 @@ class RunsApi:
         return {"root": str(self.runs.root), "runs": found}
 
     def one_run(self, asked: "Asked") -> dict[str, Any]:
-        """One run: its stages with knobs, results, what was logged, and alerts."""
+        """One run: its stages with knobs, results, logs and warnings."""
         root = self.runs.find(asked.text("run"))
         begun = reader.stages(root, lenient=True)
         found = overview(asked.text("run"), root, begun)
@@ -86,13 +86,13 @@ class RunsApi:
         return found
 
     def series(self, asked: "Asked") -> dict[str, Any]:
-        """Curves of one stage: the names in `keys` or all, axis `x`, `smooth` in [0, 1), from `from` to `to`, `points` each."""
+        """Curves of one stage: names in `keys` or all, axis `x`, `smooth` in [0, 1), from `from` to `to`, at most `points` each."""
         stage, name = self._stage(asked), asked.text("x", "step")
         if name not in curves.AXES:
             raise bad(f"no such axis; there are {', '.join(curves.AXES)}", "x")
         read = self._table(stage, 0 if asked.text("soon", "") else AT_ONCE)
         table, weight = read, asked.number("smooth", 0.0, 0.0, 0.9999)
-        if name == "step" and not read.complete:  # all of the curve in outline rather than its beginning
+        if name == "step" and not read.complete:  # an outline of the whole curve rather than its beginning
             table = outline(read.tail.path, OUTLINE)
             weight **= max(1.0, read.rows / max(1e-9, read.share) / OUTLINE)
         places = curves.axis(table, name, cores(stage.ledger()))
@@ -108,7 +108,7 @@ class RunsApi:
         return curves.heat(self._table(self._stage(asked)), asked.text("key", "expert_load"), 120)
 
     def rollouts(self, asked: "Asked") -> dict[str, Any]:
-        """The answers of a step of RL, to prompts that it watches, or of an exam; `find` looks for questions that contain a text."""
+        """Answers of an RL step, to watched prompts, or of an exam; `find` selects questions that contain a text."""
         stage = self._stage(asked)
         samples = self._samples(stage, asked.text("exam", ""), A_LOOK if asked.text("soon", "") else AT_ONCE)
         newest = [] if samples.complete else [shown(r) for r in samples.newest()]
@@ -120,12 +120,12 @@ class RunsApi:
         if newest and step == newest[0]["step"]:
             return found | {"records": newest[:MOST]}
         is_watched = asked.text("exam", "") == stage.watches != ""
-        after = [s for s in steps if s > step][: int(is_watched)]  # what the next look found of these answers
+        after = [s for s in steps if s > step][: int(is_watched)]  # what the next look recorded about these answers
         later = {r.get("question"): r for s in after for r in samples.at_step(s)}
         return found | {"records": [continued(r, later.get(r.get("question"))) for r in samples.at_step(step)]}
 
     def follow(self, asked: "Asked") -> dict[str, Any]:
-        """Every answer to one question in a run, stage after stage: in RL's steps and in exams."""
+        """Every answer to one question in a run, over all stages: RL steps and exams."""
         question, found = asked.text("question"), []
         for stage in self.runs.stages(asked.text("run")):
             for name in [*([""] if stage.has_samples else []), *filter(None, [stage.watches]), *stage.exams]:
@@ -140,8 +140,8 @@ class RunsApi:
         return {"question": question, "said": found}
 
     def _planned(self, root: Path, begun: int) -> dict[str, dict[str, float]]:
-        """What the stages were planned to take, of which so many have begun."""
-        with suppress(UserError):  # a recipe that is gone: the run can be shown without
+        """The planned costs of the stages, `begun` of which have begun."""
+        with suppress(UserError):  # the recipe may be gone; the run can be shown without a plan
             return self.planned(root) if self.planned else {}
         return {}
 
@@ -174,25 +174,25 @@ class RunsApi:
 
 
 class Asked:
-    """A request's query, checked as it is read."""
+    """A request's query, validated as it is read."""
 
     def __init__(self, request: Request) -> None:
         self.query = request.query_params
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A text; ApiError 400 where one is needed."""
+        """A text; ApiError 400 if it is required but missing."""
         found = self.query.get(name, default)
         if found is None:
             raise bad(f"{name} is missing", name)
         return found
 
     def number(self, name: str, default: float, least: float, most: float) -> float:
-        """A number, no less and no more than is allowed."""
+        """A number, clamped to the allowed range."""
         found = self.bound(name)
         return default if found is None else min(max(found, least), most)
 
     def bound(self, name: str) -> float | None:
-        """A number, if there is one; ApiError 400 for anything else."""
+        """A number, None if absent; ApiError 400 for anything else."""
         text = self.query.get(name)
         if not text:
             return None
@@ -206,17 +206,17 @@ class Asked:
 
 
 def build(root: Path, options: ListenOptions, planned: Planned | None = None) -> Starlette:
-    """The ASGI application of `finback watch`: the page of the runs, their JSON, and /health."""
+    """The ASGI application of `finback watch`: the page of runs, their JSON, and /health."""
     return application([*Page().routes(chat=False), *RunsApi(root, planned).routes()], options, Metrics())
 
 
 def run(options: WatchOptions, planned: Planned | None = None) -> None:
-    """Serve the page of the runs until a signal ends it."""
+    """Serves the page of runs until a signal ends it."""
     if options.runs.exists() and not options.runs.is_dir():
-        raise UserError("runs", str(options.runs), "not a folder", "Name a runs folder, or a run in it.")
+        raise UserError("runs", str(options.runs), "not a folder", "Give a runs folder, or a run in it.")
     options = secured(options)
     listener = listen_as(options)
-    later = "" if options.runs.is_dir() else " (no run has made it yet)"
+    later = "" if options.runs.is_dir() else " (it does not exist yet)"
     print(f"watching {options.runs}{later} at {url(listener, options)}/", file=sys.stderr, flush=True)
     if options.show:
         webbrowser.open(f"{url(listener, options)}/")

@@ -1,4 +1,4 @@
-"""Other weights for a server that runs: SGLang's POST /update_weights_from_disk, where the server was started for it."""
+"""Weight updates of a running server: SGLang's POST /update_weights_from_disk, if the server was started with it allowed."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -22,23 +22,23 @@ from finback.serve.upstream import UpstreamEngine
 
 
 async def update_weights(request: Request) -> Response:
-    """Read other weights beside those that answer, then go on with them; on failure nothing has changed.
+    """Loads other weights next to the current ones, then switches to them; on failure nothing changes.
 
-    Requests under way go on with them too. What is cached of prompts is forgotten.
+    Running requests continue with them. The prompt cache is cleared.
     """
     service = service_of(request.scope)
     allowed = service.options.allow_weight_updates
     if allowed is None:
-        raise ApiError(403, "weights stay as they are; start the server with --allow-weight-updates FOLDER")
+        raise ApiError(403, "weight updates are off; start the server with --allow-weight-updates FOLDER")
     body = await read(request, UpdateWeightsRequest)
     service = service.named(body.model)
     path = Path(body.model_path).resolve()
     if not path.is_relative_to(allowed.resolve()):
-        raise bad(f"not within {allowed}, which --allow-weight-updates names", "model_path")
+        raise bad(f"not inside {allowed}, the folder of --allow-weight-updates", "model_path")
     if isinstance(service.engine, UpstreamEngine):
-        raise ApiError(403, "the engines elsewhere keep their weights")
+        raise ApiError(403, "external engines keep their weights")
     if isinstance(service.engine.model, MultiLoraTransformer):
-        raise bad("adapters lie on the weights that are served; serve them without --adapter", "model")
+        raise bad("adapters depend on the served weights; serve without --adapter", "model")
     version = body.weight_version or path.name
     async with service.updating:
         model = await _read(path, service)
@@ -47,22 +47,22 @@ async def update_weights(request: Request) -> Response:
 
 
 async def _read(path: Path, service: Service) -> Transformer:
-    # a thread that ends: see server.run
+    # a thread that ends; for the reason see server.run
     with ThreadPoolExecutor(1) as reader:
         try:
             model = await asyncio.wrap_future(reader.submit(load_for_inference, path, _dtype(service)))
         except (UserError, OSError) as error:
             raise bad(f"the weights cannot be read: {error}", "model_path") from None
     engine = service.engine
-    assert isinstance(engine, Engine), "looked at before"
+    assert isinstance(engine, Engine), "checked before"
     served = engine.model
     if model.config != served.config or model.compute != served.compute:
-        raise bad("a model of another shape or precision than the one that is served", "model_path")
+        raise bad("its shape or precision differs from the served model", "model_path")
     return model
 
 
 def _dtype(service: Service) -> InferenceDtype:
-    """That of the model which is served: "auto" might mean another one for files of another size."""
+    """The dtype of the served model: "auto" might choose another for files of another size."""
     asked = service.options.dtype
     if asked != "auto":
         return asked

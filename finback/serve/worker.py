@@ -1,7 +1,7 @@
-"""The thread that owns the engine, and the way from the event loop to it and back.
+"""The thread that owns the engine, and communication between it and the event loop.
 
-Work for the thread (submit, cancel, answer now) waits in a queue and is done between two steps. The outputs of a step
-come back with one call into the event loop, however many requests have a part in it.
+Work for the thread (submit, cancel, answer now) waits in a queue and is done between steps. All outputs of a step are
+delivered with one call into the event loop.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from finback.serve.metrics import Metrics
 from finback.serve.upstream import ServedEngine
 
 T = TypeVar("T")
-DEFAULT_VERSION = "default"  # of the weights that a server began with, as vLLM calls them
+DEFAULT_VERSION = "default"  # vLLM's version name for the initial weights
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class ChoiceInput:
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What one choice has gained since its last delta."""
+    """The new output of one choice since its last delta."""
 
     text: str
-    # since the start: all tokens, and those of the chain of thought
+    # totals: all tokens, and tokens of the chain of thought
     tokens: int
     thinking_tokens: int
-    # since the last delta: tokens, and seconds (None for the first tokens)
+    # new tokens since the last delta, and seconds since then (None for the first tokens)
     new: int
     gap: float | None
     finish: FinishReason | None
@@ -56,10 +56,10 @@ class OutputDelta:
 class OutputStream:
     """The engine's requests behind one HTTP request, and their deltas in order of arrival, each with its choice."""
 
-    # the digest of the key it was sent with
+    # digest of the key of the request
     owner: bytes
     requests: list[Request] = field(default_factory=list)
-    # versions of the weights that made the first choice, each with the place of its first token
+    # versions of the weights that generated the first choice, each with the position of its first token
     versions: list[tuple[str, int]] = field(default_factory=list)
     error: ApiError | None = None
     _deltas: deque[tuple[int, OutputDelta]] = field(default_factory=deque)
@@ -71,7 +71,7 @@ class OutputStream:
         return any(request.started for request in self.requests)
 
     async def next(self) -> list[tuple[int, OutputDelta]]:
-        """All deltas since the last call, at least one; ApiError when the engine has failed."""
+        """All deltas since the last call, at least one; ApiError if the engine has failed."""
         await self._arrived.wait()
         found = list(self._deltas)
         self._deltas.clear()
@@ -82,70 +82,70 @@ class OutputStream:
         return found
 
     def put(self, index: int, delta: OutputDelta) -> None:
-        """Deliver a delta; on the event loop only."""
+        """Delivers a delta; on the event loop only."""
         self._deltas.append((index, delta))
         self._arrived.set()
 
     def fail(self, error: ApiError) -> None:
-        """End the request with an error; on the event loop only."""
+        """Ends the request with an error; on the event loop only."""
         self.error = self.error or error
         self._arrived.set()
 
 
 @dataclass
 class _Delivered:
-    """How much of a request's output is delivered."""
+    """How much of a request's output has been delivered."""
 
     stream: OutputStream
     index: int
     pieces: int = 0
     tokens: int = 0
-    # of the last delta with tokens, in perf_counter's time
+    # time of the last delta with tokens (perf_counter)
     time: float | None = None
 
 
 class Worker:
-    """Runs `engine` in a thread of its own between `start` and `close`. Its methods belong to the event loop."""
+    """Runs `engine` in its own thread between `start` and `close`. Its methods belong to the event loop."""
 
     def __init__(self, engine: ServedEngine, metrics: Metrics) -> None:
         self.engine, self.metrics = engine, metrics
-        self.failure: str | None = None  # why the last step failed, until one succeeds
-        self.stepped = time.monotonic()  # when the last step ended, or work came after a pause
-        self.version = DEFAULT_VERSION  # of the weights
+        self.failure: str | None = None  # error of the last step, None once one succeeds
+        self.stepped = time.monotonic()  # end of the last step, or arrival of work after a pause
+        self.version = DEFAULT_VERSION  # version of the weights
         self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._active: dict[Request, _Delivered] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._stuck = False  # the engine cannot even let go of what has failed: no more steps
+        self._stuck = False  # the engine cannot even be cleared after a failure: no more steps
 
     def start(self) -> None:
-        """Start the thread; outputs go to the running event loop."""
+        """Starts the thread; outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread after the step that is under way."""
+        """Ends the thread after the current step."""
         self._work.put(None)
         if self._thread is not None:
             self._thread.join(timeout=10)
 
     @property
     def active(self) -> int:
-        """Choices that are submitted and have not ended."""
+        """Number of choices that were submitted and have not ended."""
         return len(self._active)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs and its engine is sound."""
+        """Whether the thread runs and its engine is usable."""
         return self._thread is not None and self._thread.is_alive() and not self._stuck
 
     def stalled(self, limit: float) -> bool:
-        """Whether there is work and no step has ended for `limit` seconds."""
+        """Whether there is work but no step has ended for `limit` seconds."""
         return self.active > 0 and time.monotonic() - self.stepped > limit
 
     async def submit(self, choices: list[ChoiceInput], owner: bytes, salt: bytes) -> OutputStream:
-        """Queue the choices of one request, all or none; UserError when one can never be served."""
+        """Queues the choices of one request, all or none; UserError if one could never be served."""
         outputs, accepted = OutputStream(owner), Future[None]()
         self._work.put(lambda: self._submit(outputs, choices, salt, accepted))
         try:
@@ -156,17 +156,17 @@ class Worker:
         return outputs
 
     async def use(self, model: Transformer, version: str) -> None:
-        """Go on with other weights from the next step on."""
+        """Switches to other weights before the next step."""
         done = Future[None]()
         self._work.put(lambda: self._use(model, version, done))
         await asyncio.wrap_future(done)
 
     def cancel(self, outputs: OutputStream) -> None:
-        """Free whatever a request still holds."""
+        """Frees whatever a request still holds."""
         self._work.put(lambda: self._cancel(outputs))
 
     def answer_now(self, outputs: OutputStream) -> None:
-        """Have a request's open chains of thought closed."""
+        """Closes a request's open chains of thought."""
         self._work.put(lambda: list(map(self.engine.close_thinking, outputs.requests)))
 
     # ---- in the thread ---------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Worker:
     def _try(self, work: Callable[[], object]) -> None:
         try:
             work()
-        except Exception as error:  # whatever a kernel may raise; the server outlives it
+        except Exception as error:  # a kernel may raise anything; the server must survive it
             self._fail(error)
 
     def _step(self) -> None:
@@ -210,13 +210,13 @@ class Worker:
         return delivered.stream, delivered.index, delta
 
     def _submit(self, outputs: OutputStream, choices: list[ChoiceInput], salt: bytes, accepted: Future[None]) -> None:
-        if not accepted.set_running_or_notify_cancel():  # the client has left
+        if not accepted.set_running_or_notify_cancel():  # the client has disconnected
             return
         try:
             if self._stuck:
                 raise ApiError(503, "the engine has failed; the server must be restarted", retry_after=30)
             outputs.versions.append((self.version, 0))
-            if self.version != DEFAULT_VERSION:  # what one version has cached is not another's
+            if self.version != DEFAULT_VERSION:  # versions of the weights must not share cached prompts
                 salt += hashlib.blake2b(self.version.encode(), digest_size=16).digest()
             for c in choices:
                 leader = None if c.leader is None else outputs.requests[c.leader]
@@ -249,7 +249,7 @@ class Worker:
         self._call(self.metrics.totals.update, {"cancelled": len(unfinished)})
 
     def _fail(self, error: Exception) -> None:
-        """End everything that was under way; the next request finds an empty engine."""
+        """Ends all running requests; the next one finds an empty engine."""
         self.failure = type(error).__name__
         log_failure("a step", error)
         self._call(self.metrics.totals.update, {"failed_steps": 1})
@@ -261,13 +261,13 @@ class Worker:
             log.error("cannot clear the engine: %s", type(another).__name__)
         self._active.clear()
         self._stuck = self.engine.busy
-        problem = ApiError(503, "the model failed while it made this answer", code="engine_failed")
+        problem = ApiError(503, "the engine failed while generating this answer", code="engine_failed")
         for stream in streams:
             self._call(stream.fail, problem)
 
     def _call(self, function: Callable[[T], None], argument: T) -> None:
         assert self._loop is not None, "not started"
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting
             self._loop.call_soon_threadsafe(function, argument)
 
 

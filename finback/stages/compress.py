@@ -1,4 +1,4 @@
-"""How well a model compresses text it has never seen: bits per byte, comparable between tokenizers."""
+"""Compression of unseen text by a model, in bits per byte, which is comparable between tokenizers."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -14,9 +14,9 @@ from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
 from finback.runs.files import read_json
 
-# tokens of a window for models that read so many, windows of a source, windows of a pass
+# tokens per window (at most), windows per source, windows per forward pass
 LENGTH, MOST, AT_ONCE = 128, 128, 16
-# Rows of tokens (n, t + 1) -> the log-probability (n, t) of each but the first
+# maps rows of token ids (n, t + 1) to the log-probability (n, t) of each token but the first
 Reader = Callable[[Tensor], Tensor]
 
 
@@ -28,10 +28,10 @@ def bits_by_source(
     world: World,
     part: tuple[int, int] | None = None,
 ) -> tuple[dict[str, float | None], float]:
-    """Compression of each source's validation text in bits per byte, None where it has none; and the FLOPs it took.
+    """Bits per byte of each source's validation text, None if it has none; and the FLOPs spent.
 
-    Every rank gets the same numbers, and reads equally often. `part`: which of how many equal parts of the windows this
-    rank reads; by default each rank has its own.
+    All ranks return the same numbers and make the same number of passes. `part` = (index, count): which of `count` equal
+    parts of the windows this rank reads; by default each rank reads its own part.
     """
     part = part or (world.rank, world.size)
     length = min(LENGTH, config.max_position_embeddings)
@@ -44,24 +44,24 @@ def bits_by_source(
 
 
 def _bits_per_byte(read: Reader, path: Path, sizes: tuple[int, int], part: tuple[int, int], world: World) -> float:
-    """Of so many windows of so many tokens, spread evenly over a source's validation text."""
+    """Bits per byte over sizes = (windows, tokens per window), spread evenly over a source's validation text."""
     shard, (count, length) = pack.read(path), sizes
     record = read_json(path.with_name("sources.json"))[path.name.removesuffix(".valid.bin")]
     starts = np.linspace(0, len(shard) - length - 1, count).astype(int)
     number, parts = part
     total = torch.zeros((), dtype=torch.float64)
-    mine = range(number, -(-count // parts) * parts, parts)  # where parts are uneven, the first windows once more
+    mine = range(number, -(-count // parts) * parts, parts)  # uneven parts are filled up with the first windows
     for begin in range(0, len(mine), AT_ONCE):
         here = mine[begin : begin + AT_ONCE]
         windows = np.stack([shard[(s := int(starts[i % count])) : s + length + 1] for i in here]).astype(np.int64)
         logp = read(torch.from_numpy(windows))
         total -= logp[: sum(i < count for i in here)].double().sum().cpu()
-    same = world.size // parts  # ranks with the same part
+    same = world.size // parts  # ranks that read the same part
     nats = world.sum_(total).item() / same / (count * length)
     return nats / math.log(2) * record["valid_tokens"] / record["valid_bytes"]
 
 
 def _windows(path: Path, length: int) -> int:
-    """How many windows of a shard are looked at, of so many tokens; each wants the token behind it too."""
+    """Number of windows of `length` tokens to read from a shard; each also needs the token after it."""
     tokens = len(pack.read(path)) if path.stat().st_size else 0
     return min(MOST, tokens // length) if tokens > length else 0

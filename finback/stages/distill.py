@@ -1,8 +1,8 @@
-"""Distillation on a teacher's probabilities: over the traces of a reject stage, or over the student's own answers.
+"""Distillation on a teacher's probabilities, over the traces of a reject stage or over the student's own answers.
 
-R1 distilled by SFT on traces alone, which is the SFT stage. Where teacher and student share a tokenizer there is more to
-learn from: the teacher's whole distribution at every token. On-policy (GKD, 2306.13649) the student answers the
-questions of a task and the teacher corrects it where it actually goes; of several, as V4 has them, the specialist of
+R1 distilled by SFT on traces only, which the SFT stage does. If teacher and student share a tokenizer, the student can
+learn from the teacher's full distribution at every token. On-policy (GKD, 2306.13649), the student answers the questions
+of a task, and the teacher supplies its distribution along these answers; of several teachers, as in V4, the specialist for
 the question's domain.
 """
 
@@ -38,32 +38,32 @@ from finback.train.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(SFT):
-    """SFT's knobs; the labels are the teacher's probabilities. With `task` the student's own answers are the lessons."""
+    """SFT with the teacher's probabilities as labels. With `task`, the lessons are the student's own answers."""
 
-    # a stage, a run, a Hugging Face folder or a .gguf file with the same vocabulary; servers, which say their top_k likeliest tokens; or,
-    # on-policy, one of those for each domain: by the name of a task that the mixture in `task` is of, whose questions it teaches
+    # a stage, a run, a Hugging Face folder or a .gguf file with the same vocabulary; servers, which report their top_k likeliest tokens;
+    # or, on-policy, one teacher per domain: a dict from the name of a task in the mixture `task` to the teacher of its questions
     teacher: str | Servers | dict[str, str | Servers] = field(hash=False)
-    # forward: KL(teacher, student), which covers all that the teacher says; reverse: KL(student, teacher), which keeps to its likeliest
+    # forward: KL(teacher, student), which covers every mode of the teacher; reverse: KL(student, teacher), which seeks its main mode
     divergence: Literal["forward", "reverse"] = "forward"
-    # likeliest tokens that are distinguished; 0: the whole vocabulary
+    # compare only the k likeliest tokens, and the rest as one; 0: the whole vocabulary
     top_k: int = 0
-    # share of the loss that stays SFT's
+    # weight of SFT's cross-entropy in the loss, 0 to 1
     hard: float = 0.0
-    # on-policy: the student answers this task,
+    # on-policy: the task whose questions the student answers
     task: Task | None = None
-    # in so many steps
+    # on-policy: number of steps
     steps: int = 100
-    # of so many questions each
+    # on-policy: questions per step
     prompts_per_step: int = 32
-    # on-policy: that of the student's answers
+    # on-policy: sampling temperature of the student's answers
     temperature: float = 1.0
-    # on-policy: per answer
+    # on-policy: longest answer, in tokens
     max_tokens: int = 96
-    # on-policy: where the student's answers are generated, by the engine in each rank or by servers
+    # on-policy: where answers are generated, by an engine in each rank or by servers
     rollouts: Here | Servers | Fleet = Here()
-    # on-policy: updates that a token's weights may be behind those that learn from it, as for GRPO
+    # on-policy: how many updates old the weights that generated a token may be, as for GRPO
     max_staleness: int = 0
-    # what becomes of answers under way when there are new weights: they go on with them, or are begun again
+    # answers in progress when the weights change: "continue" with the new weights, or "drop" and restart
     in_flight: Literal["continue", "drop"] = "continue"
 
     def __post_init__(self) -> None:
@@ -72,12 +72,12 @@ class Distill(SFT):
         check_share(self, self.name, "hard")
         check_not_negative(self, self.name, "top_k", "temperature", "max_staleness")
         if self.task is not None and (self.traces or self.text):
-            problem = "the lessons are the student's answers or given ones, not both"
+            problem = "lessons are either the student's own answers or given ones"
             raise UserError(f"{self.name}.task", self.task.name, problem, "Leave out task, or traces and text.")
 
         if self.task is None and self.rollouts != Here():
             raise self.wrong(
-                "rollouts", "the lessons are given, and nothing is generated", "Give a task, or leave it out."
+                "rollouts", "the lessons are given, so nothing is generated", "Give a task, or leave it out."
             )
 
         self.rollouts.check_ahead(f"{self.name}.rollouts", self.max_staleness)
@@ -130,13 +130,13 @@ class Distill(SFT):
         teacher = DistillationTeacher(self, run, trainer, tokenizer)
         batches: Batches = (
             LessonBatches(self, run, tokenizer, trainer)
-            if self.task is None  # on-policy every answer has a row of its own
+            if self.task is None  # on-policy, every answer has its own row
             else OnPolicyBatches(self, run, tokenizer, trainer)
         )
         return FineTuning(self, trainer, batches, teacher)
 
 
-# answers, and questions that were left out so far
+# answers, and the number of questions left out so far
 _Answers = tuple[list[Rollout], int]
 
 
@@ -152,10 +152,10 @@ class OnPolicyBatches(Batches):
         in_flight = stage.in_flight if stage.max_staleness else "none"
         policy = PolicyModel(trainer.served(), trainer.model.config, tokenizer, run, stage.compute, in_flight=in_flight)
         self.rollouts = stage.rollouts.open(policy, self.sampling)
-        # generates while the student learns; None: in turn with it
+        # generates while the student learns; None: generation and learning alternate
         self.ahead = AskingAhead[_Answers](run, stage.steps, stage.max_staleness) if stage.max_staleness else None
         self.generator = self.rollouts if self.ahead is None else self.ahead.asked(self.rollouts)
-        # of the step that was taken last
+        # completions of the step taken last
         self.made: list[Completion] = []
         assert stage.task is not None, "on-policy distillation answers a task"
         window = Window(tokenizer, trainer.model.config, stage.max_tokens)
@@ -172,7 +172,7 @@ class OnPolicyBatches(Batches):
 
     def batch(self, step: int) -> tuple[Batch | None, int]:
         """This rank's answers to the questions of a step."""
-        assert self.rollouts is not None, "opened at the beginning"
+        assert self.rollouts is not None, "opened in __init__"
         self.rollouts.update(step - 1)
         answers, self.results["too_long"] = (
             self._answers(step) if self.ahead is None else self.ahead.take(step, self._made)
@@ -198,9 +198,9 @@ class OnPolicyBatches(Batches):
         return self._answers(step), self.order.state()
 
     def _answers(self, step: int) -> _Answers:
-        """This rank's answers to the questions of a step, and how many questions were too long so far."""
+        """This rank's answers to the questions of a step, and how many questions have been too long so far."""
         stage, run = self.stage, self.run
-        assert stage.task is not None, "checked at the beginning"
+        assert stage.task is not None, "checked in __init__"
         rng = random.Random(run.seed("questions", step))
         problems = [self.order.draw(rng) for _ in range(stage.prompts_per_step)]
         too_long = self.order.too_long

@@ -1,4 +1,4 @@
-"""How often the MTP module's drafts are what the trunk says next."""
+"""How often the trunk accepts the MTP module's drafts."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from finback.rollouts.rollouts import Rollout
 
 @torch.no_grad()
 def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, int]:
-    """How many of the MTP module's drafts equal the trunk's own greedy choice, and how many drafts there were.
+    """(accepted, drafted): how many of the MTP module's drafts equal the trunk's greedy choice, and how many there were.
 
-    At each generated position the module drafts the token after the next from the actual next one; the trunk,
-    having read that token too, gives its own choice. This is the acceptance of greedy speculative decoding.
+    At each generated position the module sees the next token and drafts the one after it. The trunk, once it has read that
+    next token too, makes its own greedy choice. This is the acceptance rate of greedy speculative decoding.
     """
     if not model.mtp:
         return 0, 0
@@ -24,11 +24,11 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows]).to(model.embed.device)
         hidden = model(tokens)
         trunk = _likeliest(model, hidden)
-        behind = tokens.new_zeros(len(rows), len(model.mtp) - 1)  # only the first depth's drafts are looked at
+        behind = tokens.new_zeros(len(rows), len(model.mtp) - 1)  # only the first depth is measured
         further = model.mtp_hidden_states(hidden[:, :-1], torch.cat([tokens, behind], dim=1))
         draft = _likeliest(model, further[0])
         for row, r in enumerate(rollouts[start : start + 64]):
-            # draft i predicts token i + 2, as does the trunk at i + 1
+            # draft i predicts token i + 2, as the trunk does at i + 1
             first, last = len(r.prompt) - 1, len(rows[row]) - 2
             agree = draft[row, first:last] == trunk[row, first + 1 : last + 1]
             accepted, drafts = accepted + int(agree.sum()), drafts + max(0, last - first)
@@ -36,7 +36,7 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
 
 
 def _likeliest(model: Transformer, hidden: Tensor) -> Tensor:
-    """The likeliest token of each state (b, t, d) -> (b, t)."""
+    """The likeliest next token (b, t) of each hidden state (b, t, d)."""
     rows = rows_at_once(model.config.vocab_size)
     (ids,) = in_chunks(lambda states: (model.logits(states).argmax(dim=-1),), rows, hidden.flatten(0, 1))
     return ids.view(hidden.shape[:2])

@@ -1,4 +1,4 @@
-"""Tasks x model -> scores with their uncertainty, and what the answers were made of."""
+"""Evaluates a model on tasks: scores with their uncertainty, and statistics of the answers."""
 
 import re
 from dataclasses import InitVar, dataclass, field, replace
@@ -34,9 +34,9 @@ from finback.tasks.task import Problem, Task
 
 @dataclass(frozen=True)
 class OfSuite:
-    """Questions of a suite, put and judged as `finback compare` does; a spec is what its --tasks take."""
+    """Questions of a suite, asked and judged as in `finback compare`."""
 
-    # as --tasks takes it, such as gym:chain_sum?level=easy
+    # the suite as --tasks takes it, such as gym:chain_sum?level=easy
     spec: str
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class OfSuite:
         return self.spec
 
     def content_files(self) -> dict[str, list[Path]]:
-        """The files that a field names; packaged suites have none of their own."""
+        """The question files that a field names; packaged suites have none."""
         name = self.spec.partition("?")[0]
         found = [path for path in map(Path, (name, name.partition("@")[0])) if path.is_file()]
         return {"spec": found[:1]}
@@ -56,37 +56,41 @@ class OfSuite:
 
 @dataclass(frozen=True)
 class Exam:
-    """`problems` distinct held-out problems of a task, answered once each; `think` opens the chain for the model.
+    """Asks `problems` distinct held-out problems of a task, once each. `think` opens the chain for the model.
 
-    `suite` takes the place of a task: at most `problems` of its questions, such as suite="gym:chain_sum".
+    `suite` replaces the task: at most `problems` of its questions are asked, such as suite="gym:chain_sum".
     """
 
-    # of its file and its line in tables
+    # names the exam's file and its row in tables
     name: str
-    # whose held-out problems are asked
+    # the task whose held-out problems are asked
     task: Task | OfSuite | None = None
-    # how many
+    # number of problems
     problems: int = 600
-    # 0 is greedy
+    # sampling temperature; 0: greedy
     temperature: float = 1.0
-    # open the chain for the model
+    # start each answer inside the chain of thought
     think: bool = False
-    # per answer, chain included
+    # longest answer in tokens, chain included
     max_tokens: int = 96
-    # ISO 639-1: also report which share of the chains' words is in it (R1 2.3.2)
+    # ISO 639-1 code: also report the share of the chains' words in this language (R1 2.3.2)
     language: str = ""
-    # a suite in place of a task
+    # a suite instead of a task
     suite: InitVar[str] = ""
 
     def __post_init__(self, suite: str) -> None:
         if (self.task is None) == (not suite):
-            raise UserError(f"exam {self.name}", suite, "names not one of task and suite", "Give one of them.")
+            raise UserError(
+                f"exam {self.name}", suite, "task and suite are both given, or neither is", "Give one of them."
+            )
         if suite:
             object.__setattr__(self, "task", OfSuite(suite))
         check_fields(self, "exam")
-        taken = "config", "manifest", "metrics", "ledger", "samples"  # it names a file
+        taken = "config", "manifest", "metrics", "ledger", "samples"  # the name becomes a file name
         if not re.fullmatch(r"\w[\w .-]*", self.name) or self.name in taken:
-            raise UserError("exam.name", self.name, "not a free file name", "Use letters, digits, spaces, . and -.")
+            raise UserError(
+                "exam.name", self.name, "not usable as a file name", "Use letters, digits, spaces, . and -."
+            )
         check_positive(self, f"exam {self.name}", "problems", "max_tokens")
         check_not_negative(self, f"exam {self.name}", "temperature")
         if self.language:
@@ -95,24 +99,24 @@ class Exam:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Stage):
-    """Give a model its exams; every answer is written to <exam>.jsonl."""
+    """Gives a model its exams. Writes every answer to <exam>.jsonl."""
 
     # a stage, a run, a Hugging Face folder or a .gguf file
     start: str
-    # with names of their own
+    # exams with distinct names
     exams: tuple[Exam, ...]
-    # a prepare stage, to compress the validation text of its `sources`
+    # a prepare stage; its validation text is compressed, for bits per byte
     data: str = ""
-    # of that stage
+    # sources of that stage to compress
     sources: tuple[str, ...] = field(default_factory=tuple)
-    # of the weights: "bf16" takes half of the memory, "auto" is that where the machine computes in it and the model is not small
+    # precision of the weights: "bf16" halves the memory; "auto" uses bf16 if the machine computes in it and the model is not small
     dtype: InferenceDtype = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         names = [exam.name for exam in self.exams]
         if not names or len(set(names)) < len(names):
-            raise UserError(f"{self.name}.exams", names, "exams need distinct names, and one at least", "Name them.")
+            raise UserError(f"{self.name}.exams", names, "needs at least one exam, with distinct names", "Name them.")
 
     def inputs(self) -> tuple[str, ...]:
         return (*super().inputs(), self.data) if self.data else super().inputs()
@@ -148,12 +152,12 @@ class Evaluate(Stage):
         for source in self.sources:
             if not (run.input(self.data) / f"{source}.valid.bin").is_file():
                 made = [p.name.removesuffix(".valid.bin") for p in run.input(self.data).glob("*.valid.bin")]
-                raise UserError(f"{self.name}.sources", source, "not among the prepared", did_you_mean(source, made))
+                raise UserError(f"{self.name}.sources", source, "not a prepared source", did_you_mean(source, made))
 
     def _take(
         self, exam: Exam, run: StageRun, world: World, model: Transformer, tokenizer: Tokenizer
     ) -> dict[str, Any]:
-        """One exam's scores; written to <exam>.json, so that an interrupted evaluation does not repeat it."""
+        """Scores one exam and writes <exam>.json, so that an interrupted evaluation does not repeat it."""
         path = run.folder / f"{exam.name}.json"
         if path.is_file():
             return read_object(path)
@@ -170,7 +174,7 @@ class Evaluate(Stage):
         accepted = mtp_acceptance(model, answered)
         lengths = [r.length for r in answered]
         flops = forward_flops_of(model.config, lengths)
-        if accepted[1]:  # drafts are looked at by reading everything once more
+        if accepted[1]:  # measuring drafts took one more pass over all answers
             flops += forward_flops_of(model.config, lengths, mtp=True)
         gathered = world.gather((list(zip(mine, map(record, answered), strict=True)), accepted, flops))
         records = [found for _, found in sorted(pair for rank in gathered for pair in rank[0])]
@@ -191,7 +195,7 @@ class Evaluate(Stage):
         generated = sum(r["tokens"] for r in records)
         flops = sum(g[2] for g in gathered)
         run.account(tokens_generated=generated, flops=flops, flops_evaluation=flops)
-        world.barrier()  # nobody looks for the file below before everybody has looked
+        world.barrier()  # every rank has checked for the file before it is written
         if run.is_writer:
             write_lines(run.folder / f"{exam.name}.jsonl", records)
             write_json(path, result)
@@ -202,7 +206,7 @@ class Evaluate(Stage):
         return result
 
     def _parent(self, exam: Exam, run: StageRun) -> tuple[str, str] | None:
-        """The stage that `start` was trained from, and the stage that gave that one the same exam before."""
+        """The stage that trained `start`, and an earlier stage that gave the model before it the same exam; None if there is none."""
         trained = next((stage for stage in run.stages if stage.name == self.start), None)
         parent = getattr(trained, "start", "")
         for stage in run.stages:
@@ -218,16 +222,16 @@ class Evaluate(Stage):
 
 
 def questions(exam: Exam, seed: int) -> tuple[Task, list[Problem], Suite | None]:
-    """What judges, and the problems as the user's turn puts them."""
+    """The task that judges, the problems as user turns, and the suite if there is one."""
     if not isinstance(exam.task, OfSuite):
         assert exam.task is not None, "an exam has a task or a suite"
         return exam.task, tasks.distinct(exam.task, "held_out", exam.problems, seed), None
     suite = catalogue.load(exam.task.spec, exam.problems, seed)
     if suite.metric == compression.METRIC:
         remedy = "Name `data` and `sources` of the stage, for bits per byte."
-        raise UserError(f"exam {exam.name}.suite", exam.task.spec, "asks nothing", remedy)
+        raise UserError(f"exam {exam.name}.suite", exam.task.spec, "has no questions", remedy)
     if suite.continuations:
-        remedy = "Leave out score, or compare the stage with `finback compare`."
+        remedy = "Leave out score, or use `finback compare` on the stage."
         raise UserError(
             f"exam {exam.name}.suite", exam.task.spec, "is scored by likelihood, and an exam generates", remedy
         )
@@ -237,7 +241,7 @@ def questions(exam: Exam, seed: int) -> tuple[Task, list[Problem], Suite | None]
 
 
 def compared(model: str, before: list[float], after: list[float]) -> dict[str, Any]:
-    """What training made of the model that it started from, by the same problems."""
+    """Compares scores with those of the model that training started from, paired by problem."""
     difference = paired(after, before, seed=0)
     gained = {"difference": difference.mean, "interval": (difference.low, difference.high)}
     return {"model": model, "accuracy": sum(before) / len(before), **gained, "worse": difference.high < 0}
@@ -269,7 +273,7 @@ def scores(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def language_of(records: list[dict[str, Any]], target: str) -> float | None:
-    """Mean share of the chains' words that are in the target language; None where no chain has words."""
+    """Mean share of the chains' words in the target language; None if no chain has words."""
     shares = [consistency(r["thinking"], target) for r in records if r["thinks"]]
     known_shares = [share for share in shares if share is not None]
     return sum(known_shares) / len(known_shares) if known_shares else None

@@ -1,4 +1,4 @@
-"""The questions of a recipe's exams, so that a stage which learns from a user's file does not learn their answers."""
+"""The questions of a recipe's exams, so that a stage which trains on a user's file does not train on their answers."""
 
 import re
 from collections import Counter
@@ -25,27 +25,28 @@ from finback.tasks.task import (
     part_of,
 )
 
-NGRAM = 13  # words in a row, as GPT-3's appendix C
-PROBLEMS = 1000  # of a generated task's training side, whose words are the task's and no exam's
+NGRAM = 13  # consecutive words, as in GPT-3's appendix C
+PROBLEMS = 1000  # training problems of a generated task; their n-grams belong to the task, not to an exam question
 
 
 class ExamQuestions:
-    """Finds the exams' questions in dialogues, as a prepare stage with `decontaminate` does: whole, or by 13 words in a row."""
+    """Finds exam questions in dialogues, as `decontaminate` of a prepare stage does: whole, or by 13 consecutive words."""
 
     def __init__(self, run: StageRun) -> None:
         self.run = run
         self.exams: list[Exam] = []
         for exam in (exam for stage in run.stages if isinstance(stage, Evaluate) for exam in stage.exams):
-            if exam not in self.exams:  # other stages may have the same exam, or another one of this name
+            if exam not in self.exams:  # stages may share an exam, or have different exams of the same name
                 self.exams.append(exam)
         self._asked: dict[int, list[Problem]] = {}
-        # what `without` and `outside` left out, by exam
+        # number of problems removed by `without` and `outside`, by exam
         self.left_out: Counter[str] = Counter()
 
     def find(self, messages: Sequence[Message], is_made: bool = False) -> str | None:
-        """The exam that has a question of the dialogue, if there is one.
+        """The exam whose question occurs in the dialogue, or None.
 
-        What is made answers training questions (traces, tasks written out): only those that an exam takes from a file are looked for, and only as a whole.
+        `is_made`: the dialogue answers a training question (traces, tasks written out). Then only whole questions of exams
+        that read a file are searched for.
         """
         if not self.exams:
             return None
@@ -55,11 +56,11 @@ class ExamQuestions:
         return self.decontaminator.find(Document(tuple(messages)))
 
     def asks(self, problem: Problem) -> str | None:
-        """The exam that asks a problem of a list, if there is one."""
+        """The exam that asks this problem of a list, or None."""
         return self.find((Message("user", problem.question),))
 
     def without(self, task: Task, problems: Sequence[Problem]) -> list[Problem]:
-        """A task's problems without those of its lists that an exam asks; generated ones are held out by hash."""
+        """A task's problems, without those from lists that an exam asks. Generated problems are held out by hash."""
         kept = []
         for problem in problems:
             part = part_of(task, problem)
@@ -68,12 +69,12 @@ class ExamQuestions:
             else:
                 kept.append(problem)
         if problems and not kept:
-            asked = f"all its training questions are those of exams: {', '.join(self.left_out)}"
+            asked = f"exams ask all of its training questions: {', '.join(self.left_out)}"
             raise UserError("task", task.name, asked, "Take other questions, or another exam.")
         return kept
 
     def outside(self, tasks: Sequence[Task], documents: Iterable[Document]) -> Iterator[Document]:
-        """Documents written from tasks' problems without those from lists that an exam asks too."""
+        """Documents written from tasks' problems, without those whose problem comes from a list that an exam asks."""
         for document in documents:
             exam = self.find(document.messages, is_made=True) if any(map(is_listed, tasks)) else None
             if exam is None:
@@ -82,18 +83,18 @@ class ExamQuestions:
                 self.left_out[exam] += 1
 
     def remark(self, what: str = "questions") -> str:
-        """What there is to say of what was left out."""
+        """A sentence on what was left out; "" if nothing was."""
         return exam_remark(self.left_out, what)
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """Whole questions, in canonical form, of exams that are not generated; to their exams."""
+        """Maps whole questions in canonical form to their exam, for exams that are not generated."""
         given = [exam for exam in self.exams if isinstance(exam.task, OfSuite) or (exam.task and _has_list(exam.task))]
         return {canonical(q): exam.name for exam in given for p in self._problems(exam) for q in _texts(p)}
 
     @cached_property
     def decontaminator(self) -> Decontaminator:
-        """Of the questions of all exams."""
+        """A decontaminator for the questions of all exams."""
         held_out, trained = dict[str, list[str]](), dict[str, list[str]]()
         for exam in self.exams:
             problems = self._problems(exam)
@@ -102,7 +103,7 @@ class ExamQuestions:
         return Decontaminator(held_out, trained, NGRAM)
 
     def _problems(self, exam: Exam) -> list[Problem]:
-        """Those that the exam asks; of a file all that are held out."""
+        """The problems that the exam asks; for a file, all held-out ones."""
         place = self.exams.index(exam)
         if place not in self._asked:
             assert exam.task is not None, "an exam has a task or a suite"
@@ -113,7 +114,7 @@ class ExamQuestions:
         return self._asked[place]
 
     def _wording(self, exam: Exam, problems: Sequence[Problem]) -> Iterator[str]:
-        """Texts whose runs of words say nothing of a question: training questions', or what many questions share."""
+        """Texts whose n-grams do not identify a question: training questions, or wording shared by many questions."""
         if isinstance(exam.task, OfSuite):
             shared = Counter(run for problem in problems for run in {*grams(problem.question, NGRAM)})
             yield from (run for run, n in shared.items() if n > 1)
@@ -129,9 +130,10 @@ def _has_list(task: Task) -> bool:
 def askable(
     task: Task, drawn: Sequence[Problem], window: Window, run: StageRun, what: str = ""
 ) -> tuple[list[Problem], dict[str, Any]]:
-    """A task's drawn problems that no exam asks and that fit the window, and how many do not; it is said of `what`.
+    """The drawn problems that no exam asks and that fit the window, and how many were too long. `what` labels the log lines.
 
-    Also of problems that only end training or choose a model: by an exam's questions they would choose for the exam.
+    This also matters for problems that only stop training or select a model: with exam questions, they would select for
+    the exam.
     """
     exams = ExamQuestions(run)
     own = exams.without(task, drawn)
@@ -145,5 +147,5 @@ def askable(
 
 
 def _texts(problem: Problem) -> tuple[str, ...]:
-    """A question as it is put, in its canonical form, and without the choices below it."""
+    """A question as asked, in canonical form, and without its choices."""
     return problem.question, problem.key, re.split(r"\nA\. ", problem.question)[0]

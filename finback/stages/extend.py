@@ -1,4 +1,4 @@
-"""Context extension: a trained model reads longer texts after some further training under YaRN (V3 4.3)."""
+"""Context extension: a trained model learns to read longer texts with YaRN and some further training (V3 4.3)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,24 +12,26 @@ from finback.stages.pretrain import Pretrain
 
 @dataclass(frozen=True, kw_only=True)
 class Extend(Pretrain):
-    """Pre-training's knobs on rows of `seq_len` tokens, from `start`, whose window becomes `window`.
+    """Pre-trains further from `start` on rows of `seq_len` tokens, with the model's window extended to `window`.
 
-    V3 took two phases of 1,000 steps, both under YaRN by 40 from the start: rows of 32K, then of 128K, 1,920 and 480
-    to the batch, at the rate that pre-training ended with. The second needs no `factor`: the first one's stays.
+    V3 took two phases of 1,000 steps, both with a YaRN factor of 40: rows of 32K in batches of 1,920, then rows of 128K in
+    batches of 480, at the final learning rate of pre-training. The second phase needs no `factor`: the first one's stays.
     """
 
-    # tokens the model reads afterwards
+    # context length of the extended model, in tokens
     window: int
-    # of YaRN over the window that `start` was trained on; None: its scaling stays
+    # YaRN factor over the window that `start` was trained on; None: its scaling stays
     factor: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, self.name, "window")
         if self.model is not None:
-            raise UserError(f"{self.name}.model", "given", "extension goes on with a model", "Give `start` instead.")
+            raise UserError(
+                f"{self.name}.model", "given", "extension continues a trained model", "Give `start` instead."
+            )
         if self.seq_len > self.window:
-            raise self.wrong("seq_len", f"rows longer than the window of {self.window}", "Shorten them.")
+            raise self.wrong("seq_len", f"rows are longer than the window of {self.window}", "Shorten them.")
         if self.factor is not None and self.factor < 1:
             raise self.wrong("factor", "shortens the window", "Use 1 or more.")
 
@@ -37,14 +39,14 @@ class Extend(Pretrain):
         return dataclasses.replace(super().declaration(), objective="the same on longer texts")
 
     def adapted(self, config: ModelConfig) -> ModelConfig:
-        """`start`'s config with the longer window, and YaRN over its old one."""
+        """`start`'s config with the longer window, and YaRN applied to its original one."""
         if self.window < config.max_position_embeddings:
             problem = f"{self.start!r} reads {config.max_position_embeddings} already"
             raise self.wrong("window", problem, "Use a longer one.")
         scaling = config.rope_scaling
         if self.factor is not None:
             if scaling is not None:
-                problem = f"{self.start!r} is scaled already ({scaling})"
-                raise self.wrong("factor", problem, "Leave it out: the scaling stays.")
+                problem = f"{self.start!r} already has RoPE scaling ({scaling})"
+                raise self.wrong("factor", problem, "Leave it out to use that scaling.")
             scaling = Yarn(factor=self.factor, original_max_position_embeddings=config.max_position_embeddings)
         return dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=self.window)

@@ -1,4 +1,4 @@
-"""Fine-tuning step by step, for SFT and distillation: they differ in where batches come from and in the main loss."""
+"""The training loop of SFT and distillation; the two differ in the source of batches and in the main loss."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -25,46 +25,46 @@ if TYPE_CHECKING:
 
 
 class Batches(ABC):
-    """Where the batches of a fine-tuning run come from."""
+    """A source of batches for a fine-tuning run."""
 
     steps: int
-    # whether the model itself makes what is learnt, at a step's cost
+    # whether the model generates the lessons itself, which is part of a step's cost
     generates = False
-    # what it makes that with
+    # generates the lessons
     rollouts: Rollouts | None = None
 
     def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer, trainer: Trainer) -> None:
         self.run, self.tokenizer, self.world, self.trainer = run, tokenizer, World.of(run), trainer
-        # how many MTP modules are trained
+        # number of MTP modules that are trained
         self.depths = trainer.model.config.num_nextn_predict_layers if stage.mtp_weight and stage.adapter is None else 0
-        # what there is to say of them in the stage's results
+        # results of the stage that concern its batches
         self.results: dict[str, Any] = {}
 
     @abstractmethod
     def batch(self, step: int) -> tuple[Batch | None, int]:
-        """This rank's rows of a step (from 1 on), None where it has none, and how many rows all ranks have.
+        """This rank's rows of a step (counted from 1), None if it has none, and the number of rows over all ranks.
 
-        Ranks of one data_rank have the same.
+        Ranks with the same data_rank get the same rows.
         """
 
     def state(self) -> dict[str, Any]:
-        """What the next steps' rows depend on beside their number."""
+        """What the rows of the next steps depend on, besides the step's number."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most depend on nothing
-        """Go on where another one stopped."""
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most sources have no state
+        """Restores what `state` returned."""
 
     def metrics(self, step: int) -> dict[str, Any]:
-        """What there is to say of the rows of a step, beside the loss of them; for all ranks at once."""
+        """Metrics of the rows of a step, besides their loss. Collective: all ranks call it."""
         return {}
 
     def close(self) -> int:
-        """Let go of what rows are made with; tokens of this rank that were made for steps that nobody will take."""
+        """Releases the generator. Returns the tokens that this rank generated for steps which will not be taken."""
         return 0
 
 
 class FineTuning(Training):
-    """The state of one fine-tuning run; a Loop calls its steps."""
+    """The state of one fine-tuning run; a Loop calls `step`."""
 
     def __init__(
         self, stage: "SFT", trainer: Trainer, batches: Batches, teacher: "DistillationTeacher | None" = None
@@ -86,14 +86,14 @@ class FineTuning(Training):
         self.validator.after(loop)
 
     def step(self, loop: Loop) -> dict[str, Any]:
-        """One update; the loss is the mean over all labels of the step, whatever the number of ranks."""
+        """One update. The loss is the mean over all labels of the step, for any number of ranks."""
         stage, trainer = self.stage, self.trainer
         batch, rows = self.batches.batch(loop.step)
         labels = self._account(batch, loop)
         main_loss = None if self.teacher is None else self.teacher.loss
         trainer.zero()
         on_device = None if batch is None else batch.to(self.world.device)
-        # a mean over rows, of which the last step of an epoch has fewer than ranks want
+        # the auxiliary losses are means over rows; in the last step of an epoch some ranks may have none
         share = 0.0 if batch is None else len(batch.tokens) / rows
         counts = [max(labels, 1.0)] * (1 + self.depths)
         mtp_weight = stage.mtp_weight if self.depths else 0.0
@@ -105,7 +105,7 @@ class FineTuning(Training):
         trainer.update(lr)
         if stage.bias_speed:
             trainer.balance(stage.bias_speed)
-        else:  # nobody asks for the loads, so ranks need not add them up
+        else:  # the loads are not used, so ranks need not sum them
             trainer.forget_loads()
         loss, mtp, _ = losses.tolist()
         costs = generation_costs(self.batches.rollouts, loop) if self.batches.rollouts is not None else {}
@@ -113,7 +113,7 @@ class FineTuning(Training):
         return {"loss": loss, "mtp_loss": mtp, "grad_norm": norm, "lr": lr, "labels": labels, **costs}
 
     def _account(self, batch: Batch | None, loop: Loop) -> float:
-        """Labels of the step over all ranks; what it costs goes to the ledger."""
+        """Number of labels of the step over all ranks; adds its cost to the ledger."""
         mine, policy = torch.zeros(6, dtype=torch.float64), self.stage.recomputes
         if batch is not None:
             lengths = batch.lengths()
@@ -152,7 +152,7 @@ class FineTuning(Training):
         return {"steps": loop.step, "tokens": self.tokens, **self.batches.results, **written}
 
     def close(self) -> None:
-        """Let go of what rows are made and taught with, where it has not come to an end."""
+        """Stops generation and teachers if they are still running."""
         self.batches.close()
         if self.teacher is not None:
             self.teacher.close()

@@ -1,10 +1,10 @@
-"""Group relative policy optimization (DeepSeekMath 4.1, R1 2.2): R1-Zero when it starts from a base model.
+"""Group relative policy optimization (DeepSeekMath 4.1, R1 2.2). Started from a base model it is R1-Zero.
 
-Sampled: `num_generations` answers to each of `prompts_per_step` questions, by the engine, from the very weights that are trained.
-Advantages: the distance of each answer's reward from its group's mean, the same for all its tokens.
-Learnt: the clipped surrogate of train/grpo_loss.py, in one update or several per batch of answers.
-Every answer of every step is written to samples.jsonl. The MTP module stays as it is: RL neither trains it nor lets its
-loss touch the trunk. Router biases move only where `bias_speed` says so.
+Sampling: the engine generates `num_generations` answers to each of `prompts_per_step` questions with the current weights.
+Advantages: each answer's reward minus the mean of its group, the same for all its tokens.
+Loss: the clipped surrogate of train/grpo_loss.py, in one or several updates per batch of answers.
+Every answer of every step is written to samples.jsonl. The MTP module is frozen: RL does not train it, and its loss
+does not reach the trunk. Router biases move only if `bias_speed` is not 0.
 """
 
 from dataclasses import dataclass, field
@@ -40,107 +40,107 @@ class GRPO(Stage):
 
     # a stage, a run, a Hugging Face folder or a .gguf file
     start: str
-    # questions and the check of an answer
+    # supplies the questions and checks the answers
     task: Task
-    # at most, with a validation set
+    # number of steps; with a validation set, at most
     steps: int = 60
-    # says when to stop and which model to keep
+    # decides when to stop and which model to keep
     validation: Validation | None = None
-    # prompts whose answers are written down as they change
+    # prompts that are answered every few steps, to see the model change
     watch: Watch | None = None
     # questions per step, over all ranks
     prompts_per_step: int = 32
     # answers per question
     num_generations: int = 8
-    # what an answer is paid for
+    # how an answer is rewarded
     reward: Reward = field(default_factory=Reward)
-    # the loss: clipping, averaging, divergence from a reference model, corrections
+    # the loss: clipping, averaging, KL to a reference model, corrections
     objective: Objective = field(default_factory=Objective)
-    # level, and linearly down to final_lr times it over the last third of the steps or once the validation set stops it;
-    # None: 3e-4, from 50 million parameters on 2e-6, ten times that for an adapter
+    # learning rate: constant, then linear to final_lr times it, over the last third of the steps or once validation stops improving;
+    # None: 3e-4, or 2e-6 from 50 million parameters on; ten times as high for an adapter
     lr: float | None = None
-    # steps over which lr rises to its value
+    # steps of linear warm-up
     warmup: int = 0
-    # where the rate ends, as a share of lr
+    # final learning rate, as a share of lr
     final_lr: float = 0.1
-    # of the answers
+    # sampling temperature of the answers
     temperature: float = 1.0
-    # only the k likeliest tokens, 0: all, and those that together reach this probability; the update counts probabilities among them
+    # sample only from the k likeliest tokens (0: all); the update renormalizes over the same tokens
     top_k: int = 0
-    # see top_k
+    # sample only from the likeliest tokens that together reach this probability; see top_k
     top_p: float = 1.0
-    # per answer
+    # longest answer, in tokens
     max_tokens: int = 96
-    # open the chain for the model, as R1's own template does
+    # start each answer inside the chain of thought, as R1's template does
     think: bool = False
     # clip the gradient to this norm
     max_grad_norm: float = 1.0
-    # divide advantages by the group's std
+    # divide advantages by the standard deviation of the group's rewards
     normalise: bool = True
-    # optimizer steps per pass over a step's answers, each on an equal share of them, drawn at random (R1)
+    # optimizer steps per pass over a step's answers, each on an equal, random share of them (R1)
     updates: int = 1
     # passes over a step's answers
     epochs: int = 1
-    # rounds of other questions in place of those whose answers all earned the same (DAPO)
+    # rounds in which questions whose answers all got the same reward are replaced by others (DAPO)
     resample: int = 0
-    # the last so many of max_tokens cost up to overlong_penalty, linearly (DAPO)
+    # the penalty for length rises linearly over this many tokens before max_tokens (DAPO)
     overlong: int = 0
-    # of DAPO's rewards -1 and 1 it is half the distance too
+    # largest penalty for length; DAPO's is also half the distance between its rewards, -1 and 1
     overlong_penalty: float = 0.5
-    # learn nothing from answers that were cut off, and leave them out of their group's mean and std
+    # exclude answers that were cut off, from the loss and from their group's mean and standard deviation
     mask_truncated: bool = False
-    # refresh the reference model of objective.beta after so many steps; 0: never
+    # replace the reference model of objective.beta by the policy every so many steps; 0: never
     reference_steps: int = 0
-    # have the update read each prompt once for all its answers: quicker where prompts are long
+    # compute each prompt once for all its answers in the update: faster if prompts are long
     share_prompts: bool = False
-    # have the update send each token to the experts that the engine sent it to (R3, V3.2's "keep routing")
+    # route each token in the update to the experts that the engine chose (R3, V3.2's "keep routing")
     routing_replay: bool = False
-    # of the routers' biases; 0 leaves them as pre-training left them
+    # update speed of the routers' biases; 0: they stay as they are
     bias_speed: float = 0.0
-    # where answers are generated: by the engine in each rank, or by servers
+    # where answers are generated: by an engine in each rank, or by servers
     rollouts: Here | Servers | Fleet = Here()
-    # updates that a token's weights may be behind those that learn from it; 0: generating and learning take turns
+    # how many updates old the weights that generated a token may be; 0: generation and learning alternate
     max_staleness: int = 0
-    # what becomes of answers under way when there are new weights: they go on with them, or are begun again
+    # answers in progress when the weights change: "continue" with the new weights, or "drop" and restart
     in_flight: Literal["continue", "drop"] = "continue"
-    # control: hand each answer another answer's reward
+    # control experiment: give each answer the reward of another
     shuffle_rewards: bool = False
-    # stop when trainer and engine disagree by more, in nats per token on average; None: 1e-2 in fp32, 0.2 in bf16
+    # stop if the log-probabilities of trainer and engine differ by more on average (nats per token); None: 1e-2 in fp32, 0.2 in bf16
     max_gap: float | None = None
-    # stop after so many steps in a row that taught nothing, with success if every answer was right; 0: never
+    # stop after so many steps in a row without a gradient, successfully if every answer was right; 0: never
     patience: int = 20
-    # of trainer and engine alike; bf16 makes the gap a thousand times as large
+    # precision of trainer and engine; in bf16 the gap between them is about a thousand times as large
     compute: Literal["fp32", "bf16"] = "fp32"
     # padded tokens per backward pass
     micro_tokens: int = 4096
-    # learn an adapter on a frozen base instead of all weights; the reference model is then the base alone
+    # train an adapter on a frozen base instead of all weights; the reference model is then the base
     adapter: LoRA | None = None
-    # how a model too large for one rank lies on many, which generate with whole copies of it; None: a whole copy on each
+    # how a model too large for one rank is sharded; each rank then generates with a full copy; None: a full copy on each rank
     layout: Layout | None = None
-    # what the backward pass makes again instead of keeping it; None: blocks where an adapter is learnt, else nothing
+    # activation recomputation in the backward pass; None: "blocks" with an adapter, else "none"
     recompute: Policy | None = None
-    # AdamW's: on the device in fp32, or in 8 bits each; "host": in the host's memory, and on the device as they are used
+    # AdamW's moments: on the device in fp32 or 8 bits, or "host": in the host's memory, moved to the device when used
     moments: Moments = "fp32"
-    # save after so many steps
+    # steps from one checkpoint to the next
     checkpoint_steps: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = "steps", "prompts_per_step", "num_generations", "max_tokens", "checkpoint_steps", "updates", "epochs"
         check_positive(self, self.name, *counts, "micro_tokens", "max_grad_norm", "max_gap")
-        # lr = 0 only watches: the gap between trainer and engine must then stay flat
+        # with lr = 0 nothing is learned: the gap between trainer and engine must then stay constant
         others = "lr", "top_k", "warmup", "resample", "reference_steps", "bias_speed", "overlong_penalty", "patience"
         check_not_negative(self, self.name, *others, "max_staleness")
         check_share(self, self.name, "final_lr")
         if self.num_generations < 2:
-            raise self.wrong("num_generations", "an answer is judged against its group", "Use 2 or more.")
+            raise self.wrong("num_generations", "an answer is compared with the others of its group", "Use 2 or more.")
         if self.temperature <= 0:
             raise self.wrong("temperature", "greedy answers do not differ within a group", "Use 1.0.")
         if self.adapter is not None and self.bias_speed:
-            raise self.wrong("bias_speed", "moves biases of a base that an adapter leaves as it is", "Use 0.")
+            raise self.wrong("bias_speed", "would move biases of the base, which an adapter leaves frozen", "Use 0.")
         check_layout(self)
         if self.layout is not None and self.layout.micro_batches > 1:
-            problem = "answers are cut by micro_tokens"
+            problem = "answers are split by micro_tokens"
             raise UserError(f"{self.name}.layout.micro_batches", self.layout.micro_batches, problem, "Use 1.")
         self.rollouts.check_ahead(f"{self.name}.rollouts", self.max_staleness)
         if not 0 < self.top_p <= 1:
@@ -151,20 +151,22 @@ class GRPO(Stage):
             raise self.wrong("overlong", f"not in 0..max_tokens ({self.max_tokens})", "Lower it.")
         accuracy, extra = self.reward.accuracy, self.reward.extra
         if self.overlong and self.overlong_penalty + extra >= accuracy > 0:
-            problem = f"with what a wrong answer can earn ({extra:g}) no less than accuracy ({accuracy:g})"
+            problem = (
+                f"together with the other rewards ({extra:g}) it is not below the reward for accuracy ({accuracy:g})"
+            )
             raise self.wrong(
                 "overlong_penalty", f"{problem}: a right answer could earn less than a wrong one", "Lower it."
             )
 
     @property
     def sampling(self) -> SamplingParams:
-        """How answers are drawn; what top-k and top-p leave is noted, for the update counts probabilities among it."""
+        """How answers are sampled. Tokens left by top-k and top-p are recorded: the update renormalizes over them."""
         narrowed = self.top_k > 0 or self.top_p < 1
         return SamplingParams(self.temperature, self.max_tokens, self.top_k, self.top_p, return_sampling_mask=narrowed)
 
     @property
     def recomputes(self) -> Policy | None:
-        """The policy, None where nothing is made again."""
+        """The recomputation policy, None if nothing is recomputed."""
         policy = policy_of(self.recompute, self.adapter is not None)
         return None if policy == "none" else policy
 

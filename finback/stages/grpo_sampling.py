@@ -1,4 +1,4 @@
-"""GRPO's asking: groups of answers to each question, what they earn, and their advantages."""
+"""Sampling for GRPO: groups of answers to each question, their rewards and their advantages."""
 
 import random
 from collections import Counter
@@ -22,34 +22,34 @@ from finback.train import grpo_loss
 if TYPE_CHECKING:
     from finback.stages.grpo import GRPO
 
-# what the random numbers of a question depend on
+# the inputs of a question's random seed
 Seed = tuple[str | int, ...]
 
 
 @dataclass
 class Group:
-    """One question's answers, what each earns by part, which of them count, and each one's advantage."""
+    """One question's answers, with each one's rewards by part, whether it counts, and its advantage."""
 
     rollouts: list[Rollout]
     parts: list[dict[str, float]]
-    # False for answers that are masked: nothing is learnt from them, nor are others measured by them
+    # False for masked answers: they are neither learned from nor part of the group's mean
     counted: list[bool]
     advantages: list[float] = field(default_factory=list)
 
     @property
     def rewards(self) -> list[float]:
-        """What each answer earns in all."""
+        """Total reward of each answer."""
         return [sum(parts.values()) for parts in self.parts]
 
     @property
     def differs(self) -> bool:
-        """Whether one answer that counts earns something else than another."""
+        """Whether the answers that count have different rewards."""
         earned = [reward for reward, counts in zip(self.rewards, self.counted, strict=True) if counts]
         return bool(earned) and max(earned) - min(earned) > 1e-6
 
 
 class GroupSampler:
-    """Samples this rank's groups of a step, by whatever answers with the weights that are trained."""
+    """Samples this rank's groups of a step with a generator that has the current weights."""
 
     def __init__(self, stage: "GRPO", run: StageRun, generator: Generator, tokenizer: Tokenizer) -> None:
         self.stage, self.run, self.generator, self.tokenizer = stage, run, generator, tokenizer
@@ -58,19 +58,19 @@ class GroupSampler:
         self.order = training_questions(stage.task, stage.validation, window, run)
 
     def state(self) -> dict[str, Any]:
-        """What the questions of the next step depend on, as JSON."""
+        """What the next step's questions depend on, as JSON."""
         return self.order.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restores what `state` returned."""
         self.order.load_state(state)
 
     def close(self) -> int:
-        """Ask nothing more; tokens that were made and will not be learnt from, on this rank."""
+        """Stops sampling. Returns this rank's tokens that were generated but will not be learned from."""
         return 0
 
     def sample(self, step: int) -> tuple[list[Group], list[Group]]:
-        """All groups that were asked, and those that are learnt from, with their advantages; in order."""
+        """All groups that were sampled, and those that are learned from, with advantages; both in order."""
         stage, world = self.stage, self.world
         rng = random.Random(self.run.seed("questions", step))
         problems = [self.order.draw(rng) for _ in range(stage.prompts_per_step)]
@@ -87,13 +87,13 @@ class GroupSampler:
         return asked, groups
 
     def _others(self, mine: list[Seed]) -> tuple[list[Problem], list[Seed]]:
-        """A question for each seed of this rank; all ranks draw all ranks' questions, so that the order stays one."""
+        """A question for each of this rank's seeds. Every rank draws all ranks' questions, so that they share one order."""
         every = sorted(seed for rank in self.world.gather(mine) for seed in rank)
         drawn = {seed: self.order.draw(random.Random(self.run.seed("question", *seed))) for seed in every}
         return [drawn[seed] for seed in mine], mine
 
     def ask(self, problems: list[Problem], seeds: Sequence[Seed]) -> list[Group]:
-        """Answer each problem num_generations times; answer k of a problem uses random numbers of (its seed, k)."""
+        """Samples num_generations answers to each problem; answer k of a problem uses random numbers of (its seed, k)."""
         stage = self.stage
         count = range(stage.num_generations)
         asked = [p for p in problems for _ in count]
@@ -103,13 +103,13 @@ class GroupSampler:
         return [Group(group, self.rewarded(group), [self.counts(r) for r in group]) for group in answers]
 
     def counts(self, r: Rollout) -> bool:
-        """Whether an answer is learnt from: one that was cut off may be masked, one whose experts are not known has to be."""
+        """Whether an answer is learned from: truncated ones may be masked; answers with unknown experts must be."""
         stage = self.stage
         cut = stage.mask_truncated and r.completion.finish_reason == "length"
         return not cut and (r.completion.routed_experts is not None or not stage.routing_replay)
 
     def rewarded(self, group: list[Rollout]) -> list[dict[str, float]]:
-        """What each answer to one question earns, by part."""
+        """Rewards of each answer to one question, by part."""
         stage, reward = self.stage, self.stage.reward
         lengths = [len(r.completion.tokens) for r in group]
         earned = [
@@ -120,7 +120,7 @@ class GroupSampler:
         good = [i for i, r in enumerate(group) if r.verdict.well_formed and not empty[i]]
         if reward.judge is not None and good:
             answers = [group[i].response.answer for i in good]
-            # one alone has nothing to be compared with
+            # a single answer has no other to be compared with
             preferences = reward.judge.prefer(group[0].problem.question, answers) if len(good) > 1 else [0.5]
             for i, preference in zip(good, preferences, strict=True):
                 earned[i]["preference"] = reward.preference * preference
@@ -131,7 +131,7 @@ class GroupSampler:
         return earned
 
     def give_advantages(self, groups: list[Group], step: int) -> None:
-        """Advantages by group; the control hands rewards around at random first."""
+        """Computes the advantages of each group; the control experiment first shuffles the rewards."""
         rewards, counted = torch.tensor([g.rewards for g in groups]), torch.tensor([g.counted for g in groups])
         if self.stage.shuffle_rewards:
             rewards = rewards.flatten()[self.shuffled_places(rewards.numel(), step)].view_as(rewards)
@@ -139,8 +139,8 @@ class GroupSampler:
             group.advantages = row.tolist()
 
     def of_updates(self, groups: list[Group], step: int) -> list[list[tuple[Rollout, float]]]:
-        """The answers of this rank that count, with their advantages, by update: all ranks' answers are drawn into equal
-        shares at random, whatever question they are of (R1 2.2)."""
+        """This rank's answers that count, with advantages, by update. All ranks' answers are divided into equal shares at
+        random, regardless of their question (R1 2.2)."""
         stage, count = self.stage, self.stage.num_generations
         total = stage.prompts_per_step * count
         order = torch.arange(total)
@@ -158,12 +158,12 @@ class GroupSampler:
         return found
 
     def shuffled_places(self, count: int, step: int) -> list[int]:
-        """Whose reward each of a step's answers on this rank gets in the control with shuffled rewards."""
+        """The permutation of this rank's rewards in the control experiment with shuffled rewards."""
         generator = torch.Generator().manual_seed(self.run.seed("shuffle", step, self.world.rank))
         return torch.randperm(count, generator=generator).tolist()
 
     def write_samples(self, asked: list[Group], step: int, details: dict[int, dict[str, Any]]) -> None:
-        """Append every answer of the step, with what it earns, to samples.jsonl; details: on some, by their id."""
+        """Appends every answer of the step with its rewards to samples.jsonl; `details` has more on some answers, by id."""
         mine = []
         for group in asked:
             advantages: list[float | None] = [round(a, 4) for a in group.advantages] or [None] * len(group.rollouts)
@@ -174,11 +174,11 @@ class GroupSampler:
         self.run.append(SAMPLES, *(r for rank in self.world.gather(mine) for r in rank))
 
     def ages(self, groups: list[Group], version: int) -> dict[str, Any]:
-        """How old their tokens are, where they may be older than the weights that learn; for all ranks at once."""
+        """Ages of the tokens, if they can be older than the current weights. Collective: all ranks call it."""
         return {}
 
     def describe(self, asked: list[Group], learnt: list[Group]) -> dict[str, Any]:
-        """Means over all ranks' answers of a step, those to replaced questions included."""
+        """Means over all ranks' answers of a step, including those to replaced questions."""
         rollouts = [r for group in asked for r in group.rollouts]
         earned = [parts for group in asked for parts in group.parts]
         names = [*self.stage.reward.names, *(["overlong"] if self.stage.overlong else [])]

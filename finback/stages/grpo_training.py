@@ -1,4 +1,4 @@
-"""GRPO's learning: log-probabilities, the clipped surrogate, updates; the state of one RL run between its steps."""
+"""GRPO's training: log-probabilities, the clipped surrogate, updates, and the state of a run between steps."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -34,15 +34,15 @@ from finback.train.trainer import demand_finite
 if TYPE_CHECKING:
     from finback.stages.grpo import GRPO
 
-# (answers to learn from with their advantages, how many answers and how many of their tokens they stand for) of one update
+# one update: (answers to learn from with advantages, number of answers and number of tokens to average over)
 Share = tuple[list[tuple[Rollout, float]], int, int]
 
-# over tokens: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared, weights cut, masked answers' tokens, KL, chi-square
+# sums over tokens: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared, weights cut, masked answers' tokens, KL, chi-square
 SUMS = 11
 
 
 class Reinforcement(Training):
-    """Samples, gives advantages, learns; a Loop calls its steps."""
+    """The state of one RL run: samples, computes advantages and updates; a Loop calls `step`."""
 
     def __init__(self, stage: "GRPO", run: StageRun) -> None:
         world, share = World.of(run), stage.prompts_per_step // stage.updates
@@ -52,7 +52,7 @@ class Reinforcement(Training):
         self.stage, self.tokenizer = stage, Tokenizer(run.input(stage.start))
         trainer = trainer_of(stage, run, weight_decay=0.0, frozen=("mtp.",))
         if stage.share_prompts and trainer.model.config.attention == "compressed":
-            problem = "the windows of V4's attention would run from a prompt into one answer alone"
+            problem = "V4's sliding windows would extend from a prompt into only one of its answers"
             raise stage.wrong("share_prompts", problem, "Leave it out.")
         self.model = trainer.model
         self.reference = reference_model(stage, run, trainer) if stage.objective.beta else None
@@ -61,7 +61,7 @@ class Reinforcement(Training):
         self.same = world.size // trainer.data_ranks
         if stage.routing_replay and not self.model.config.n_routed_experts:
             raise stage.wrong("routing_replay", "the model has no routed experts", "Leave it out.")
-        # what is replayed of the experts that the answers were sent to
+        # replays the experts that the answers were routed to
         self.routing = trace_routers(self.model) if stage.routing_replay else None
         policy = PolicyModel(
             trainer.served(),
@@ -97,7 +97,7 @@ class Reinforcement(Training):
         self.model.train()
         for epoch in range(stage.epochs):
             for number, (parts, *counts) in enumerate(work):
-                # later the weights are not those any more that the engine sampled with
+                # after the first update the weights are no longer those that the engine sampled with
                 sums, gap, norm = self._update(parts, counts, loop.step, fresh=epoch == number == 0)
                 seen, worst = seen + sums, max(worst, gap)
         health = trainer.balance(stage.bias_speed)
@@ -134,37 +134,37 @@ class Reinforcement(Training):
         }
 
     def _summed(self, mine: Tensor) -> list[float]:
-        """Sums over all ranks of what each has of its rows, those counted once that several ranks read."""
+        """Sums over all ranks of their per-row values; rows that several ranks read count once."""
         found: list[float] = (self.world.sum_(mine) / self.same).tolist()
         return found
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
     def _of_updates(self, groups: list[Group], step: int) -> list[list[tuple[Rollout, float]]]:
-        """The answers to learn from by update, those of all ranks that read the same rows."""
+        """The answers to learn from, by update, for all ranks that read the same rows."""
         each = self.trainer.of_same_rows(self.sampler.of_updates(groups, step))
         return [[pair for pairs in of_ranks for pair in pairs] for of_ranks in zip(*each, strict=True)]
 
     def _learnable(self, pairs: list[tuple[Rollout, float]]) -> Share:
-        """One update's answers, longest first, and how many answers and tokens the averages are over.
+        """One update's answers, longest first, and the numbers of answers and tokens to average over.
 
-        An answer without advantage adds nothing to the sum of a loss without divergence and is not looked at, but counts:
-        otherwise a step with one useful group would move the model as far as a step with many (DAPO eq. 8, Dr. GRPO).
+        Without a divergence term, an answer with advantage 0 adds nothing to the loss and is skipped, but it still counts in the
+        average: otherwise a step with one useful group would move the model as far as a step with many (DAPO eq. 8, Dr. GRPO).
         """
         tokens = sum(len(r.completion.tokens) for r, _ in pairs)
-        # a divergence acts on those without advantage too
+        # a divergence term also acts on answers with advantage 0
         learnt = [(r, a) for r, a in pairs if a != 0 or self.stage.objective.beta > 0]
         return sorted(learnt, key=lambda pair: -pair[0].length), len(pairs), tokens
 
     def _batches(self, pairs: list[tuple[Rollout, float]]) -> list[Batch]:
-        """The batches of one update, with what they need of other models."""
+        """The batches of one update, with the log-probabilities of other models that they need."""
         stage = self.stage
         form = shared_batches if stage.share_prompts else batches
         parts = form(pairs, stage.micro_tokens)
         if self.trainer.in_step:
             parts += [idle(1)] * (max(self.world.gather(len(parts))) - len(parts))
         parts = [batch.to(self.world.device) for batch in parts]
-        self.model.eval()  # what is only looked at does not count as load
+        self.model.eval()  # a pass without learning must not count as router load
         with torch.no_grad():
             if stage.objective.correction.needs_trainer:
                 parts = [replace(b, old_logprobs=self._replayed_logprobs(b)[0]) for b in parts]
@@ -182,12 +182,12 @@ class Reinforcement(Training):
         return logprobs, entropy[batch.learnt]
 
     def _replayed_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `logprobs` of the trained model, with the experts that the engine took."""
+        """`logprobs` of the trained model, routed as the engine routed."""
         with self._replaying(batch):
             return self.logprobs(self.model, batch)
 
     def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
-        """What is computed within takes the engine's experts, backward passes included."""
+        """A context in which forward and backward passes use the engine's experts."""
         if self.routing is None:
             return nullcontext()
         part = self.trainer.part(batch)
@@ -196,9 +196,9 @@ class Reinforcement(Training):
     # ---- updates ---------------------------------------------------------------------------------------------------
 
     def _update(self, parts: list[Batch], counts: list[int], step: int, fresh: bool) -> tuple[Tensor, float, float]:
-        """One optimizer step; sums over this rank's tokens, its largest gap, and the gradient's norm.
+        """One optimizer step. Returns sums over this rank's tokens, its largest gap, and the gradient norm.
 
-        counts: this rank's answers and their tokens, those without advantage included.
+        `counts`: this rank's answers and their tokens, including those with advantage 0.
         """
         stage, trainer = self.stage, self.trainer
         answers, tokens = self._summed(torch.tensor(counts, dtype=torch.float64))
@@ -216,7 +216,7 @@ class Reinforcement(Training):
         return seen, worst, norm
 
     def _backward(self, batch: Batch, whole: float, fresh: bool) -> tuple[Tensor, float]:
-        """Add one batch's gradient; its sums in the order of SUMS, and its largest gap."""
+        """Adds one batch's gradient. Returns its sums in the order of SUMS, and its largest gap."""
         objective, learnt = self.stage.objective, batch.learnt
         mask, engine, advantages = learnt.float(), batch.rollout_logprobs, batch.advantages
         assert engine is not None and advantages is not None, "a batch of answers"
@@ -226,7 +226,7 @@ class Reinforcement(Training):
         loss = grpo_loss.total(terms.loss, mask, objective.average) / whole
         loss.backward()  # type: ignore[no-untyped-call]
         before = engine if old is None else old
-        own = new.detach() if fresh else before  # the trainer's view of what the engine sampled
+        own = new.detach() if fresh else before  # the trainer's log-probabilities of the sampled tokens
         gap = (own - engine)[learnt].abs()
         compared = learnt.sum() if fresh or old is not None else learnt.sum() * 0
         divergence = (terms.divergence.detach() * mask).sum()
@@ -234,10 +234,10 @@ class Reinforcement(Training):
         sums = [loss.detach(), *counts, terms.cut.sum(), terms.masked.sum(), *mismatch(own[learnt], engine[learnt])]
         return torch.stack([s.double() for s in sums]).cpu(), float(gap.max()) if len(gap) else 0.0
 
-    # ---- accounting, stopping and going on -------------------------------------------------------------------------
+    # ---- accounting, stopping and resuming -------------------------------------------------------------------------
 
     def _account(self, loop: Loop, asked: list[Rollout], learnt: list[Rollout], spared: list[int]) -> None:
-        """Tokens and FLOPs of the step, all ranks' together; `spared` are the lengths of prompts that were not read again."""
+        """Adds tokens and FLOPs of the step over all ranks; `spared` holds the lengths of prompts that were shared."""
         stage, config, frozen = self.stage, self.model.config, self.stage.adapter is not None
         lengths, once = [r.length for r in learnt], 1 / self.same
         # logprobs of the same answers under the reference model, and under the policy before its updates
@@ -288,7 +288,7 @@ class Reinforcement(Training):
         return {"steps": loop.step, "lr": self.stopping.peak_lr, **left_out, **self.totals, **ahead, **written}
 
     def close(self) -> None:
-        """Let go of whoever generates."""
+        """Releases the generator."""
         self.sampler.close()
         self.rollouts.close()
         if isinstance(self.sampler, AheadSampler):

@@ -1,4 +1,4 @@
-"""What SFT learns from: the dialogues of its sources as lessons, and what of them could not be used, by name."""
+"""Reads SFT's sources as lessons, and reports what could not be used, by name."""
 
 import random
 from collections import Counter
@@ -21,28 +21,28 @@ from finback.tasks.task import canonical, is_listed
 if TYPE_CHECKING:
     from finback.stages.sft import SFT
 
-SHOWN = 5  # of the records that cannot be used; unusable.jsonl in the stage's folder has all
+SHOWN = 5  # unusable records that a warning shows; unusable.jsonl in the stage's folder lists all
 Source = Chitchat | Files | Hub | TaskText
 
 
 @dataclass
 class _Reading:
-    """What one source gives: dialogues and where they stand, and where and why a record cannot be used."""
+    """The content of one source: dialogues with their locations, and unusable records with locations and reasons."""
 
     name: str
     dialogues: list[tuple[str, Dialogue]] = field(default_factory=list)
     unusable: list[dict[str, str]] = field(default_factory=list)
-    # dialogues with a question of an exam, by exam
+    # number of dialogues with an exam question, by exam
     contaminated: Counter[str] = field(default_factory=Counter)
     empty: int = 0
 
     def refuse(self, where: str, error: UserError) -> None:
-        """Note a record that cannot be used."""
+        """Records that a record cannot be used, and why."""
         self.unusable.append({"source": self.name, "where": where, "why": f"{error.field}: {error.problem}"})
 
 
 class LessonReader:
-    """Reads a stage's sources; `results` says what was found in them."""
+    """Reads a stage's sources; `results` holds counts of what was found."""
 
     def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer) -> None:
         self.stage, self.run, self.tokenizer = stage, run, tokenizer
@@ -75,7 +75,7 @@ class LessonReader:
         is_looked_at = isinstance(source, Files | Hub)
         if isinstance(source, TaskText):
             is_looked_at = any(map(is_listed, source.tasks))
-        # written from training questions
+        # made from training questions
         is_made = isinstance(source, TaskText) or source.name in self.stage.traces
         for where, record in self._records(source):
             try:
@@ -101,12 +101,12 @@ class LessonReader:
             try:
                 found += lessons(messages, self.tokenizer, dialogue.tools)
                 reading.empty += dialogue.empty
-            except UserError as error:  # what the model's template cannot write
+            except UserError as error:  # the model's template cannot render it
                 reading.refuse(where, error)
         return found
 
     def _records(self, source: Source) -> Iterator[tuple[str, Any]]:
-        """Where each record stands, and what it holds."""
+        """Each record with its location."""
         if isinstance(source, Hub):
             yield from ((f"{source.path}[{i}]", dict(row)) for i, row in enumerate(source.rows()))
         elif isinstance(source, Files):
@@ -119,7 +119,7 @@ class LessonReader:
             seed = self.run.seed("tasks", source.name)
             given = source.generate(seed) if isinstance(source, TaskText) else source.documents()
             for i, document in enumerate(given):
-                if any(m.role == "assistant" for m in document.messages):  # some dialogues end with their first turn
+                if any(m.role == "assistant" for m in document.messages):  # some dialogues have only one turn
                     yield f"{source.name}[{i}]", Dialogue(document.messages)
 
     def _refuse_text(self, document: Document) -> None:
@@ -127,7 +127,7 @@ class LessonReader:
         raise UserError(f"{self.stage.name}.text", document.text[:60], problem, remedy)
 
     def _report(self, reading: _Reading, source: Source, kept: int, learnt: int) -> None:
-        """Into the results, and onto stderr what was left out; UserError where that is everything."""
+        """Adds counts to the results and prints warnings; raises UserError if nothing is left."""
         name, unusable, contaminated = reading.name, reading.unusable, reading.contaminated
         shown = [f"{each['where']} ({each['why']})" for each in unusable[:SHOWN]]
         left_out = {"unusable": len(unusable), "contaminated": contaminated.total(), "empty_answers": reading.empty}
@@ -138,16 +138,16 @@ class LessonReader:
         self.results["empty_answers"] += reading.empty
         if unusable:
             self.results["unusable"][name] = {"records": len(unusable), "first": shown}
-            self._warn(f"{len(unusable):,} records of {name} cannot be used: {'; '.join(shown)}")
+            self._warn(f"{len(unusable):,} records of {name} are unusable: {'; '.join(shown)}")
         if contaminated:
             self.results["contaminated"][name] = dict(contaminated)
             exams = ", ".join(f"{exam} ({n:,})" for exam, n in contaminated.items())
-            self._warn(f"{contaminated.total():,} records of {name} hold questions of exams and are left out: {exams}")
+            self._warn(f"{contaminated.total():,} records of {name} contain exam questions and are left out: {exams}")
         if reading.empty:
-            self._warn(f"{reading.empty:,} empty answers of {name} are not learnt")
+            self._warn(f"{reading.empty:,} empty answers of {name} are skipped")
         if not learnt and (unusable or contaminated):
-            first = shown[0] if shown else f"all hold questions of the exam {next(iter(contaminated))}"
-            problem = f"nothing in it can be learnt: {first}"
+            first = shown[0] if shown else f"all contain questions of the exam {next(iter(contaminated))}"
+            problem = f"it has no usable records: {first}"
             raise UserError(f"{self.stage.name}.text", name, problem, "Correct it, or leave it out.")
 
     def _warn(self, text: str) -> None:

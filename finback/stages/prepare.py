@@ -1,4 +1,4 @@
-"""Raw text and task problems -> cleaned documents -> tokenizer -> token shards with their provenance."""
+"""Turns raw text and task problems into cleaned documents, a tokenizer, and token shards with provenance."""
 
 import random
 import re
@@ -24,27 +24,27 @@ from finback.stages.exam_questions import ExamQuestions
 from finback.tasks import task as tasks
 from finback.tasks.task import Task
 
-SAMPLE = 20_000  # documents of each source that the tokenizer learns from
+SAMPLE = 20_000  # documents per source that the tokenizer is trained on
 
 
 @dataclass(frozen=True)
 class TaskText:
-    """Problems of a task written out, some answered at once and some with the worked chain before the answer.
+    """Problems of a task written out as dialogues, some answered directly, some with the worked chain first.
 
-    `think` is the share with a chain. `tasks` take turns, so a curriculum is a list. No held-out problem is used.
-    A share of `follow_up` goes on with a second problem and as many of those with a third, as dialogues do; like in
-    a real prompt, only the last answer then shows its chain.
+    `think` is the share with a chain. `tasks` take turns, so a list is a curriculum. Held-out problems are never used.
+    A share of `follow_up` continues with a second problem, and the same share of those with a third. As in a real
+    prompt, only the last answer then shows its chain.
     """
 
-    # they take turns
+    # tasks, in turn
     tasks: tuple[Task, ...]
-    # how many to write
+    # number of documents to write
     documents: int
     # share with a worked chain before the answer
     think: float = 0.5
-    # share that goes on with another problem
+    # share that continues with another problem
     follow_up: float = 0.0
-    # of the source, as `mixture` and the tables name it
+    # name of the source in `mixture` and in tables
     name: str = "tasks"
     # SPDX identifier, for the documents of a published model
     licence: str = "MIT (generated here)"
@@ -53,11 +53,11 @@ class TaskText:
         check_fields(self, self.name)
         check_share(self, self.name, "think", "follow_up")
         if not self.tasks:
-            raise UserError(f"{self.name}.tasks", self.tasks, "no tasks to write out", "Name at least one.")
+            raise UserError(f"{self.name}.tasks", self.tasks, "no tasks to write out", "Give at least one.")
         check_positive(self, self.name, "documents")
 
     def generate(self, seed: int) -> Iterator[Document]:
-        """`documents` dialogues of a question and its answer, some with one or two more."""
+        """Yields `documents` dialogues of a question and its answer, some with one or two more of both."""
         rng = random.Random(seed)
         for index in range(self.documents):
             messages: list[Message] = []
@@ -72,17 +72,17 @@ class TaskText:
 
 @dataclass(frozen=True)
 class Decontaminate:
-    """Keep the held-out problems of tasks out of real text, by `ngram` words in a row or as a whole question.
+    """Removes real text that contains held-out problems, found by `ngram` consecutive words or as a whole question.
 
-    The problems are those that an evaluation of the same run draws, its first `problems` of each task; of a task that has
-    fewer, all. Questions of the training side say which words are the task's and not a problem's.
+    The problems are those that an evaluation of the same run draws: the first `problems` of each task, or all if there are
+    fewer. Questions of the training side show which n-grams belong to the task rather than to one problem.
     """
 
-    # whose held-out problems stay out
+    # tasks whose held-out problems are removed
     tasks: tuple[Task, ...]
-    # so many of each task
+    # problems per task
     problems: int = 1000
-    # words in a row that give a problem away
+    # consecutive words that identify a problem
     ngram: int = 13
 
     def __post_init__(self) -> None:
@@ -90,9 +90,9 @@ class Decontaminate:
         check_positive(self, "decontaminate", "problems", "ngram")
 
     def decontaminator(self, run: StageRun) -> Decontaminator:
-        """What finds the problems in a document."""
+        """Finds these problems in documents."""
         held_out, trained = dict[str, list[str]](), dict[str, list[str]]()
-        for task in self.tasks:  # two may have one name
+        for task in self.tasks:  # two tasks may have the same name
             seed = run.seed("exam", task.name)
             held_out.setdefault(task.name, []).extend(tasks.drawn_questions(task, "held_out", self.problems, seed))
             trained.setdefault(task.name, []).extend(tasks.drawn_questions(task, "train", self.problems, seed))
@@ -101,29 +101,29 @@ class Decontaminate:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare(Stage):
-    """Write tokenizer.json, <source>.train.bin, <source>.valid.bin and sources.json."""
+    """Writes tokenizer.json, <source>.train.bin, <source>.valid.bin and sources.json."""
 
-    # real text
+    # sources of real text
     text: tuple[Chitchat | Files | Hub | PackageSource, ...] = field(default_factory=tuple)
-    # generated text
+    # sources of generated text
     tasks: tuple[TaskText, ...] = field(default_factory=tuple)
-    # entries of the tokenizer that is made, special tokens included
+    # vocabulary size of the tokenizer, special tokens included
     vocab_size: int = 1024
-    # take the tokenizer of this model, to go on training it, instead of making one
+    # use this model's tokenizer, to continue its training, instead of training a new one
     vocabulary: str = ""
-    # share of real dialogues in which somebody asks a problem of the first of `tasks`
+    # share of real dialogues into which a problem of the first of `tasks` is inserted
     interleave: float = 0.0
-    # rules that drop poor text
+    # rules that drop low-quality text
     quality: Quality | None = None
-    # drop near duplicates, also of earlier sources
+    # drop near-duplicates, also of documents in earlier sources
     near: NearDuplicates | None = None
-    # keep the problems of exams out of real text
+    # remove exam problems from real text
     decontaminate: Decontaminate | None = None
-    # share of plain texts that ask for their middle; V3: 0.1
+    # share of plain texts rewritten as fill-in-the-middle; V3: 0.1
     fim: float = 0.0
-    # processes of datatrove's executor; 0: this process alone, with the same outputs
+    # processes of datatrove's executor; 0: this process only, with the same output
     workers: int = 0
-    # tokens of one file of a shard
+    # tokens per file of a shard
     shard_tokens: int = pack.LARGE
 
     watched: ClassVar[frozenset[str]] = frozenset({"text"})
@@ -136,10 +136,10 @@ class Prepare(Stage):
             remedy = "Name sources with letters, digits, - and _."
             raise UserError(f"{self.name}.text", bad[0], "not a file name", remedy)
         if not names or len(set(names)) < len(names):
-            raise UserError(f"{self.name}.text", names, "sources need distinct names, and one at least", "Name them.")
+            raise UserError(f"{self.name}.text", names, "needs at least one source, with distinct names", "Name them.")
         check_share(self, self.name, "fim")
         if self.workers < 0:
-            raise self.wrong("workers", "below 0", "Use 0 for this process alone.")
+            raise self.wrong("workers", "below 0", "Use 0 for this process only.")
         check_positive(self, self.name, "shard_tokens")
 
     def inputs(self) -> tuple[str, ...]:
@@ -154,12 +154,12 @@ class Prepare(Stage):
             results = self._prepare(run) if run.is_writer else {}
         except Interrupted:
             results = None
-        if run.ranks.any(results is None):  # the others have waited here for the writer
+        if run.ranks.any(results is None):  # the other ranks wait here for the writer
             raise Interrupted
         return results or {}
 
     def _prepare(self, run: StageRun) -> dict[str, Any]:
-        """Sources one after the other, then the tokenizer, then shards; what an interrupted call finished stays."""
+        """Prepares the sources one by one, then the tokenizer, then the shards; reuses what an interrupted call finished."""
         decontaminator = self.decontaminate.decontaminator(run) if self.decontaminate else None
         signer = MinHashSigner(self.near, run.seed("near")) if self.near else None
         rules = CleaningRules(self.quality, decontaminator, signer)
@@ -170,7 +170,7 @@ class Prepare(Stage):
         record = self._collect(run, corpus)
         vocabulary = self._tokenizer(run, corpus)
         for name, about in record.items():
-            # task text is split by problem, not by document, so none of it is set aside here
+            # task text is split by problem, not by document, so no document is set aside for validation here
             validation = name not in {made.name for made in self.tasks}
             about |= corpus.write(name, vocabulary, validation, self.fim, run.seed("fim"))
             run.say(f"{self.name:10} {name}: {about['train_tokens']:,} tokens, {about['licence']}")
@@ -179,7 +179,7 @@ class Prepare(Stage):
         return {"sources": record}
 
     def _collect(self, run: StageRun, corpus: Corpus) -> dict[str, dict[str, Any]]:
-        """The documents of all sources onto the disk; what is known of each."""
+        """Writes the documents of all sources to disk; returns their statistics and origin."""
         rng = random.Random(run.seed("interleave"))
         mixes = bool(self.tasks) and self.interleave > 0
 
@@ -197,13 +197,13 @@ class Prepare(Stage):
         return record
 
     def _tokenizer(self, run: StageRun, corpus: Corpus) -> Tokenizer:
-        """A tokenizer of no more than 20,000 documents of each source, the first ones."""
+        """A tokenizer trained on at most the first 20,000 documents of each source."""
         path = run.folder / "tokenizer.json"
         if self.vocabulary:
             given = Tokenizer(run.input(self.vocabulary))
             if given.eos < 0:
-                problem = "its tokenizer names no token that ends a text"
-                remedy = "Put eos_token into its tokenizer_config.json."
+                problem = "its tokenizer has no end-of-sequence token"
+                remedy = "Add eos_token to its tokenizer_config.json."
                 raise self.wrong("vocabulary", problem, remedy)
             given.save(run.folder)
             return Tokenizer(run.folder)
@@ -215,16 +215,16 @@ class Prepare(Stage):
 
 
 def origin(source: Source | TaskText, documents: int) -> dict[str, Any]:
-    """Where documents come from, for the record."""
+    """Where the documents come from, for provenance."""
     if isinstance(source, TaskText):
         return {"licence": source.licence, "documents": {"kept": documents}}
     return provenance(source, source.files()) | {"documents": {"kept": documents}}
 
 
 def _interleave(document: Document, made: TaskText, share: float, rng: random.Random) -> Document:
-    """With chance `share`, a problem and its answer between two turns of a dialogue; half the time it ends there.
+    """With probability `share`, inserts a problem and its answer between two turns; half of these dialogues end there.
 
-    So a model learns to change from dialogue to sums and back. Validation documents stay as they are.
+    This teaches a model to switch between dialogue and arithmetic. Validation documents stay as they are.
     """
     chosen = rng.random() < share
     if not chosen or not document.messages or pack.is_validation(document.plain):

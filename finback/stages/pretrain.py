@@ -1,8 +1,8 @@
-"""Pre-training: next token and multi-token prediction, Muon + AdamW, balance without auxiliary loss.
+"""Pre-training: next-token and multi-token prediction, Muon + AdamW, auxiliary-loss-free load balancing.
 
-The learning rate follows `phases`, V3's for one. Without them it warms up, stays, and decays once a probe is passed:
-the run ends because the model can do something, not because a counter ran out. If the probe is never passed it ends
-at `max_tokens` and says so.
+The learning rate follows `phases`, such as V3's. Without phases it warms up, stays constant, and decays once a probe is
+passed: training ends because the model can do something, not at a fixed count. If the probe is never passed, training
+ends at `max_tokens` and says so.
 """
 
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ from finback.train.rates import Level, Phase
 
 @dataclass(frozen=True)
 class Probe:
-    """What pre-training must reach: greedy accuracy on training-side problems with the chain opened for it."""
+    """A goal for pre-training: greedy accuracy on training-side problems, with the chain opened for the model."""
 
-    # whose training-side problems are asked
+    # the task whose training-side problems are asked
     task: Task
-    # share of right answers, 0 to 1, at which the decay begins
+    # accuracy, 0 to 1, at which the decay begins
     at_least: float
-    # how many are asked each time
+    # problems per probe
     problems: int = 128
-    # trained tokens from one probe to the next
+    # tokens trained from one probe to the next
     every_tokens: int = 200_000
-    # per answer
+    # longest answer, in tokens
     max_tokens: int = 96
 
     def __post_init__(self) -> None:
@@ -44,102 +44,102 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Stage):
-    """Train a model from scratch, or go on with one, on the shards of a prepare stage."""
+    """Trains a model from scratch, or continues one, on the shards of a prepare stage."""
 
-    # how a model lies on ranks says nothing of what it learns: it may change while the stage is half done
+    # the layout does not change what the model learns, so it may change when the stage resumes
     free: ClassVar[frozenset[str]] = Stage.free | {"layout"}
 
     # a prepare stage, or the folder of one
     data: str
-    # train from random weights, or
+    # train this model from random weights, or
     model: ModelConfig | None = None
-    # go on with this model; its tokenizer must be that of `data`
+    # continue this model; its tokenizer must be that of `data`
     start: str = ""
     # source name -> share of tokens
     mixture: dict[str, float]
-    # ends the level part of the schedule when it is passed
+    # when passed, ends the constant part of the schedule
     probe: Probe | None = None
-    # of both learning rates; () for warm-up, level and a decay that the probe begins
+    # phases of both learning rates; (): warm-up, constant, and a decay that the probe starts
     phases: tuple[Phase, ...] = ()
-    # hard end, decay included; with phases they say where it ends
+    # hard limit in tokens, decay included; phases set their own end
     max_tokens: int = 4_000_000
-    # tokens over which the rates fall at the end
+    # tokens over which the learning rates decay
     decay_tokens: int = 500_000
-    # tokens over which they rise at the start
+    # tokens over which the learning rates warm up
     warmup_tokens: int = 80_000
     # rows per step over all ranks
     batch_size: int = 32
-    # begin with so many and come to batch_size over ramp_tokens; 0: no ramp
+    # initial batch size, which grows to batch_size over ramp_tokens; 0: constant
     batch_size_start: int = 0
     # tokens over which the batch grows from batch_size_start
     ramp_tokens: int = 0
     # tokens per row
     seq_len: int = 128
-    # windows of the stream, or whole documents that fit best (V3)
+    # stream: windows of the token stream; best_fit: whole documents, packed by best fit (V3)
     packing: Literal["stream", "best_fit"] = "stream"
-    # documents of a row do not see each other; V3 pre-trained without
+    # mask attention between documents of a row; V3 pre-trained without
     document_mask: bool = False
-    # for hidden matrices; the rest is AdamW's with either
+    # optimizer of the hidden matrices; AdamW trains the rest in either case
     optimizer: Literal["muon", "adamw"] = "muon"
-    # highest rate of the hidden matrices under Muon
+    # peak learning rate of Muon's matrices
     muon_lr: float = 8e-3
-    # highest rate of all that AdamW trains
+    # peak learning rate of AdamW's parameters
     adam_lr: float = 8e-3
-    # where the decay ends, as a share of the rates above
+    # learning rate at the end of the decay, as a share of the peak
     final_lr: float = 0.05
-    # of hidden matrices
+    # weight decay of hidden matrices
     weight_decay: float = 0.05
     # clip the gradient to this norm
     max_grad_norm: float = 1.0
-    # V3: ((0, 0.3), (10T, 0.1))
+    # weight of the multi-token prediction loss; V3: ((0, 0.3), (10T, 0.1))
     mtp_weight: Level = 0.3
     # weight of the balance loss within a sequence (V3: 1e-4)
     balance_alpha: float = 1e-4
-    # of the routers' biases; V3: ((0, 0.001), (14.3T, 0.0))
+    # update speed of the routers' biases; V3: ((0, 0.001), (14.3T, 0.0))
     bias_speed: Level = 0.003
-    # decay of the running average of the weights, written to <stage>/average; 0: none
+    # decay of the exponential moving average of the weights, written to <stage>/average; 0: none
     ema_decay: float = 0.0
-    # skip steps whose loss is so many standard deviations above the usual; 0: none
+    # skip steps whose loss is this many standard deviations above normal; 0: never
     spike_sigma: float = 8.0
-    # so many skipped in a row: back to the last checkpoint, on with the data that follow
+    # after so many skipped steps in a row, return to the last checkpoint and continue with the data that follow
     spike_patience: int = 3
-    # how a model too large for one rank lies on many; None: a whole copy on each
+    # how a model too large for one rank is sharded; None: a full copy on each rank
     layout: Layout | None = None
-    # activations made again in the backward pass
+    # activation recomputation in the backward pass
     recompute: Policy = "none"
-    # auto: bf16 where the processor multiplies it itself and hidden_size is 128 or more; fp8: DeepSeek's, on Hopper, and emulated elsewhere to see what it does
+    # auto: bf16 if the processor multiplies in it natively and hidden_size is at least 128; fp8: DeepSeek's, on Hopper, emulated elsewhere for study
     compute: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    # products of the routed experts: one expert after another, or all in one call; auto: on a GPU what a timed pass says
+    # routed experts: one after another ("loop") or in one grouped call; auto: on a GPU, whichever is faster in a timed pass
     expert_kernel: ExpertKernel = "auto"
-    # fuse what lies between products: quicker steps, after up to a minute at the first
+    # fuse elementwise operations with torch.compile: faster steps, but the first may take a minute longer
     compile: bool = False
-    # compress validation text after so many tokens each; 0: at the end only
+    # measure compression of validation text every so many tokens; 0: only at the end
     valid_tokens: int = 0
-    # write the model of these times that compresses best to <stage>/best
+    # write the model with the best compression to <stage>/best
     keep_best: bool = False
-    # a line of router.jsonl after so many steps
+    # steps from one line of router.jsonl to the next
     router_steps: int = 10
-    # save after so many steps
+    # steps from one checkpoint to the next
     checkpoint_steps: int = 50
-    # how many checkpoints stay, the newest
+    # number of checkpoints to keep, newest first
     keep: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_numbers()
         if (self.model is None) == (not self.start):
-            problem = "say what to train: `model` from random weights, or `start` to go on with one"
+            problem = "say what to train: `model` from random weights, or `start` to continue a trained one"
             raise UserError(f"{self.name}.model", self.start or self.model, problem, "Give one of the two.")
         if self.phases and self.probe:
-            problem = "phases end where they end, a probe ends when it is passed"
+            problem = "phases and a probe would both set the end of training"
             raise UserError(f"{self.name}.phases", len(self.phases), problem, "Give one of the two.")
         if self.batch_size_start and (self.batch_size_start > self.batch_size or not self.ramp_tokens):
-            problem = f"a ramp leads up to batch_size ({self.batch_size}) over ramp_tokens ({self.ramp_tokens:,})"
+            problem = f"must be below batch_size ({self.batch_size}), with ramp_tokens ({self.ramp_tokens:,}) above 0"
             raise self.wrong("batch_size_start", problem, "Correct one of them.")
         if self.keep_best and not self.valid_tokens:
-            raise self.wrong("keep_best", "nothing says which is best", "Set valid_tokens as well.")
+            raise self.wrong("keep_best", "without validation there is no best model", "Set valid_tokens as well.")
         if self.expert_kernel == "grouped_mm" and self.compute == "fp8":
-            problem = "is for experts in fp32 or bf16"
+            problem = "needs experts in fp32 or bf16"
             raise self.wrong("expert_kernel", problem, "Use auto or loop.")
         if self.compile:
             self._check_compile()
@@ -155,38 +155,38 @@ class Pretrain(Stage):
         rates.check_levels(self, self.name, "mtp_weight", "bias_speed")
 
     def _check_compile(self) -> None:
-        """UserError for the first knob that does not go with compiled blocks."""
+        """Raises UserError for the first knob that does not work with compiled blocks."""
         for name, wrong in (("compute", "fp8"), ("recompute", "attention")):
             if getattr(self, name) == wrong:
                 raise self.wrong(name, "cannot be compiled", "Change it, or leave out compile.")
 
     @property
     def limit(self) -> int:
-        """Tokens after which it ends at the latest."""
+        """Upper bound of the tokens trained."""
         return sum(phase.tokens for phase in self.phases) or self.max_tokens
 
     @property
     def batch_sizes(self) -> list[int]:
-        """All numbers of rows that steps have."""
+        """All batch sizes that steps may have, in rows."""
         return rates.ramp_sizes(self.batch_size_start, self.batch_size)
 
     def batch_size_at(self, tokens: int) -> int:
-        """Rows of the step that follows after `tokens` tokens."""
+        """Batch size, in rows, of the step that follows after `tokens` tokens."""
         if not self.batch_size_start:
             return self.batch_size
         return rates.ramp(tokens, self.batch_size_start, self.batch_size, self.ramp_tokens)
 
     def adapted(self, config: ModelConfig) -> ModelConfig:
-        """The config of `start` as it is gone on with."""
+        """The config of `start` as training continues it."""
         return config
 
     @property
     def attends_densely(self) -> bool:
-        """Whether a sparse model's tokens look at all earlier ones while it is trained."""
+        """Whether tokens of a sparse model attend to all earlier ones during training."""
         return False
 
     def learns(self, name: str) -> bool:
-        """Whether it teaches a parameter of this name."""
+        """Whether this stage trains the parameter of this name."""
         return True
 
     def inputs(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What pre-training begins with: the first weights, the precision, and the trainer that its layout asks for."""
+"""Sets up pre-training: initial weights, precision, and the trainer for its layout."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,7 +34,7 @@ Precision = Literal["fp32", "bf16", "fp8"]
 
 
 def set_up(stage: "Pretrain", run: StageRun) -> Pretraining:
-    """The training of a stage, on its layout or with the whole model on every rank."""
+    """The training of a stage, sharded by its layout or with the full model on every rank."""
     world = World.of(run)
     layout = world.laid_out(stage.layout, f"{stage.name}.layout")
     return (_replicated if layout is None else _sharded)(stage, run, world)
@@ -76,7 +76,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
 def _with_values(
     stage: "Pretrain", config: ModelConfig, compute: torch.dtype, start: Transformer | None, seed: int
 ) -> Transformer:
-    """A model with random weights or with those of `start`; what a stage does not teach is frozen."""
+    """A model with random weights or those of `start`; parameters that the stage does not train are frozen."""
     if start is None:
         model = Transformer(config, compute).initialise(seed)
     elif config.index_topk and not start.config.index_topk:
@@ -108,7 +108,7 @@ class PretrainingOptions(ShardedOptions):
 
 
 def _teaches_indexers(stage: "Pretrain", config: ModelConfig) -> bool:
-    """Whether indexers learn: V4's only where something is picked in rows of this length, or if the stage is for them."""
+    """Whether indexers learn: V4's only if rows are long enough for selection, or if the stage trains them."""
     picks = stage.seq_len // config.compress_rate_csa > config.index_topk
     return config.attention != "compressed" or stage.attends_densely or (CSA in config.layer_types and picks)
 
@@ -133,15 +133,13 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     options = PretrainingOptions(**knobs, prepare=partial(_prepare, stage, config))
     if stage.probe is not None:
         whole = 4 * count.parameters(config) / 2**20
-        run.say(
-            f"{stage.name:10} each probe puts the whole model, {whole:,.0f} MiB, together on every rank for a while"
-        )
+        run.say(f"{stage.name:10} each probe gathers the whole model, {whole:,.0f} MiB, on every rank for a while")
     try:
         trainer = ShardedTrainer(config, stage.layout, stage.batch_size, values, options, device)
         stage.layout.check_steps(config, stage.batch_sizes, stage.batch_size)
     except UserError as error:
         field = error.field
-        if field == "rows":  # where a step's rows come from
+        if field == "rows":  # rows per step come from this knob
             field = "batch_size" if error.value == stage.batch_size else "batch_size_start"
         elif not field.startswith("layout."):
             raise
@@ -150,34 +148,34 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
 
 
 def _fresh(stage: "Pretrain", model: ModelConfig, run: StageRun) -> ModelConfig:
-    """The config of a model that begins with random weights."""
+    """The config of a model that starts from random weights."""
     return dataclasses.replace(model, vocab_size=Tokenizer(run.input(stage.data)).vocab_size)
 
 
 def _start(stage: "Pretrain", run: StageRun) -> Path:
-    """The folder of `start`, checked to share the data's tokenizer."""
+    """The folder of `start`, after checking that it has the data's tokenizer."""
     folder = run.input(stage.start)
     if Tokenizer(folder).as_json() != Tokenizer(run.input(stage.data)).as_json():
-        problem = f"has another tokenizer than the data of {stage.data!r}"
+        problem = f"does not have the tokenizer of the data of {stage.data!r}"
         raise stage.wrong("start", problem, "Give the prepare stage this model's tokenizer.")
     return folder
 
 
 def _check_compiler(stage: "Pretrain", config: ModelConfig, run: StageRun) -> None:
-    """UserError where a model's blocks cannot be compiled, or none here."""
+    """Raises UserError if the model's blocks cannot be compiled, or this machine cannot compile."""
     if config.index_topk or config.attention == "compressed":
-        raise stage.wrong("compile", "the shapes of sparse attention's parts follow from the data", "Leave it out.")
+        raise stage.wrong("compile", "the tensor shapes of sparse attention depend on the data", "Leave it out.")
     from finback.train import compiling  # seconds of imports that only it needs
 
     problem = compiling.why_not()
     if problem:
-        remedy = "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave it out."
+        remedy = "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave out compile."
         raise stage.wrong("compile", f"does not work here: {problem}", remedy)
     run.say(f"{stage.name:10} blocks are compiled in the first step, which may take a minute")
 
 
 def _use_expert_kernel(stage: "Pretrain", run: StageRun, world: World, model: Transformer) -> None:
-    """The knob's kernel; "auto" is decided on GPUs alone."""
+    """Sets the expert kernel; "auto" is resolved on GPUs only."""
     kernel, tokens = stage.expert_kernel, stage.batch_size * stage.seq_len // world.size
 
     def choose() -> dict[str, Any]:
@@ -190,7 +188,7 @@ def _use_expert_kernel(stage: "Pretrain", run: StageRun, world: World, model: Tr
 
 
 def _precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> Precision:
-    """The knob's precision, or what pays on all ranks' devices for a model of this width."""
+    """The precision of the knob, or for "auto" what is faster on all ranks' devices at this width."""
     if stage.compute != "auto":
         return stage.compute
     able = torch.cuda.is_bf16_supported(including_emulation=False) if world.device.type == "cuda" else None
@@ -199,12 +197,12 @@ def _precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: Wor
         found = world.gather(processor.precision(config.hidden_size, able))
         return {"chosen": "bf16" if set(found) == {"bf16"} else "fp32"}
 
-    # a stage that goes on elsewhere goes on as it began
+    # a stage that resumes on another machine keeps its precision
     return cast(Precision, _decided(run, "precision", choose))
 
 
 def _decided(run: StageRun, name: str, choose: Callable[[], dict[str, Any]]) -> Any:
-    """What all ranks choose together, once per stage, and written down, so that resuming cannot differ."""
+    """A choice that all ranks make together, once per stage. It is stored, so that resuming cannot change it."""
     path = run.folder / f"{name}.json"
     if path.is_file():
         return read_json(path)["chosen"]

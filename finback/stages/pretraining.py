@@ -1,4 +1,4 @@
-"""Pre-training between its steps: one step top to bottom, what looks at the model, spikes, and what is written at the end."""
+"""A pre-training run: one step top to bottom, probes and validation, loss spikes, and the final output."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from finback.stages.pretrain import Pretrain, Probe
 
 STATE = ("decay_start", "passed_at", "best_probe", "tokens", "best_bits", "skipped", "rewinds")
-REWINDS = 5  # after so many the weights or the rates are at fault, and no other data will help
+REWINDS = 5  # after so many, the weights or learning rates are at fault, and other data will not help
 
 
 class Pretraining(Training):
-    """The state of one pre-training run; a Loop calls its steps, a Trainer holds the model."""
+    """The state of one pre-training run; a Loop calls `step`, a Trainer holds the model."""
 
     unit = "tokens"
 
@@ -51,10 +51,10 @@ class Pretraining(Training):
         self.spikes = Spikes(stage.spike_sigma, stage.spike_patience)
         self.tokens = 0
         self.decay_start: int | None = None
-        # tokens when the probe was passed
+        # tokens at which the probe was passed
         self.passed_at: int | None = None
         self.best_probe = 0.0
-        # what the probe asks, drawn when it is first asked
+        # the probe's problems, drawn at its first use
         self.probed: list[Problem] = []
         self.best_bits: float | None = None
         self.skipped, self.rewinds = 0, 0
@@ -70,7 +70,7 @@ class Pretraining(Training):
     # ---- one step --------------------------------------------------------------------------------------------------
 
     def step(self, loop: Loop) -> dict[str, Any]:
-        """One step on the next rows; where it is skipped, `skipped` says what became of it."""
+        """One step on the next rows; if it is skipped, `skipped` says why."""
         stage, trainer = self.stage, self.trainer
         rows = stage.batch_size_at(self.tokens)
         self.tokens += rows * stage.seq_len
@@ -99,17 +99,17 @@ class Pretraining(Training):
         return metrics | {"lr": self.lrs[0], "max_violation": health.violation, "idle_experts": health.idle}
 
     def _batch(self, rows: int, loop: Loop) -> tuple[Batch, list[float]]:
-        """This rank's share of the step's rows, and the labels of the whole step for the trunk and each MTP depth."""
+        """This rank's share of the step's rows, and the number of labels of the whole step for the trunk and each MTP depth."""
         stage, trainer = self.stage, self.trainer
         drawn = self.loader.draw(rows, trainer.data_rank, trainer.data_ranks, stage.document_mask)
         batch = of_rows(drawn, stage.seq_len)
-        if stage.packing == "stream" and not stage.document_mask:  # all rows are full, and known without being counted
+        if stage.packing == "stream" and not stage.document_mask:  # every row is full, so nothing needs counting
             counts = [float(rows * stage.seq_len)] * (1 + self.depths)
             flops = training_flops_of(self.config, [stage.seq_len]) * rows
         else:
             mine = torch.cat([batch.counts(self.depths), torch.zeros(1, dtype=torch.float64)])
             mine[-1] = training_flops_of(self.config, batch.lengths())
-            same = self.world.size // trainer.data_ranks  # ranks of a pipeline read the same rows
+            same = self.world.size // trainer.data_ranks  # ranks that read the same rows, such as those of a pipeline
             *counts, flops = (self.world.sum_(mine) / same).tolist()
             counts = [max(1.0, count) for count in counts]
         again = recomputed_flops(self.config, (stage.seq_len + 1) / 2, stage.recompute)
@@ -118,7 +118,7 @@ class Pretraining(Training):
 
     @property
     def lrs(self) -> tuple[float, float]:
-        """This step's learning rates: of hidden matrices, and of the rest."""
+        """This step's learning rates: (hidden matrices, the rest)."""
         stage = self.stage
         if stage.phases:
             factor = rates.along(stage.phases, self.tokens)
@@ -131,10 +131,10 @@ class Pretraining(Training):
     def note(self, metrics: dict[str, Any]) -> str:
         return f"loss {metrics['loss']:.3f}  MFU {metrics['mfu']:.0%}"
 
-    # ---- looking at it ---------------------------------------------------------------------------------------------
+    # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
-        if metrics.get("skipped") == "rewind":  # to a model that has been looked at
+        if metrics.get("skipped") == "rewind":  # the restored model was evaluated before
             self._rewind(loop)
             return
         before = self.tokens - metrics["batch_size"] * self.stage.seq_len
@@ -142,7 +142,7 @@ class Pretraining(Training):
         self._maybe_validate(loop, before)
 
     def _maybe_probe(self, loop: Loop, before: int) -> None:
-        """Start the decay when the probe is passed, or when only the decay still fits; `before` tokens was the last look."""
+        """Starts the decay if the probe is passed, or if only the decay still fits; `before`: tokens at the previous call."""
         stage, probe, run = self.stage, self.stage.probe, self.run
         if self.decay_start is not None or stage.phases:
             return
@@ -176,7 +176,7 @@ class Pretraining(Training):
         return sum(right) / len(right)
 
     def bits_per_byte(self, loop: Loop) -> dict[str, float]:
-        """How well the model compresses each source's validation text."""
+        """Bits per byte of each source's validation text."""
         trainer, sources = self.trainer, self.loader.shares
         part = trainer.data_rank, trainer.data_ranks
         bits, flops = bits_by_source(trainer.text_logprobs, self.config, self.folder, sources, self.world, part)
@@ -184,7 +184,7 @@ class Pretraining(Training):
         return {name: value for name, value in bits.items() if value is not None}
 
     def _maybe_validate(self, loop: Loop, before: int) -> None:
-        """Compress validation text every `valid_tokens`, and keep the model that does it best if asked to."""
+        """Measures compression every `valid_tokens`, and stores the best model if asked to."""
         stage, run = self.stage, self.run
         if not stage.valid_tokens or self.tokens // stage.valid_tokens == before // stage.valid_tokens:
             return
@@ -196,7 +196,7 @@ class Pretraining(Training):
             self.best_bits = mean
             self.trainer.export(run, run.folder / "best", self.tokenizer)
 
-    # ---- saving and going on ---------------------------------------------------------------------------------------
+    # ---- saving and resuming ---------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in STATE}
@@ -209,26 +209,26 @@ class Pretraining(Training):
             setattr(self, name, state[name])
 
     def _rewind(self, loop: Loop) -> None:
-        """Back to the weights of the last checkpoint, on with the data that follow; logged and saved at once."""
+        """Returns to the weights of the last checkpoint and continues with the data that follow; logged and saved at once."""
         stage, run, here = self.stage, self.run, loop.step
         state = loop.restore()
         if state is None or self.rewinds >= REWINDS:
             row = f"{self.spikes.in_a_row} steps in a row up to {here}"
-            problem = f"{row} were not to be learnt from, after {self.rewinds} rewinds"
-            remedy = "Lower the learning rates, or raise spike_sigma if these losses are what the data are like."
+            problem = f"{row} had to be skipped, after {self.rewinds} rewinds"
+            remedy = "Lower the learning rates, or raise spike_sigma if such losses are normal for your data."
             raise stage.wrong("muon_lr", problem, remedy)
         self.spikes.load_state(state["spikes"])
         for name in ("tokens", "decay_start", "passed_at"):
             setattr(self, name, state[name])
         self.rewinds += 1
-        self.world.barrier()  # every rank has read what is replaced below
+        self.world.barrier()  # every rank has read the checkpoint before it is replaced
         run.rewind(loop.step + 1)
         run.log(loop.step, tokens=self.tokens, rewound_from=here)
-        run.say(f"{stage.name:10} rewound from step {here} to {loop.step}; the data in between are left out")
+        run.say(f"{stage.name:10} rewound from step {here} to {loop.step}; the data in between are skipped")
         loop.checkpoint(always=True)
 
     def finish(self, loop: Loop) -> dict[str, Any]:
-        """Write the model, its average beside it, and say what came of the training."""
+        """Writes the model and its moving average, and returns the results."""
         stage, run = self.stage, self.run
         self.trainer.export(run, run.folder, self.tokenizer)
         if stage.ema_decay:

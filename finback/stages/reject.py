@@ -1,6 +1,6 @@
-"""Rejection sampling: several answers to each question, and of those the right, readable and different ones (R1 2.3.3).
+"""Rejection sampling: samples several answers to each question and selects the right, readable and distinct ones (R1 2.3.3).
 
-The chosen answers become lessons for SFT: traces.jsonl has dialogues in OpenAI's form, chains as `reasoning_content`.
+The selected answers are lessons for SFT: traces.jsonl holds dialogues in OpenAI's form, with chains as `reasoning_content`.
 """
 
 import math
@@ -42,43 +42,43 @@ from finback.tasks.language import consistency, known
 from finback.tasks.readable import Readable
 from finback.tasks.task import Problem, Task
 
-CHUNK = 128  # questions answered between two files, over all ranks
-AHEAD = 2  # so many of those at once, where others answer: while one is judged, or has long answers left, the next is under way
+CHUNK = 128  # questions per output file, over all ranks
+AHEAD = 2  # files in progress if servers generate: while one is judged or waits for long answers, the next is generated
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reject(Stage):
-    """Sample `num_generations` answers to each of `prompts` training questions and keep the good ones in traces.jsonl."""
+    """Samples `num_generations` answers to each of `prompts` training questions and keeps the good ones in traces.jsonl."""
 
     # a stage, a run, a Hugging Face folder or a .gguf file
     start: str
-    # questions and the check of an answer
+    # supplies the questions and checks the answers
     task: Task
-    # questions to ask
+    # number of questions
     prompts: int = 1000
-    # answers to each
+    # answers per question
     num_generations: int = 4
-    # of the answers
+    # sampling temperature
     temperature: float = 1.0
-    # per answer
+    # longest answer, in tokens
     max_tokens: int = 96
-    # open the chain for the model
+    # start each answer inside the chain of thought
     think: bool = False
-    # drop answers without one
+    # drop answers without a chain
     need_chain: bool = True
-    # of the chain, ISO 639-1; "" for any
+    # required language of the chain, ISO 639-1; "": any
     language: str = ""
-    # least share of its words in that language
+    # minimum share of the chain's words in that language
     pure: float = 0.99
-    # drop repetitions, endless paragraphs and chaos of code
+    # drop chains with repetitions, endless paragraphs or jumbled code
     readable: bool = True
-    # at most so many per question: all of them where few answers were right, one where all were
+    # most answers kept per question: this many if few were right, one if all were
     keep: int = 2
-    # largest share of what is kept that may come from questions which were always solved
+    # largest share of the kept answers that may come from questions that were always solved
     easy: float = 1.0
-    # of the weights, as for Evaluate
+    # precision of the weights, as for Evaluate
     dtype: InferenceDtype = "fp32"
-    # where answers are generated: by the engine in each rank, or by servers that have the model already
+    # where answers are generated: by an engine in each rank, or by servers that already have the model
     rollouts: Here | Servers | Fleet = Here()
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class Reject(Stage):
         kept, sampled = results["kept"], results["sampled"]
         text = f"Rejection sampling '{self.name}' kept {kept:,} of {sampled:,} answers: {reasons}."
         each = results.get("per_kept")
-        return f"{text} One has cost {each['tokens']:,.0f} tokens and ${each['money_usd']:.2g}." if each else text
+        return f"{text} Each cost {each['tokens']:,.0f} tokens and ${each['money_usd']:.2g}." if each else text
 
     def run(self, run: StageRun) -> dict[str, Any]:
         world = World.of(run)
@@ -135,11 +135,11 @@ class Reject(Stage):
         problems: Sequence[Problem],
         sampling: SamplingParams,
     ) -> None:
-        """Have all questions answered and judged, a file for each chunk of them; what another run has answered is known."""
+        """Answers and judges all questions, one file per chunk; chunks answered by an earlier run are reused."""
         world, starts = World.of(run), range(0, len(problems), CHUNK)
         progress = Progress(run, len(problems), "questions", spent(run.folder)["seconds"])
         missing = [start for start in starts if not self._path(run, start).is_file()]
-        world.barrier()  # everybody has looked before the first of them is written
+        world.barrier()  # every rank has checked for files before the first is written
 
         def mine(start: int) -> range:
             return range(start + world.rank, min(start + CHUNK, len(problems)), world.size)
@@ -167,7 +167,7 @@ class Reject(Stage):
     def _keep(
         self, run: StageRun, config: ModelConfig, start: int, judged: dict[int, Any], answers: Sequence[Rollout]
     ) -> None:
-        """Write what all ranks have of a chunk, and account for it."""
+        """Writes all ranks' results of a chunk and accounts for them."""
         made = sum(len(r.completion.tokens) for r in answers)
         flops = forward_flops_of(config, [r.length for r in answers])
         gathered = World.of(run).gather((judged, made, flops))
@@ -181,7 +181,7 @@ class Reject(Stage):
         return run.folder / f"part-{start:08}.json"
 
     def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:
-        """For each question: how many answers were right, which of them are good, and why others are not."""
+        """For each question: the number of right answers, the good ones, and the reasons why others were rejected."""
         found = []
         for start in range(0, len(answers), self.num_generations):
             group = answers[start : start + self.num_generations]
@@ -201,7 +201,7 @@ class Reject(Stage):
         return found
 
     def _reason(self, r: Rollout) -> str:
-        """Why an answer is not kept; empty for a good one."""
+        """Why an answer is rejected; "" for a good one."""
         chain = r.response.reasoning
         if not r.verdict.correct:
             return "wrong"
@@ -210,12 +210,12 @@ class Reject(Stage):
         if self.language and chain and (consistency(chain, self.language) or 0.0) < self.pure:
             return "other language"
         if self.readable and chain:
-            # the language is judged above, where one is asked for
+            # the language was checked above, if one is required
             return next(iter(Readable(self.language or "en", consistency=0.0).faults(chain)), "")
         return ""
 
     def _collect(self, run: StageRun) -> dict[str, Any]:
-        """Choose by difficulty and write traces.jsonl."""
+        """Selects by difficulty and writes traces.jsonl."""
         parts, samples = sorted(run.folder.glob("part-*.json")), self.num_generations
         found = [question for path in parts for question in read_json(path)]
         sampled = len(found) * samples
@@ -224,7 +224,7 @@ class Reject(Stage):
             reasons.update(question["reasons"])
         kept = choose(found, samples, self.keep, self.easy, random.Random(run.seed("choice")))
         if not kept:
-            problem = f"nothing to keep of {sampled} answers ({dict(reasons)})"
+            problem = f"none of {sampled} answers can be kept ({dict(reasons)})"
             raise self.wrong("start", problem, "Use a better model, easier questions, or keep more.")
         run.account()
         bill = cost(run.folder)
@@ -241,14 +241,14 @@ class Reject(Stage):
         }
 
 
-Trace = tuple[dict[str, Any], dict[str, str]]  # a question as `_judge` has it, and a good answer to it
+Trace = tuple[dict[str, Any], dict[str, str]]  # a question as `_judge` returns it, and a good answer
 
 
 def choose(found: Sequence[dict[str, Any]], samples: int, keep: int, easy: float, rng: random.Random) -> list[Trace]:
-    """Traces in random order: of each question more the rarer it was solved, and no more than a share of easy ones.
+    """Selected traces in random order: more for questions that were solved rarely, and a limited share of easy ones.
 
     A question solved in a share p of its samples gives up to 1 + (keep - 1)(1 - p) traces, rounded up. A chain that
-    occurs with another question as well, word for word, is kept once.
+    occurs word for word with several questions is kept once.
     """
     seen: set[str] = set()
     hard: list[Trace] = []

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: the next token of an assistant's messages, in packed rows, over some epochs (R1 B.4.2).
+"""Supervised fine-tuning: next-token loss on an assistant's messages in packed rows, over a few epochs (R1 B.4.2).
 
-Lessons come from the traces of a reject stage, from files of records in the forms of data/dialogues.py, from the hub, from
-the packaged dialogues, and from the gold answers of tasks. Dialogues with questions of the recipe's exams are left out. Rows
-hold several lessons that do not see each other.
+Lessons come from the traces of a reject stage, files of records in the forms of data/dialogues.py, the hub, the
+packaged dialogues, and the reference answers of tasks. Dialogues with questions of the recipe's exams are left out.
+A row holds several lessons, which do not attend to each other.
 """
 
 import random
@@ -34,56 +34,56 @@ from finback.train.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Stage):
-    """Train a model on dialogues; how much work it is, the lessons say.
+    """Trains a model on dialogues. The amount of work depends on the lessons.
 
-    R1 took 2 to 3 epochs of cosine 5e-5 -> 5e-6; the defaults are for models a thousandth as large.
+    R1 used 2 to 3 epochs with a cosine from 5e-5 to 5e-6; the defaults here suit models a thousand times smaller.
     """
 
     # a stage, a run, a Hugging Face folder or a .gguf file
     start: str
     # reject stages whose traces are lessons
     traces: tuple[str, ...] = ()
-    # dialogues from elsewhere
+    # other sources of dialogues
     text: tuple[Chitchat | Files | Hub | TaskText, ...] = field(default_factory=tuple)
-    # source -> dialogues of it, drawn at random
+    # source name -> number of its dialogues, sampled at random
     limits: dict[str, int] = field(default_factory=dict, hash=False)
-    # False: leave the chains out and train on the bare answers
+    # False: leave out the chains and train on the bare answers
     chains: bool = True
     # passes over the lessons
     epochs: int = 2
     # packed rows per step, over all ranks
     batch_size: int = 8
-    # tokens per row; longer lessons are left out, and counted
+    # tokens per row; longer lessons are left out and counted
     seq_len: int = 512
-    # highest learning rate, of a cosine
+    # peak learning rate of the cosine
     lr: float = 1e-3
-    # where the cosine ends, as a share of lr
+    # learning rate at the end of the cosine, as a share of lr
     final_lr: float = 0.1
-    # share of the steps
+    # warm-up, as a share of the steps
     warmup: float = 0.03
-    # AdamW's
+    # AdamW's weight decay
     weight_decay: float = 0.0
     # clip the gradient to this norm
     max_grad_norm: float = 1.0
-    # weight of the loss of multi-token prediction
+    # weight of the multi-token prediction loss
     mtp_weight: float = 0.3
     # weight of the balance loss within a sequence
     balance_alpha: float = 1e-4
-    # of the routers' biases
+    # update speed of the routers' biases; 0: they stay as they are
     bias_speed: float = 0.0
-    # says when to stop and which model to keep
+    # decides when to stop and which model to keep
     validation: Validation | None = None
-    # precision of the products
+    # precision of matrix products
     compute: Literal["fp32", "bf16"] = "fp32"
-    # learn an adapter on a frozen base instead of all weights; MTP modules are then not trained
+    # train an adapter on a frozen base instead of all weights; MTP modules are then frozen
     adapter: LoRA | None = None
-    # how a model too large for one rank lies on many; None: a whole copy on each
+    # how a model too large for one rank is sharded; None: a full copy on each rank
     layout: Layout | None = None
-    # what the backward pass makes again instead of keeping it; None: blocks where an adapter is learnt, else nothing
+    # activation recomputation in the backward pass; None: "blocks" with an adapter, else "none"
     recompute: Policy | None = None
-    # AdamW's: on the device in fp32, or in 8 bits each; "host": in the host's memory, and on the device as they are used
+    # AdamW's moments: on the device in fp32 or 8 bits, or "host": in the host's memory, moved to the device when used
     moments: Moments = "fp32"
-    # save after so many steps
+    # steps from one checkpoint to the next
     checkpoint_steps: int = 50
 
     def __post_init__(self) -> None:
@@ -93,18 +93,18 @@ class SFT(Stage):
         check_share(self, self.name, "warmup", "final_lr")
         check_not_negative(self, self.name, "weight_decay", "mtp_weight", "balance_alpha", "bias_speed")
         if self.adapter is not None and self.bias_speed:
-            raise self.wrong("bias_speed", "moves biases of a base that an adapter leaves as it is", "Use 0.")
+            raise self.wrong("bias_speed", "would move biases of the base, which an adapter leaves frozen", "Use 0.")
         check_layout(self)
         known = [*self.traces, *(source.name for source in self.text)]
         if len(set(known)) < len(known):
-            raise UserError(f"{self.name}.text", known, "two sources have one name", "Rename one of them.")
+            raise UserError(f"{self.name}.text", known, "two sources have the same name", "Rename one of them.")
         for name in self.limits:
             if name not in known:
                 raise UserError(f"{self.name}.limits", name, "no such source", f"Known: {', '.join(known)}.")
 
     @property
     def recomputes(self) -> Policy | None:
-        """The policy, None where nothing is made again."""
+        """The recomputation policy, None if nothing is recomputed."""
         policy = policy_of(self.recompute, self.adapter is not None)
         return None if policy == "none" else policy
 
@@ -133,7 +133,7 @@ class SFT(Stage):
             training.close()
 
     def training(self, run: StageRun) -> FineTuning:
-        """The training that `run` runs."""
+        """The training that `run` executes."""
         trainer, tokenizer = trainer_of(self, run, self.weight_decay), Tokenizer(run.input(self.start))
         batches = LessonBatches(self, run, tokenizer, trainer)
         return FineTuning(self, trainer, batches)
@@ -158,14 +158,14 @@ class LessonBatches(Batches):
         self.results |= {"lessons": len(self.lessons), "rows": len(rows), "filled": round(filled, 4)}
 
     def batch(self, step: int) -> tuple[Batch | None, int]:
-        """This rank's rows of a step; None when there are fewer rows than ranks."""
+        """This rank's rows of a step; None if there are fewer rows than ranks."""
         rows = self.order[step - 1]
         mine = rows[self.trainer.data_rank :: self.trainer.data_ranks]
         batch = of_lessons([[self.lessons[i] for i in row] for row in mine], self.depths) if mine else None
         return batch, len(rows)
 
     def _lessons(self) -> list[Lesson]:
-        """All lessons that fit into a row, and how many there are of each source."""
+        """All lessons that fit into a row; also stores the number of lessons of each source."""
         reader = LessonReader(self.stage, self.run, self.tokenizer)
         by_source = reader.read()
         counts = {name: len(here) for name, here in by_source.items()}
@@ -173,11 +173,11 @@ class LessonBatches(Batches):
         fits = [lesson for lesson in found if len(lesson.ids) <= self.stage.seq_len]
         if not fits:
             problem = f"no lesson of at most {self.stage.seq_len} tokens"
-            remedy = "Give it traces or text, or longer rows."
+            remedy = "Add traces or text, or raise seq_len."
             raise UserError(f"{self.stage.name}.traces", list(counts), problem, remedy)
         self.results |= reader.results | {"lessons_by_source": counts, "too_long": len(found) - len(fits)}
         self.run.say(
             f"{self.stage.name:10} {len(fits):,} lessons: {', '.join(f'{k} {v:,}' for k, v in counts.items())}"
-            + (f"; {len(found) - len(fits):,} longer than a row left out" if len(found) > len(fits) else "")
+            + (f"; {len(found) - len(fits):,} longer than a row are left out" if len(found) > len(fits) else "")
         )
         return fits

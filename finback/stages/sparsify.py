@@ -1,4 +1,4 @@
-"""Sparse attention for a trained model: indexers that learn where its attention looks (V3.2 2.1.1, the dense stage)."""
+"""Sparse attention for a trained model: trains indexers to predict where its attention looks (V3.2 2.1.1, the dense stage)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,34 +13,36 @@ from finback.train.rates import Level
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsify(Pretrain):
-    """Gives a model of latent attention DSA's indexers, and teaches them alone, on the data of pre-training.
+    """Adds DSA's indexers to a model with latent attention, and trains only them, on pre-training data.
 
-    A V4 has indexers, which are taught as they are: `index_topk` may become another. While it lasts every token looks at all
-    earlier ones, of V4 at all entries. A Pretrain that starts from it goes on sparse: each token looks at
-    `index_topk` of them, the loss of tokens teaches everything else, and indexers go on learning. V3.2 took 1,000 steps
-    of 16 rows of 128K at a rate of 1e-3, then 15,000 steps of 480 rows at 7.3e-6.
+    A V4 model has indexers already, which are trained further; `index_topk` may change. During this stage every token
+    attends to all earlier ones, in V4 to all entries. A Pretrain stage that starts from the result is sparse: each token
+    attends to `index_topk` of them, the token loss trains everything else, and the indexers keep learning. V3.2 took 1,000
+    steps of 16 rows of 128K tokens at a learning rate of 1e-3, then 15,000 steps of 480 rows at 7.3e-6.
     """
 
-    # tokens that each will look at
+    # earlier tokens that each token will attend to
     index_topk: int
-    # heads of an indexer, and their width, which is at least the rotary part of a head
+    # number of heads of an indexer
     index_n_heads: int
-    # width of a head, at least the rotary part of one of attention
+    # width of an indexer's head, at least the rotary part of an attention head
     index_head_dim: int
     optimizer: Literal["muon", "adamw"] = "adamw"
-    # of the indexers (V3.2: 1e-3)
+    # learning rate of the indexers (V3.2: 1e-3)
     adam_lr: float = 1e-3
     weight_decay: float = 0.0
-    # nothing else moves, routers' biases included
+    # nothing but the indexers moves, not even the routers' biases
     bias_speed: Level = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, self.name, "index_topk", "index_n_heads", "index_head_dim")
         if self.model is not None:
-            raise UserError(f"{self.name}.model", "given", "it goes on with a trained model", "Give `start` instead.")
+            raise UserError(
+                f"{self.name}.model", "given", "this stage continues a trained model", "Give `start` instead."
+            )
         if self.bias_speed:
-            raise self.wrong("bias_speed", "moves routers of a model that stays as it is", "Use 0.")
+            raise self.wrong("bias_speed", "would move the routers of a frozen model", "Use 0.")
 
     def declaration(self) -> Declaration:
         given = super().declaration()
@@ -51,8 +53,8 @@ class Sparsify(Pretrain):
         """`start`'s config with indexers."""
         names = "index_topk", "index_n_heads", "index_head_dim"
         if config.index_topk and config.attention != "compressed":
-            problem = f"{self.start!r} has indexers already"
-            raise self.wrong("index_topk", problem, "Go on with Pretrain.")
+            problem = f"{self.start!r} already has indexers"
+            raise self.wrong("index_topk", problem, "Continue with Pretrain.")
         for name in names[1:]:
             if config.index_topk and getattr(self, name) != (had := getattr(config, name)):
                 raise self.wrong(name, f"the indexers of {self.start!r} have {had}", f"Use {had}.")

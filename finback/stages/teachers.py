@@ -1,4 +1,4 @@
-"""Those that distillation learns from: models beside the student, or servers that say which tokens they find likeliest."""
+"""Teachers of distillation: models in this process, or servers that report their likeliest tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from finback.train.trainer import Trainer
 if TYPE_CHECKING:
     from finback.stages.distill import Distill
 
-CHUNK = 512  # tokens whose logits, the student's and the teacher's, are held at once, or fewer of a large vocabulary
+CHUNK = 512  # tokens whose logits (student and teacher) are in memory at once; fewer for a large vocabulary
 FOREIGN = "Their probabilities cannot be compared: sample traces with a reject stage and use SFT."
 
 
@@ -69,7 +69,7 @@ class ModelTeacher(Teacher):
             remedy = "Shorten seq_len or max_tokens, or take another teacher."
             raise stage.wrong("teacher", problem, remedy)
         if tokenizer.as_json() != Tokenizer(folder).as_json():
-            raise stage.wrong("teacher", "has another tokenizer than the student", FOREIGN)
+            raise stage.wrong("teacher", "does not have the student's tokenizer", FOREIGN)
 
     def says(self, batch: Batch) -> tuple[Tensor, ...]:
         """Its last states (n, hidden)."""

@@ -1,4 +1,4 @@
-"""What a model makes of the single tokens of answers: how likely each is, and which experts it is sent to."""
+"""Per-token details of answers: log-probabilities, and the experts that each token is routed to."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,34 +15,34 @@ from finback.rollouts.rollouts import Rollout, batches
 from finback.train.batch import Batch
 from finback.train.trainer import Trainer
 
-# of an answer that are described; of layers with experts, spread from bottom to top; digits of a log-probability
+# described tokens per answer; described MoE layers, spread from bottom to top; decimals of a log-probability
 MOST_TOKENS, MOST_LAYERS, DIGITS = 256, 4, 4
 
-# of a model and a batch: log-probabilities of the labels (rows, seq_len), and their entropies
+# (model, batch) -> log-probabilities of the labels (rows, seq_len), and their entropies
 Logprobs = Callable[[Transformer, Batch], tuple[Tensor, Tensor]]
 
 
 class TokenDetail:
-    """Describes answers by the weights as they are now. Every call is for all ranks at once, which read the same rows."""
+    """Describes answers with the current weights. Collective: all ranks call it with the same rows."""
 
     def __init__(
         self, trainer: Trainer, tokenizer: Tokenizer, logprobs: Logprobs, micro_tokens: int, whole: bool
     ) -> None:
-        """whole: no layout cuts rows or layers, so that this rank sees which experts all tokens are sent to."""
+        """whole: the layout splits neither rows nor layers, so this rank sees the experts of all tokens."""
         self.trainer, self.tokenizer, self.logprobs, self.micro_tokens = trainer, tokenizer, logprobs, micro_tokens
         blocks = trainer.model.blocks if whole else ()
         layers = [i for i, block in enumerate(blocks) if isinstance(block.feed_forward, MoE)]
         spread = torch.linspace(0, len(layers) - 1, min(MOST_LAYERS, len(layers))).round().int().tolist()
-        # those whose experts are shown
+        # layers whose experts are reported
         self.layers = [layers[i] for i in spread]
 
     def describe(self, answers: Sequence[Rollout]) -> list[dict[str, Any]]:
-        """For each answer its pieces of text, their log-probabilities at the temperature of training, and their experts."""
+        """For each answer its token texts, their log-probabilities at the training temperature, and their experts."""
         order = sorted(range(len(answers)), key=lambda i: -answers[i].length)
         found: list[dict[str, Any]] = [{} for _ in answers]
         model = self.trainer.model
         was_training, start = model.training, 0
-        model.eval()  # what is only looked at does not count as load
+        model.eval()  # a pass without learning must not count as router load
         with torch.no_grad():
             for batch in batches([(answers[i], 0.0) for i in order], self.micro_tokens):
                 rows = order[start : start + len(batch.tokens)]
@@ -55,7 +55,7 @@ class TokenDetail:
         return found
 
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of a batch's labels, and the experts (rows, seq_len, layers, k) that its tokens are sent to."""
+        """Log-probabilities of a batch's labels, and the experts (rows, seq_len, layers, k) that its tokens are routed to."""
         model, (rows, seq_len) = self.trainer.model, batch.labels.shape
         if not self.layers:
             return self.logprobs(model, batch)[0].cpu(), None
@@ -70,14 +70,14 @@ class TokenDetail:
         numbers = logprobs[begin - 1 : begin - 1 + len(tokens)].double().tolist()
         found: dict[str, Any] = {"pieces": pieces(self.tokenizer, tokens)}
         found["logprobs"] = [round(n, DIGITS) for n in numbers]
-        if experts is not None:  # the answer's last token is never read
+        if experts is not None:  # the model never reads the answer's last token
             sent = experts[begin : min(begin + len(tokens), answer.length - 1)].tolist()
             found |= {"expert_layers": self.layers, "experts": sent}
         return found
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    """The text of each token; of a character in several, all with the last of them."""
+    """The text of each token; a character that spans several tokens belongs to the last of them."""
     words, found, whole = Detokenizer(tokenizer), [], 0
     for token in tokens:
         words.push([token])

@@ -1,4 +1,4 @@
-"""What SFT, distillation and RL begin with: the trainer that their layout asks for, and models beside it that do not learn."""
+"""Setup of SFT, distillation and RL: the trainer for their layout, and frozen models next to it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 
 
 def check_layout(stage: "SFT | GRPO") -> None:
-    """UserError for what a layout is asked that fine-tuning and RL do not do on it."""
+    """Raises UserError for layout settings that fine-tuning and RL do not support."""
     layout, adapter = stage.layout, stage.adapter
     if layout is None:
         return
     for name, value, usual, remedy in (
-        ("pp", layout.pp, 1, "Use dp, cp and ep, which share out all of a model too."),
-        ("sharding", layout.sharding, "fsdp", 'Use "fsdp", which holds less.'),
+        ("pp", layout.pp, 1, "Use dp, cp and ep, which also shard the whole model."),
+        ("sharding", layout.sharding, "fsdp", 'Use "fsdp", which needs less memory.'),
     ):
         if value != usual:
-            raise UserError(f"{stage.name}.layout.{name}", value, "is for pre-training alone", remedy)
+            raise UserError(f"{stage.name}.layout.{name}", value, "is supported in pre-training only", remedy)
     if adapter is not None and adapter.base in FORMATS:
         if layout.gather != "fp32":
-            problem = f"{adapter.base} travels as it is stored"
+            problem = f"{adapter.base} is gathered as it is stored"
             raise UserError(f"{stage.name}.layout.gather", layout.gather, problem, "Leave it out.")
         if adapter.dora:
-            problem = f"the rows of {adapter.base} are not measured where they are shared out"
+            problem = f"DoRA needs the norms of whole rows, which a sharded {adapter.base} base does not provide"
             raise UserError(f"{stage.name}.adapter.dora", True, problem, 'Use base="bf16", or leave out layout.')
 
 
 def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: tuple[str, ...] = ()) -> Trainer:
-    """A trainer of what `stage.start` names, or of an adapter on it; what begins with a name of `frozen` stays as it is."""
+    """A trainer for the model that `stage.start` names, or for an adapter on it; parameters whose names start with one of `frozen` do not learn."""
     folder, world = run.input(stage.start), World.of(run)
     if stage.adapter is not None:
         return_large_blocks()
@@ -90,21 +90,21 @@ def _sharded(
 
 
 def _of_layout(stage: Stage, error: UserError, whose: str = "") -> UserError:
-    """An error of a layout as the stage's own."""
+    """Turns an error about a layout into one about the stage's knob."""
     if not error.field.startswith("layout."):
         return error
     return UserError(f"{stage.name}.{error.field}", error.value, error.problem + whose, error.remedy)
 
 
 def _check_merged(stage: Stage, knob: str, adapter: Path | None) -> None:
-    """UserError where a model that is to be shared out is a base and an adapter apart."""
+    """Raises UserError if a model to be sharded consists of a base and a separate adapter."""
     if adapter is not None:
-        problem = "an adapter is not merged into a base that is shared out"
-        raise stage.wrong(knob, problem, "Name the merged model that `finback export` writes, or leave out layout.")
+        problem = "an adapter cannot be merged into a sharded base"
+        raise stage.wrong(knob, problem, "Use the merged model that `finback export` writes, or leave out layout.")
 
 
 def frozen_share(stage: Stage, path: Path, trainer: Trainer, compute: torch.dtype, prefix: str) -> "FrozenShare":
-    """The model at a path, which does not learn, shared out as the trainer's own; `prefix` is for its names in a checkpoint."""
+    """The frozen model at a path, sharded like the trainer's; `prefix` starts its names in a checkpoint."""
     from finback.train import sharded_tuning
 
     assert isinstance(trainer, sharded_tuning.UnevenRows), "a trainer on a layout"
@@ -118,7 +118,7 @@ def frozen_share(stage: Stage, path: Path, trainer: Trainer, compute: torch.dtyp
 
 
 def reference_model(stage: "GRPO", run: StageRun, trainer: Trainer) -> Reference:
-    """The reference model of a policy that has learnt nothing yet; checkpoints keep it beside the policy."""
+    """The reference model of a policy at its start; checkpoints store it with the policy."""
     found: Reference
     if trainer.in_step and stage.adapter is None:
         found = frozen_share(stage, run.input(stage.start), trainer, COMPUTE[stage.compute], "reference")

@@ -1,6 +1,6 @@
-"""A validation set while training: scored every so many steps, it says which model to keep and when to stop.
+"""A validation set for training: scored every few steps, it decides which model to keep and when to stop.
 
-Its questions are of the task's training side, so they are no exam's, and training leaves them out.
+Its questions come from the task's training side, so no exam asks them, and training leaves them out.
 """
 
 import shutil
@@ -34,25 +34,25 @@ STATE = "first", "last", "best", "scored", "best_step", "stale"
 
 @dataclass(frozen=True)
 class Validation:
-    """Distinct problems of a task, answered before the first step, every `every_steps` and after the last one.
+    """Distinct problems of a task, answered before the first step, every `every_steps`, and after the last step.
 
-    The stage keeps the model that answers best. After `patience` scores in a row without a new best, GRPO lets its learning
-    rate fall over half as many steps as it has taken, and SFT and distillation end.
+    The stage keeps the model with the best score. After `patience` scores in a row without a new best, GRPO decays its
+    learning rate over half as many steps as it has taken; SFT and distillation stop.
     """
 
-    # whose problems are asked; training leaves them out
+    # the task whose problems are asked; training leaves these problems out
     task: Task
-    # how many
+    # number of problems
     problems: int = 200
     # steps from one score to the next
     every_steps: int = 20
-    # 0: train to the last step whatever the scores
+    # scores in a row without a new best before training stops; 0: train to the last step
     patience: int = 3
-    # 0: the likeliest answer
+    # sampling temperature; 0: greedy
     temperature: float = 0.0
-    # open the chain for the model
+    # start each answer inside the chain of thought
     think: bool = False
-    # per answer
+    # longest answer, in tokens
     max_tokens: int = 96
 
     def __post_init__(self) -> None:
@@ -61,20 +61,20 @@ class Validation:
         check_not_negative(self, "validation", "patience", "temperature")
 
     def questions(self, run: StageRun) -> list[Problem]:
-        """The set, the same for the same seed of a recipe, whichever stage asks; also those that an exam asks."""
+        """The set of problems: the same for the same recipe seed, whichever stage asks, and it includes those that an exam asks."""
         return tasks.distinct(self.task, "train", self.problems, run.seed("validation", self.task.name))
 
     def keys(self, run: StageRun) -> frozenset[str]:
-        """Canonical forms of the questions, which a stage must not learn."""
+        """Canonical forms of the questions, which a stage must not train on."""
         return frozenset(key for p in self.questions(run) for key in (p.key, canonical(p.question)))
 
     def generates(self, steps: int) -> int:
-        """Tokens that the answers have at most, over so many steps."""
+        """Upper bound of the tokens generated over so many steps."""
         return (2 + steps // self.every_steps) * self.problems * self.max_tokens
 
 
 def declared(validation: Validation | None, given: Declaration) -> Declaration:
-    """A stage's declaration with what a validation set adds to it."""
+    """A stage's declaration, extended by what a validation set adds."""
     if validation is None:
         return given
     ledger, results = (*given.ledger, "flops_evaluation"), (*given.results, "validation")
@@ -82,7 +82,7 @@ def declared(validation: Validation | None, given: Declaration) -> Declaration:
 
 
 def training_questions(task: Task, validation: Validation | None, window: Window, run: StageRun) -> QuestionOrder:
-    """A task's questions in the order in which they are learnt, but for those of exams and of the validation set."""
+    """A task's questions in training order, without those of exams and of the validation set."""
     held_out = frozenset() if validation is None else validation.keys(run)
     return QuestionOrder(
         task, window, run.seed, lambda text: run.say(f"{run.name:10} {text}"), ExamQuestions(run).asks, held_out
@@ -99,7 +99,7 @@ def answered(
     think: bool,
     world: World,
 ) -> tuple[list[float], float]:
-    """Whether each problem is answered rightly, 0 or 1, and the FLOPs of it; ranks share the problems."""
+    """Whether each problem is answered correctly, 0 or 1, and the FLOPs spent. Ranks share the problems."""
     mine = range(world.rank, len(problems), world.size)
     asked, drawn = [problems[i] for i in mine], [seeds[i] for i in mine]
     judged = rollout(rollouts, tokenizer, task, asked, drawn, sampling, think)
@@ -113,9 +113,9 @@ def answered(
 
 
 class Validator:
-    """Scores the model of one training run, and keeps the best one in a folder within the stage's.
+    """Scores the model of one training run, and stores the best one in a subfolder of the stage.
 
-    Without a validation set it scores nothing, and the last model stays.
+    Without a validation set it scores nothing, and the last model is kept.
     """
 
     def __init__(
@@ -126,30 +126,30 @@ class Validator:
         tokenizer: Tokenizer,
         rollouts: Rollouts | None = None,
     ) -> None:
-        """rollouts: what answers; without it an engine here, for as long as it answers."""
+        """rollouts: generates the answers; without it, an engine in this process is opened for each score."""
         self.validation, self.run, self.trainer, self.rollouts = validation, run, trainer, rollouts
         self.tokenizer, self.world = tokenizer, World.of(run)
         self.problems: list[Problem] = []
-        # whether each problem was answered rightly: before the first step, by the newest model, by the best one
+        # whether each problem was answered correctly: before the first step, by the newest model, by the best model
         self.first: list[float] = []
         self.last: list[float] = []
         self.best: list[float] = []
         self.scored = self.best_step = 0
-        # scores in a row that were no new best
+        # scores in a row without a new best
         self.stale = 0
 
     @property
     def stopped(self) -> bool:
-        """Whether the scores have stopped rising."""
+        """Whether the scores have stopped improving."""
         return self.validation is not None and 0 < self.validation.patience <= self.stale
 
     def before(self, loop: Loop) -> None:
-        """Score the model that the stage starts from; it is no candidate for the best one."""
+        """Scores the model that the stage starts from; it is not a candidate for the best one."""
         if self.validation is not None:
             self.first = self._score(self.validation, loop)
 
     def after(self, loop: Loop, last: bool = False) -> None:
-        """Score the model after a step where it is time, or the last one; a new best one is written down."""
+        """Scores the model if this step is due or the last; stores a new best model."""
         validation = self.validation
         if validation is None or self.scored == loop.step or not (last or loop.step % validation.every_steps == 0):
             return
@@ -159,10 +159,10 @@ class Validator:
             self.best, self.best_step, self.stale = self.last, loop.step, 0
             self.trainer.export(self.run, self.run.folder / BEST, self.tokenizer)
             self.world.barrier()
-            loop.checkpoint()  # from here on the folder holds what the state says
+            loop.checkpoint()  # the stored model and the state now agree
 
     def _score(self, validation: Validation, loop: Loop) -> list[float]:
-        """One answer to each problem by the model as it is."""
+        """Answers each problem once with the current model."""
         run, model = self.run, self.trainer.model
         rollouts = self.rollouts or EngineRollouts(ServedWeights(self.trainer.gathered()), model.config, self.tokenizer)
         rollouts.update(loop.step)
@@ -183,7 +183,7 @@ class Validator:
         return right
 
     def finish(self, loop: Loop) -> dict[str, Any]:
-        """Write the best model as the stage's; the results, and a warning where training has made the model worse."""
+        """Writes the best model as the stage's result; warns if training made the model worse. Returns the results."""
         if self.validation is None:
             self.trainer.export(self.run, self.run.folder, self.tokenizer)
             return {}
@@ -204,7 +204,7 @@ class Validator:
         return {name: getattr(self, name) for name in STATE}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where another one stopped."""
+        """Restores what `state` returned."""
         for name, value in state.items():
             setattr(self, name, value)
 

@@ -1,7 +1,7 @@
-"""Prompts that RL answers every so many steps, so that one sees its reasoning change. Nothing is learnt from them.
+"""Prompts that RL answers every few steps, to show how the model's reasoning changes. They are not trained on.
 
-The answers stand in watched.jsonl in the stage's folder, and on the page of its run; with them how likely their tokens are, then and
-at the next look, and which experts they are sent to. samples.jsonl has the same of one group of answers that is learnt from.
+The answers are in watched.jsonl in the stage's folder and on the page of the run, with the log-probabilities of their tokens, then
+and at the next look, and the experts they are routed to. samples.jsonl has the same for one group of training answers.
 """
 
 from dataclasses import dataclass, replace
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from finback.stages.grpo_sampling import Group
     from finback.stages.grpo_training import Reinforcement
 
-MOST_ANSWERS = 16  # of a group that are described token by token
+MOST_ANSWERS = 16  # answers of a group that are described token by token
 
 
 @dataclass(frozen=True)
 class Watch:
-    """A fixed set of prompts, answered before the first step and every `every_steps` by the model as it is then."""
+    """A fixed set of prompts, answered before the first step and every `every_steps` by the current model."""
 
-    # as a user would write them
+    # prompts, as a user would type them
     prompts: tuple[str, ...]
-    # steps from one answer to the next
+    # steps between answers
     every_steps: int = 5
-    # 0: the likeliest answer
+    # sampling temperature; 0: greedy
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
@@ -46,12 +46,12 @@ class Watch:
             raise UserError("watch.prompts", self.prompts, "no prompts", "Give a tuple of texts.")
 
     def generates(self, steps: int, max_tokens: int) -> int:
-        """Tokens that the answers have at most, over so many steps."""
+        """Upper bound of the tokens generated over so many steps."""
         return (1 + steps // self.every_steps) * len(self.prompts) * max_tokens
 
 
 def declared(watch: Watch | None, given: Declaration) -> Declaration:
-    """A stage's declaration with what watching adds to it."""
+    """A stage's declaration, extended by what watching adds."""
     if watch is None or "flops_evaluation" in given.ledger:
         return given
     return replace(given, ledger=(*given.ledger, "flops_evaluation"))
@@ -59,7 +59,7 @@ def declared(watch: Watch | None, given: Declaration) -> Declaration:
 
 @dataclass(frozen=True)
 class Seen:
-    """Answers of one group before they are learnt from: this rank's own, those of all ranks, and their tokens."""
+    """One group before it is learned from: this rank's answers, all ranks' answers, and their tokens."""
 
     mine: list[Rollout]
     answers: list[Rollout]
@@ -67,10 +67,10 @@ class Seen:
 
 
 class Watcher:
-    """Has the prompts of one RL run answered, if there are any, and writes down what training does to single tokens.
+    """Answers the watched prompts of an RL run, and records how training changes single tokens.
 
-    Of each answer to a watched prompt: how likely its tokens are now, and at the next look. Of one group of answers to learn from,
-    in every step before a look: how likely they are before and after the step.
+    For each answer to a watched prompt: the log-probabilities of its tokens now, and at the next look. For one group of training
+    answers, in every step before a look: the log-probabilities before and after the step.
     """
 
     def __init__(self, training: "Reinforcement") -> None:
@@ -80,7 +80,7 @@ class Watcher:
         window = Window(self.tokenizer, self.rollouts.model_config, stage.max_tokens, stage.think)
         texts = self.watch.prompts if self.watch is not None else ()
         self.problems = [Problem(text, "", text) for text in texts]
-        # each as ids, and whether they open the chain
+        # each prompt as token ids, and whether they open the chain
         self.prompts = [window.prompt(problem) for problem in self.problems]
         for problem, (ids, _) in zip(self.problems, self.prompts, strict=True):
             if len(ids) + stage.max_tokens > window.size:
@@ -88,11 +88,11 @@ class Watcher:
         self.detail = TokenDetail(
             self.trainer, self.tokenizer, training.logprobs, stage.micro_tokens, whole=stage.layout is None
         )
-        # ids of the answers at the last look
+        # token ids of the answers at the last look
         self.former: list[list[int]] = []
 
     def look(self, loop: Loop) -> None:
-        """One answer to each prompt, where it is time; ranks share the prompts."""
+        """Answers each prompt once, if a look is due; ranks share the prompts."""
         watch, world, model = self.watch, self.world, self.trainer.model
         if watch is None or not self._is_due(loop.step):
             return
@@ -107,18 +107,18 @@ class Watcher:
         answers = [self._answer(i, completion) for i, completion in sorted(pairs, key=lambda pair: pair[0])]
         flops = forward_flops_of(self.rollouts.model_config, [r.length for r in answers])
         loop.spend(evaluation=flops)
-        # of an answer that is known only by its ids
+        # an answer of which only the token ids are known
         former = [self._answer(i, Completion(ids, [0.0] * len(ids), "stop")) for i, ids in enumerate(self.former)]
         found = self._described([*answers, *former], loop)
         then = [d["logprobs"] for d in found[len(answers) :]] or [None] * len(answers)
         for r, described, logprobs in zip(answers, found, then, strict=False):
             later = {} if logprobs is None else {"former_logprobs": logprobs}
-            # nobody judges them
+            # watched answers are not judged
             self.run.append(WATCHED, {"step": loop.step, **record(r), "correct": None} | described | later)
         self.former = [r.completion.tokens for r in answers]
 
     def before(self, groups: "list[Group]", loop: Loop) -> Seen | None:
-        """A group of rank 0's that is about to be learnt from, one whose answers earn differently if there is any."""
+        """A group of rank 0's that is about to be learned from, if possible one with different rewards."""
         if not self._is_due(loop.step):
             return None
         chosen = [g.rollouts for g in groups if g.differs] or [g.rollouts for g in groups]
@@ -127,7 +127,7 @@ class Watcher:
         return Seen(mine, answers, self._described(answers, loop))
 
     def after(self, seen: Seen | None, loop: Loop) -> dict[int, dict[str, Any]]:
-        """What the step has made of that group's tokens, by the id of each answer of this rank."""
+        """How the step changed that group's tokens, by the id of each of this rank's answers."""
         if seen is None:
             return {}
         new = [described["logprobs"] for described in self._described(seen.answers, loop)]
@@ -153,5 +153,5 @@ class Watcher:
         return {"former": self.former}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where another one stopped."""
+        """Restores what `state` returned."""
         self.former = state.get("former", [])

@@ -1,1 +1,1 @@
-"""Fixed lists of questions from many sources, how each is put and judged, and what their scores can say. No torch here."""
+"""Fixed lists of questions from many sources, how each is put and judged, and what their scores can say. Does not import torch."""

@@ -1,4 +1,4 @@
-"""Suites by name. No torch here.
+"""Suites by name. Does not import torch.
 
 A spec is NAME, NAME?OPTION=VALUE&…, NAME@PATH (the same set from a copy of the hub's folder or from a file), or the path
 of a file of one's own:

@@ -1,4 +1,4 @@
-"""The quickstart's own task as a suite: sums of single digits, held-out ones only. No torch here.
+"""The quickstart's own task as a suite: sums of single digits, held-out ones only. Does not import torch.
 
 chains                        5 to 7 terms, as recipes/tiny.py has them
 chains?min_terms=8&max_terms=8  any field of finback.tasks.math.Chains

@@ -1,4 +1,4 @@
-"""MMLU, MMLU-Pro, GPQA Diamond, C-Eval: multiple choice, without examples, thought through before a letter. No torch here.
+"""MMLU, MMLU-Pro, GPQA Diamond, C-Eval: multiple choice, without examples, thought through before a letter. Does not import torch.
 
 What is counted is the letter that the answer names. The choices of published sets stand in the question as the data set
 orders them, unless `shuffle` is asked for. Those of GPQA, where the right one always comes first, and of a user's file are put in

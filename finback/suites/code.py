@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: a function to be written, judged by the data set's own tests in the sandbox. No torch here."""
+"""HumanEval and MBPP: a function to be written, judged by the data set's own tests in the sandbox. Does not import torch."""
 
 import ast
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""How many of a suite's questions stand in a prepared training corpus: whole, or by n words in a row. No torch here.
+"""How many of a suite's questions stand in a prepared training corpus: whole, or by n words in a row. Does not import torch.
 
 What was really trained on is looked at: the shards of a prepare stage, read back into text. Neither test finds a
 question that was translated or put in other words, and a clean result for one's own data is none for the data
@@ -99,7 +99,7 @@ def _sources(folder: Path, wanted: tuple[str, ...]) -> list[str]:
     known = list(read_json(folder / "sources.json"))
     for name in wanted:
         if name not in known:
-            raise UserError("contamination.sources", name, "not among the prepared", did_you_mean(name, known))
+            raise UserError("contamination.sources", name, "not a prepared source", did_you_mean(name, known))
     return list(wanted) or known
 
 

@@ -1,4 +1,4 @@
-"""The dialogues of the packaged Chit Chat corpus as texts, read once. No torch here."""
+"""The dialogues of the packaged Chit Chat corpus as texts, read once. Does not import torch."""
 
 import importlib.metadata
 from functools import lru_cache

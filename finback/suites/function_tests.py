@@ -1,4 +1,4 @@
-"""Judges a function by tests written in Python, without showing them to it and without running it here. No torch here.
+"""Judges a function by tests written in Python, without showing them to it and without running it here. Does not import torch.
 
 HumanEval's and MBPP's tests are assertions about a function, so they have to run somewhere as Python. Beside the
 program they would not be safe: it could read what is expected, or end the process with success. So there are three

@@ -1,4 +1,4 @@
-"""Suites of reasoning-gym's generators at a chosen difficulty: nobody can have trained on their answers. No torch here.
+"""Suites of reasoning-gym's generators at a chosen difficulty: nobody can have trained on their answers. Does not import torch.
 
 gym:NAME             the generator with reasoning-gym's own settings
 gym:NAME?level=hard  steps of its curriculum, all its knobs at once: easy 0, medium 1, hard 2, or a number

@@ -1,4 +1,4 @@
-"""Where the records of a published data set come from: the hub at one revision, a copy of it, or a file. No torch here."""
+"""Where the records of a published data set come from: the hub at one revision, a copy of it, or a file. Does not import torch."""
 
 import hashlib
 import json

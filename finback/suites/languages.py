@@ -1,4 +1,4 @@
-"""Does a model answer in the language it is asked in? Sums in words, in five languages, made from a seed. No torch here.
+"""Does a model answer in the language it is asked in? Sums in words, in five languages, made from a seed. Does not import torch.
 
 R1-Zero mixed languages within a chain (R1 2.3.2). Here an answer counts if its number is right and its words are in the
 question's language; `Suite.language` asks for the same share of the chains, which the check does not see.

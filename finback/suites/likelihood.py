@@ -6,7 +6,7 @@ FILE?score=texts-normalized  the same, each divided by its number of characters 
 FILE?score=…&shots=5         that many other questions of the file stand before each, with their answers
 
 Examples are drawn as the harness draws them by default: without the question itself, from its seed, question after question
-in the order of the file. A text begins with no token of its own, as there. No torch here, but for measuring.
+in the order of the file. A text begins with no token of its own, as there. Does not import torch, except for measuring.
 """
 
 import random

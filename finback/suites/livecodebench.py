@@ -1,4 +1,4 @@
-"""LiveCodeBench: competition problems with dates, judged by what a program prints or a method returns. No torch here."""
+"""LiveCodeBench: competition problems with dates, judged by what a program prints or a method returns. Does not import torch."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-r"""GSM8K, MATH-500, AIME: questions whose answer is a number or a formula, asked for in \boxed{}. No torch here."""
+r"""GSM8K, MATH-500, AIME: questions whose answer is a number or a formula, asked for in \boxed{}. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

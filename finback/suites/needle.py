@@ -1,4 +1,4 @@
-"""Needle in a haystack: one sentence, somewhere in much text, is asked for. No torch here.
+"""Needle in a haystack: one sentence, somewhere in much text, is asked for. Does not import torch.
 
 Length is counted in words of the haystack, since tokens differ between models (English has about 1.3 to a word). Other
 sentences of the needle's form lie around, so that finding any number is not enough.

@@ -1,4 +1,4 @@
-"""Items that the package `evals` brings: real questions without the hub. `pip install --no-deps evals`, 46 MB. No torch here.
+"""Items that the package `evals` brings: real questions without the hub. `pip install --no-deps evals`, 46 MB. Does not import torch.
 
 evals-mmlu        991 questions of MMLU
 evals-logiqa      677 questions of logical reading (each stands twice in the file)

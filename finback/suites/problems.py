@@ -1,4 +1,4 @@
-"""A task whose problems are a fixed list, and how a suite is made of one. No torch here."""
+"""A task whose problems are a fixed list, and how a suite is made of one. Does not import torch."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Published scores of V3, R1, its stages, the distilled students and closed rivals, each with its conditions. No torch here.
+"""Published scores of V3, R1, its stages, the distilled students and closed rivals, each with its conditions. Does not import torch.
 
 They were measured by their publishers with prompts and harnesses that are only partly described, so they stand beside a
 measurement of one's own, not against it. Where two publications give two numbers, both are here.

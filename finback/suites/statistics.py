@@ -1,6 +1,6 @@
 """What scores on a fixed list of questions can say: intervals over questions, paired differences, pass@k, majority@k.
 
-Samples of one question are not independent, so everything is over questions. No torch here.
+Samples of one question are not independent, so everything is over questions. Does not import torch.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A suite is a fixed list of questions, and all that another person needs to ask them in the same way. No torch here."""
+"""A suite is a fixed list of questions, and all that another person needs to ask them in the same way. Does not import torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

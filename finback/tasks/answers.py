@@ -1,7 +1,8 @@
-r"""Marking: a model's final answer against the gold one. RL, exams, suites and compare share it. Nothing is evaluated here.
+r"""Marking: compares a model's final answer with the reference ("gold") answer, for RL, exams, suites and compare.
 
-What is compared, and how, depends on the gold answer alone: a date, a time or a phone number as such, a number exactly
-and with its unit, words as words, anything else as mathematics by math-verify in a worker.
+The gold answer alone decides how answers are compared: dates, times and phone numbers as such, numbers exactly and with
+their unit, words as words, and everything else as mathematics, by math-verify in a worker process. Nothing is evaluated
+in this process.
 """
 
 import re
@@ -20,18 +21,18 @@ from finback.tasks.wording import glossed, is_name, is_wording, words
 
 __all__ = ["boxed", "check", "compact", "fault", "final_answer", "gold", "number", "spelling", "words"]
 
-_LONGEST = 100_000  # characters of a reply that are looked at
+_LONGEST = 100_000  # characters of a reply that are read
 _LONGEST_ANSWER = 2000  # characters of an answer
-_LONGEST_SENTENCE = 80  # characters; a longer text that states its answer is a worked solution
-_MOST = 20  # spellings of one answer in a reply
-_LONGEST_CHAIN = 4  # parts before the last of a chain of equals
+_LONGEST_SENTENCE = 80  # characters; a longer text with a stated answer is a worked solution
+_MOST = 20  # different spellings of the answer in one reply
+_LONGEST_CHAIN = 4  # parts before the last one in a chain of equations
 
 
 _RADIANS = re.compile(r"(.*(?:\\pi|π).*?)\s*(?:\\(?:text|mathrm)\{\s*rad(?:ian)?s?\s*\}|rad(?:ian)?s?)?", re.DOTALL)
 
 
 class _Gold(NamedTuple):
-    """A gold answer as what it is: one of these, or mathematics."""
+    """A parsed gold answer: one of these fields is set, or none for mathematics."""
 
     label: Label | None
     number: Number | None
@@ -39,7 +40,7 @@ class _Gold(NamedTuple):
 
 
 def final_answer(text: str) -> str | None:
-    r"""What a model gives as its answer; None if it gives two different ones, nothing, or far too much."""
+    r"""The answer that a model gives; None if it gives two different ones, none, or one that is far too long."""
     if len(text) > _LONGEST:
         return None
     found = replies.marked(text)
@@ -54,7 +55,7 @@ def final_answer(text: str) -> str | None:
 
 
 def check(problem: Problem, answer: str) -> Verdict:
-    """Judge a reply by the gold answer alone."""
+    """Judges a reply by comparing it with the gold answer."""
     given = final_answer(answer)
     if given is None or len(given) > _LONGEST_ANSWER:
         return NO_ANSWER
@@ -68,7 +69,7 @@ def check(problem: Problem, answer: str) -> Verdict:
 
 
 def _chained(problem: Problem, given: str) -> Verdict:
-    r"""The verdict on the end of a chain of equals, 24 + 8 = 32 or n = \frac{9}{3} = 3, where each part is equal to it."""
+    r"""The verdict on the last part of a chain such as 24 + 8 = 32 or n = \frac{9}{3} = 3, if all parts are equal."""
     *parts, last = re.split(r"(?<![<>!=\\])=(?!=)", unwrapped(given))
     verdict = _compared(problem, last)
     if not verdict.correct or len(parts) > _LONGEST_CHAIN:
@@ -79,7 +80,7 @@ def _chained(problem: Problem, given: str) -> Verdict:
 
 
 def gold(text: str) -> tuple[str, str]:
-    """The answer of a worked solution, and the reasoning that leads to it ("" where the text is the answer)."""
+    """The answer of a worked solution, and the reasoning before it ("" if the text is only an answer)."""
     reasoning, mark, answer = text.rpartition("####")
     if mark:
         return unwrapped(answer), reasoning.strip()
@@ -98,7 +99,7 @@ def gold(text: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=100_000)
 def fault(gold: str) -> str:
-    """Why a gold answer is of no use, or "": it must be one that the parsers read, or only its very words would pay."""
+    """Why a gold answer cannot be used, or "". It must be one that the parsers can read: otherwise only its exact wording would pass."""
     read = _read(gold)
     if read.label or read.number or read.words is not None:
         return ""
@@ -112,7 +113,7 @@ def fault(gold: str) -> str:
 
 
 def spelling(text: str) -> str:
-    """A form in which answers that are written differently but say the same are often one, to count them."""
+    """A normal form in which many spellings of the same answer coincide, for counting votes."""
     if len(text) > _LONGEST_ANSWER:
         return text
     if (value := number(text)) is not None:
@@ -150,11 +151,11 @@ def _compared(problem: Problem, given: str) -> Verdict:
 
 
 def _counted(problem: Problem, wanted: Number, given: str) -> Verdict | None:
-    """The verdict on a number; None where mathematics may say the same in another way."""
+    """The verdict on a number; None if the answer may be equal as mathematics."""
     value = number(given)
     is_whole = wanted.value.denominator == 1 and wanted.form != "fraction"
     if value is not None and is_whole and value.form == "fraction" and value.value.denominator == 1:
-        return NO_ANSWER  # 6/2 would answer "What is 6/2?"
+        return NO_ANSWER  # else 6/2 would pass for "What is 6/2?"
     if value is not None and value.form in ("power", "fraction") and _is_copied(given, problem.question):
         value = value if value.form == "fraction" else None
     if value is not None:
@@ -167,9 +168,9 @@ def _counted(problem: Problem, wanted: Number, given: str) -> Verdict | None:
 
 
 def _derived(problem: Problem, given: str) -> Verdict:
-    """The verdict of math-verify, where both are single expressions."""
+    """math-verify's verdict, if both answers are single expressions."""
     if label(given) is not None:
-        return NO_ANSWER  # 7:3:1 is no fraction
+        return NO_ANSWER  # 7:3:1 is not a fraction
     (wanted_text, wanted_unit), (given_text, given_unit) = measured(problem.answer), measured(given)
     if wanted_unit and given_unit and not set(wanted_unit) & set(given_unit):
         sizes = [two.factor / one.factor for one in wanted_unit for two in given_unit if one.dimension == two.dimension]
@@ -192,7 +193,7 @@ def _derived(problem: Problem, given: str) -> Verdict:
 
 @lru_cache(maxsize=10_000)
 def _same(wanted: str, found: str) -> math_process.Comparison:
-    """A group of answers to one question says the same few things."""
+    """math-verify's comparison, cached: answers to the same question repeat a lot."""
     return math_process.compare(wanted, found)
 
 
@@ -201,6 +202,6 @@ def _exact(value: Fraction) -> str:
 
 
 def _is_copied(answer: str, question: str) -> bool:
-    """Whether an answer is an expression of the question: to factor x^2+2x, it is not enough to repeat it."""
+    """Whether an answer is an expression of the question: repeating x^2+2x does not factor it."""
     short = compact(answer)
     return bool(re.search(r"[-+*/^\\]", short)) and short in compact(question)

@@ -1,4 +1,4 @@
-"""One child process under watch: what it writes, how long it takes, how it ends. No torch here."""
+"""Supervises a child process: reads its output, limits its time, and reports how it ended. Does not import torch."""
 
 import contextlib
 import json
@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_TICK = 0.02  # seconds between looks at a process where the system has no descriptor for its end
+_TICK = 0.02  # seconds between polls, on systems without a descriptor for the end of a process
 
 
 @dataclass
 class ChildOutput:
-    """What a process left; `stopped` says why it was killed, or is empty."""
+    """A finished process; `stopped` is the reason why it was killed, or ""."""
 
     streams: dict[str, bytearray] = field(default_factory=dict)
-    # 128 + n for signal n
+    # 128 + n if it died of signal n
     exit_code: int = 0
     stopped: str = ""
     seconds: float = 0.0
@@ -31,7 +31,7 @@ class ChildOutput:
 
 @contextlib.contextmanager
 def file_of(content: bytes) -> Iterator[int]:
-    """A descriptor at the start of a nameless file; unlike a pipe it takes any amount without a reader."""
+    """A descriptor at the start of an unnamed file; unlike a pipe it takes any amount of data without a reader."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("finback")
     else:
@@ -50,9 +50,9 @@ def file_of(content: bytes) -> Iterator[int]:
 def watch(
     process: subprocess.Popen[bytes], streams: dict[int, str], seconds: float, most: int, info: int = -1
 ) -> ChildOutput:
-    """Reads the streams until the process ends, `seconds` are over or one of them exceeds `most` bytes.
+    """Reads the streams until the process ends, `seconds` have passed, or one stream exceeds `most` bytes.
 
-    `info` is bubblewrap's information: what to kill is the first process inside, and then all in there die.
+    `info` is the descriptor of bubblewrap's information: killing the first process inside ends all others in there.
     """
     start = time.monotonic()
     seen = ChildOutput({name: bytearray() for name in streams.values()})
@@ -83,7 +83,7 @@ def watch(
 
 
 def _read(names: dict[int, str], seen: ChildOutput, most: int, selector: selectors.BaseSelector) -> None:
-    """Everything that is there now."""
+    """Reads everything that is available now."""
     for descriptor, name in names.items():
         content = seen.streams[name]
         while len(content) <= most:
@@ -103,7 +103,7 @@ def _read(names: dict[int, str], seen: ChildOutput, most: int, selector: selecto
 
 @contextlib.contextmanager
 def _end_of(process: subprocess.Popen[bytes]) -> Iterator[int]:
-    """A descriptor that is readable from the process's end on, or -1."""
+    """A descriptor that becomes readable when the process ends, or -1."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except (AttributeError, OSError):
@@ -116,22 +116,22 @@ def _end_of(process: subprocess.Popen[bytes]) -> Iterator[int]:
 
 
 def _kill(process: subprocess.Popen[bytes], info: int) -> None:
-    """Ends the process and its group; under bubblewrap first the whole namespace, by its first process."""
+    """Kills the process and its group; under bubblewrap first the namespace, by killing its first process."""
     if info >= 0 and process.returncode is None:
         os.set_blocking(info, False)
         with contextlib.suppress(BlockingIOError, ProcessLookupError, subprocess.TimeoutExpired):
             first = re.search(rb'"child-pid": (\d+)', os.read(info, 4096))
-            # It is bubblewrap's child until bubblewrap, our child, has ended; so the number is still its own.
+            # The pid cannot have been reused: it is bubblewrap's child as long as bubblewrap, our child, is running.
             if first and process.poll() is None:
                 os.kill(int(first[1]), signal.SIGKILL)
-                process.wait(5)  # bubblewrap ends when everything in there has
+                process.wait(5)  # bubblewrap ends once everything inside has ended
     if process.returncode is None or info < 0:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder however deep it is and whatever its modes; links are removed, not followed."""
+    """Removes a folder of any depth and permissions; symbolic links are removed, not followed."""
     while True:
         entries = list(os.scandir(folder))
         if not entries:
@@ -145,14 +145,14 @@ def remove(folder: Path) -> None:
                 os.rmdir(entry.path)  # noqa: PTH106
                 continue
             os.chmod(entry.path, 0o700)  # noqa: PTH101
-            for inner in list(os.scandir(entry.path)):  # up one floor, so that depth never grows
+            for inner in list(os.scandir(entry.path)):  # moved one level up, so that depth never grows
                 if inner.is_dir(follow_symlinks=False):
                     os.chmod(inner.path, 0o700)  # noqa: PTH101  a folder that is moved must be writable
                 os.rename(inner.path, folder / secrets.token_hex(16))  # noqa: PTH104
 
 
 def read_json(text: str) -> Any:
-    """A JSON value; where it is none that can be read, something that equals no value, not even itself."""
+    """A JSON value; if the text is not JSON, an object that equals nothing, not even itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError, MemoryError):

@@ -1,7 +1,7 @@
-r"""Multiple choice from a user's file. No torch here.
+r"""Multiple choice from a user's file. Does not import torch.
 
-A record is {"question": …, "choices": […], "answer": …}: two to ten choices, and the right one as its letter, its
-place (counted from 0) or its text.
+A record is {"question": …, "choices": […], "answer": …} with two to ten choices; the answer is the right choice's letter,
+its index (from 0), or its text.
 """
 
 import hashlib
@@ -15,22 +15,22 @@ from finback.tasks.letters import LETTERS, named
 from finback.tasks.records import Record, RecordTask, read
 from finback.tasks.task import Problem, Verdict, canonical
 
-# Choices that speak of others by their place stay where they are.
+# Choices that refer to others by position keep their order.
 _BOUND = re.compile(r"\b(?:above|below|preceding|following)\b|\b[A-J](?:,| and| or| &) [A-J]\b")
 
 
 @dataclass(frozen=True)
 class Choice(RecordTask):
-    """An answer is right if it names exactly one letter, the right one: B, (B), B., Answer: B, \\boxed{B}, or its text.
+    """Multiple choice. A reply must name exactly one letter, the right one: B, (B), B., Answer: B, \\boxed{B}, or its text.
 
-    `shuffle` orders the choices by a hash of the question, so that "mostly C" cannot be learnt from a file; the order
-    is the same in every run. Choices such as "All of the above" keep a question as it is.
+    `shuffle` orders the choices by a hash of the question, so that a model cannot learn "mostly C" from a file; the order
+    is the same in every run. Questions with choices such as "All of the above" are not shuffled.
     """
 
     instruction: str = "Answer with the letter alone."
-    # field of a record that holds the list of choices
+    # field that holds the list of choices
     choices_field: str = "choices"
-    # order them by a hash of the question
+    # order the choices by a hash of the question
     shuffle: bool = True
 
     def __post_init__(self) -> None:
@@ -42,21 +42,21 @@ class Choice(RecordTask):
         return Verdict(correct=letter == problem.answer, well_formed=letter is not None)
 
     def problems(self) -> Iterator[tuple[Problem, list[str]]]:
-        """Each problem with its choices in the order shown."""
+        """Each problem, with its choices in the order shown."""
         return map(self._problem, read(self.source, self.subset, self.split))
 
     def _problem(self, record: Record) -> tuple[Problem, list[str]]:
         question = record.text(self.question_field).strip()
         choices = self._listed(record)
         right = choices[_place(record, self.answer_field, choices)]
-        # "Which of these is true?" is another problem with other choices, but not with another order of them.
+        # "Which of these is true?" is a different problem with other choices, but not with the same ones in another order.
         key = canonical("\n".join([question, *sorted(choices)]))
         choices = ordered(key, choices) if self.shuffle else choices
         shown = "\n".join([lettered(question, choices), *([self.instruction] if self.instruction else [])])
         return Problem(question=shown, answer=LETTERS[choices.index(right)], key=key), choices
 
     def _listed(self, record: Record) -> list[str]:
-        """The choices, each on one line."""
+        """The choices, each as one line."""
         listed = record.value(self.choices_field)
         is_list = isinstance(listed, list) and all(isinstance(c, (str, int, float)) for c in listed)
         choices = [" ".join(str(choice).split()) for choice in listed] if is_list else []
@@ -67,19 +67,19 @@ class Choice(RecordTask):
 
 
 def ordered(key: str, choices: list[str]) -> list[str]:
-    """The choices of a question in the order of a hash; as they are where one speaks of others by their place."""
+    """The choices of a question, ordered by a hash; in their own order if one refers to others by position."""
     if any(map(_BOUND.search, choices)):
         return choices
     return sorted(choices, key=lambda choice: hashlib.blake2b(f"{key}\n{choice}".encode()).digest())
 
 
 def lettered(question: str, choices: Sequence[str]) -> str:
-    """A question with its choices below it, A. to J."""
+    """A question followed by its choices, A. to J."""
     return "\n".join([question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))])
 
 
 def _place(record: Record, name: str, choices: list[str]) -> int:
-    """Where the right choice stands, from a letter, a place or a text; UserError if they could mean two."""
+    """Index of the right choice, from a letter, an index or a text; UserError if it is ambiguous or matches none."""
     value: Any = record.fields.get(name)
     text = " ".join(record.text(name).split())
     places = set[int]()
@@ -90,5 +90,5 @@ def _place(record: Record, name: str, choices: list[str]) -> int:
         places = {int(text)}
     if len(places) == 1 and max(places) < len(choices):
         return max(places)
-    problem = "could be a letter or a text" if len(places) > 1 else "names none of the choices"
-    raise UserError(f"{record.where} {name}", value, problem, "Give the letter, the text, or the place from 0.")
+    problem = "could be a letter or a text" if len(places) > 1 else "is none of the choices"
+    raise UserError(f"{record.where} {name}", value, problem, "Give the letter, the text, or the index from 0.")

@@ -1,7 +1,7 @@
-"""Programs, judged by what they do: text in, text out, or a function's values. No torch here.
+"""Programming problems, judged by running the program: stdin to stdout, or a function's values. Does not import torch.
 
-The program runs in the sandbox and the verdict is made outside. What would be right never goes in, so that a program
-which owns the whole sandbox can still do no more than answer.
+The program runs in the sandbox, and the verdict is made outside. The expected results never enter the sandbox, so even a
+program that takes over the whole sandbox can do no more than give an answer.
 """
 
 import json
@@ -18,13 +18,13 @@ from finback.tasks.fences import program
 from finback.tasks.sandbox import Limits, Outcome, shared
 from finback.tasks.task import NO_ANSWER, Problem, Verdict
 
-_LONGEST = 100_000  # characters of an answer; no honest program comes near
+_LONGEST = 100_000  # characters of an answer; no genuine program is nearly as long
 _LINE, _STDIN, _CALL = {"question", "tests", "entry", "solution"}, {"stdin", "stdout"}, {"args", "expected"}
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One line of the data: a problem and its tests, which are all of one kind."""
+    """One line of the data: a problem and its tests, all of one kind."""
 
     problem: Problem
     entry: str | None
@@ -33,20 +33,20 @@ class _Item:
 
 @dataclass(frozen=True)
 class Code:
-    """Problems of a JSONL file: `question`, `tests`, and where given `entry` (a function's name) and `solution`.
+    """Problems of a JSONL file: `question`, `tests`, and optionally `entry` (name of a function) and `solution`.
 
     A test is {"stdin": text, "stdout": text} for a program or {"args": [...], "expected": value} for the function.
-    The canonical form of a problem is its question. The limits hold for each program that is run, and for all calls
+    A problem's canonical form is its question. The limits apply to each program run; for a function, to all calls together.
     of a function together.
     """
 
-    # of the JSONL file
+    # a JSONL file
     path: str
-    # the name in tables, else the file's
+    # name in tables; default: the file's name
     label: str = ""
-    # how programs are kept from the machine; auto: bubblewrap where it works, else rlimits
+    # how programs are isolated from the machine; auto: bubblewrap where it works, else rlimits
     isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto"
-    # of time, memory and output
+    # limits of time, memory and output
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -62,17 +62,17 @@ class Code:
 
     @property
     def waits(self) -> bool:
-        """A check waits for another process, so several are made at a time."""
+        """Checks wait for another process, so several run at a time."""
         return True
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """All problems of the file, in its order."""
+        """All problems of the file, in order."""
         return tuple(item.problem for item in _load(self.path).values())
 
     @property
     def all_problems(self) -> tuple[Problem, ...]:
-        """The same, as tasks of records name them."""
+        """The same, under the name that tasks of records use."""
         return self.problems
 
     def draw(self, rng: random.Random) -> Problem:
@@ -95,7 +95,7 @@ class Code:
 
 
 def verdict(runs: Iterable[tuple[Outcome, bool]]) -> Verdict:
-    """The verdict on a program's runs, each with whether its result is right; none is made after the first that fails."""
+    """The verdict on (outcome, whether the result is right) pairs; stops at the first failure."""
     compiled = False
     for seen, is_right in runs:
         compiled = compiled or seen.compiled
@@ -105,7 +105,7 @@ def verdict(runs: Iterable[tuple[Outcome, bool]]) -> Verdict:
 
 
 def same(value: Any, expected: Any) -> bool:
-    """Equality of JSON values: 2 and 2.0 are one number, true is none, and NaN equals nothing."""
+    """Equality of JSON values: 2 equals 2.0, true is not a number, and NaN equals nothing."""
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(expected, list):
@@ -123,13 +123,13 @@ def _are_right(seen: Outcome, tests: tuple[dict[str, Any], ...]) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines without the white space at their ends and the blank lines at the text's end."""
+    """Lines without trailing white space, and without blank lines at the end."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 @lru_cache
 def _load(path: str) -> dict[str, _Item]:
-    """The file's problems by their canonical form; read once."""
+    """The file's problems by canonical form; cached."""
     items = dict[str, _Item]()
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Arithmetic that a model wrote, worked out exactly and without running it."""
+"""Evaluates arithmetic that a model wrote, exactly and without executing it."""
 
 import ast
 import operator
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-_LONGEST = 200  # characters; bounds the depth of the tree and the size of every number
+_LONGEST = 200  # characters; bounds the tree's depth and the size of numbers
 _ALLOWED = re.compile(r"[0-9+\-*/() ]+")
 _TOO_MANY_DIGITS = re.compile(r"[0-9]{11}")
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -41,4 +41,4 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
             return -_value(operand, used)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_value(left, used), _value(right, used))
-    raise ValueError(f"{type(node).__name__} is not allowed")  # powers and // parse, but end here
+    raise ValueError(f"{type(node).__name__} is not allowed")  # powers and // parse, but are rejected here

@@ -1,4 +1,4 @@
-"""The program within a reply: the last Python block that defines what is asked, however it is fenced. Nothing runs here. No torch here."""
+"""Extracts the program from a reply: the last Python block that defines the wanted name, however it is fenced. Runs nothing. Does not import torch."""
 
 import re
 import textwrap
@@ -17,7 +17,7 @@ _CODE = re.compile(
 
 @dataclass
 class _Block:
-    """Lines between two fences, without what stands before each: an indentation or marks of a quotation."""
+    """The lines between two fences, without the prefix of each line: indentation or quotation marks."""
 
     mark: str
     info: str
@@ -30,19 +30,19 @@ class _Block:
 
     @property
     def is_python(self) -> bool:
-        """Whether it says so or says nothing."""
+        """Whether it is marked as Python or not marked at all."""
         return bool(_PYTHON.fullmatch(self.info.strip()))
 
     @property
     def is_page(self) -> bool:
-        """Whether it is Markdown, which may hold blocks of its own."""
+        """Whether it is Markdown, which may contain blocks of its own."""
         return bool(re.fullmatch(r"(?i)markdown|md", self.info.strip()))
 
 
 def program(answer: str, entry: str = "") -> str:
-    """The last Python block that defines `entry`, or else does something; the last block, or all of the answer, if none does.
+    """The last Python block that defines `entry`, else the last that does something, else the last block, else the whole answer.
 
-    A block without its end counts, and so does code without a fence. A block of output behind the program does not.
+    An unterminated block counts, and so does unfenced code. A block of output after the program does not.
     """
     blocks = _blocks(answer, entry)
     if not blocks:
@@ -64,13 +64,13 @@ def program(answer: str, entry: str = "") -> str:
 
 
 def _within(block: _Block, entry: str) -> list[_Block]:
-    """The blocks in a block of Markdown, or in one without a name if one of them defines what is asked."""
+    """Blocks nested in a Markdown block, or in an unnamed block if one of them defines the wanted name."""
     inner = _blocks(block.text, entry) if block.is_page or not block.info.strip() else []
     return inner if block.is_page or any(entry and defines(each.text, entry) for each in inner) else []
 
 
 def defines(source: str, entry: str) -> bool:
-    """Whether a line of a program defines a name, as a function, a class or a value."""
+    """Whether a line of a program defines a name, as a function, class or variable."""
     name = re.escape(entry)
     return bool(
         re.search(
@@ -80,7 +80,7 @@ def defines(source: str, entry: str) -> bool:
 
 
 def _blocks(answer: str, entry: str) -> list[_Block]:
-    """Fenced blocks, as CommonMark has them but with any indentation; one of four backticks may hold one of three."""
+    """Fenced blocks as in CommonMark, but with any indentation; a fence of four backticks may contain one of three."""
     blocks, block = list[_Block](), None
     for line in answer.split("\n"):
         match = _OPEN.fullmatch(line.rstrip("\r"))
@@ -91,26 +91,26 @@ def _blocks(answer: str, entry: str) -> list[_Block]:
             block = None
         else:
             block.lines.append(_inner(line, block.before))
-    if block is not None:  # its end may have words behind it
+    if block is not None:  # the closing fence may be followed by words
         ends = [i for i, line in enumerate(block.lines) if line.startswith(block.mark + " ")]
         block.lines = block.lines[: ends[0]] if ends else block.lines
     for block in blocks:
         dedented = textwrap.dedent(block.text)
-        # A body alone, which continues the question, keeps its indentation.
+        # The body of a function that continues the question keeps its indentation.
         if block.before or (entry and defines(dedented, entry)) or not entry:
             block.lines = dedented.split("\n")
     return blocks
 
 
 def _inner(line: str, before: str) -> str:
-    """A line of a block whose fence stands behind `before`."""
+    """A line of a block whose fence is preceded by `before`."""
     if ">" in before:
         return re.sub(r"^[ \t]*>[ \t]?", "", line)
     return line
 
 
 def _acts(source: str) -> bool:
-    """Whether a program could do anything: more than values, prompts of a shell or of Python."""
+    """Whether a program does anything, beyond bare values and prompts of a shell or of Python."""
     lines = [line for line in source.split("\n") if line.strip() and not line.lstrip().startswith("#")]
     return any(_CODE.match(line) for line in lines) and not all(
         re.match(r"\s*(?:>>>|\$|\.\.\.)", line) for line in lines[:1]
@@ -118,7 +118,7 @@ def _acts(source: str) -> bool:
 
 
 def _unfenced(answer: str, entry: str) -> str:
-    """Code without a fence, cut out of the sentences around it; all of the answer where no definition begins."""
+    """Unfenced code, cut out of the surrounding sentences; the whole answer if it has no definition."""
     lines = _dedented(answer.replace("\r\n", "\n").split("\n"))
     starts = [i for i, line in enumerate(lines) if _BEGINS.match(line) or (entry and defines(line, entry))]
     if not starts or (entry and not defines("\n".join(lines), entry)):
@@ -133,7 +133,7 @@ def _unfenced(answer: str, entry: str) -> str:
 
 
 def _dedented(lines: list[str]) -> list[str]:
-    """The lines of code that stands indented between sentences, at the margin; others as they are."""
+    """Dedents code that is indented as a block between sentences; other lines stay as they are."""
     if any(_BEGINS.match(line) for line in lines):
         return lines
     indents = [line[: len(line) - len(line.lstrip())] for line in lines if _BEGINS.match(line.lstrip())]

@@ -1,4 +1,4 @@
-r"""Mathematics as math-verify reads it: one expression in LaTeX, without words or a second answer. No torch here."""
+r"""Prepares mathematics for math-verify: one LaTeX expression, without words or a second answer. Does not import torch."""
 
 import re
 
@@ -49,7 +49,7 @@ _TAIL = re.compile(
 
 
 def formula(text: str, like: str = "") -> str | None:
-    """An expression for math-verify; None if there are words in it that `like` does not have, or two answers."""
+    """An expression for math-verify; None if it has words that `like` does not have, or two answers."""
     one = _one_formula(unwrapped(plain(text)))
     if one is None:
         return None
@@ -78,9 +78,9 @@ def formula(text: str, like: str = "") -> str | None:
 
 
 def alike(one: str, other: str) -> tuple[str, str]:
-    """Two expressions, a range of a variable as an interval if the other is one, and x = 1, y = 2 as a tuple.
+    """Two expressions in the same form: a range as an interval if the other is one, and x = 1, y = 2 as a tuple.
 
-    C(10, 3) is a number of choices where the other is no point.
+    C(10, 3) is a binomial coefficient unless the other is a point.
     """
     one, other = (_without(one) if "setminus" in other else one), (_without(other) if "setminus" in one else other)
     if not (_INTERVAL.match(one) or _INTERVAL.match(other)):
@@ -106,7 +106,7 @@ def _without(text: str) -> str:
 
 
 def _tuple(text: str) -> str | None:
-    """x = 1, y = 2 as (1, 2), in the order of the variables' names; None if it is something else."""
+    """x = 1, y = 2 as (1, 2), in the order of the variables' names; None for anything else."""
     assigned = [_ASSIGNED.fullmatch(part.strip()) for part in _split(text)]
     if len(assigned) < 2 or not all(assigned):
         return None
@@ -115,13 +115,13 @@ def _tuple(text: str) -> str | None:
 
 
 def _column(text: str) -> str | None:
-    r"""(1, 2) as \begin{pmatrix} 1 \\ 2 \end{pmatrix}: a vector beside one in a column; None if it is something else."""
+    r"""(1, 2) as \begin{pmatrix} 1 \\ 2 \end{pmatrix}, to compare it with a column vector; None for anything else."""
     match = re.fullmatch(r"\s*\(([^()]*,[^()]*)\)\s*", text)
     return r"\begin{pmatrix}" + r" \\ ".join(_split(match[1])) + r"\end{pmatrix}" if match else None
 
 
 def _interval(text: str) -> str | None:
-    r"""x \ge 0 as [0, \infty), 1 < x \le 2 as (1, 2], x < 1 or x > 2 as their union; None if it is neither."""
+    r"""x \ge 0 as [0, \infty), 1 < x \le 2 as (1, 2], x < 1 or x > 2 as a union; None for anything else."""
     found = list[str]()
     for part in re.split(r"\\text \{ or \}|\\text\{ or \}|\s+or\s+", text):
         tokens = [t.strip() for t in re.split(r"(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))", part)]
@@ -146,7 +146,7 @@ def _interval(text: str) -> str | None:
 
 
 def _as_set(text: str) -> str | None:
-    r"""]0, 1] as (0, 1], numbers of a range in set-builder notation as an interval, other such sets with \mid; else None."""
+    r"""]0, 1] as (0, 1], a range in set-builder notation as an interval, other such sets with \mid; None for anything else."""
     french = [_FRENCH.fullmatch(part.strip()) for part in re.split(r"\\cup(?![a-zA-Z])", text)]
     if all(french) and any((each[1], each[4]) != ("[", "]") for each in french if each):
         ranges = [(each[1] == "[", f"{each[2]},{each[3]}", each[4] == "]") for each in french if each]
@@ -161,12 +161,12 @@ def _as_set(text: str) -> str | None:
 
 
 def is_notation(formula: str) -> bool:
-    """Whether a formula is a set in set-builder notation, which nothing computes: it is right as it is written."""
+    """Whether a formula uses set-builder notation, which nothing here evaluates: it must match as written."""
     return bool(_OTHER_BUILDER.fullmatch(formula))
 
 
 def measured(text: str) -> tuple[str, tuple[Unit, ...]]:
-    r"""An expression and the unit behind it: 3\pi \text{ cm}."""
+    r"""Splits an expression from the unit after it: 3\pi \text{ cm}."""
     plainly = undollared(unwrapped(plain(text)))
     spaced = " ".join(re.sub(r"\\[,;: ]|~", " ", latex(unstyled(plainly))).split())
     for gap in list(_GAP.finditer(spaced))[:8]:  # 4\pi square centimeters
@@ -185,7 +185,7 @@ def measured(text: str) -> tuple[str, tuple[Unit, ...]]:
 
 
 def compact(text: str) -> str:
-    r"""A form in which spaces, \left, \right and \dfrac do not count, to see whether two answers are written alike."""
+    r"""A normal form without spaces, \left, \right and \dfrac, to see whether two answers are written alike."""
     text = re.sub(r"\\left|\\right|\\[,;:! ]|\s|\$", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     return re.sub(
@@ -194,7 +194,7 @@ def compact(text: str) -> str:
 
 
 def _one_formula(text: str) -> str | None:
-    """Text whose pairs of $ are joined by words such as "and" alone: behind another $ a second answer would hide."""
+    """A text whose $ pairs are joined only by words such as "and"; otherwise a second answer could hide in it."""
     if "$" not in text.replace("\\$", ""):
         return text
     parts = _DOLLARS.split(text)[::2]
@@ -204,7 +204,7 @@ def _one_formula(text: str) -> str | None:
 
 
 def _listed(text: str) -> str | None:
-    r"""x = 1 or x = 2, and 1 and 2, as \{1, 2\}. "1 or 2" without a variable is two guesses, so it is None."""
+    r"""x = 1 or x = 2, and 1 and 2, as \{1, 2\}. "1 or 2" without a variable is two guesses, so None."""
     if text.startswith("\\{") or (text.startswith("{") and text.endswith("}")):
         text = re.sub(r",?\s+and\s+", ", ", text)  # {1, 2, and 3}
     if not _JOINT.search(text):
@@ -228,7 +228,7 @@ def _listed(text: str) -> str | None:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that stand in no brackets."""
+    """The parts between commas outside of brackets."""
     parts, depth = [""], 0
     for char in text:
         depth += (char in "([{") - (char in ")]}")
@@ -240,7 +240,7 @@ def _split(text: str) -> list[str]:
 
 
 def _both_signs(text: str) -> str:
-    r"""Each element with \pm as two: 1 \pm \sqrt2 is \{1 + \sqrt2, 1 - \sqrt2\}."""
+    r"""Each element with \pm as two elements: 1 \pm \sqrt2 is \{1 + \sqrt2, 1 - \sqrt2\}."""
     if r"\pm" not in text or text.count(r"\pm") > 2:
         return text
     match = re.fullmatch(r"([a-zA-Z])\s*=\s*(.*)", text)
@@ -254,7 +254,7 @@ def _both_signs(text: str) -> str:
 
 
 def _letters(text: str) -> set[str]:
-    """Runs of letters that are neither commands nor names of environments."""
+    """Runs of letters that are neither commands nor environment names."""
     text = re.sub(
         r"\\text\{ or \}|\\(?:begin|end)\s*\{[a-zA-Z*]+\}(?:\{[lcr|]+\})?|\\(?:mathbb|mathcal)\s*\{[A-Z]\}|\\[a-zA-Z]+",
         " ",

@@ -1,8 +1,8 @@
-"""Problems from the generators of reasoning-gym, judged by checks of our own.
+"""Problems from reasoning-gym's generators, judged by our own checks.
 
-reasoning-gym makes the questions and the gold answers, nothing else. Several of its scorers run the answer
-as Python and some pay for junk, so no text of a model ever reaches them: an answer is read into a canonical
-value, such as an exact number, and is right if that equals the value of the gold answer.
+reasoning-gym supplies questions and gold answers, nothing else. Several of its scorers execute the answer as Python and
+some reward nonsense, so they never see a model's text: an answer is parsed into a canonical value, such as an exact
+number, and is right if it equals the value of the gold answer.
 """
 
 import json
@@ -21,7 +21,7 @@ from finback.tasks.expression import evaluate
 from finback.tasks.task import NO_ANSWER, Problem, Verdict
 
 Setting = int | float | str | bool | tuple[int | float | str, ...]
-# A form of answer: reads a text into the value to be compared, or None if the text has not that form.
+# The form of an answer: parses a text into a comparable value, or None if the text does not have this form.
 Form = Callable[[str], Hashable | None]
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,100}|[0-9]{1,3}(?:,[0-9]{3}){1,30})(?:\.[0-9]{1,100})?")
@@ -31,13 +31,13 @@ _ROLE = re.compile(r"([a-z]+) is an? ([a-z]+)")
 
 
 def _number(text: str) -> Hashable | None:
-    """An integer or a decimal, exactly; 1,000 is 1000. No fraction: 6/2 would answer "Calculate 6 / 2."."""
+    """An integer or a decimal, exactly; 1,000 is 1000. Not a fraction: 6/2 would pass for "Calculate 6 / 2."."""
     text = text.strip()
     return Fraction(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
 
 
 def _numbers(text: str) -> Hashable | None:
-    """A list in brackets, with or without quotes around its numbers."""
+    """A list in brackets, with or without quotes around the numbers."""
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return None
@@ -47,7 +47,7 @@ def _numbers(text: str) -> Hashable | None:
 
 
 def _fraction(text: str) -> tuple[int, ...] | None:
-    """A fraction as it is written: 2/4 is not 1/2 where the lowest terms are asked for."""
+    """A fraction as written: 2/4 is not 1/2, because lowest terms are required."""
     match = _FRACTION.fullmatch(text.strip().strip("$").strip())
     return tuple(int(group) for group in match.groups() if group) if match else None
 
@@ -65,23 +65,23 @@ def _factors(text: str) -> Hashable | None:
 
 
 def _text(text: str) -> Hashable | None:
-    """Any text; blank lines and the width of the gaps inside a line do not count."""
+    """Any text; blank lines and the number of spaces do not matter."""
     lines = (" ".join(line.split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line) or None
 
 
 def _word(text: str) -> Hashable | None:
-    """A text whose case does not count, in ASCII: beyond it, lower() makes a k of the Kelvin sign."""
+    """A text in any case, ASCII only: lower() would turn the Kelvin sign into a k."""
     return _text(text.lower() if text.isascii() else text)
 
 
 def _items(text: str) -> Hashable | None:
-    """Items between commas; white space does not count."""
+    """Items separated by commas; white space does not matter."""
     return "".join(text.split()) or None
 
 
 def _roles(text: str) -> Hashable | None:
-    """Who is what, in any order: "Ann is a knight, and Bob is a knave."."""
+    """Roles of people, in any order: "Ann is a knight, and Bob is a knave."."""
     text = text.lower() if text.isascii() else ""
     pairs, rest = _ROLE.findall(text), _ROLE.sub("", text)
     names = {name for name, _ in pairs}
@@ -99,27 +99,27 @@ _FORMS: dict[str, Form] = {
     "word": _word,
     "items": _items,
     "roles": _roles,
-    # Any solution counts: it has the value of the gold answer and uses the same numbers, each as often.
+    # Any solution is accepted that has the gold answer's value and uses the same numbers equally often.
     "arithmetic": evaluate,
 }
-# The data sets by the form of their answers, and those that are refused by the reason. Only those whose answer is unique
-# are supported; their own scorers compare texts or numbers, some with partial credit.
+# Data sets by the form of their answers, and rejected ones by the reason. Only data sets with a unique answer are
+# supported; reasoning-gym's own scorers compare texts or numbers, some with partial credit.
 _DATASETS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 SUPPORTED: dict[str, Form] = {name: _FORMS[form] for form, names in _DATASETS["forms"].items() for name in names}
 REFUSED: dict[str, str] = {name: reason for reason, names in _DATASETS["refused"].items() for name in names}
 
-# Where a generator is wrong or ambiguous now and then, its metadata show it; such problems are not asked.
+# Some generators produce wrong or ambiguous problems, which their metadata reveal; these are not asked.
 _SOUND: dict[str, Callable[[str, dict[str, Any]], bool]] = {
-    # It divides with //, and without parentheses it works from left to right.
+    # It divides with //, and without parentheses it evaluates from left to right.
     "basic_arithmetic": lambda gold, data: (evaluate(data["expression"]) or (None,))[0] == _number(gold),
-    # Some counts of working days run past the end of the year that the question names.
+    # Some counts of working days extend beyond the year in the question.
     "calendar_arithmetic": lambda gold, data: (
-        data["task"] != "weekday_of_date_from_first_date"  # in a leap year or not: the question does not say
+        data["task"] != "weekday_of_date_from_first_date"  # the question does not say whether it is a leap year
         and data.get("start_date", "")[:4] == data.get("end_date", data.get("start_date", ""))[:4]
     ),
-    # From 11 coins on, its ten digits are not always enough.
+    # From 11 coins on, ten digits are not always enough.
     "coin_flip": lambda gold, data: _number(gold) == Fraction(*data["rational"].values()),
-    # The bottom can be turned to the top in two ways, which move different sides.
+    # "Bottom to top" can be done by two rotations, which move different sides.
     "color_cube_rotation": lambda gold, data: "bottom" not in data["rotations"],
     "countdown": lambda gold, data: evaluate(gold) == (data["target"], tuple(sorted(data["numbers"]))),
     # Nephews, nieces and parents-in-law are named the wrong way round.
@@ -131,16 +131,16 @@ _SOUND: dict[str, Callable[[str, dict[str, Any]], bool]] = {
 
 @dataclass(frozen=True)
 class Gym:
-    """One data set of reasoning-gym, such as "chain_sum"; `settings` are fields of its config class.
+    """A data set of reasoning-gym, such as "chain_sum"; `settings` are fields of its config class.
 
-    The canonical form of a problem is its question, so it stays on its side of the split under any settings.
+    A problem's canonical form is its question, so it is on the same side of the split under any settings.
     """
 
-    # its name in reasoning-gym
+    # name in reasoning-gym
     dataset: str
-    # fields of its config class
+    # fields of the data set's config class
     settings: dict[str, Setting] = field(default_factory=dict, hash=False)
-    # the name in tables, where one data set is used with several settings
+    # name in tables, to distinguish several settings of one data set
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Gym:
             raise UserError("gym.dataset", self.dataset, f"this data set {REFUSED[self.dataset]}", remedy)
         if self.dataset not in SUPPORTED:
             raise UserError("gym.dataset", self.dataset, "no such data set", did_you_mean(self.dataset, SUPPORTED))
-        if self.settings:  # without any, do not wait for the import
+        if self.settings:  # without settings, avoid the slow import
             _check_settings(self.dataset, self.settings)
 
     @property
@@ -160,7 +160,7 @@ class Gym:
     def draw(self, rng: random.Random) -> Problem:
         settings = tuple(sorted(self.settings.items()))
         for _ in range(1000):
-            # Item i of seed s is item 0 of seed s + i there: only seeds far apart give unrelated problems.
+            # In reasoning-gym, item i of seed s is item 0 of seed s + i: only distant seeds give unrelated problems.
             item = _item(self.dataset, settings, rng.getrandbits(62))
             gold, data = item["answer"], item["metadata"]
             is_sound = _SOUND.get(self.dataset, lambda gold, data: True)
@@ -172,10 +172,10 @@ class Gym:
                     solution=data.get("answer_cot", "").split("\n####")[0],
                     tags={"source": self.dataset},
                 )
-        raise UserError("gym.settings", self.settings, "no sound problem in 1,000 draws", "Change them.")
+        raise UserError("gym.settings", self.settings, "no valid problem in 1,000 draws", "Change them.")
 
     def check(self, problem: Problem, answer: str) -> Verdict:
-        if len(answer) > 4 * len(problem.answer) + 100:  # far from any right answer, and costly to read
+        if len(answer) > 4 * len(problem.answer) + 100:  # too long to be right, and slow to parse
             return NO_ANSWER
         read = SUPPORTED[self.dataset]
         value, gold = read(answer), read(problem.answer)
@@ -210,7 +210,7 @@ def _check_settings(dataset: str, settings: dict[str, Setting]) -> None:
     for key in settings.keys() - types.keys():
         near = did_you_mean(key, types)
         raise UserError(f"gym.settings.{key}", settings[key], f"{dataset} has no such setting", near)
-    # Only the given ones: some defaults of reasoning-gym do not fit their own annotations.
+    # Only the given settings are checked: some defaults of reasoning-gym do not match their own annotations.
     typed = [(key, tuple if _is_list(types[key]) else types[key]) for key in settings]
     check_fields(make_dataclass("Settings", typed)(**settings), "gym.settings")
     try:
@@ -220,8 +220,8 @@ def _check_settings(dataset: str, settings: dict[str, Setting]) -> None:
 
 
 def _item(dataset: str, settings: tuple[tuple[str, Setting], ...], seed: int) -> dict[str, Any]:
-    # These two draw for all their items when they are built, so one object cannot serve every seed. Not item 0,
-    # because what is drawn for it and what it draws come from the same seed, and agree.
+    # These two generate all items when constructed, so one object cannot serve every seed. Item 0 is not used, because
+    # the constructor and the item share a seed, so their random choices would be correlated.
     if dataset in ("acre", "gsm_symbolic"):
         return _classes(dataset)[0](_config(dataset, dict(settings), seed=seed, size=5))[4]
     return _generator(dataset, settings)[seed]

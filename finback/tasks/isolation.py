@@ -1,4 +1,4 @@
-"""Where a program of the sandbox is started: a bubble of its own, or an empty folder. No torch here."""
+"""Starts sandboxed programs, in bubblewrap or in an empty folder. Does not import torch."""
 
 import contextlib
 import importlib.util
@@ -36,14 +36,14 @@ def bubblewrap() -> str | None:
 
 @lru_cache
 def _view() -> tuple[str, ...]:
-    """The part of bubblewrap's command that is the same in every run: what the program can see and be."""
-    # No /proc, /etc, /home, shell or other command. The interpreter, its library, and the libraries those load.
+    """The constant part of bubblewrap's command: what the program can see and do."""
+    # No /proc, /etc, /home, shell or other program. Only the interpreter, its library, and the libraries they load.
     program, base = str(Path(sys.executable).resolve()), Path(sys.base_prefix).resolve()
     stdlib = sysconfig.get_path("stdlib")
     folders = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache"]
     folders += [str(base / "lib"), stdlib] if base != Path("/usr") else []
-    # As process 1, so that bubblewrap ends after it and all in there have: a reaper between them would be left to
-    # the machine's own process 1, and in a container that is often one that reaps nobody.
+    # As process 1, so that bubblewrap ends after everything inside has: otherwise its reaper would be re-parented to the
+    # machine's process 1, which in a container often reaps nothing.
     view = ["--as-pid-1", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     view += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
     for folder in folders:
@@ -52,7 +52,7 @@ def _view() -> tuple[str, ...]:
         elif Path(folder).exists():
             view += ["--ro-bind", folder, folder]
     view += ["--ro-bind", program, program]
-    for name in ("site-packages", "dist-packages"):  # what the base installation has beside the library
+    for name in ("site-packages", "dist-packages"):  # packages next to the standard library
         if (Path(stdlib) / name).is_dir():
             view += ["--tmpfs", f"{stdlib}/{name}", "--remount-ro", f"{stdlib}/{name}"]
     for device in ("null", "zero", "urandom"):
@@ -62,19 +62,19 @@ def _view() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Launch:
-    """Where a process is started: what stands before Python's command, the folder, descriptors to pass on."""
+    """How to start a process: the words before Python's command, the folder, and the descriptors to pass on."""
 
     before: tuple[str, ...] = ()
     folder: str = "/"
     passed: tuple[int, ...] = ()
-    # where bubblewrap says which process it started
+    # descriptor on which bubblewrap reports the process that it started
     info: int = -1
 
 
 @contextlib.contextmanager
 def bubble(files: int, may_fork: bool) -> Iterator[Launch]:
     before = (bubblewrap() or "bwrap", *_view(), "--size", str(files), "--tmpfs", "/tmp")
-    before += ("--remount-ro", "/", "--chdir", "/tmp")  # a read-only root, but for the folder within
+    before += ("--remount-ro", "/", "--chdir", "/tmp")  # the root is read-only except for the working folder
     with file_of(call_filter(may_fork)) as code, pipe() as (info, info_end):
         if os.fstat(code).st_size:
             before += ("--seccomp", str(code))
@@ -83,8 +83,8 @@ def bubble(files: int, may_fork: bool) -> Iterator[Launch]:
 
 @contextlib.contextmanager
 def folder(request: dict[str, Any]) -> Iterator[Launch]:
-    """An empty folder; as root also a user that owns nothing else, so that it can neither write nor signal."""
-    # No folders: on a disk it can take a minute to remove what a program has nested within a second.
+    """An empty folder; as root also an unprivileged user that owns nothing else, so it can neither write nor signal."""
+    # No new folders: removing what a program nests within a second can take a minute on disk.
     request["filter"] = call_filter(may_fork=False, may_make_folders=False)
     stdlib, work = -1, Path(tempfile.mkdtemp(prefix="finback-"))
     try:
@@ -103,7 +103,7 @@ def folder(request: dict[str, Any]) -> Iterator[Launch]:
 
 @lru_cache
 def _free_users() -> range:
-    """Numbers that no user has, by systemd's table; in a container only the first 65,536 may exist."""
+    """User ids that no user has, by systemd's table; in a container only the first 65,536 may exist."""
     counts = [int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     return range(1879048192, 2147483647) if max(counts) > 2147483647 else range(60706, 61184)
 

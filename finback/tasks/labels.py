@@ -1,4 +1,4 @@
-"""Dates, times of day, and strings of digits such as phone numbers: what looks like a sum or a fraction and is none. No torch here."""
+"""Dates, times of day, and digit strings such as phone numbers, which look like sums or fractions. Does not import torch."""
 
 import re
 from typing import NamedTuple
@@ -61,25 +61,25 @@ _DOTTED = re.compile(r"[vV]?[0-9]{1,9}(?:\.[0-9]{1,9}){2,9}")
 
 
 class Label(NamedTuple):
-    """A kind and what must be the same; of a time also what its clock shows."""
+    """The kind of label and its canonical value; for a time also what a clock shows."""
 
     kind: str
     value: tuple[int | str | None, ...]
     shown: tuple[int, ...] = ()
-    # whether a time says which half of the day is meant
+    # whether a time specifies am or pm
     is_whole: bool = True
 
     def equals(self, other: "Label") -> bool:
-        """Whether `other` says the same: where the gold answer leaves the half of the day open, any will do."""
+        """Whether `other` is the same; if the gold answer leaves am or pm open, either will do."""
         if self.kind != other.kind:
             return False
         return self.value == other.value or (not self.is_whole and bool(self.shown) and self.shown == other.shown)
 
 
 def label(text: str, like: Label | None = None) -> Label | None:
-    """The date, the time or the string of digits that a text is; None if it is something else.
+    """The date, time or digit string that a text is; None for anything else.
 
-    Beside a label that it may be `like`, 10/1917 is a month, 9783161484100 a string of digits and "3 to 2" a ratio.
+    When compared with `like`, 10/1917 can be a month, 9783161484100 a digit string, and "3 to 2" a ratio.
     """
     if len(text) > 200:
         return None
@@ -135,7 +135,7 @@ def _time(text: str) -> Label | None:
 
 
 def _shown(text: str) -> str:
-    """What a clock shows of half past two, a quarter to three pm."""
+    """What a clock shows, for phrases such as half past two or a quarter to three pm."""
     match = _CLOCK.fullmatch(text)
     if match is None:
         return re.sub(
@@ -147,7 +147,7 @@ def _shown(text: str) -> str:
         return text
     number = (number + 10) % 12 + 1 if way == "to" else number
     minutes = 30 if part == "half" else 15 if way == "past" else 45
-    # a quarter to twelve is before noon as its hour is
+    # "a quarter to twelve" is before noon, like its hour
     return f"{number}:{minutes} {match['half'].lower()}m" if match["half"] else f"{number}:{minutes}"
 
 

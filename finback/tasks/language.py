@@ -1,8 +1,8 @@
-"""Language consistency: the share of a chain's words that are in the target language (R1 2.3.2). No torch here.
+"""Language consistency: the share of a chain's words in the target language (R1 2.3.2). Does not import torch.
 
-A single short word belongs to many languages ("die", "no", "on"), so words are separated by their script first, and
-within the target's script by five words at a time. Formulas, code, numbers and single letters are not words; Chinese,
-Japanese and Thai have no spaces, there every two characters are one.
+A short word may belong to many languages ("die", "no", "on"), so words are first separated by script, and within the
+target's script judged five at a time. Formulas, code, numbers and single letters are not words. Chinese, Japanese and
+Thai have no spaces, so every two characters count as one word.
 """
 
 import re
@@ -15,8 +15,8 @@ from finback.config import UserError, did_you_mean
 
 EUROPEAN = ("de", "fr", "es", "it", "pt")
 
-_WINDOW = 5  # words; fewer are often mistaken, more blur where one language ends
-_CLEAR = 2.0  # how much likelier another language must be: names and rare words do not count against a chain
+_WINDOW = 5  # words; fewer are often misjudged, more blur the border between languages
+_CLEAR = 2.0  # how much likelier another language must be, so that names and rare words are not counted as foreign
 _SCRIPTS = {
     "CJK": "zh ja",
     "HIRAGANA": "ja",
@@ -47,7 +47,7 @@ _SENTENCE = re.compile(r"[.!?;:。！？；：\n]")
 
 
 class Word(NamedTuple):
-    """A run of letters of one script; `size` is how many words it counts as."""
+    """A run of letters of one script; `size` is the number of words it counts as."""
 
     script: str
     size: int
@@ -56,17 +56,17 @@ class Word(NamedTuple):
 
 
 def consistency(chain: str, target: str = "en", others: tuple[str, ...] = EUROPEAN) -> float | None:
-    """The share of words in the target language, or None where there is no word, which should earn nothing.
+    """The share of words in the target language; None if there are no words, which should earn nothing.
 
-    `others` are the languages of the target's script to distinguish it from (ISO 639-1 codes); any other script is foreign
-    without being named. In a code block only foreign scripts are seen, so a filter should limit code (readable.py).
+    `others` are the languages to distinguish from the target within its script (ISO 639-1); all other scripts are foreign
+    anyway. In code blocks only foreign scripts are detected, so a filter should also limit code (readable.py).
     """
     scripts = _scripts(target)
     text = unicodedata.normalize("NFKC", chain)
     prose = _NO_PROSE.sub(lambda match: f" {' '.join(_TEXT.findall(match[0]))} ", text)
     all_words = words(prose)
     own = [word for word in all_words if word.script in scripts]
-    # Programs and formulas are written in Latin letters in every language; other letters cannot hide in them.
+    # Programs and formulas use Latin letters in every language; other letters in them count.
     foreign = sum(w.size for w in words(text) if w.script not in {"LATIN", *scripts})
     foreign += sum(w.size for w in all_words if w.script == "LATIN" and "LATIN" not in scripts)
     verdicts = _in_target(prose, own, target, others)
@@ -76,7 +76,7 @@ def consistency(chain: str, target: str = "en", others: tuple[str, ...] = EUROPE
 
 
 def words(text: str) -> list[Word]:
-    """The words of a text in order; a single letter of a script with spaces is a symbol."""
+    """The words of a text in order; a single letter of a script with spaces is a symbol, not a word."""
     found = []
     for script, places in groupby(range(len(text)), key=lambda place: _script(text[place])):
         run = list(places)
@@ -87,14 +87,14 @@ def words(text: str) -> list[Word]:
 
 
 def _in_target(text: str, own: list[Word], target: str, others: tuple[str, ...]) -> list[bool]:
-    """For each word of the target's scripts whether it is in the target language, by the words around it."""
+    """Whether each word of the target's scripts is in the target language, judged with the words around it."""
     rivals = tuple(sorted({o for o in others if o != target and _scripts(o) & _scripts(target)}))
     if not rivals:
         return [True] * len(own)
     detector, (wanted, *unwanted) = _detector((target, *rivals))
     verdicts = []
     for start, end in _sentences(text, own):
-        # A sentence of few words is judged together with its neighbours.
+        # A sentence of few words is judged together with the whole text.
         low, high = (start, end) if end - start >= _WINDOW - 1 else (0, len(own))
         for place in range(start, end):
             first = max(low, min(place - _WINDOW // 2, high - _WINDOW))
@@ -106,7 +106,7 @@ def _in_target(text: str, own: list[Word], target: str, others: tuple[str, ...])
 
 
 def _sentences(text: str, own: list[Word]) -> list[tuple[int, int]]:
-    """Ranges of words without the end of a sentence between them."""
+    """Ranges of words between sentence ends."""
     breaks = [0]
     breaks += [i for i in range(1, len(own)) if _SENTENCE.search(text, own[i - 1].end, own[i].start)]
     return list(zip(breaks, [*breaks[1:], len(own)], strict=True)) if own else []
@@ -114,7 +114,7 @@ def _sentences(text: str, own: list[Word]) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=8)
 def _detector(names: tuple[str, ...]) -> tuple[Any, list[Any]]:
-    """lingua for these languages alone: each has models to load, which takes a second or two at the first text."""
+    """lingua's detector for these languages; loading a language's model takes a second or two at the first text."""
     from lingua import LanguageDetectorBuilder
 
     languages = [known(name) for name in names]
@@ -122,7 +122,7 @@ def _detector(names: tuple[str, ...]) -> tuple[Any, list[Any]]:
 
 
 def known(name: str, field: str = "language") -> Any:
-    """lingua's language of an ISO 639-1 code; UserError for a code that it does not know."""
+    """lingua's language for an ISO 639-1 code; UserError for an unknown code."""
     from lingua import Language
 
     codes = {language.iso_code_639_1.name.lower(): language for language in Language.all()}
@@ -139,7 +139,7 @@ def _scripts(name: str) -> frozenset[str]:
 
 @lru_cache(maxsize=50_000)
 def _script(char: str) -> str:
-    """The script of a letter (or of a mark on one), "" for anything else."""
+    """The script of a letter or combining mark, "" for anything else."""
     if unicodedata.category(char)[0] not in "LM":
         return ""
     return re.split("[ -]", unicodedata.name(char, "UNKNOWN"))[0]

@@ -1,4 +1,4 @@
-"""Which choice a reply names: B, (B), "Answer: B. Finback", "The correct answer is B.", 答案：B。, or the text of a choice. No torch here."""
+"""Finds the choice that a reply names: B, (B), "Answer: B. Finback", "The correct answer is B.", 答案：B。, or the text of a choice. Does not import torch."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from finback.tasks.notation import plain, unstyled, unwrapped
 from finback.tasks.wording import words
 
 LETTERS = "ABCDEFGHIJ"
-_LONGEST, _LONGEST_NAME = 100_000, 2000  # characters of a reply, and of what names a choice in it
+_LONGEST, _LONGEST_NAME = 100_000, 2000  # characters of a reply, and of a statement in it
 _MOST = 200  # statements, or lines
 _STOPS = ".!,;:。！、"
 _INTRODUCED = re.compile(
@@ -38,7 +38,7 @@ _SUBJECT = re.compile(
     r"(?i:it|he|she|this|that|the(?: (?!(?:not?|never|hardly|rarely|or|and|n?either)\b)[a-z]+){1,5})"
     r"(?<! of)(?<! in)(?<! near)(?<! from)(?<! with)(?<! to)(?<! for)(?<! by)(?<! like)(?<! the)(?<! that)\s+(?P<verb>[a-z]+s\b.*)"
 )
-# behind a letter that stood alone
+# after a letter on its own
 _RETRACTED = re.compile(
     r"\b(?:wait|actually|but|however|instead|rather|correction|sorry|guess|wrong|incorrect|false|maybe|perhaps|could|might|also|either|or)\b|"
     r"\bno[,.:!]|\bnot\s+[A-J]\b|[?？]|不|错",
@@ -57,7 +57,7 @@ _DOUBT = re.compile(
 
 
 def named(answer: str, choices: Sequence[str]) -> str | None:
-    r"""The one letter that a reply names: in \boxed{}, else behind "Answer:", else in a line or all of it; None if two or none."""
+    r"""The one letter that a reply names: in \boxed{}, else after "Answer:", else in a line or the whole reply; None if it names two or none."""
     if len(answer) > _LONGEST or not choices:
         return None
     found = replies.marked(answer)
@@ -78,7 +78,7 @@ def named(answer: str, choices: Sequence[str]) -> str | None:
     is_first = (
         letters[0] and _ALONE.fullmatch(unwrapped(lines[0], _STOPS)) and not any(map(_RETRACTED.search, lines[1:]))
     )
-    return letters[0] if is_first else letters[-1]  # a letter, and then why
+    return letters[0] if is_first else letters[-1]  # a letter, then the reason
 
 
 def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None:
@@ -122,7 +122,7 @@ def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None
 
 
 def _is_of(letter: str, rest: str, is_marked: bool, choices: Sequence[str]) -> bool:
-    """Whether what follows a letter speaks for it: its own text, "is correct", or a reason that names no other choice."""
+    """Whether the text after a letter supports it: the choice's own text, "is correct", or a reason that names no other choice."""
     rest = rest.strip()
     inner = re.fullmatch(r"\((.*?)\)|\[(.*?)\]", rest, re.DOTALL)
     rest = unwrapped((inner[1] or inner[2] or "") if inner else rest, _STOPS)
@@ -146,7 +146,7 @@ def _within(letter: str, choices: Sequence[str]) -> str | None:
 
 
 def _repeated(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that a text repeats: exactly, else as words, else as a number; None if it could be two."""
+    """The letter of the choice that a text repeats: exactly, else as words, else as a number; None if ambiguous."""
     for form in (str, _lower, lambda each: words(each) or each, spelling):
         wanted = form(text)
         found = [i for i, choice in enumerate(choices) if form(choice) == wanted]

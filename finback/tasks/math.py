@@ -1,4 +1,4 @@
-"""Arithmetic whose answers can be checked exactly."""
+"""Arithmetic with exactly checkable answers."""
 
 import random
 import re
@@ -19,20 +19,20 @@ def integer(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Chains:
-    """Sums and differences of single digits, "3+1-3+6=?", worked one step at a time.
+    """Sums and differences of single digits, "3+1-3+6=?", solved one step at a time.
 
-    A guess is right about one time in ten; the steps make it easy. That gap is what RL can find. The canonical form
-    ignores the order of the terms, so a held-out problem is not a training problem rearranged. `wording` puts words
-    around the steps: English, Chinese, or either at every step, as models do that were trained for none.
+    A guess is right about one time in ten; with the steps it is easy. That gap is what RL can discover. The canonical form
+    ignores the order of the terms, so a held-out problem is never a reordered training problem. `wording` adds words to
+    the steps: English, Chinese, or a mixture, as in models that were not trained for one language.
     """
 
-    # fewest terms of a problem
+    # smallest number of terms
     min_terms: int = 4
-    # most terms
+    # largest number of terms
     max_terms: int = 6
-    # digit that a term may be
+    # largest digit of a term
     largest: int = 9
-    # language around the steps; "" for bare sums
+    # language of the words around the steps; "": sums only
     wording: Literal["", "en", "zh", "mixed"] = ""
 
     def __post_init__(self) -> None:

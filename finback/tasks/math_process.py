@@ -1,4 +1,4 @@
-"""Comparing mathematics beside this process: what a model wrote is parsed in a worker that can be killed. No torch here."""
+"""Compares mathematics in a worker process that can be killed, since parsing a model's text can hang. Does not import torch."""
 
 import atexit
 import json
@@ -19,8 +19,8 @@ from finback.extras import how_to_install
 
 WORKER = Path(__file__).with_name("math_worker.py")
 MAX_CHARACTERS = 500  # characters of an answer
-_DEEPEST = 12  # braces within braces
-_PATIENCE = 10  # seconds by the clock for each second of computing
+_DEEPEST = 12  # nested braces
+_PATIENCE = 10  # wall seconds per CPU second
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ NOTHING = Comparison(same=False, read=False)
 
 
 def compare(gold: str, answer: str) -> Comparison:
-    """Two answers in LaTeX or plain notation; an answer that takes too long, too much memory or too many braces is wrong."""
+    """Compares two answers in LaTeX or plain notation; one that needs too much time or memory, or nests too deep, is wrong."""
     if len(answer) > MAX_CHARACTERS or "__" in answer or not _is_balanced(answer):
         return NOTHING
     return shared().compare(gold, answer)
 
 
 class MathProcess:
-    """One worker, started when it is first needed and again when it has ended. Threads take turns.
+    """One worker, started at first use and restarted when it has ended. Threads take turns.
 
-    `seconds` of computing are what one comparison may take. They are the worker's own, so a busy machine marks as an
-    idle one does; `_PATIENCE` times as many by the clock are the end of a worker that hangs.
+    One comparison may use `seconds` of CPU time in the worker, so a busy machine gives the same marks as an idle one. A
+    worker that hangs is ended after `_PATIENCE` times as many wall seconds.
     """
 
     def __init__(self, seconds: int = 5, megabytes: int = 1024, program: Path = WORKER) -> None:
@@ -55,13 +55,13 @@ class MathProcess:
 
     @property
     def pid(self) -> int | None:
-        """The worker's process, if there is one."""
+        """The worker's pid, None if there is no worker."""
         return self._process.pid if self._process is not None else None
 
     def compare(self, gold: str, answer: str) -> Comparison:
         request = json.dumps({"gold": gold, "answer": answer}).encode() + b"\n"
         with self._lock:
-            for _ in range(2):  # killed from outside, it says nothing of the answer: a new worker is asked
+            for _ in range(2):  # if it was killed from outside, ask a new worker
                 reply = _asked(self._process or self._start(), request, _PATIENCE * self.seconds)
                 if reply is not None:
                     return Comparison(reply["same"], reply["read"])
@@ -81,25 +81,25 @@ class MathProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the run, which then ends its worker
+            start_new_session=True,  # Ctrl-C must reach only the run, which then ends its worker
         )
-        if _asked(process, b"", 120) is None:  # its imports take a second on an idle machine
+        if _asked(process, b"", 120) is None:  # importing sympy takes a second on an idle machine
             self._end()
             raise UserError("math-verify", command[2], "its worker does not start", how_to_install("math-verify"))
         return process
 
     def _end(self) -> int | None:
-        """Ends the worker, if there is one, and returns its exit status."""
+        """Ends the worker, if there is one. Returns its exit status."""
         process, self._process = self._process, None
         if process is None:
             return None
-        process.terminate()  # not kill: by that we know a worker that something else ended
+        process.terminate()  # SIGKILL would look like a kill from outside
         process.communicate()  # waits, and closes the pipes
         return process.returncode
 
 
 def shared() -> MathProcess:
-    """The worker of this process: a forked one must not read the replies to its parent."""
+    """This process's worker; a forked process must not read replies to its parent."""
     return _of_process(os.getpid())
 
 
@@ -111,7 +111,7 @@ def _of_process(pid: int) -> MathProcess:
 
 
 def _asked(process: "subprocess.Popen[bytes]", request: bytes, seconds: float) -> dict[str, Any] | None:
-    """The next line of the worker as JSON; None if it ended or took longer than `seconds`."""
+    """The worker's next line as JSON; None if it ended or took longer than `seconds`."""
     assert process.stdin and process.stdout
     until, reply = time.monotonic() + seconds, b""
     try:
@@ -129,7 +129,7 @@ def _asked(process: "subprocess.Popen[bytes]", request: bytes, seconds: float) -
 
 
 def _is_balanced(text: str) -> bool:
-    """Every { has its }, and little stands in brackets within brackets: deep ones take for ever to parse."""
+    """Whether braces match and brackets are not nested deeply: those take forever to parse."""
     braces = depth = 0
     for char in text:
         braces += (char == "{") - (char == "}")

@@ -1,8 +1,8 @@
-"""Whether two mathematical answers are equal: a program of its own, which `finback.tasks.math_process` starts and ends.
+"""Decides whether two mathematical answers are equal. A program of its own, started and ended by `finback.tasks.math_process`.
 
-math-verify parses with sympy, so what a model wrote is read here, in a process that can be killed, has little memory
-and may neither write a file, nor start a program, nor open a connection. It knows nothing of finback. A line of stdin
-is {"gold": ..., "answer": ...}, a line of stdout {"same": ..., "read": ...}.
+math-verify parses with sympy. A model's text is therefore parsed in a process that can be killed, has little memory, and
+may not write files, start programs or open connections. It does not import finback. A line of stdin is
+{"gold": ..., "answer": ...}, a line of stdout {"same": ..., "read": ...}.
 """
 
 import json
@@ -17,22 +17,22 @@ import threading
 from functools import lru_cache
 from typing import Any, TextIO
 
-_READS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv")  # what an import may ask for
+_READS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv")  # needed by imports
 _REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "signal.", "tempfile.", "urllib.")
 _NUMBER = re.compile(r"([+-]?\d{1,400})|([+-]?\d{0,100}\.\d{1,100})|\\frac\{([+-]?\d{1,400})\}\{(\d{1,400})\}")
-_DIGITS = 320  # at which numbers are compared that are not fractions
-_EXACT = 1e-300  # relative; what differs by less is the same number
-_CLOSE = 1e-6  # relative; for an answer in decimals, such as 1.414214 for the root of 2
+_DIGITS = 320  # digits for comparing irrational numbers
+_EXACT = 1e-300  # relative difference below which numbers are equal
+_CLOSE = 1e-6  # relative; for decimal answers, such as 1.414214 for the root of 2
 
 
 def main() -> None:
     seconds, megabytes = int(sys.argv[1]), int(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints must not look like a reply
+    os.dup2(2, 1)  # output of a library must not look like a reply
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     logging.disable(logging.CRITICAL)
-    for text in ("1", r"\frac{x}{2}", r"\{1, 2.5\}", "(1,2]", "x=3"):  # loads what is loaded late
+    for text in ("1", r"\frac{x}{2}", r"\{1, 2.5\}", "(1,2]", "x=3"):  # triggers lazy imports
         compare(text, text + " ")
     confine(megabytes)
     _reply(replies, {"ready": True})
@@ -43,12 +43,12 @@ def main() -> None:
 
 
 def compare(gold: str, answer: str) -> dict[str, bool]:
-    """`read` says whether the answer is mathematics at all."""
+    """`read`: whether the answer is mathematics at all."""
     try:
         given = _parse(answer)
         wanted = _gold(gold)
         same = given is not None and wanted is not None and _is_same(wanted, given)
-    except Exception:  # sympy raises anything, RecursionError and MemoryError included
+    except Exception:  # sympy may raise anything, even RecursionError and MemoryError
         return {"same": False, "read": False}
     return {"same": same, "read": given is not None}
 
@@ -59,11 +59,11 @@ def _gold(text: str) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """The one expression that a text consists of, or None."""
+    """The single expression that a text consists of, or None."""
     from math_verify import LatexExtractionConfig, parse
     from sympy import Float, Integer, Rational
 
-    if plain := _NUMBER.fullmatch(text.strip()):  # spares the parser, which takes a hundred times as long
+    if plain := _NUMBER.fullmatch(text.strip()):  # skips the parser, which is a hundred times slower
         whole, decimal, top, bottom = plain.groups()
         if bottom:
             return Rational(int(top), int(bottom)) if int(bottom) else None
@@ -79,7 +79,7 @@ def _parse(text: str) -> Any:
 
 
 def _is_same(gold: Any, answer: Any) -> bool:
-    """Whether two expressions are equal: numbers and what is made of them exactly, the rest as math-verify has it."""
+    """Whether two expressions are equal: numbers and containers of numbers exactly, everything else by math-verify."""
     from math_verify import verify
     from sympy import Eq, Expr, FiniteSet, Interval, MatrixBase, Symbol, Tuple
     from sympy.core.function import AppliedUndef
@@ -89,7 +89,7 @@ def _is_same(gold: Any, answer: Any) -> bool:
     if isinstance(gold, Eq) and isinstance(gold.lhs, (Symbol, AppliedUndef)) and _is_number(answer):
         gold = gold.rhs
     if isinstance(gold, Eq) and isinstance(gold.lhs, Symbol) and isinstance(answer, Expr) and not gold.rhs.is_number:
-        # y = 2x + 1 is asked for, 2x + 1 is said
+        # the gold answer is y = 2x + 1, the answer 2x + 1
         return gold.lhs not in gold.rhs.free_symbols | answer.free_symbols and _is_same(gold.rhs, answer)
     if _is_number(gold) and _is_number(answer):
         return _is_number_same(gold, answer)
@@ -112,7 +112,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_number_same(gold: Any, answer: Any) -> bool:
-    """Exactly, or to 300 digits where roots are involved; to six digits if the answer is in decimals."""
+    """Exact, or to 300 digits if roots are involved; to six digits if the answer is a decimal."""
     from sympy import Float, Rational, nan, nsimplify, zoo
 
     gold, answer = gold.doit(), answer.doit()
@@ -132,7 +132,7 @@ def _parts(value: Any) -> Any:
 
 
 def _is_set_same(gold: list[Any], answer: list[Any]) -> bool:
-    """Whether each element of one has its own in the other, in any order."""
+    """Whether the elements of two sets match one to one, in any order."""
     if len(gold) != len(answer):
         return False
     rest = list(answer)
@@ -157,7 +157,7 @@ def _is_numerically_same(gold: Any, answer: Any) -> bool:
 
 
 def _is_comparable(gold: Any, answer: Any) -> bool:
-    """Without what math-verify lets pass: 2 = 3 for 3, the pair (1, 2) for the set {1, 2}."""
+    """Rejects pairs that math-verify accepts wrongly: 2 = 3 for 3, or the pair (1, 2) for the set {1, 2}."""
     from sympy import And, Eq, FiniteSet, Or, Set, Symbol, Tuple
     from sympy.core.function import AppliedUndef
     from sympy.core.relational import Relational
@@ -171,7 +171,7 @@ def _is_comparable(gold: Any, answer: Any) -> bool:
 
 
 def _listen(requests: "queue.SimpleQueue[str]") -> None:
-    """Ends the process with its parent, however that ended: then stdin is closed."""
+    """Ends the process when its parent ends, however that happens: stdin is then closed."""
     for line in sys.stdin:
         requests.put(line)
     os._exit(0)
@@ -184,14 +184,14 @@ def confine(megabytes: int) -> None:
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """The end of a process that does what no comparison needs."""
+    """Audit hook: ends the process at an operation that no comparison needs."""
     writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if writes or (event.startswith(_REFUSED) and event not in _READS):
         os._exit(3)
 
 
 def _allow(seconds: int) -> None:
-    """So much computing time for the next comparison, which also ends one that outlives the parent."""
+    """Sets the CPU time for the next comparison; this also ends a worker that outlives its parent."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = math.ceil(used.ru_utime + used.ru_stime) + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))

@@ -1,6 +1,6 @@
-"""Functions run by pydantic-monty, an interpreter of a part of Python without any system calls. No torch here.
+"""Runs functions with pydantic-monty, an interpreter of a subset of Python without system calls. Does not import torch.
 
-A hundredth of the cost of a process, but no classes of many kinds and few modules: an answer may fail for them.
+It costs a hundredth of a process, but supports few kinds of classes and few modules, so a correct answer may fail.
 """
 
 import atexit
@@ -18,7 +18,7 @@ _REASONS: dict[type[BaseException], str] = {TimeoutError: "timeout", MemoryError
 
 
 def call(source: str, entry: str, arguments: list[list[Any]], limits: "Limits") -> dict[str, Any]:
-    """The fields of an Outcome. The wall limit holds for the program's own lines and for all calls, each."""
+    """The fields of an Outcome. The wall limit applies to the module's code, and to each call."""
     import pydantic_monty as monty
 
     output, texts, compiled = monty.CollectStreams(max_bytes=limits.output), list[Any](), False
@@ -48,7 +48,7 @@ def call(source: str, entry: str, arguments: list[list[Any]], limits: "Limits") 
 
 
 def _values(texts: Any) -> tuple[Any, ...]:
-    """Only texts cross over, and are read as JSON here."""
+    """Results cross the border as text only, and are parsed as JSON here."""
     is_list = type(texts) is list and all(type(text) is str for text in texts)
     return tuple(read_json(text) for text in texts) if is_list else ()
 

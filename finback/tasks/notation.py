@@ -1,7 +1,7 @@
-r"""One spelling for what can be written in many ways: digits, signs, quotes, LaTeX that only looks. No torch here.
+r"""Normalizes notation: digits, signs, quotation marks, and LaTeX styling. Does not import torch.
 
-`plain` changes single characters and is harmless to words. `unwrapped` takes away what stands around an answer.
-`unstyled` drops LaTeX that changes how something looks, `latex` writes the signs of any keyboard as LaTeX.
+`plain` changes single characters and is safe for words. `unwrapped` removes delimiters around an answer.
+`unstyled` removes LaTeX styling; `latex` writes keyboard notation as LaTeX.
 """
 
 import re
@@ -76,7 +76,7 @@ _AROUND = [*(pair.split() for pair in _PAIRS.split("|")), ['"', '"']]
 
 
 def plain(text: str) -> str:
-    """Composed characters (NFC), ASCII digits of any script, one kind of space, hyphen and quotation mark."""
+    """Composed characters (NFC), ASCII digits for any script, one kind of space, hyphen and quotation mark."""
     text = unicodedata.normalize("NFC", text).translate(_PLAIN)
     if text.isascii():
         return text
@@ -84,14 +84,14 @@ def plain(text: str) -> str:
 
 
 def unwrapped(text: str, stops: str = ".,;:") -> str:
-    r"""Without white space, a full stop at the end, and pairs around the whole: $ \( \[ ** * ` and quotation marks."""
+    r"""Strips white space, a final full stop, and delimiters around the whole text: $ \( \[ ** * ` and quotation marks."""
     before = None
     while before != text:
         before, text = text, text.strip()
         for left, right in _AROUND:
             inner = text[len(left) : -len(right)]
             is_around = text.startswith(left) and text.endswith(right) and bool(inner.strip())
-            bare = inner.replace("\\$", "")  # an escaped one ends no mathematics
+            bare = inner.replace("\\$", "")  # an escaped $ is not a delimiter
             if is_around and left not in bare and right not in bare and not inner.endswith("\\"):
                 text = inner.strip()
         if text[-1:] in stops and text[-2:] not in ("..", "\\,", "\\;", "\\:"):
@@ -100,16 +100,16 @@ def unwrapped(text: str, stops: str = ".,;:") -> str:
 
 
 def undollared(text: str) -> str:
-    """Mathematics without its pair of $ where words follow, such as a unit."""
+    """Removes the $ pair around mathematics that is followed by words, such as a unit."""
     match = re.fullmatch(r"(?:\$([^$]+)\$|\\\((.+?)\\\))(\s*[^\W\d_%°][^$]*)", text)
     return (match[1] or match[2]) + match[3] if match else text
 
 
 def unstyled(text: str) -> str:
-    r"""LaTeX without what only looks: \text{}, \mathbf{}, \left, \dfrac, thin spaces, {,}; ^\circ is °, \% is %."""
+    r"""LaTeX without styling: \text{}, \mathbf{}, \left, \dfrac, thin spaces, {,}; ^\circ becomes °, \% becomes %."""
     before = None
     while before != text:
-        # a unit close to its number is a word of its own: 12\text{cm} is no product
+        # a unit right after its number is a separate word: 12\text{cm} is not a product
         before, text = text, re.sub(rf"(?<![_^{{\d])(\d+)\s*(?=\\(?:{_STYLES})\b)", r"\1 ", text)
         text = re.sub(rf"(\\[a-zA-Z]+)(?=\\(?:{_STYLES})\b)", r"\1 ", text)  # \mu\text{m}
         text = _STYLE.sub(r"\1", text)
@@ -120,7 +120,7 @@ def unstyled(text: str) -> str:
 
 
 def latex(text: str) -> str:
-    r"""Raised and lowered characters, fractions of one character and mathematical signs as LaTeX: 1½ is 1\frac{1}{2}."""
+    r"""Superscripts, subscripts, single-character fractions and mathematical signs as LaTeX: 1½ is 1\frac{1}{2}."""
     if text.isascii():
         return _keyboard(text)
     text = re.sub(f"[{''.join(_RAISED)}]+", lambda m: "^{" + "".join(_RAISED[c] for c in m[0]) + "}", text)
@@ -135,7 +135,7 @@ def _fraction(char: str) -> str:
 
 
 def _keyboard(text: str) -> str:
-    """** for powers, sqrt(3), pi and infinity in letters, the root of a number without braces."""
+    """Converts ** for powers, sqrt(3), pi and infinity as words, and roots without braces."""
     text = text.replace("**", "^").replace("<=", "\\le ").replace(">=", "\\ge ").replace(" != ", " \\ne ")
     text = re.sub(r"(?<![a-zA-Z\\])(?:\\?sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)

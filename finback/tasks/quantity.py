@@ -1,7 +1,7 @@
-r"""Numbers as people write them, exactly, with the unit or currency beside them. No torch here.
+r"""Parses numbers as people write them, exactly, with their unit or currency. Does not import torch.
 
-1,234.5 is 1.234,5 and 1 234,5; 1½, 5 \times 10^3, 1.5 million, 50 % and 2 h 30 min are numbers too. Nothing is computed:
-24/2 is a fraction, and no answer where the gold one is a whole number.
+1,234.5 is 1.234,5 and 1 234,5; 1½, 5 \times 10^3, 1.5 million, 50 % and 2 h 30 min are numbers too. Nothing is
+calculated: 24/2 is a fraction, and does not answer a question whose gold answer is an integer.
 """
 
 import re
@@ -12,8 +12,8 @@ from finback.tasks.notation import latex, plain, undollared, unstyled, unwrapped
 from finback.tasks.spelt import figures, spelt
 from finback.tasks.units import COUNTED, SCALE, SCALES, Unit, known, product, units
 
-_CLOSE = Fraction(1, 10**6)  # relative; for decimals of a number that has no end in decimals
-_LARGEST = 400  # decimal exponent
+_CLOSE = Fraction(1, 10**6)  # relative; for decimals of a number with infinitely many
+_LARGEST = 400  # largest decimal exponent
 _NONE = (Unit((), Fraction(1)),)
 _GROUPED = (
     r"[0-9]{1,3}(?:,[0-9]{3}){1,30}(?:\.[0-9]{1,60})?|[0-9]{1,2}(?:,[0-9]{2}){1,20},[0-9]{3}(?:\.[0-9]{1,60})?|"
@@ -51,7 +51,7 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _MINUS = re.compile(r"(?:minus|negative)\s+(?=[\w.$€£\\])", re.IGNORECASE)
-# 1h40, 1:40 h, 6 foot 3: the last unit is left out
+# 1h40, 1:40 h, 6 foot 3: the last unit is omitted
 _SHORT = re.compile(r"(\d{1,3})(?:\s*(h|hr|hrs|hours?|['′]|ft|foot|feet)\s*(\d{1,2})|:([0-5]\d)\s*(?:h|hr|hrs|hours))")
 # an hour and a half
 _AND_PART = re.compile(
@@ -61,11 +61,11 @@ _PART = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*([^\W\d_]{1,12}|[°'\"′″])\.?
 
 
 class Number(NamedTuple):
-    """An exact value, what its unit can mean, and how it was written."""
+    """An exact value, the possible meanings of its unit, and how it was written."""
 
     value: Fraction
     units: tuple[Unit, ...] = _NONE
-    # of "x ="
+    # the variable in "x = ..."
     variable: str = ""
     # "whole", "decimal", "fraction", "power", "sum" (2 h 30 min), "begun 3" (0.333...)
     form: str = "whole"
@@ -79,7 +79,7 @@ class Number(NamedTuple):
         return self.units[0]
 
     def equals(self, other: "Number") -> bool:
-        """Whether `other` answers this: 12 is 12 hours and 720 minutes, but 12 minutes is not 12 hours."""
+        """Whether `other` is a correct answer: 12 is 12 hours and 720 minutes, but 12 minutes is not 12 hours."""
         if self.variable and other.variable and self.variable != other.variable:
             return False
         if self.unit.dimension and other.unit.dimension:
@@ -87,16 +87,16 @@ class Number(NamedTuple):
         shares = [unit.factor for unit in (*self.units, *other.units) if unit.dimension == (("share", 1),)]
         if not shares:
             return "sum" not in (self.form, other.form) and _same(self.value, other)
-        # Beside a bare number, 50 % is 50 and a half; where 0.5 is asked for, 0.5 % is not it.
+        # Next to a bare number, 50 % may be 50 or a half; but if 0.5 is asked for, 0.5 % is wrong.
         if self.unit.dimension:
             return _same(self.value, other) or _same(self.value * shares[0], other)
         return _same(self.value / shares[0], other) or (abs(self.value) >= 1 and _same(self.value, other))
 
 
 def number(text: str, strict: bool = False) -> Number | None:
-    """What a text says if it is one number and nothing else; None if it is not.
+    """The number, if the text is one number and nothing else; else None.
 
-    `strict` is for gold answers: 2k and 5m are products of variables there.
+    `strict` is for gold answers, in which 2k and 5m are products of variables.
     """
     if len(text) > 600:
         return None
@@ -163,12 +163,12 @@ def _single(text: str, strict: bool = False) -> Number | None:
     if meant is not None and currency:
         meant = _money(currency, meant)
     if meant == known("€") and match and re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", match[0]):
-        value *= 1000  # 1.500 € is not a price with half a cent in it
+        value *= 1000  # 1.500 € is 1500 €, not 1 € and 50.0 cents
     return Number(sign * value, meant, form=form) if meant else None
 
 
 def _value(match: re.Match[str], text: str) -> tuple[Fraction | None, str, str]:
-    """The magnitude of a match: its value, how it is written, and the text behind it."""
+    """Parses a match: its value, its form, and the text after it."""
     groups, rest = match.groupdict(), text[match.end() :]
     for i in "1234":
         if groups[f"d{i}"] is not None:
@@ -192,7 +192,7 @@ def _value(match: re.Match[str], text: str) -> tuple[Fraction | None, str, str]:
 
 
 def _decimal(digits: str) -> Fraction:
-    """The last of several kinds of separators is the decimal one; a lone comma separates thousands where three digits follow."""
+    """The last of several kinds of separators is the decimal point; a lone comma before three digits separates thousands."""
     if "," in digits and "." in digits:
         thousands = "," if digits.rindex(".") > digits.rindex(",") else "."
         digits = digits.replace(thousands, "").replace(",", ".")
@@ -204,7 +204,7 @@ def _decimal(digits: str) -> Fraction:
 
 
 def _sum(text: str) -> Number | None:
-    """2 hours and 30 minutes, 6 ft 2 in, one dollar and five cents, 1h40: parts of one kind, each smaller than the one before."""
+    """2 hours and 30 minutes, 6 ft 2 in, one dollar and five cents, 1h40: parts of one dimension, each smaller than the last."""
     if extra := _AND_PART.fullmatch(text):
         first, more, meant = number(re.sub(r"(?i)^an?$", "1", extra[1])), spelt(extra[3])[0], units(extra[2])
         return Number(first.value + more, meant, form="decimal") if first and more and meant and meant[0] else None
@@ -220,7 +220,7 @@ def _sum(text: str) -> Number | None:
         at = match.end()
     if len(parts) < 2 or at < len(text):
         return None
-    for kind in (unit.dimension for unit in parts[0][1]):  # cents are of a dollar or a euro
+    for kind in (unit.dimension for unit in parts[0][1]):  # cents may belong to a dollar or a euro
         factors = [unit.factor for _, meanings in parts for unit in meanings if unit.dimension == kind]
         if len(factors) == len(parts) and factors == sorted(set(factors), reverse=True):
             value = sum((value * factor for (value, _), factor in zip(parts, factors, strict=True)), Fraction(0))
@@ -229,13 +229,13 @@ def _sum(text: str) -> Number | None:
 
 
 def _begun(text: str) -> Number | None:
-    """A decimal that goes on: 0.333..."""
+    """A decimal with an ellipsis: 0.333..."""
     match = re.fullmatch(r"([+-]?\d{0,20}\.(\d{3,60}))\s*(?:\.{3}|…|\\(?:[lc]?dots)(?![a-zA-Z]))", text)
     return Number(Fraction(match[1]), form=f"begun {len(match[2])}") if match else None
 
 
 def _is_apart(rest: str, strict: bool) -> bool:
-    """Whether the letters behind a number can be a unit: 12 n and 12n are products, 12 m and 12m are not, nor is 12km."""
+    """Whether the letters after a number can be a unit: 12 n and 12n are products; 12 m, 12m and 12km are not."""
     glued = re.match(r"[a-zA-Z]+", rest)
     if glued is None:
         return True
@@ -244,7 +244,7 @@ def _is_apart(rest: str, strict: bool) -> bool:
 
 
 def _money(sign: str, behind: tuple[Unit, ...]) -> tuple[Unit, ...] | None:
-    """The unit of a number with a currency sign before it; a name of the same currency may stand behind it too."""
+    """The unit of a number with a currency sign before it; the same currency's name may also follow it."""
     sign = sign if known(sign) else "$" if sign.endswith("$") else sign.rstrip(".")
     meant = known(sign)
     if behind == _NONE or behind[0].is_counted:
@@ -262,7 +262,7 @@ def _match(gold: Number, given: Number, one: Unit, two: Unit) -> bool:
 
 
 def _same(value: Fraction, given: Number) -> bool:
-    """Exactly; nearly where decimals stand for a value that has none, such as 0.333333 for a third."""
+    """Exact equality; approximate if decimals stand for a number without a finite decimal form, such as 0.333333 for a third."""
     if value == given.value:
         return True
     rest = value.denominator

@@ -1,14 +1,14 @@
-r"""Questions with answers from a user's file or the Hugging Face hub, such as GSM8K and MATH. No torch here.
+r"""Questions with answers from a user's file or the Hugging Face hub, such as GSM8K and MATH. Does not import torch.
 
-A gold answer is what stands after ####, or in the last \boxed{}, or the whole answer. A model's answer is read the same
-way, but two different ones earn nothing. What is compared, and how, depends on the gold answer alone:
+The gold answer is the text after ####, or the last \boxed{}, or the whole answer. A model's answer is extracted the same
+way, but two different answers earn nothing. The gold answer alone decides how answers are compared:
 
-- a date, a time of day, a phone number as such
-- a number with a number, exactly; a fraction with an integer never, since 6/2 would answer "What is 6/2?". Units and
-  currencies count where the gold answer has one, and are converted: 12 hours are 720 minutes; a bare 12 will do
-- words with words, without regard to case, quotation marks and articles
-- anything else as mathematics, by math-verify in a worker
-- or by the user's own function, which then is all that counts, and may grade
+- dates, times of day and phone numbers as such
+- numbers exactly; a fraction never equals an integer, since 6/2 would pass for "What is 6/2?". If the gold answer has a
+  unit or currency it must match, after conversion: 12 hours are 720 minutes; a bare 12 will do
+- words as words, ignoring case, quotation marks and articles
+- everything else as mathematics, by math-verify in a worker process
+- or only by the user's own function, which may give partial credit
 """
 
 import copy
@@ -31,36 +31,36 @@ from finback.tasks import answers
 from finback.tasks.records import Record, RecordTask, read
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
-_LONGEST_GOLD = 200  # characters; longer ones are prose, which nothing here can compare
-_RIGHT = 0.99  # the score from which an answer that a user's function grades counts as right
+_LONGEST_GOLD = 200  # characters; longer answers are prose, which cannot be compared
+_RIGHT = 0.99  # score of a user's function from which an answer counts as right
 _ANNOTATION = re.compile(r"<<[0-9+\-*/.=()% ]*>>")  # GSM8K's calculator: 48/2=<<48/2=24>>24
-_FAILING = 0.01  # the share of records whose own gold answer may fail the check, and of calls that may fail
-_LISTED = 20  # of them that an error names
-_PROBED = 3  # records whose empty answer a function is asked about
-_FEW = 3  # so many calls may fail however few there were
+_FAILING = 0.01  # tolerated share of records that fail the check with their own gold answer, and of failed calls
+_LISTED = 20  # failures listed in an error
+_PROBED = 3  # records for which the function is tested with an empty answer
+_FEW = 3  # failed calls tolerated in any case
 
-# A user's function: the record, the text after the thinking -> right or wrong, a score from 0 to 1, or its named parts.
+# A user's function: (record, text after the thinking) -> right or wrong, a score from 0 to 1, or named parts of it.
 Check = Callable[[dict[str, Any], str], bool | float | Mapping[str, float]]
 
 
 class _Late(BaseException):
-    """No Exception, so that the function it ends cannot catch it by mistake."""
+    """A timeout. Not an Exception, so that the user's function does not catch it by mistake."""
 
 
 @dataclass(frozen=True)
 class Questions(RecordTask):
-    """One problem per record; its canonical form is the question, so copies lie on one side of the split.
+    """One problem per record. Its canonical form is the question, so copies are on one side of the split.
 
-    Of copies of a question, the first counts. Up to 1 % of records may fail the check with their own gold answer:
-    they are left out. A function should depend on nothing but its arguments. A call of it fails where it raises, takes longer
-    than `timeout` seconds (in the main thread) or returns something else than a bool, a number from 0 to 1, or a dict of
-    such numbers that add up to at most 1: the answer is then wrong, the first such call is shown, and more than 1 % of
-    them end the run with UserError.
+    Of several copies of a question, the first counts. Up to 1 % of records may fail the check with their own gold answer:
+    they are left out. A user's function should depend on its arguments only. A call fails if it raises, takes longer than
+    `timeout` seconds (in the main thread), or returns anything but a bool, a number from 0 to 1, or a dict of such numbers
+    whose sum is at most 1. A failed call makes the answer wrong. The first is shown; more than 1 % end the run with a
+    UserError.
     """
 
-    # a function of your own
+    # your own function for checking answers
     checker: Check | None = None
-    # seconds that it may take
+    # seconds that a call of it may take
     timeout: float = 5.0
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class Questions(RecordTask):
         if self.checker is None:
             return answers.check(problem, answer)
         _, record = self.by_key.get(problem.key, (None, None))
-        if record is None:  # of another file
+        if record is None:  # a problem of another file
             return NO_ANSWER
         verdict, fault = self._called(record, answer)
         self._calls.note(fault, self.name, record.where, answer)
@@ -82,7 +82,7 @@ class Questions(RecordTask):
         return _Calls()
 
     def problems(self) -> Iterator[tuple[Problem, Record]]:
-        """Each problem with its record; those whose own gold answer fails are left out."""
+        """Each problem with its record, without those that fail the check with their own gold answer."""
         faults, paid = list[str](), list[bool]()
         records = read(self.source, self.subset, self.split)
         for record in records:
@@ -94,7 +94,7 @@ class Questions(RecordTask):
             else:
                 yield problem, record
         if paid and all(paid):
-            print(f"warning: the checker of {self.name!r} pays for an empty answer", file=sys.stderr)
+            print(f"warning: the checker of {self.name!r} rewards an empty answer", file=sys.stderr)
         if len(faults) > _FAILING * len(records):
             listed = "; ".join(faults[:_LISTED]) + ("; …" if len(faults) > _LISTED else "")
             failure = f"the gold answers of {len(faults)} of {len(records)} records fail the check: {listed}"
@@ -114,17 +114,17 @@ class Questions(RecordTask):
         )
 
     def _fault(self, record: Record, problem: Problem) -> str:
-        """Why the gold answer of a record is of no use, or ""."""
+        """Why the gold answer of a record cannot be used, or ""."""
         if self.checker is not None:
             verdict, fault = self._called(record, problem.answer) if problem.answer else (Verdict(True, True), "")
-            fault = fault or ("" if verdict.score else "gives nothing for it")
+            fault = fault or ("" if verdict.score else "gives it a score of 0")
             return fault and f"the checker {fault}"
         if len(problem.answer) > _LONGEST_GOLD:
-            return f"the gold answer has more than {_LONGEST_GOLD} characters, so it is no final answer"
+            return f"the gold answer has more than {_LONGEST_GOLD} characters, too long for a final answer"
         return answers.fault(problem.answer)
 
     def _called(self, record: Record, answer: str) -> tuple[Verdict, str]:
-        """What the user's function says of an answer, and why the call failed, or ""."""
+        """The user's function's verdict on an answer, and why the call failed, or ""."""
         assert self.checker is not None
         try:
             with _limited(self.timeout):
@@ -140,11 +140,11 @@ class Questions(RecordTask):
 
 
 class _NoScoreError(Exception):
-    """A function returned what is neither a verdict nor a score."""
+    """A function returned neither a verdict nor a score."""
 
 
 def _graded(value: Any) -> Verdict:
-    """The verdict of what a user's function returned."""
+    """The verdict for what a user's function returned."""
     value = _plain(value)
     if isinstance(value, bool):
         return Verdict(correct=value, well_formed=value)
@@ -158,32 +158,32 @@ def _graded(value: Any) -> Verdict:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy, torch, fractions or decimal as one of Python's own; what is none stays."""
+    """Converts numbers of numpy, torch, fractions or decimal to Python's; anything else is returned unchanged."""
     value = value.item() if hasattr(value, "item") else value
     return float(value) if isinstance(value, (Fraction, Decimal)) else value
 
 
 def _shown(value: Any) -> str:
-    """What a function returned, for a message; a coroutine is ended, for nothing awaits it."""
+    """repr of what a function returned; a coroutine is closed, because nothing will await it."""
     if inspect.iscoroutine(value):
         value.close()
         return "a coroutine (it is async)"
     try:
         return f"{value!r:.60}"
-    except Exception:  # a class of the user's that cannot be shown
+    except Exception:  # the user's __repr__ may fail
         return f"an object of {type(value).__name__}"
 
 
 @dataclass
 class _Calls:
-    """How often a user's function was called, and how often that failed."""
+    """Counts calls of a user's function, and failures."""
 
     made: int = 0
     failed: int = 0
     first: str = ""
 
     def note(self, fault: str, task: str, where: str, answer: str) -> None:
-        """Count a call; show the first that fails, UserError when too many have."""
+        """Counts a call; prints the first failure, raises UserError after too many."""
         self.made += 1
         if not fault:
             return
@@ -193,13 +193,13 @@ class _Calls:
             print(f"warning: the checker of {task!r} failed: {self.first}", file=sys.stderr)
         if self.failed > max(_FEW, _FAILING * self.made):
             problem = f"{self.failed} of {self.made} calls failed; first: {self.first}"
-            remedy = "Make it return False or 0 for text that is no answer, whatever the text."
+            remedy = "Make it return False or 0 for any text that is not an answer."
             raise UserError("questions.checker", task, problem, remedy)
 
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Ends what runs inside after so many seconds, again and again if that is caught. Signals reach the main thread only."""
+    """Ends what runs inside after `seconds`, repeatedly if that is caught. Works in the main thread only, as signals do."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,6 @@
-"""Which chains are fit to learn from: R1 dropped those with mixed languages, long paragraphs and code blocks (2.3.3).
+"""Decides which chains are readable: R1 dropped those with mixed languages, long paragraphs and code blocks (2.3.3).
 
-Rejection sampling keeps what is right and readable. Pure functions of the text. No torch here.
+Rejection sampling keeps right and readable answers. Pure functions of the text. Does not import torch.
 """
 
 import re
@@ -17,46 +17,46 @@ _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
 
 
 def repeated_lines(chain: str) -> float:
-    """The share of lines that stood there before; lines under ten characters ("So:", "}") do not count."""
+    """The share of lines that repeat an earlier line; lines under ten characters ("So:", "}") do not count."""
     lines = [line for line in (" ".join(part.split()) for part in chain.splitlines()) if len(line) >= 10]
     return 1 - len(set(lines)) / len(lines) if lines else 0.0
 
 
 def repeated_ngrams(chain: str, n: int = 8) -> float:
-    """The share of runs of n words (or signs, or Chinese characters) that stood there before: 0 to nearly 1 for a loop."""
+    """The share of n-grams of words (or signs, or Chinese characters) that occurred before: 0, or nearly 1 for a loop."""
     tokens = _TOKEN.findall(chain)
     runs = Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
     return 1 - len(runs) / runs.total() if runs else 0.0
 
 
 def longest_paragraph(chain: str) -> int:
-    """Words between two blank lines, where there are most of them; code does not count."""
+    """Number of words in the longest paragraph, without code."""
     paragraphs = re.split(r"\n\s*\n", _BLOCK.sub("\n\n", chain))
     return max(sum(word.size for word in words(paragraph)) for paragraph in paragraphs)
 
 
 def code_share(chain: str) -> float:
-    """The share of characters within ``` fences."""
+    """The share of characters inside ``` fences."""
     return sum(map(len, _BLOCK.findall(chain))) / len(chain) if chain else 0.0
 
 
 @dataclass(frozen=True)
 class Readable:
-    """The limits of a readable chain. With the defaults a page of worked mathematics passes and a loop does not."""
+    """Limits for a readable chain. With the defaults a page of worked mathematics passes and a loop fails."""
 
     language: str = "en"
     others: tuple[str, ...] = EUROPEAN
-    # one foreign word in twenty, where names of people and places still pass
+    # minimum share of words in one language: tolerates names of people and places
     consistency: float = 0.95
-    # repeated lines: a checked result may stand twice, a loop makes it 0.5 and more
+    # largest share of repeated lines: a result may be stated twice; a loop reaches 0.5 or more
     lines: float = 0.2
-    # repeated runs of eight words; sums worked step by step reach 0.1
+    # largest share of repeated 8-grams; step-by-step arithmetic reaches 0.1
     ngrams: float = 0.2
-    # words; a wall of text that nobody reads
+    # most words in a paragraph; longer ones are unreadable
     paragraph: int = 300
-    # share of the characters; 0 allows no code block at all, as R1 did
+    # largest share of characters in code blocks; 0: none allowed, as in R1
     code: float = 0.5
-    # more are scraps and second attempts rather than a program
+    # most code blocks; more suggest fragments and restarts rather than a program
     blocks: int = 3
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Readable:
         return not self.faults(chain)
 
     def faults(self, chain: str) -> tuple[str, ...]:
-        """What is wrong with a chain, cheap tests first; a chain without words has no language to be mixed."""
+        """Names of what is wrong with a chain, cheap tests first; a chain without words has no mixed languages."""
         fences = len(_FENCE.findall(chain))
         tests = {
             "empty": not chain.strip(),

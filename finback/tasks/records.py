@@ -1,4 +1,4 @@
-"""The records of a user's data: JSON objects from a file or from the Hugging Face hub, read once. No torch here."""
+"""Records of a user's data: JSON objects from a file or the Hugging Face hub, read once. Does not import torch."""
 
 import json
 import math
@@ -18,20 +18,20 @@ _HUB = "hub:"
 
 
 class Record(NamedTuple):
-    """One JSON object and where it stands, such as "my.jsonl:12"."""
+    """A JSON object and its location, such as "my.jsonl:12"."""
 
     where: str
     fields: dict[str, Any]
 
     def value(self, name: str) -> Any:
-        """The value of a field that must be there."""
+        """The value of a required field."""
         if name not in self.fields:
             known = did_you_mean(name, self.fields)
             raise UserError(self.where, name, f"the record has no such field. {known}", "Name the field in the recipe.")
         return self.fields[name]
 
     def text(self, *names: str) -> str:
-        """The text (or number) of the first of these fields that is there; it must not be empty."""
+        """The text (or number) of the first of these fields that exists; it must not be empty."""
         name = next((name for name in names if name in self.fields), names[0])
         value = self.value(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -40,36 +40,36 @@ class Record(NamedTuple):
         raise UserError(f"{self.where} {name}", value, "expected text", "Correct or remove the record.")
 
     def texts(self, name: str) -> list[str]:
-        """A field that is a list of texts."""
+        """A field that is a list of strings."""
         value = self.value(name)
         if not isinstance(value, list) or not value or not all(isinstance(part, str) for part in value):
             raise UserError(f"{self.where} {name}", value, "expected a list of texts", "Correct the record.")
         return value
 
     def tags(self, **names: str) -> dict[str, int | str]:
-        """Texts and whole numbers among the fields of these names, by what a problem calls them."""
+        """Strings and integers among the given fields, under the names that a problem uses."""
         values = {tag: self.fields.get(name) for tag, name in names.items()}
         return {k: v for k, v in values.items() if isinstance(v, (int, str)) and not isinstance(v, bool)}
 
 
 @dataclass(frozen=True)
 class RecordTask:
-    """A task with one problem for each record; of problems with the same canonical form the first counts."""
+    """A task with one problem per record; of problems with the same canonical form, the first counts."""
 
-    # a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, also with .gz or .zst behind it, or hub:owner/name
+    # a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, optionally with .gz or .zst, or hub:owner/name
     # (hub:owner/name@revision)
     source: str
-    # of a data set of the hub, such as main
+    # subset of a hub data set, such as main
     subset: str = ""
-    # likewise
+    # split of a hub data set
     split: str = "train"
-    # field of a record that holds the question
+    # field that holds the question
     question_field: str = "question"
     # field that holds the gold answer
     answer_field: str = "answer"
-    # stands after every question
+    # text appended to every question
     instruction: str = ""
-    # the name in tables
+    # name in tables
     label: str = ""
 
     @property
@@ -81,7 +81,7 @@ class RecordTask:
         return {} if self.source.startswith(_HUB) else {"source": [Path(self.source)]}
 
     def content_versions(self) -> dict[str, str]:
-        """The versions of what fields name that are no files."""
+        """Versions of fields that are not files."""
         if not self.source.startswith(_HUB):
             return {}
         return {"source": HubRows(self.source.removeprefix(_HUB), self.subset, self.split).version()}
@@ -90,7 +90,7 @@ class RecordTask:
         return rng.choice(self.all_problems)
 
     def problems(self) -> Iterator[tuple[Problem, Any]]:
-        """The problems of the records, each with what its check needs to know."""
+        """The problems of all records, each with what its check needs."""
         raise NotImplementedError
 
     @cached_property
@@ -103,14 +103,14 @@ class RecordTask:
 
     @cached_property
     def all_problems(self) -> tuple[Problem, ...]:
-        """Each problem once, of either side of the split."""
+        """Every distinct problem, from both sides of the split."""
         return tuple(problem for problem, _ in self.by_key.values())
 
 
 def read(source: str, subset: str, split: str, revision: str = "", files: str = "") -> tuple[Record, ...]:
-    """Every record of a file, of `hub:owner/name` or of a folder that is a copy of one; UserError if there is none.
+    """All records of a file, of `hub:owner/name`, or of a folder with a copy of a hub data set; UserError if there are none.
 
-    `revision` is a commit of the data set; `files` are read instead of what it says of itself (where that is a script).
+    `revision` is a commit of the data set; `files` replaces the data files it declares (for data sets with a script).
     """
     if source.startswith(_HUB):
         return _from_hub(source, subset, split, revision, files)
@@ -127,9 +127,9 @@ def _from_file(source: str, changed: int, size: int) -> tuple[Record, ...]:
     path = Path(source)
     if readers.kind(path) not in readers.RECORDS:
         remedy = "Use .jsonl (one JSON object per line), .json (a list of them), .csv, .tsv or .parquet."
-        raise UserError("source", source, "not a kind of file that can be read", remedy)
+        raise UserError("source", source, "not a supported file type", remedy)
     if not size:
-        raise UserError("source", source, "the file has no records", "Fill it or name another.")
+        raise UserError("source", source, "the file has no records", "Use another file.")
     return tuple(_record(value, where) for where, value in readers.records(path, "source"))
 
 

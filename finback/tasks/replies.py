@@ -1,8 +1,8 @@
-r"""Where the answer stands in a whole reply: \boxed{}, after ####, in <answer>, after "The answer is", or all of it. No torch here."""
+r"""Locates the answer in a reply: \boxed{}, after ####, in <answer>, after "The answer is", or the whole reply. Does not import torch."""
 
 import re
 
-_LONGEST_BOX = 2000  # characters of a box that count as an answer
+_LONGEST_BOX = 2000  # longest content of a box, in characters
 _OBJECT = re.compile(
     r"\s*(?:```(?:json)?\s*)?\{\s*\"(?:final[_ ]?)?(?:answer|ans|result|choice)\"\s*:\s*(?:\"([^\"\\\n]{1,200})\"|(-?[0-9][0-9.eE+-]{0,60}))\s*\}\s*(?:```\s*)?",
     re.IGNORECASE,
@@ -79,13 +79,13 @@ _SECOND = re.compile(
     r"[.!?\n—-]\s*(?:no|wait|actually|sorry|oops|correction|or|alternatively|hmm+|scratch|on second thought|rather)\b",
     re.IGNORECASE,
 )
-_MOST = 50  # lines in bold type that are looked at
-NOTHING = "?"  # what a reply says that denies an answer
+_MOST = 50  # bold lines to read
+NOTHING = "?"  # stands for an answer that the reply itself denies
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of every \boxed{} and \fbox{} whose braces close, the innermost where they are nested."""
-    found, opened = (list[str](), list[int]())  # opened: where the content of each open brace starts, -1 if no box's
+    r"""Contents of every \boxed{} and \fbox{} with balanced braces; of nested ones the innermost."""
+    found, opened = (list[str](), list[int]())  # opened: start of each open brace's content, -1 if it is not a box
     for match in _BRACES.finditer(text):
         if match[0] != "}":
             opened.append(match.end() if len(match[0]) > 1 else -1)
@@ -97,18 +97,18 @@ def boxed(text: str) -> list[str]:
 
 
 def marked(text: str) -> list[str]:
-    """What a reply marks as its answer, in the clearest way that occurs in it; [] if nothing is marked."""
+    """What a reply marks as its answer, by the clearest kind of mark that it uses; [] if nothing is marked."""
     return boxed(text) or re.findall(r"####(?!#)([^\n]*)", text) or _tagged(text) or _json(text)
 
 
 def _json(text: str) -> list[str]:
-    """The answer of an object that is the whole reply: {"answer": 12}."""
+    """The answer in a reply that is a single JSON object: {"answer": 12}."""
     match = _OBJECT.fullmatch(text)
     return [match[1] or match[2]] if match else []
 
 
 def _tagged(text: str) -> list[str]:
-    """The contents of <answer></answer>, and a few words behind them, which may be another answer."""
+    """Contents of <answer></answer>, with a few words after them, which may be another answer."""
     *parts, behind = text.split("</answer>")
     found = [content.strip() for _, tag, content in (part.rpartition("<answer>") for part in parts) if tag]
     is_short = len(behind.split()) <= 3 and not behind.rstrip().endswith(("!", ":"))
@@ -116,7 +116,7 @@ def _tagged(text: str) -> list[str]:
 
 
 def stated(text: str) -> list[str]:
-    """The rest of the line behind each "Answer:" and, from the first of these on or if there is none, "the answer is"."""
+    """The rest of the line after each "Answer:"; also after "the answer is", once "Answer:" has occurred or if it never does."""
     lines = [(m.start(), m.end(), True) for m in _LINE.finditer(text) if _is_line(text, m)]
     sentences = [(m.start(), m.end(), False) for m in _SENTENCE.finditer(text)]
     first = lines[0][0] if lines else 0
@@ -150,7 +150,7 @@ def stated(text: str) -> list[str]:
 
 
 def emphasized(text: str) -> list[str]:
-    """Lines that are bold as a whole, but for headings."""
+    """Lines that are entirely bold, except headings."""
     lines = [match[1] for line in text.split("\n") if (match := _BOLD.fullmatch(line))]
     return [
         line
@@ -161,21 +161,21 @@ def emphasized(text: str) -> list[str]:
 
 
 def sentence(text: str) -> str:
-    """The first sentence of what was stated, without the verb that ends it in Japanese, Korean or Hindi."""
+    """The first sentence of a statement, without the final verb of Japanese, Korean or Hindi."""
     text = re.split(r",?\s+(?:since|because)\s|,\s+(?:as|which|where|when)\s|，?因为", text.strip())[0] or text
     end = _END.search(text)
     return untailed(text[: end.start()] if end else text)
 
 
 def untailed(text: str) -> str:
-    """Without the full stop, and the verb that ends a sentence in Japanese, Korean or Hindi."""
+    """Removes the full stop, and the final verb of a sentence in Japanese, Korean or Hindi."""
     return _TAIL.sub("", text, count=1)
 
 
 def predicates(text: str, anyone: bool = False) -> list[str]:
-    """What one sentence may say of its subject: "The capital is Paris." and "Capital: Paris" say Paris.
+    """What a sentence may state about its subject: both "The capital is Paris." and "Capital: Paris" state Paris.
 
-    The subject may be `anyone` where a number is asked for: "Ann has 8 left."
+    With `anyone`, for numbers, the subject can be a person: "Ann has 8 left."
     """
     text = text.strip().replace("**", "")
     bare = _LED.sub("", text, count=1) if _LED.match(text) else text
@@ -190,7 +190,7 @@ def predicates(text: str, anyone: bool = False) -> list[str]:
 
 
 def _is_line(text: str, match: re.Match[str]) -> bool:
-    """Whether "Answer:" begins its line or a sentence, marks of emphasis and words such as "So the" aside."""
+    """Whether "Answer:" starts its line or a sentence, apart from emphasis marks and words such as "So the"."""
     before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
     if not match[0].rstrip("*_ \t").endswith((":", "：", "=", "】")) or re.match(r"(?i)option|choice", match[0]):
         return not before.strip(" \t*_#>`-") and not re.match(r"(?i)(?:option|choice)", match[0])
@@ -198,7 +198,7 @@ def _is_line(text: str, match: re.Match[str]) -> bool:
 
 
 def _below(text: str, at: int) -> str:
-    """The last line, if nothing but it follows."""
+    """The last line, if only one line follows."""
     rest = text[at:].strip(" \t\n*_")
     return rest if rest and "\n" not in rest else ""
 

@@ -1,6 +1,6 @@
-"""What RL pays for: accuracy, form, a chain of thought, its language, brevity, and a judge's preference (R1 2.2.2, 2.3).
+"""RL's rewards: accuracy, form, a chain of thought, its language, brevity, and a judge's preference (R1 2.2.2, 2.3).
 
-Reward parts are named, so that every step can log what was earned for what. No torch here.
+The parts of a reward are named, so that every step can log them separately. Does not import torch.
 """
 
 from dataclasses import dataclass
@@ -13,28 +13,28 @@ from finback.tasks.task import Verdict
 
 @dataclass(frozen=True)
 class Reward:
-    """Weights of what is paid. The default is R1-Zero's: accuracy, and a little for an answer of the asked form.
+    """Weights of the reward's parts. The default is R1-Zero's: accuracy, and a little for the right form.
 
-    Thinking itself then earns nothing: if answers grow longer, it is because thinking makes them right. Whatever the
-    weights, a wrong answer cannot earn as much as a right one, and an opened chain with nothing in it earns nothing
-    at all. `language` is R1's language consistency: the share of the chain's words that are in `target`.
+    Thinking is not rewarded: if answers grow longer, it is because thinking makes them right. For any weights, a wrong
+    answer earns less than a right one, and an opened but empty chain earns nothing at all. `language` is R1's language
+    consistency: the share of the chain's words in `target`.
     """
 
-    # for a right answer; where the check is graded, times the score
+    # reward of a right answer; multiplied by the score if the check gives partial credit
     accuracy: float = 1.0
-    # for a well-formed answer that earns nothing for its accuracy
+    # reward of a well-formed answer that earns nothing for accuracy
     form: float = 0.1
-    # for a chain that was opened, closed and has something in it
+    # reward of a chain that is opened, closed and not empty
     think: float = 0.0
-    # times the share of the chain's words in `target` (R1 2.3.2)
+    # multiplied by the share of the chain's words in `target` (R1 2.3.2)
     language: float = 0.0
-    # ISO 639-1
+    # target language, ISO 639-1
     target: str = "en"
-    # falls linearly from this at no tokens to 0 at the limit; for right answers alone
+    # reward of a right answer, linear from this at length 0 to 0 at the limit
     brevity: float = 0.0
-    # times the judge's score among the answers of a group
+    # multiplied by the judge's score within the group
     preference: float = 0.0
-    # what gives the preference
+    # the judge, if preference is not 0
     judge: Judge | None = None
 
     def __post_init__(self) -> None:
@@ -43,13 +43,13 @@ class Reward:
         if self.accuracy > 0 and self.extra >= self.accuracy:
             total = f"form, think, language and preference add up to {self.extra:g}"
             problem = f"{total}: a wrong answer could earn as much as a right one"
-            remedy = "Weigh accuracy higher or the others lower; only their proportions matter."
+            remedy = "Raise accuracy or lower the others; only their proportions matter."
             raise UserError("reward.accuracy", self.accuracy, problem, remedy)
         if self.language:
             known(self.target, "reward.target")
         if (self.preference > 0) != (self.judge is not None):
-            problem = "a preference and a judge go together"
-            raise UserError("reward.preference", self.preference, problem, "Give both or none.")
+            problem = "preference needs a judge, and a judge needs preference"
+            raise UserError("reward.preference", self.preference, problem, "Give both or neither.")
 
     @property
     def extra(self) -> float:
@@ -57,9 +57,9 @@ class Reward:
         return self.form + self.think + self.language + self.preference
 
     def parts(self, verdict: Verdict, chain: str, thinks: bool, tokens: int, limit: int) -> dict[str, float]:
-        """What one answer earns, by name; `chain` is its thinking, `tokens` of at most `limit` its length.
+        """The rewards of one answer, by name. `chain` is its thinking, `tokens` its length, at most `limit`.
 
-        An answer that is no answer (cut off, not of the asked form) earns nothing for its language either.
+        A reply without an answer (cut off, malformed) earns nothing for language either.
         """
         earned = dict.fromkeys(self.names, 0.0)
         if not (verdict.correct or verdict.well_formed) or (thinks and not chain.strip()):
@@ -76,6 +76,6 @@ class Reward:
 
     @property
     def names(self) -> list[str]:
-        """The parts that can be earned, accuracy and form first."""
+        """Names of the parts that can be earned, accuracy and form first."""
         optional = ("think", "language", "brevity", "preference")
         return ["accuracy", "form", *(name for name in optional if getattr(self, name))]

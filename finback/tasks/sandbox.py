@@ -1,9 +1,9 @@
-"""Runs Python that a model wrote, in a process of its own that can do as little as possible. No torch here.
+"""Runs Python that a model wrote in a separate process with as few rights as possible. Does not import torch.
 
-Two forms, the first that works is taken: bubblewrap (own namespaces, no network, nothing of the host in sight but
-what Python needs) and a subprocess under resource limits, which is not a security boundary. A third, monty, is an
-interpreter of a part of Python, for functions only and only when asked for. docs/concepts/sandbox.md says what each
-of them guarantees.
+Two forms, the first that works is used: bubblewrap (own namespaces, no network, nothing of the host visible but what
+Python needs), and a subprocess under resource limits, which is not a security boundary. A third form, monty, interprets
+a subset of Python, for functions only and only on request. docs/concepts/sandbox.md states what each of them
+guarantees.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from finback.tasks.isolation import Launch, bubble, bubblewrap, folder, pipe
 Isolation = Literal["bubblewrap", "rlimits", "monty"]
 Reason = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 
-_THREADS = 64  # beside the processes that are allowed; the kernel counts both alike
+_THREADS = 64  # threads, which the kernel counts like the allowed processes
 _NOT_A_BOUNDARY = (
     "finback: bubblewrap does not work here, so code that a model wrote runs in a subprocess under resource limits. "
     "That is not a security boundary: it can read and change what its user can."
@@ -36,19 +36,19 @@ _NOT_A_BOUNDARY = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use. Memory is per process; with one process, the default, that is all of it."""
+    """Limits of one run. Memory is per process; with the default of one process, it is the total."""
 
-    # seconds
+    # wall time in seconds
     wall: float = 5.0
-    # seconds, rounded up to whole ones
+    # CPU time in seconds, rounded up to whole ones
     cpu: float = 5.0
     # bytes of address space
     memory: int = 512 << 20
-    # at a time, itself included; more need bubblewrap
+    # concurrent processes, including the program; more than 1 needs bubblewrap
     processes: int = 1
-    # bytes on stdout, as many on stderr, as many of results
+    # bytes on stdout, the same on stderr, and the same of results
     output: int = 1 << 20
-    # bytes: of the whole working folder under bubblewrap, else of each file
+    # bytes: under bubblewrap of the whole working folder, else of each file
     files: int = 16 << 20
 
     def __post_init__(self) -> None:
@@ -58,16 +58,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left. Except for `compiled`, nothing here is beyond the program's power to forge."""
+    """The result of a run. The program can forge everything here except `compiled`."""
 
     stdout: str
     stderr: str
-    # 128 + n for signal n
+    # 128 + n if it died of signal n
     exit_code: int
     reason: Reason
-    # and, for a function, its name occurs
+    # whether it compiled and, for a function, mentions its name
     compiled: bool = False
-    # what the function returned, as JSON values, call by call
+    # values that the function returned, as JSON values, call by call
     values: tuple[Any, ...] = ()
     seconds: float = 0.0
 
@@ -83,7 +83,7 @@ class Sandbox:
             if isolation == "rlimits":
                 warn_of_no_boundary()
         elif isolation not in ("bubblewrap", "rlimits", "monty"):
-            raise UserError("sandbox.isolation", isolation, "no such form", "Known: bubblewrap, monty, rlimits.")
+            raise UserError("sandbox.isolation", isolation, "no such isolation", "Known: bubblewrap, monty, rlimits.")
         if isolation != "monty" and (failure := why_unavailable(isolation)) is not None:
             remedy = f"{how_to_get('sandbox')}, and allow user namespaces, or run as a user that is not root."
             raise UserError("sandbox.isolation", isolation, failure, remedy)
@@ -92,13 +92,13 @@ class Sandbox:
         self.isolation = isolation
 
     def run(self, source: str, stdin: str = "", limits: Limits | None = None) -> Outcome:
-        """Runs a program from its first line to its end."""
+        """Runs a program from start to end."""
         if self.isolation == "monty":
-            raise UserError("sandbox.isolation", "monty", "runs functions, no programs", "Use another form.")
+            raise UserError("sandbox.isolation", "monty", "can run functions only", "Use another isolation.")
         return _run(self.isolation, source, stdin, None, [], limits or Limits())
 
     def call(self, source: str, entry: str, arguments: list[list[Any]], limits: Limits | None = None) -> Outcome:
-        """Runs a program, then its function `entry` for each list of arguments (JSON values), in one process."""
+        """Runs a program, then calls its function `entry` with each list of arguments (JSON values), in one process."""
         if self.isolation == "monty":
             from finback.tasks.monty import call
 
@@ -108,19 +108,19 @@ class Sandbox:
 
 @lru_cache
 def shared(isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto") -> Sandbox:
-    """One sandbox for the whole process: finding out what works here takes a run."""
+    """One sandbox for the whole process, because finding the form that works takes a run."""
     return Sandbox(isolation)
 
 
 @lru_cache
 def warn_of_no_boundary() -> None:
-    """Say once that the form in use contains no hostile code."""
+    """Warns once that the form in use does not contain hostile code."""
     print(f"{_NOT_A_BOUNDARY} {how_to_get('sandbox')}", file=sys.stderr)
 
 
 @lru_cache
 def why_unavailable(isolation: Isolation) -> str | None:
-    """Why a form does not work on this machine, found by running something in it; None if it works."""
+    """Why a form does not work on this machine, found by trying it; None if it works."""
     if isolation == "bubblewrap" and bubblewrap() is None:
         return "there is no bwrap"
     try:
@@ -138,13 +138,13 @@ def _child_source() -> str:
 def _run(
     isolation: Isolation, source: str, stdin: str, entry: str | None, arguments: list[Any], limits: Limits
 ) -> Outcome:
-    """One fresh process. RuntimeError if it fails before the program has its turn: then the fault is ours."""
+    """Runs one fresh process. RuntimeError if it fails before the program starts: then the fault is ours."""
     if isolation == "rlimits" and limits.processes > 1:
-        raise UserError("limits.processes", limits.processes, "only bubblewrap contains several", "Use 1.")
+        raise UserError("limits.processes", limits.processes, "only bubblewrap can contain several processes", "Use 1.")
     nonce = secrets.token_hex(16)
     request: dict[str, Any] = {"source": source, "entry": entry, "arguments": arguments, "nonce": nonce}
     request |= {"rlimits": _rlimits(limits), "user": -1, "stdlib": -1, "filter": b""}
-    for _ in range(3):  # what can fail is the machine at its limits, as in a fork that finds no memory
+    for _ in range(3):  # starting can fail on an overloaded machine, such as fork without memory
         with contextlib.ExitStack() as stack:
             launch = bubble(limits.files, limits.processes > 1) if isolation == "bubblewrap" else folder(request)
             seen = _start(request, stdin.encode(errors="replace"), limits, stack, stack.enter_context(launch))
@@ -156,7 +156,7 @@ def _run(
 
 def _rlimits(limits: Limits) -> dict[str, int]:
     values = {"RLIMIT_AS": limits.memory, "RLIMIT_CPU": -int(-limits.cpu // 1), "RLIMIT_CORE": 0}
-    # NPROC counts all processes of a user in its namespace: it is set where the user is the program's own.
+    # NPROC counts all processes of a user in its namespace, so it is set only if the user is the program's own.
     return values | {"RLIMIT_FSIZE": limits.files, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": limits.processes + _THREADS}
 
 
@@ -166,7 +166,7 @@ def _start(
     reports, reports_end = stack.enter_context(pipe())
     given = stack.enter_context(file_of(stdin))
     request_file = stack.enter_context(file_of(marshal.dumps(request)))
-    # -I would also drop PYTHONHASHSEED: with it a program that prints a set does so alike in every run.
+    # -I would also ignore PYTHONHASHSEED, with which a program that prints a set prints the same in every run.
     python = [str(Path(sys.executable).resolve()), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _child_source()]
     setting = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
     before = list(launch.before)
@@ -185,13 +185,13 @@ def _start(
             start_new_session=True,
         )
     )
-    assert process.stdout is not None and process.stderr is not None, "both were asked for"
+    assert process.stdout is not None and process.stderr is not None, "both are pipes"
     streams = {process.stdout.fileno(): "stdout", process.stderr.fileno(): "stderr", reports: "reports"}
     return watch(process, streams, limits.wall, limits.output, launch.info)
 
 
 def _frames(content: bytes, nonce: str) -> list[tuple[str, str]]:
-    """The reports that carry the run's nonce: (kind, text)."""
+    """The reports with the run's nonce: (kind, text)."""
     lines = [line.split(" ", 2) for line in content.decode(errors="replace").split("\n")]
     return [(line[1], line[2]) for line in lines if len(line) == 3 and line[0] == nonce]
 
@@ -205,13 +205,13 @@ def _outcome(seen: ChildOutput, frames: list[tuple[str, str]], limits: Limits) -
     elif ("memory", "") in frames:
         reason = "memory"
     elif seen.exit_code == 128 + signal.SIGKILL and seen.seconds >= limits.cpu:
-        reason = "timeout"  # the kernel's own end of what did not listen to SIGXCPU
+        reason = "timeout"  # the kernel killed a process that ignored SIGXCPU
     return Outcome(
         stdout=seen.streams["stdout"].decode(errors="replace"),
         stderr=seen.streams["stderr"].decode(errors="replace"),
         exit_code=seen.exit_code,
         reason=reason,
-        compiled=next((not text for kind, text in frames if kind == "compiled"), False),  # before it ran
+        compiled=next((not text for kind, text in frames if kind == "compiled"), False),  # reported before it ran
         values=tuple(read_json(text) for kind, text in frames if kind == "value"),
         seconds=seen.seconds,
     )

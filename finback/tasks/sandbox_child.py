@@ -1,7 +1,7 @@
-"""What runs inside the sandbox, in front of the program: its limits, then compile, run, report. No torch here.
+"""Runs inside the sandbox, before the program: sets limits, then compiles, runs and reports. Does not import torch.
 
-The sandbox passes this file's text to `python -c`, so it knows nothing of finback. Everything here is in the
-program's reach; that is harmless, because what would be right to answer never comes in.
+The sandbox passes the text of this file to `python -c`, so it does not import finback. The program can reach everything
+here; that is harmless, because expected results never enter the sandbox.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import resource
 import sys
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # the import of typing would cost every run several milliseconds
+if TYPE_CHECKING:  # importing typing would cost every run several milliseconds
     from typing import Any
 
 
 def main() -> None:
-    """argv: the file with the request, the descriptor for reports."""
+    """argv: file with the request, descriptor for reports."""
     source, channel = int(sys.argv[1]), int(sys.argv[2])
     with open(source, "rb") as file:
         request: dict[str, Any] = marshal.load(file)
@@ -33,7 +33,7 @@ def main() -> None:
         report("timeout")
         os._exit(128 + _signal.SIGXCPU)
 
-    # By its handler the first process of a namespace hears of it too; the hard limit ends those who do not listen.
+    # The handler makes the first process of a namespace receive the signal too; the hard limit kills those that ignore it.
     _signal.signal(_signal.SIGXCPU, out_of_time)
     _confine(request)
     report("ready")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _call(function: Any, arguments: list[list[Any]], report: Any) -> None:
-    """Reports what the function returns, as JSON, and leaves at once: nothing is owed to atexit and threads."""
+    """Reports what the function returns, as JSON, and exits at once, without atexit handlers or waiting for threads."""
     import json
 
     leave = os._exit
@@ -63,7 +63,7 @@ def _call(function: Any, arguments: list[list[Any]], report: Any) -> None:
 
 def _confine(request: dict[str, Any]) -> None:
     for name, value in request["rlimits"].items():
-        # Where the system has a lower one already, or lacks the limit (macOS has no working RLIMIT_AS), it stays.
+        # A lower existing limit, or one that the system lacks (macOS has no working RLIMIT_AS), is left alone.
         if hasattr(resource, name):
             which = getattr(resource, name)
             hard = resource.getrlimit(which)[1]
@@ -74,9 +74,9 @@ def _confine(request: dict[str, Any]) -> None:
                 except (ValueError, OSError):
                     if sys.platform.startswith("linux"):
                         raise
-    if request["stdlib"] >= 0:  # an open folder: once root is dropped, its path may lead through closed ones
+    if request["stdlib"] >= 0:  # an open descriptor: after dropping root, its path may be unreadable
         folder = f"/proc/self/fd/{request['stdlib']}"
-        was = os.path.dirname(os.__file__)  # noqa: PTH120  nor pathlib
+        was = os.path.dirname(os.__file__)  # noqa: PTH120  pathlib is not imported
         sys.path[:] = [folder, f"{folder}/lib-dynload"]
         for module in [m for m in sys.modules.values() if hasattr(m, "__path__")]:
             module.__path__ = [path.replace(was, folder) for path in module.__path__]
@@ -91,7 +91,7 @@ def _confine(request: dict[str, Any]) -> None:
 
 
 def _install(ctypes: Any, code: bytes) -> None:
-    """The filter of system calls, for good; and death together with the thread that started this process."""
+    """Installs the seccomp filter, irrevocably, and ties this process's life to the thread that started it."""
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]  # noqa: RUF012

@@ -1,14 +1,14 @@
-"""A filter of system calls for code that a model wrote, as the bytes that Linux and bubblewrap read. No torch here.
+"""A seccomp filter for code that a model wrote, as the bytes that Linux and bubblewrap read. Does not import torch.
 
-It denies new processes, sockets, signals and what could act on other processes or outlive the program. Namespaces
-do not stop all of that: a vsock socket leaves any of them, and memory files do not count as a process's memory.
+It denies new processes, sockets, signals, and calls that could affect other processes or outlive the program. Namespaces
+do not prevent all of these: a vsock socket escapes them, and memory files are not counted as a process's memory.
 """
 
 import platform
 import struct
 import sys
 
-# The numbers of each call on x86_64 and on aarch64; - where the machine has no such call.
+# Call numbers on x86_64 and aarch64; - if the machine has no such call.
 _DENIED = """
     fork 57 -, vfork 58 -, socket 41 198, kill 62 129, tkill 200 130, tgkill 234 131,
     rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424, pidfd_open 434 434,
@@ -33,7 +33,7 @@ _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
 
 
 def call_filter(may_fork: bool, may_make_folders: bool = True) -> bytes:
-    """The filter as an array of struct sock_filter; empty where the machine's call numbers are not known here."""
+    """The filter as an array of struct sock_filter; empty if the machine's call numbers are unknown."""
     if not sys.platform.startswith("linux") or platform.machine() not in _ARCHITECTURES:
         return b""
     column, audit = _ARCHITECTURES[platform.machine()]
@@ -43,9 +43,9 @@ def call_filter(may_fork: bool, may_make_folders: bool = True) -> bytes:
         number = int(numbers[column]) if numbers[column] != "-" else None
         if number is not None and not (may_fork and number in (57, 58) and column == 0):
             code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _EPERM)]
-    # Its flags lie in memory, out of a filter's sight; glibc falls back to clone.
+    # clone3 has its flags in memory, where a filter cannot see them; glibc falls back to clone.
     code += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ENOSYS)]
-    # Limits of other processes are none of its business.
+    # Limits of other processes are off limits.
     code += [(_EQUAL, 0, 4, _PRLIMIT[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_EQUAL, 0, 1, 0)]
     code += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)]
     code += [(_EQUAL, 1, 0, _CLONE[column]), (_RETURN, 0, 0, _ALLOW), (_LOAD, 0, 0, _FIRST_ARGUMENT)]

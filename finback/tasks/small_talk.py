@@ -1,6 +1,6 @@
-"""Small talk with a check for what can be checked: is the reply a sentence of words that people use, not a sum.
+"""Small talk, with a check of what can be checked: the reply is a sentence of common words, not a sum.
 
-The prompts are how the dialogues of the packaged Chit Chat corpus begin. No torch here.
+The prompts are first turns of the packaged Chit Chat corpus. Does not import torch.
 """
 
 import importlib.util
@@ -17,24 +17,24 @@ from finback.extras import how_to_install
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
-_KEY = "talk: "  # part of the text whose hash says on which side of the split a problem lies
-_COMMON = 3  # times that a word must occur in the corpus to count as one that people use
+_KEY = "talk: "  # part of the hashed text that decides a problem's side of the split
+_COMMON = 3  # occurrences in the corpus that make a word common
 
 
 @dataclass(frozen=True)
 class SmallTalk:
-    """A reply is right if it has between `least` and `most` words, nearly all of them known, no digits, and few repeats.
+    """A reply is right if it has between `least` and `most` words, nearly all common, no digits, and little repetition.
 
-    Nothing here says that a reply is apt: that is for people, or for a judge.
+    This does not check that a reply makes sense: that takes people, or a judge.
     """
 
-    # words of a right reply
+    # fewest words of a right reply
     least: int = 3
-    # words of a right reply
+    # most words of a right reply
     most: int = 40
-    # share of the words that must occur in the corpus
+    # minimum share of words that occur in the corpus
     known: float = 0.9
-    # share of the words that must differ from each other
+    # minimum share of distinct words
     different: float = 0.6
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class SmallTalk:
 
     @property
     def name(self) -> str:
-        return "talk"  # part of an exam's seed: another name draws other problems
+        return "talk"  # part of an exam's seed: renaming it would change the problems
 
     def draw(self, rng: random.Random) -> Problem:
         text = rng.choice(_corpus()[0])
@@ -62,7 +62,7 @@ class SmallTalk:
 
 @lru_cache(maxsize=1)
 def _corpus() -> tuple[list[str], frozenset[str]]:
-    """How dialogues begin, and the words that occur a few times."""
+    """First turns of dialogues, and the words that occur often enough."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
         problem, remedy = "the package is not installed", how_to_install("chitchat-dataset")

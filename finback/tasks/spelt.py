@@ -1,4 +1,4 @@
-"""Numbers in English words and in Chinese characters. No torch here."""
+"""Numbers in English words and in Chinese characters. Does not import torch."""
 
 import re
 from fractions import Fraction
@@ -39,7 +39,7 @@ _PART_NAMES = {
     **dict.fromkeys(("quarter", "quarters", "fourth", "fourths"), 4),
     **{name + end: int(i) for name, i in (each.split("=") for each in _PLACE_NAMES.split()) for end in ("", "s")},
 }
-# half an hour, a third, three quarters of the cake; a third alone is a place
+# half an hour, a third, three quarters of the cake; "third" alone is an ordinal
 _PARTS = re.compile(
     rf"(?:({'|'.join(_COUNTS)})(?:-(one|two|three|four|five|six|seven|eight|nine))?[ -])?(?:(?<=[ -])|(?=half\b))"
     rf"({'|'.join(sorted(_PART_NAMES, key=len, reverse=True))})\b(?:\s+of)?(?:\s+an?\b)?",
@@ -50,15 +50,15 @@ _RUN = re.compile(rf"\b(?:{_ONE})(?:[ -](?:and )?(?:{_ONE}|hundred|thousand))*\b
 _DIGITS = {char: i for i, char in enumerate("〇一二三四五六七八九")} | {"零": 0, "两": 2, "兩": 2}
 _POWERS = {"十": 1, "百": 2, "千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8}
 _CHARACTERS = "".join((*_DIGITS, *_POWERS))
-# The characters behind a number that only say what is counted.
+# Characters after a number that only name what is counted.
 _CHINESE = re.compile(rf"(百分之)?([{_CHARACTERS}]+)(?:点([{''.join(_DIGITS)}]+))?(.*)", re.DOTALL)
 _MEASURES = "个個只本人天岁歲歳次块張张元円度年月日米名种"
 
 
 def spelt(text: str) -> tuple[Fraction | None, str, str]:
-    """The number that a text begins with, in words, how it is written, and the text behind it.
+    """The number in words at the start of a text, its form, and the text after it.
 
-    Such as twenty-five, one hundred and five, half an hour, three quarters of it, two and a half; or 二百五十六.
+    For example twenty-five, one hundred and five, half an hour, three quarters of it, two and a half; or 二百五十六.
     """
     if (share := _PARTS.match(text)) and _is_share(share):
         return _part(share), "fraction", text[share.end() :]
@@ -97,12 +97,12 @@ def spelt(text: str) -> tuple[Fraction | None, str, str]:
 
 
 def figures(text: str) -> str:
-    """A text with digits for its English number words: 1 hour and 40 minutes."""
+    """Replaces English number words by digits: 1 hour and 40 minutes."""
     return _RUN.sub(lambda match: str(value) if (value := spelt(match[0])[0]) is not None else match[0], text)
 
 
 def _is_share(share: re.Match[str]) -> bool:
-    """Whether it is no place: the twenty-fifth is no four, and a third place no third."""
+    """Whether it is a fraction, not an ordinal such as in "the twenty-fifth" or "a third place"."""
     name, is_place = share[3].lower(), bool(re.match(r"\s+[a-z]", share.string[share.end() :], re.IGNORECASE))
     if name.endswith("s") or name in ("half", "quarter"):
         return True
@@ -115,7 +115,7 @@ def _part(share: re.Match[str]) -> Fraction:
 
 
 def _chinese(text: str) -> tuple[Fraction | None, str, str]:
-    """二百五十六, 百分之十五, 三点五; words such as 三国 are none, so little may follow."""
+    """二百五十六, 百分之十五, 三点五. Not words such as 三国, so only little may follow."""
     match = _CHINESE.fullmatch(text)
     if match is None or (match[4].strip() and match[4].strip() not in _MEASURES):
         return None, "", ""

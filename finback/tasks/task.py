@@ -1,7 +1,7 @@
-"""A task is data, a check and a reward in one object, used by evaluation and by RL alike. No torch here.
+"""A task combines questions with a check of answers, for evaluation and RL alike. Does not import torch.
 
-Training and evaluation never share a problem: the hash of a problem's canonical form decides, before anything is
-drawn, on which side it lies.
+Training and evaluation never share a problem: a hash of the problem's canonical form decides its side of the split before
+anything is drawn.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ from typing import Literal, Protocol, runtime_checkable
 
 from finback.config import UserError, check_fields
 
-HELD_OUT = 10  # one problem in ten, by hash, is held out for evaluation
+HELD_OUT = 10  # one problem in ten is held out for evaluation, by hash
 
 Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its gold answer; `key` is its canonical form, `solution` a worked chain if there is one."""
+    """A question with its gold answer; `key` is its canonical form, `solution` a worked chain if there is one."""
 
     question: str
     answer: str
@@ -31,9 +31,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check says of an answer: right or not, and whether it is an answer of the asked form at all.
+    """The result of a check: whether the answer is right, and whether it is well-formed at all.
 
-    A graded check says more than yes or no: `parts` are what it gives for what, each in [0, 1], at most 1 together.
+    A check with partial credit also gives `parts`: named scores, each in [0, 1], with a sum of at most 1.
     """
 
     correct: bool
@@ -42,7 +42,7 @@ class Verdict:
 
     @property
     def score(self) -> float:
-        """How right the answer is, from 0 to 1."""
+        """The score of the answer, from 0 to 1."""
         return sum(self.parts.values()) if self.parts else float(self.correct)
 
 
@@ -51,40 +51,40 @@ NO_ANSWER = Verdict(correct=False, well_formed=False)
 
 @runtime_checkable
 class Task(Protocol):
-    """What the stages need of a task. A task must accept its own gold answers (a test draws some and checks)."""
+    """The interface of tasks. A task must accept its own gold answers (a test draws some and checks)."""
 
     @property
     def name(self) -> str:
-        """What the task is called in metrics and tables."""
+        """The name in metrics and tables."""
         ...
 
     def draw(self, rng: random.Random) -> Problem:
-        """One problem from either side of the split."""
+        """One problem, from either side of the split."""
         ...
 
     def check(self, problem: Problem, answer: str) -> Verdict:
-        """Judge the text after the thinking; must execute none of it, and raise for no text (UserError: to end the run)."""
+        """Judges the text after the thinking. Must not execute it, and must not raise for any text (except UserError, to end the run)."""
         ...
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several tasks as one: each problem comes from one of them, by `weights` (equal ones if none are given)."""
+    """Several tasks as one: each problem comes from one of them, chosen by `weights` (default: equal)."""
 
-    # to draw from
+    # tasks to draw from
     tasks: tuple[Task, ...]
-    # how often each is drawn; () for equally often
+    # relative frequencies; (): equal
     weights: tuple[float, ...] = ()
-    # the name in tables
+    # name in tables
     label: str = "mixture"
 
     def __post_init__(self) -> None:
         check_fields(self, "mixture")
         if not self.tasks:
-            raise UserError("mixture.tasks", self.tasks, "nothing to mix", "Name at least one task.")
+            raise UserError("mixture.tasks", self.tasks, "nothing to mix", "Give at least one task.")
         if any(isinstance(task, Mixture) for task in self.tasks):
-            remedy = "Name its tasks here, with their weights."
-            raise UserError("mixture.tasks", self.name, "holds another mixture", remedy)
+            remedy = "Give its tasks here, with their weights."
+            raise UserError("mixture.tasks", self.name, "contains another mixture", remedy)
         if self.weights and (len(self.weights) != len(self.tasks) or min(self.weights) <= 0):
             problem = f"not one positive weight for each of {len(self.tasks)} tasks"
             raise UserError("mixture.weights", self.weights, problem, "Correct it.")
@@ -103,12 +103,12 @@ class Mixture:
         return self.tagged(self.tasks[place].draw(rng), place)
 
     def place(self, rng: random.Random) -> int:
-        """Which task the next problem comes from."""
+        """Index of the task that the next problem comes from."""
         (place,) = rng.choices(range(len(self.tasks)), self.weights or None)
         return place
 
     def tagged(self, problem: Problem, place: int) -> Problem:
-        """A problem of that task, so that `check` knows whose it is."""
+        """Marks a problem with its task, so that `check` knows which task it belongs to."""
         return replace(problem, tags={**problem.tags, "part": place})
 
     def check(self, problem: Problem, answer: str) -> Verdict:
@@ -121,23 +121,23 @@ def part_of(task: Task, problem: Problem) -> Task:
 
 
 def canonical(question: str) -> str:
-    """The form by which questions are compared: words, whatever white space lies between them and whatever case."""
+    """The form in which questions are compared: lower case, single spaces."""
     return " ".join(question.split()).lower()
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a canonical form is for evaluation only; depends on the text alone, not on a seed."""
+    """Whether a canonical form is reserved for evaluation; depends on the text only, not on a seed."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT == 0
 
 
 def is_listed(task: Task) -> bool:
-    """Whether a task's problems are those of a list, such as a file's, and not made."""
+    """Whether a task's problems come from a list, such as a file, rather than a generator."""
     return hasattr(type(task), "all_problems")
 
 
 def listed(task: Task) -> Sequence[Problem]:
-    """All problems of a task whose problems are those of a list, of both sides of the split; none of another task."""
+    """All problems of a task that has a list, from both sides of the split; () for other tasks."""
     return getattr(task, "all_problems", ()) if is_listed(task) else ()
 
 
@@ -151,7 +151,7 @@ def draw(task: Task, split: Split, rng: random.Random) -> Problem:
 
 
 def judged(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-    """Verdicts in order; checks that wait for another process are made several at a time."""
+    """Verdicts in order; checks that wait for another process run concurrently."""
     if not getattr(task, "waits", False):
         return [task.check(problem, answer) for problem, answer in pairs]
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -159,7 +159,7 @@ def judged(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
 
 
 def distinct(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
-    """n problems of one side of the split with n different canonical forms, the same for the same seed."""
+    """n problems of one side of the split with distinct canonical forms, the same for the same seed."""
     found = draw_distinct(task, split, n, random.Random(seed), misses=10_000)
     if len(found) < n:
         problem = f"task {task.name!r} has only about {len(found)} distinct {split} problems"
@@ -168,7 +168,7 @@ def distinct(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
 
 
 def draw_distinct(task: Task, split: Split, n: int, rng: random.Random, misses: int) -> list[Problem]:
-    """Up to n problems with different canonical forms; fewer where `misses` draws in a row bring nothing new."""
+    """Up to n problems with distinct canonical forms; fewer if `misses` draws in a row bring nothing new."""
     found: dict[str, Problem] = {}
     missed = 0
     while len(found) < n and missed < misses:
@@ -179,7 +179,7 @@ def draw_distinct(task: Task, split: Split, n: int, rng: random.Random, misses: 
 
 
 def drawn_questions(task: Task, side: Split, most: int, seed: int) -> list[str]:
-    """All that is drawn until there are `most` distinct problems, with and without what a task writes around them."""
+    """Questions drawn until `most` distinct problems are found, with and without the wording that the task adds."""
     rng, keys, found, misses = random.Random(seed), set[str](), list[str](), 0
     while len(keys) < most and misses < 1000:
         problem = draw(task, side, rng)

@@ -1,15 +1,15 @@
-"""Units, currencies and words for magnitudes: what a unit measures, and how it converts. No torch here."""
+"""Units, currencies and words for magnitudes: what a unit measures, and how it converts. Does not import torch."""
 
 import re
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-COUNTED = "a "  # begins the dimension of what is no unit, such as apples
+COUNTED = "a "  # starts the dimension of a counted thing, such as apples
 
 
 class Unit(NamedTuple):
-    """What a unit measures, as powers of base units, and how many of these it is. A word measures itself."""
+    """A unit: its dimension as powers of base units, and its size in these. A counted thing is its own dimension."""
 
     dimension: tuple[tuple[str, int], ...]
     factor: Fraction
@@ -19,11 +19,11 @@ class Unit(NamedTuple):
 
     @property
     def is_counted(self) -> bool:
-        """Whether it is a word for things, such as apples."""
+        """Whether it is a counted thing, such as apples."""
         return bool(self.dimension) and self.dimension[0][0].startswith(COUNTED)
 
 
-# name of the dimension: symbol or names, each with its factor (1 if none is given)
+# dimension: symbol or names, each with its factor (default 1)
 _TABLE = """
 length: in|inch|inches|″|\"=0.0254 ft|foot|feet|'|′=0.3048 yd|yard|yards=0.9144 mi|mile|miles=1609.344 米 公里|千米|км=1000 厘米|см=0.01 毫米|мм=0.001 м|метр|метров
 mass: lb|lbs=453.59237 oz|ounce|ounces=28.349523125 t|ton|tons|tonne|tonnes=1000000 kilo|kilos|кг|公斤|千克=1000 克|г
@@ -119,7 +119,7 @@ SCALES = {
     "млрд": 9,
 }
 SCALE = re.compile(r"\s*(" + "|".join(sorted(SCALES, key=len, reverse=True)) + r")(?![a-zA-Z^])\.?")
-# Words that change a number, or are a second one, or say that it is none: "12 or so" is not 12.
+# Words that change a number, introduce a second one, or deny it: "12 or so" is not 12.
 _NO_UNIT = re.compile(
     r"(?:and|or|to|not?|but|than|if|is|are|was|isn't|be|maybe|perhaps|possibly|except|without|instead|rather|could|would|might|"
     r"should|doubled|tripled|halved|wrong|incorrect|false|minus|plus|times|over|dozen|hundred|thousand|[mbtr]+illion|squared|cubed|factorial|bce?|"
@@ -134,7 +134,7 @@ _TOKEN = re.compile(
 
 @lru_cache
 def _units() -> dict[str, tuple[Unit, ...]]:
-    """Every name with what it can mean: a pound is money or a mass. Symbols keep their case, names have none."""
+    """Possible meanings by name: a pound is money or a mass. Symbols are case-sensitive, names are not."""
     found: dict[str, list[Unit]] = {}
     for line in _TABLE.strip().split("\n"):
         dimension, _, entries = line.partition(": ")
@@ -158,14 +158,14 @@ def _units() -> dict[str, tuple[Unit, ...]]:
 
 
 def known(name: str) -> tuple[Unit, ...]:
-    """What a name can mean, () if it is no unit here."""
+    """Possible meanings of a name, () if it is not a known unit."""
     units = _units()
     return units.get(name) or units.get(name.lower()) or ()
 
 
 @lru_cache(maxsize=4096)
 def units(text: str) -> tuple[Unit, ...] | None:
-    """What the text behind a number can mean; None if it is no unit. Several words that are none name a thing counted."""
+    """Possible meanings of the text after a number; None if it is no unit. Unknown words name a counted thing."""
     text = re.sub(
         r"\\frac\{([^{}\d]+)\}\{([^{}\d]+)\}",
         r"\1/\2",
@@ -231,7 +231,7 @@ def product(one: Unit, other: Unit, power: int = 1) -> Unit:
 
 
 def _counted(text: str) -> tuple[Unit, ...] | None:
-    """Words for things, each in the singular."""
+    """Names of counted things, each in the singular."""
     words = re.sub(r"(?<=\w\w)\^\{?[23]\}?$", "", text.rstrip(".")).split()
     if not 1 <= len(words) <= 6 or not all(re.fullmatch(r"[^\W\d_]+(?:['-][^\W\d_]+)*[,.]?|/", word) for word in words):
         return None

@@ -1,4 +1,4 @@
-"""Answers in words, of any script: case, quotation marks, articles and the full stop do not count. No torch here."""
+"""Compares answers in words, in any script, ignoring case, quotation marks, articles and the full stop. Does not import torch."""
 
 import re
 import unicodedata
@@ -6,25 +6,25 @@ import unicodedata
 from finback.tasks.notation import plain, unstyled, unwrapped
 from finback.tasks.spelt import ORDINALS
 
-_LONGEST = 120  # characters; longer ones are prose, which cannot be compared
+_LONGEST = 120  # characters; longer answers are prose, which cannot be compared
 _MATHEMATICS = re.compile(r"[=<>^+|\\{}]|\d\s*[*/]|[*/]\s*\d|^[\d.,\s()/*-]+$")
 _NAMES = "sin cos tan cot sec csc log ln exp sqrt pi inf infty infinity lim max min mod gcd lcm arcsin arccos arctan"
 _FUNCTIONS = frozenset(_NAMES.split())
-_FORMULA = re.compile(r"(?:[A-Z][a-z]?(?:_?\{?\d{1,2}\}?)?){1,8}(?:\^?\{?\d?[+-]\}?)?")  # of chemistry: H_2O
+_FORMULA = re.compile(r"(?:[A-Z][a-z]?(?:_?\{?\d{1,2}\}?)?){1,8}(?:\^?\{?\d?[+-]\}?)?")  # chemical: H_2O
 _ON_THE_LINE = str.maketrans("₀₁₂₃₄₅₆₇₈₉⁺⁻²³", "0123456789+-23")
 _NUMERAL = re.compile(
     r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)\b", re.IGNORECASE
 )
 _ARTICLE = re.compile(r"^(?:(?:(?:at|in)\s+)?(?:the|an?)|at|in)\s+(?=\S{2})")
-# what is written behind a person's name: (1867-1934)
+# years of birth and death after a person's name: (1867-1934)
 _LIFE = re.compile(r"(?<=[^\W\d_]{2})([*_]{0,2}) \((?:born |b\. |c\. )?[0-9]{3,4}(?:\s*-\s*[0-9]{3,4})?\)$")
 _YES = re.compile(
     r"(?:(?P<yes>yes)|no),\s+(?:it|they|he|she|there|that|this|you|we|i)\s+(?:is|are|was|were|does|do|did|can|could|has|have|will|would|am)(?P<not>n't| not)?"
 )
-_DRAWN = re.compile(r"(\\triangle|△|\\angle|∠)\s*\{?\s*([A-Z](?:\s*[A-Z]){2})\s*\}?")  # and the letters of its corners
+_DRAWN = re.compile(r"(\\triangle|△|\\angle|∠)\s*\{?\s*([A-Z](?:\s*[A-Z]){2})\s*\}?")  # with the letters of its corners
 _GLOSS = re.compile(r"(.{2,}?) \(([^()]{1,60})\)")
 _OTHERWISE = re.compile(r"\b(?:not?|never|or|and|wrong|neither|nor)\b|n't|[不非没]|\bне\b|ليس", re.IGNORECASE)
-_SHORT_NAME = re.compile(r"[A-Z][A-Za-z0-9_₀-₉{}^+-]{0,8}")  # an abbreviation or a formula of chemistry
+_SHORT_NAME = re.compile(r"[A-Z][A-Za-z0-9_₀-₉{}^+-]{0,8}")  # an abbreviation or a chemical formula
 _PLACES = {
     name: f"{i}{'th' if i % 100 in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(i % 10, 'th')}"
     for i, name in ORDINALS.items()
@@ -34,7 +34,7 @@ _ENDS = ".!?。！？।؟،,;:"
 
 
 def words(text: str) -> str | None:
-    """A short text in the form in which it is compared; None if it is none."""
+    """A short text in its normal form for comparison; None if it cannot be compared as words."""
     if len(text) > 4 * _LONGEST:
         return None
     text = _bare(text)
@@ -51,7 +51,7 @@ def words(text: str) -> str | None:
 
 
 def glossed(text: str, gold: str) -> str:
-    """A name without its abbreviation or formula in brackets, or the latter without its name: carbon dioxide (CO2)."""
+    """A name without its abbreviation or formula in parentheses, or the latter without the name: carbon dioxide (CO2)."""
     match = _GLOSS.fullmatch(_bare(text))
     if match is None or _OTHERWISE.search(match[0]):
         return text
@@ -64,7 +64,7 @@ def glossed(text: str, gold: str) -> str:
 
 
 def is_wording(gold: str) -> bool:
-    """Whether an answer is to be compared as words: it is no formula, and has a word in it."""
+    """Whether an answer should be compared as words: it is not a formula, and contains a word."""
     text = _bare(gold)
     if _formula(text) or re.fullmatch(r"\d{1,4}(?:st|nd|rd|th)", text):
         return True
@@ -79,7 +79,7 @@ def is_wording(gold: str) -> bool:
 
 
 def is_name(gold: str) -> bool:
-    """Whether words are certainly no product of variables, as xy is."""
+    """Whether words are certainly not a product of variables, such as xy."""
     text = _bare(gold)
     return (
         not text.isascii()
@@ -100,7 +100,7 @@ def _bare(text: str) -> str:
 
 
 def _formula(text: str) -> str | None:
-    """A chemical formula on one line, case kept: CO is no cobalt. It has two elements and a number, or a charge."""
+    """A chemical formula on one line, case-sensitive: CO is not cobalt. It has two elements and a number, or a charge."""
     text = text.replace(" ", "").translate(_ON_THE_LINE)
     is_ion = bool(re.search(r"[+-]\}?$", text))
     is_compound = re.search(r"[A-Z][a-z]?_?\{?\d", text) and re.search(r"[A-Z].*[A-Z]|_", text)

@@ -14,25 +14,25 @@ from finback.data.rows import Row
 
 @dataclass(frozen=True)
 class SharedRows:
-    """The tokens of a batch of answers in rows that begin with the prompt of all their answers."""
+    """The same answers in rows that share prompts: each row holds a prompt once, followed by all of its answers."""
 
-    # each (rows, tokens)
+    # token ids, each row's positions, segments: (rows, tokens)
     tokens: Tensor
     padding_mask: Tensor
     document_ids: Tensor
-    # (rows,) tokens of the prompt without its last
+    # (rows,) prompt length without its last token
     prefixes: Tensor
-    # (rows,) how many answers follow
+    # (rows,) number of answers in the row
     answers: Tensor
-    # where, in the rows one behind the other, the batch's labels are predicted, answer by answer
+    # indices, into the flattened rows, at which the batch's labels are predicted, answer by answer
     places: Tensor
-    # (rows, tokens, layers, k), as the batch's
+    # (rows, tokens, layers, k), as in the batch
     routed_experts: Tensor | None
-    # (places,) which of the batch's labels these are, of rows that are cut; None: all
+    # (places,) indices of the batch's labels that this part predicts, if rows are split; None: all
     predicted: Tensor | None = None
 
     def part(self, member: int, members: int) -> "SharedRows":
-        """The same rows cut along the sequence, with padding behind them that makes the parts equal: this member's."""
+        """This member's part of the rows, split along the sequence; padding at the end makes the parts equal."""
         width = self.tokens.size(1)
         length = -(-width // members)
         start, rows, columns = member * length, self.places // width, self.places % width
@@ -53,42 +53,42 @@ class SharedRows:
         )
 
     def to(self, device: torch.device) -> "SharedRows":
-        """The same on another device."""
+        """The same rows on another device."""
         moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in vars(self).items()}
         return SharedRows(**moved)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to learn from. Every tensor but those of whole rows is aligned with the positions that are read.
+    """Rows of tokens to train on. All tensors but per-row ones are aligned with the input positions.
 
-    The trunk reads the first `seq_len` tokens of a row; behind them stand those that the MTP modules read.
+    The trunk reads the first `seq_len` tokens of a row; the tokens after them are for the MTP modules.
     """
 
     # (rows, seq_len + depths)
     tokens: Tensor
-    # (rows, seq_len + depths): the token that follows each position, IGNORE where it is not learnt
+    # (rows, seq_len + depths): the token that follows each position, IGNORE where no loss is taken
     labels: Tensor
     seq_len: int
-    # (rows, seq_len + depths): False for padding; None where there is none
+    # (rows, seq_len + depths): False for padding; None: no padding
     padding_mask: Tensor | None = None
-    # (rows, seq_len + depths): which of its row's documents a token belongs to; None where rows are read as one
+    # (rows, seq_len + depths): index of the document in its row; None: a row is one document
     document_ids: Tensor | None = None
-    # (rows, seq_len), 0 where nothing is learnt: the engine's log-probabilities of the labels,
+    # (rows, seq_len), 0 where no loss is taken: log-probabilities of the labels by the engine
     rollout_logprobs: Tensor | None = None
-    # the trainer's before the first update on them (None: the engine's are taken for them),
+    # by the trainer before the first update (None: use the engine's)
     old_logprobs: Tensor | None = None
-    # and the reference model's
+    # by the reference model
     reference_logprobs: Tensor | None = None
-    # (rows,) of the answers
+    # (rows,) advantage of each answer
     advantages: Tensor | None = None
-    # (rows,) which of several teachers each row is learnt from, None: the only one there is
+    # (rows,) index of the teacher of each row, if there are several; None: there is one
     teachers: Tensor | None = None
-    # (rows, seq_len, layers, k), -1 where the router chooses itself: the experts that the engine sent each token to
+    # (rows, seq_len, layers, k): experts that the engine chose for each token, -1 where the router chooses itself
     routed_experts: Tensor | None = None
-    # (labels that are learnt, any), filled up with -1: the ids that each was drawn from, None: all
+    # (labels with loss, any), padded with -1: the token ids that top-k and top-p left at each label; None: all
     kept: Tensor | None = None
-    # the same answers in rows that share prompts, which the trunk reads instead
+    # the same answers in rows that share prompts; if given, the trunk reads these
     shared: SharedRows | None = None
 
     def to(self, device: torch.device) -> "Batch":
@@ -97,43 +97,43 @@ class Batch:
         return replace(self, **moved, shared=None if self.shared is None else self.shared.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is, by field."""
+        """All tensors that are not None, by field."""
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
 
     def chunk(self, parts: int) -> list["Batch"]:
-        """The same rows as `parts` batches of equally many."""
+        """Splits the rows into `parts` batches of equal size."""
         each: dict[str, Any] = {name: t.chunk(parts) for name, t in self.tensors().items()}
         return [replace(self, **{name: pieces[i] for name, pieces in each.items()}) for i in range(parts)]
 
     def taught_by(self, teacher: int) -> "Batch":
-        """The rows that are learnt from one of several teachers."""
+        """The rows with one of several teachers."""
         if self.teachers is None:
             return self
-        assert self.kept is None and self.shared is None, "answers that are distilled stand in rows of their own"
+        assert self.kept is None and self.shared is None, "distilled answers have separate rows"
         mine = self.teachers == teacher
         each: dict[str, Any] = {name: t[mine] for name, t in self.tensors().items()}
         return replace(self, **each)
 
     def part(self, member: int, members: int) -> "Batch":
-        """The same rows cut along the sequence: this member's of as many equal parts, and the tokens behind it that MTP reads."""
-        if self.shared is not None:  # which are read; the answers stay whole
+        """This member's part of the rows, split along the sequence into equal parts, plus the tokens after it for MTP."""
+        if self.shared is not None:  # the shared rows are read; the answers stay whole
             return replace(self, shared=self.shared.part(member, members))
         length, rest = divmod(self.seq_len, members)
-        assert not rest, "a row's tokens divide among the members"
+        assert not rest, "seq_len must be divisible by the number of members"
         start, parts = member * length, self.tensors()
         for name, t in parts.items():
-            if name == "kept":  # of the labels that are learnt, row by row
+            if name == "kept":  # one entry per label with loss, row by row
                 learnt = self.learnt
                 here = slice(start, start + length)
                 numbers = learnt.flatten().cumsum(0).view_as(learnt) - 1
                 parts[name] = t[numbers[:, here][learnt[:, here]]]
-            elif t.ndim > 1:  # all but what is of whole rows
+            elif t.ndim > 1:  # all but per-row tensors
                 parts[name] = t[:, start : start + length + t.size(1) - self.seq_len]
         each: dict[str, Any] = dict(parts)
         return replace(self, **each, seq_len=length)
 
     def widened(self, members: int) -> "Batch":
-        """The same rows with padding behind them, as much as it takes for their tokens to divide among the members."""
+        """The same rows, padded until their tokens divide among the members."""
         more = -self.seq_len % members
         if not more or self.shared is not None:
             return self
@@ -150,7 +150,7 @@ class Batch:
         return replace(self, **each, seq_len=self.seq_len + more)
 
     def spared(self) -> list[int]:
-        """Lengths of the prompts that are not read again, because other answers of their row have them."""
+        """Lengths of the prompts that are not read again, because another answer in their row already has them."""
         if self.shared is None:
             return []
         rows = zip(self.shared.prefixes.tolist(), self.shared.answers.tolist(), strict=True)
@@ -158,7 +158,7 @@ class Batch:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the trunk reads: tokens, padding_mask and document_ids, each (rows, seq_len) or None."""
+        """The trunk's input: tokens, padding_mask and document_ids, each (rows, seq_len) or None."""
         tokens, padding_mask, document_ids = (
             None if t is None else t[:, : self.seq_len] for t in (self.tokens, self.padding_mask, self.document_ids)
         )
@@ -167,11 +167,11 @@ class Batch:
 
     @property
     def learnt(self) -> Tensor:
-        """(rows, seq_len) True where a label is learnt."""
+        """(rows, seq_len) bool, True where the loss is taken."""
         return self.labels[:, : self.seq_len] != IGNORE
 
     def labels_at(self, depth: int) -> Tensor:
-        """Labels (rows, seq_len) of MTP's depth k, those k places further on in the same document; depth 0 is the trunk."""
+        """Labels (rows, seq_len) of MTP depth k, shifted by k within the same document; depth 0 is the trunk."""
         labels = self.labels[:, depth : depth + self.seq_len]
         if depth == 0 or self.document_ids is None:
             return labels
@@ -179,12 +179,12 @@ class Batch:
         return labels.masked_fill(here != there, IGNORE)
 
     def counts(self, depths: int) -> Tensor:
-        """How many labels the trunk and each MTP depth learn from, (1 + depths,) float64."""
+        """Number of labels of the trunk and of each MTP depth, (1 + depths,) float64."""
         found = [int((self.labels_at(depth) != IGNORE).sum()) for depth in range(depths + 1)]
         return torch.tensor(found, dtype=torch.float64)
 
     def lengths(self) -> list[int]:
-        """Tokens of each document that the trunk reads, padding left out: what FLOPs are counted from."""
+        """Length of each document that the trunk reads, without padding; FLOPs are computed from these."""
         tokens, padding_mask, document_ids = self.inputs
         if padding_mask is None and document_ids is None:
             return [self.seq_len] * len(tokens)
@@ -199,7 +199,7 @@ class Batch:
 
 
 def idle(length: int, depths: int = 0) -> Batch:
-    """A row of which nothing is learnt, for ranks that have none where all have to take part."""
+    """A row without loss, for ranks that have no rows but must take part in collectives."""
     shape = 1, length + depths
     tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
     nothing, none = torch.zeros(1, length), torch.zeros(shape, dtype=torch.bool)
@@ -207,13 +207,13 @@ def idle(length: int, depths: int = 0) -> Batch:
 
 
 def of_windows(windows: Tensor, depths: int) -> Batch:
-    """Windows (rows, seq_len + 1 + depths) of a stream of tokens, every one of them learnt."""
+    """A batch of windows (rows, seq_len + 1 + depths) of a token stream; loss on every token."""
     return Batch(windows[:, :-1], windows[:, 1:], windows.size(1) - 1 - depths)
 
 
 def of_rows(rows: Sequence[Row], seq_len: int) -> Batch:
-    """Rows of pre-training, as the loader draws them: the next token is learnt unless it is padding or, with
-    document ids, begins another document."""
+    """A batch of pre-training rows from the loader. Loss on each next token unless it is padding or, with document ids,
+    starts another document."""
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64))
     sizes = torch.tensor([row.size for row in rows])
     padding_mask = torch.arange(tokens.size(1)) < sizes[:, None]
@@ -230,7 +230,7 @@ def of_rows(rows: Sequence[Row], seq_len: int) -> Batch:
 
 
 def of_lessons(rows: Sequence[Sequence[Lesson]], depths: int = 0) -> Batch:
-    """Rows of lessons that do not see each other, as wide as the fullest; `depths` further tokens for MTP."""
+    """A batch of rows of lessons, masked from each other and padded to the longest row; `depths` more tokens for MTP."""
     length = max(sum(len(lesson.ids) for lesson in row) for row in rows)
     shape = len(rows), length + depths
     tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)

@@ -1,9 +1,9 @@
-"""Blocks that train compiled: torch.compile fuses what lies between their products.
+"""Trains with compiled blocks: torch.compile fuses the operations between matrix products.
 
-Compiled are attention with both norms, the feed-forward of dense layers and of shared experts, and the router with its
-balance loss. The routed experts are not: the router decides their shapes, and moe_gemm.py has their fusion by hand. Blocks
-of a model share what is compiled, so the cost is that of four parts, once: 10 to 60 seconds at the first step. Rollouts,
-probes and validation run as they are, for their shapes change all the time.
+Compiled are attention with both norms, the feed-forward of dense layers and shared experts, and the router with its balance
+loss. Routed experts are not compiled, because their shapes depend on the router; moe_gemm.py fuses them by hand. All blocks
+of a model share the compiled code, so the cost is that of four parts, once: 10 to 60 seconds in the first step. Rollouts,
+probes and validation run uncompiled, because their shapes keep changing.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ from finback.train.precision import Fp8SwiGLU
 
 
 def compile_blocks(model: Transformer) -> Transformer:
-    """Have a model's blocks run compiled from now on where gradients are taken, in place.
+    """Makes a model's blocks run compiled whenever gradients are needed, in place.
 
-    Sums are rounded in another order than without, and in bf16 less often. Blocks whose attention alone is recomputed,
-    or whose products are in FP8, cannot be compiled.
+    Sums are rounded in a different order than without compilation, and less often in bf16. Blocks that recompute only their
+    attention, or whose products are in FP8, cannot be compiled.
     """
-    use_native(model)  # before, for a module whose class changes later is compiled anew
+    use_native(model)  # first: a module whose class changes later is compiled again
     for module in list(model.modules()):
         assert not isinstance(module, Fp8SwiGLU), "FP8 products are not compiled"
         if isinstance(module, Block):
-            assert not isinstance(module.attention, Recomputed), "attention is compiled in one piece with its norms"
+            assert not isinstance(module.attention, Recomputed), "attention is compiled together with its norms"
             recast(module, CompiledBlock)
         elif isinstance(module, MoE):
             recast(module, CompiledMoE)
@@ -43,9 +43,9 @@ def compile_blocks(model: Transformer) -> Transformer:
 
 
 def _in_training(part: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that runs compiled where gradients are taken and nothing is cached.
+    """Wraps a method so that it runs compiled if gradients are needed and nothing is cached.
 
-    Attention document by document is not compiled: its shapes change with every batch.
+    Per-document attention is not compiled: its shapes change with every batch.
     """
 
     def run(*arguments: Any) -> Any:
@@ -56,7 +56,7 @@ def _in_training(part: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CompiledBlock(Block):
-    """A block whose attention and norms are compiled in one piece."""
+    """A block whose attention and norms are compiled as one function."""
 
     attend = _in_training(Block.attend)
 
@@ -74,10 +74,10 @@ class CompiledSwiGLU(SwiGLU):
 
 
 def why_not() -> str:
-    """What stands in the way of compiling on this machine, in one line; "" if nothing does."""
+    """Why compilation fails on this machine, in one line; "" if it works."""
     try:
         compiled(_sum)(torch.ones(8))
-    except Exception as error:  # torch's compiler fails in as many ways as there are machines
+    except Exception as error:  # torch's compiler raises many kinds of errors
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return (lines or [type(error).__name__])[0][:200]
     return ""
@@ -89,9 +89,9 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    """One compiled form of a part for all modules and models: weights are what it is called with."""
+    """The compiled form of a function, shared by all modules and models; the weights are among its arguments."""
     import torch._inductor.config as inductor
 
-    inductor.compile_threads = 1  # in this process: helpers would outlive a rank that is killed
+    inductor.compile_threads = 1  # compile in this process: workers would outlive a killed rank
     result: Callable[..., Any] = torch.compile(part)
     return result

@@ -1,4 +1,4 @@
-"""The running average of a model's weights (V3 3.2.3): steadier than the weights themselves, ready before the decay."""
+"""Exponential moving average of a model's weights (V3 3.2.3): smoother than the weights, and usable before the decay."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the tensors into the average."""
+        """Updates the average from the current tensors."""
         now = [t.to(average.device, torch.float32) for t, average in zip(self.tensors, self.averages, strict=True)]
         torch._foreach_lerp_(self.averages, now, 1 - self.decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Let the tensors be the average, in place, and the average keep them, to the bit."""
+        """Swaps the tensors with their average, in place and bit-exact, for as long as the context lasts."""
         self._swap()
         try:
             yield
@@ -35,16 +35,16 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for tensor, average in zip(self.tensors, self.averages, strict=True):
-            assert tensor.dtype == torch.float32, "what is swapped keeps its digits"
+            assert tensor.dtype == torch.float32, "swapping must not round"
             before = tensor.clone()
             tensor.copy_(average)
             average.copy_(before)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """Tensors for a checkpoint."""
         return {f"average.{name}": t for name, t in zip(self.names, self.averages, strict=True)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take the average back from a checkpoint."""
+        """Restores the average from a checkpoint."""
         for name, t in self.state().items():
             t.copy_(tensors[name])

@@ -1,8 +1,8 @@
 """GRPO's formulas as pure functions: group advantages, the clipped surrogate with its variants, KL, averaging.
 
-What engine and trainer do not agree on is corrected by train/correction.py.
+Mismatch between engine and trainer is corrected in train/correction.py.
 
-Letters: A advantage, ρ = π_new / π_old of a token, ε clip, o an answer of |o| tokens.
+Notation: advantage A, ratio ρ = π_new / π_old of a token, clip range ε, answer o of |o| tokens.
 """
 
 from dataclasses import InitVar, dataclass
@@ -17,39 +17,39 @@ from finback.train.correction import Correction, geometric_mask, importance_weig
 
 @dataclass(frozen=True)
 class Objective:
-    """What an update minimises. The defaults are GRPO with DAPO's average over tokens; every other form is a knob.
+    """What an update minimizes. The defaults are GRPO with DAPO's average over tokens; the knobs cover the other forms.
 
     DeepSeekMath (2402.03300): average="answer", beta=0.04. R1 (Nature 2025): epsilon_low=10, epsilon_high=10, beta=0.001,
     average="answer". Dr. GRPO (2503.20783): average="constant" and GRPO(normalise=False). DAPO (2503.14476):
     epsilon_high=0.28. GSPO (2507.18071): ratio="sequence", average="answer", epsilon_low=3e-4, epsilon_high=4e-4.
     """
 
-    # ρ below 1 - epsilon_low earns nothing more where A < 0
+    # clip range below: where A < 0, ρ under 1 - epsilon_low has no gradient
     epsilon_low: float = 0.2
-    # ρ above 1 + epsilon_high earns nothing more where A > 0
+    # clip range above: where A > 0, ρ over 1 + epsilon_high has no gradient
     epsilon_high: float = 0.2
-    # where A < 0 a token costs at most dual_clip · |A| (1912.09729)
+    # where A < 0, the loss of a token is at most dual_clip · |A| (1912.09729); None: unbounded
     dual_clip: float | None = None
-    # "sequence": one ρ per answer, its tokens' geometric mean
+    # ρ per token, or "sequence": one ρ per answer, the geometric mean over its tokens (GSPO)
     ratio: Literal["token", "sequence"] = "token"
-    # over all tokens; 1/|o| per answer; 1/longest per answer
+    # token: mean over all tokens; answer: 1/|o| per answer; constant: 1/max_tokens per answer
     average: Literal["token", "answer", "constant"] = "token"
-    # weight of the divergence from the reference model
+    # weight of the KL divergence from the reference model
     beta: float = 0.0
-    # k1's gradient is zero on average: it only adds noise, but others have it
+    # estimator of the KL; the gradient of k1 is zero in expectation, so it only adds noise
     kl_estimator: Literal["k1", "k3"] = "k3"
-    # times ρ, which makes k3's gradient that of the divergence (V3.2, 2512.02556; TRL's default)
+    # multiply the estimator by ρ, which makes k3's gradient that of the KL (V3.2, 2512.02556; TRL's default)
     unbiased_kl: bool = False
-    # weights and masks for what trainer and engine differ by
+    # weights and masks for the mismatch between trainer and engine
     correction: Correction = Correction()
-    # where truncated importance sampling stood before it was one of the corrections
+    # the former name of truncated importance sampling
     importance_cap: InitVar[float | None] = None
 
     def __post_init__(self, importance_cap: float | None) -> None:
         check_fields(self, "objective")
         if importance_cap is not None:
             remedy = f'Write correction=Correction(mode="token_truncate", clip_max={importance_cap:g}).'
-            raise UserError("objective.importance_cap", importance_cap, "is one of the corrections now", remedy)
+            raise UserError("objective.importance_cap", importance_cap, "has become one of the corrections", remedy)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError("objective.dual_clip", self.dual_clip, "not above 1", "The usual value is 3.")
         check_not_negative(self, "objective", "epsilon_low", "epsilon_high", "beta")
@@ -58,9 +58,9 @@ class Objective:
 def advantages(rewards: Tensor, normalise: bool = True, counted: Tensor | None = None) -> Tensor:
     """A_i = (r_i - mean r) / std r within each group (DeepSeekMath 4.1.2); rewards (groups, group) -> same shape.
 
-    A group whose rewards are all equal says nothing and gets 0. Without `normalise` only the mean is taken off
-    (Dr. GRPO, V3.2). std is the population's; the sample's, which others take, is sqrt(G / (G - 1)) times as large.
-    Answers that are not `counted` (groups, group) are left out of both and get 0.
+    A group with equal rewards gets 0. Without `normalise` only the mean is subtracted (Dr. GRPO, V3.2). std is the
+    population's; the sample's, which other libraries use, is sqrt(G / (G - 1)) times as large. Answers that are not
+    `counted` (groups, group) are excluded from mean and std and get 0.
     """
     if counted is None or bool(counted.all()):
         centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -76,7 +76,7 @@ def advantages(rewards: Tensor, normalise: bool = True, counted: Tensor | None =
 
 
 def ratio(new: Tensor, old: Tensor, mask: Tensor, objective: Objective) -> Tensor:
-    """ρ of every token; new, old, mask (answers, tokens) are log-probabilities and 1 where a token counts."""
+    """ρ of every token; new, old, mask (answers, tokens): log-probabilities, and 1 where a token counts."""
     log_ratio = (new - old).clamp(-20, 20)  # exp stays finite
     if objective.ratio == "sequence":
         log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
@@ -84,9 +84,9 @@ def ratio(new: Tensor, old: Tensor, mask: Tensor, objective: Objective) -> Tenso
 
 
 def surrogate(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """-min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) per token (R1 eq. 1), and where the clip acted.
+    """-min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) per token (R1 eq. 1), and a mask of where the clip was active.
 
-    new, old, mask (answers, tokens) are log-probabilities and 1 where a token counts, advantage (answers,).
+    new, old, mask (answers, tokens): log-probabilities, and 1 where a token counts; advantage (answers,).
     """
     rho, weight = ratio(new, old, mask, objective), advantage[:, None]
     plain = rho * weight
@@ -107,13 +107,13 @@ def divergence(new: Tensor, reference: Tensor, form: Literal["k1", "k3"]) -> Ten
 
 @dataclass(frozen=True)
 class Terms:
-    """What the loss is made of, each (answers, tokens)."""
+    """The parts of the loss, each (answers, tokens)."""
 
-    # before averaging, the divergence included
+    # before averaging, including the divergence
     loss: Tensor
-    # without its weight beta
+    # without the weight beta
     divergence: Tensor
-    # bool: where the clip acted, where a bound changed a weight, and which tokens' answers are masked
+    # bool: where the clip was active, where a bound changed a weight, and tokens of masked answers
     clipped: Tensor
     cut: Tensor
     masked: Tensor
@@ -128,10 +128,10 @@ def terms(
     mask: Tensor,
     objective: Objective,
 ) -> Terms:
-    """The loss of every token from log-probabilities (answers, tokens): under the weights that are trained, under those before
-    the update (None: the engine's are taken for them), the engine's, and the reference model's if there is one.
+    """The loss of every token from log-probabilities (answers, tokens): under the weights being trained, under those before the
+    update (None: the engine's are used), under the engine, and under the reference model if there is one.
 
-    Corrections weigh the surrogate and leave the divergence alone.
+    Corrections weight the surrogate only, not the divergence.
     """
     fix, before = objective.correction, engine if old is None else old
     loss, clipped = surrogate(new, before, advantage, mask, objective)
@@ -151,7 +151,7 @@ def terms(
 
 
 def total(per_token: Tensor, mask: Tensor, average: Literal["token", "answer", "constant"]) -> Tensor:
-    """The sum over a micro-batch that the caller divides by `share` of the whole batch: per_token, mask (answers, tokens)."""
+    """The sum over a micro-batch, to be divided by `share` of the whole batch; per_token, mask (answers, tokens)."""
     masked = per_token * mask
     if average == "answer":
         return (masked.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum()
@@ -159,5 +159,5 @@ def total(per_token: Tensor, mask: Tensor, average: Literal["token", "answer", "
 
 
 def share(average: Literal["token", "answer", "constant"], tokens: float, answers: float, longest: int) -> float:
-    """What `total` is divided by, from the counts of the whole batch over all ranks; never 0."""
+    """The divisor for `total`, from the counts of the whole batch over all ranks; never 0."""
     return max(1.0, {"token": tokens, "answer": answers, "constant": answers * longest}[average])

@@ -1,4 +1,4 @@
-"""The C library's heap, kept from growing where memory is what counts."""
+"""Keeps the C library's heap from growing, where memory is scarce."""
 
 import contextlib
 import ctypes
@@ -7,12 +7,12 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, LARGE = -3, -1, 4 << 20
 
 
 def return_large_blocks(size: int = LARGE) -> None:
-    """Have glibc give blocks of `size` bytes and more back to the system when they are freed, in this process.
+    """Makes glibc return freed blocks of `size` bytes or more to the system, in this process.
 
-    By itself it keeps those of up to 32 MB in a heap whose gaps it cannot use for aligned blocks: a step of LoRA on 135 M
-    parameters grew it to 4 GB, with 0.7 GB in use at a time. Other C libraries are left as they are.
+    By default it keeps blocks of up to 32 MB in a heap whose gaps cannot hold aligned blocks: a LoRA step on 135 M parameters
+    grew the heap to 4 GB with 0.7 GB in use. Other C libraries are left alone.
     """
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, size)
-        library.mallopt(M_TRIM_THRESHOLD, 2 * size)  # as glibc pairs the two when it chooses them
+        library.mallopt(M_TRIM_THRESHOLD, 2 * size)  # glibc keeps the same ratio by default

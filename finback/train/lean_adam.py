@@ -1,9 +1,9 @@
-"""AdamW whose moments take less of the device: in eight bits each, or in the host's memory. Some rows are taken up at a time.
+"""AdamW with moments that need less device memory: 8 bits each, or in the host's memory. Updates a slice of rows at a time.
 
-Eight bits as Dettmers et al. have them (arXiv 2110.02861): blocks of numbers share the largest magnitude as their factor, and
-levels between 0 and 1 lie the closer the smaller they are (dynamic tree quantization). Other than there a block ends with its
-row, so that ranks that have some of the rows have one rank's blocks, and a second moment is never rounded to 0: gradients
-whose sizes in a block are far apart would make steps without bounds.
+The 8-bit format follows Dettmers et al. (arXiv 2110.02861): a block of numbers is scaled by its largest magnitude, and the
+levels between 0 and 1 are denser near 0 (dynamic tree quantization). Two differences: a block ends with its row, so ranks
+that hold some of the rows have the same blocks as one rank; and a positive second moment is never rounded to 0, because a
+block with gradients of very different sizes would then make unbounded steps.
 """
 
 from abc import ABC, abstractmethod
@@ -16,33 +16,33 @@ from torch.optim.adamw import adamw
 
 from finback.train.optim import BETAS, Adam, Named
 
-# where and how the moments lie: on the device in fp32 or in eight bits, or in fp32 in the host's memory
+# storage of the moments: fp32 or 8 bits on the device, or fp32 in the host's memory
 Moments = Literal["fp32", "int8", "host"]
-BLOCK = 256  # numbers of a block at most
-SLICE = 1 << 21  # numbers that are updated at a time, one row at least
-SMALL = 4096  # vectors, and tensors of fewer numbers, stay in fp32
+BLOCK = 256  # most numbers per block
+SLICE = 1 << 21  # numbers updated at a time, at least one row
+SMALL = 4096  # vectors and smaller tensors stay in fp32
 KINDS = "exp_avg", "exp_avg_sq"
-LOW_BITS = 15  # of a float, those behind its sign, its exponent and 8 bits of its fraction
+LOW_BITS = 15  # bits of a float after its sign, its exponent and 8 bits of its mantissa
 
 
 class Kept(ABC):
-    """One moment of a parameter."""
+    """Storage of one moment of a parameter."""
 
     @abstractmethod
     def read(self, part: slice, device: torch.device) -> Tensor:
-        """Some of its rows in fp32 on a device; perhaps its very memory."""
+        """Some of its rows in fp32 on a device; may be a view."""
 
     @abstractmethod
     def write(self, part: slice, values: Tensor) -> None:
-        """Put back what `read` gave, changed."""
+        """Stores rows that `read` returned, after they were updated."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, by the end of its name; in the parameter's shape but for the length of rows."""
+        """Tensors for a checkpoint, by name suffix; the parameter's shape except for the row length."""
 
 
 class Exact(Kept):
-    """In fp32."""
+    """fp32 storage."""
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
         self.values = torch.zeros(shape, device=device)
@@ -58,7 +58,7 @@ class Exact(Kept):
 
 
 class EightBits(Kept):
-    """As the numbers of levels, and a factor for each block."""
+    """Storage as level indices and one scale per block."""
 
     def __init__(self, shape: torch.Size, device: torch.device, signed: bool) -> None:
         self.signed = signed
@@ -79,11 +79,11 @@ class EightBits(Kept):
 
 
 class LeanAdam:
-    """AdamW as torch has it, of moments that are kept otherwise; a state is saved under parameter names."""
+    """torch's AdamW with other storage of its moments; the state is saved under parameter names."""
 
     def __init__(self, named: Named, betas: tuple[float, float], weight_decay: float, moments: Moments) -> None:
         self.named, self.betas, self.weight_decay = named, betas, weight_decay
-        # taken so far; a tensor, into which a checkpoint can be read
+        # steps taken so far; a tensor, so that a checkpoint can be loaded into it
         self.steps = torch.zeros(())
         self.kept = {name: tuple(self._kept(p, kind, moments) for kind in KINDS) for name, p in named}
 
@@ -94,16 +94,16 @@ class LeanAdam:
         return Exact(shape, torch.device("cpu") if moments == "host" else p.device)
 
     def share(self, tensor: Tensor) -> Tensor:
-        """What of a parameter, or of its gradient, is updated here."""
+        """The part of a parameter, or of its gradient, that this rank updates."""
         return tensor.detach()
 
     def placed(self, kept: Tensor, parameter: Tensor) -> Tensor:
-        """What is kept of a parameter's moment, as a checkpoint takes it."""
+        """A stored moment in the form that a checkpoint needs."""
         return kept
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update all parameters from their gradients."""
+        """Updates all parameters from their gradients."""
         settings: dict[str, Any] = {
             **{"lr": lr, "beta1": self.betas[0], "beta2": self.betas[1], "weight_decay": self.weight_decay},
             **{"eps": 1e-8, "amsgrad": False, "maximize": False, "fused": True},
@@ -122,7 +122,7 @@ class LeanAdam:
         self.steps += 1
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: moments as they lie."""
+        """Tensors for a checkpoint: the moments as stored."""
         found = {"adam.step": self.steps}
         for name, p in self.named:
             for kind, moment in zip(KINDS, self.kept[name], strict=True):
@@ -131,20 +131,20 @@ class LeanAdam:
         return found
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take moments and steps back from a checkpoint."""
+        """Restores moments and step count from a checkpoint."""
         for name, mine in self.state().items():
             mine.copy_(tensors[name].view(mine.shape))
 
 
 def adam_of(named: Named, weight_decay: float, moments: Moments) -> Adam | LeanAdam:
-    """AdamW of fine-tuning and RL."""
+    """The AdamW of fine-tuning and RL."""
     if moments == "fp32":
         return Adam(named, BETAS, weight_decay)
     return LeanAdam(named, BETAS, weight_decay, moments)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """A tensor as one of two dimensions, the same memory."""
+    """A two-dimensional view of a tensor."""
     return tensor.view(-1, tensor.size(-1))
 
 
@@ -155,7 +155,7 @@ def _parts(rows: Tensor) -> list[slice]:
 
 @cache
 def levels(signed: bool) -> Tensor:
-    """The 256 levels, ascending: of each power of ten down to 1e-7 the middles of twice as many intervals as of the one below."""
+    """The 256 levels, ascending. Each decade down to 1e-7 holds the midpoints of twice as many intervals as the one below."""
     found = [0.0, 1.0]
     for power in range(7):
         bounds = torch.linspace(0.1, 1, 2 ** (power if signed else power + 1) + 1, dtype=torch.float64)
@@ -166,8 +166,8 @@ def levels(signed: bool) -> Tensor:
 
 @cache
 def _nearest(signed: bool) -> tuple[Tensor, Tensor]:
-    """By all bits of a float but LOW_BITS: the number of the level that is nearest to the lowest of these floats, and above which
-    of them it is the next level, infinity where it is not. Twin: `bucketize` of the float itself, which takes ten times as long."""
+    """Two tables indexed by all but the LOW_BITS of a float: the level nearest to the lowest float with this index, and the float
+    above which the next level is nearer (infinity if none is). Reference: `bucketize` of the float, which takes ten times as long."""
     known = levels(signed)
     middles = (known[1:] + known[:-1]) / 2
     bits = torch.arange(1 << 32 - LOW_BITS, dtype=torch.int32) << LOW_BITS
@@ -178,27 +178,27 @@ def _nearest(signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def pack(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """values (..., n) -> the nearest levels' numbers (..., n), and factors (..., blocks), of as few blocks as n allows."""
+    """values (..., n) -> indices of the nearest levels (..., n), and scales (..., blocks), with as few blocks as possible."""
     padded = _in_blocks(values)
     scale = padded.abs().amax(-1)
     share = padded / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     first, bounds = (each.to(values.device) for each in _nearest(signed))
     bits = (share.view(torch.int32) >> LOW_BITS).bitwise_and_((1 << 32 - LOW_BITS) - 1).view(-1)
     codes = first.index_select(0, bits).add_(share.view(-1) > bounds.index_select(0, bits))
-    if not signed:  # a second moment that were rounded to nothing would be divided by
+    if not signed:  # a second moment rounded to 0 would become a divisor
         codes.clamp_min_((padded > 0).to(torch.uint8).view(-1))
     return codes.view_as(padded).flatten(-2)[..., : values.size(-1)], scale
 
 
 def unpack(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """The numbers that are packed so, in fp32."""
+    """The inverse of `pack`, in fp32."""
     padded = _in_blocks(codes)
     values = levels(signed).to(codes.device).index_select(0, padded.view(-1).int())
     return values.view_as(padded).mul_(scale[..., None]).flatten(-2)[..., : codes.size(-1)]
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """(..., n) -> (..., blocks, numbers), as few blocks as can be, of equal lengths; filled up with zeros."""
+    """(..., n) -> (..., blocks, numbers): as few blocks as possible, of equal length, padded with zeros."""
     length = values.size(-1)
     blocks = -(-length // BLOCK)
     short = -length % blocks

@@ -18,21 +18,21 @@ from finback.train.trainer import Trainer
 
 
 class Training(ABC):
-    """What a stage hands the loop; `total` says how much there is to do, in `unit`."""
+    """A stage's training, run by the loop; `total` is the amount of work, in `unit`."""
 
     unit = "steps"
-    # checkpoints that stay, the newest
+    # number of checkpoints to keep, newest first
     keep = store.KEEP
 
     def __init__(
         self, run: StageRun, trainer: Trainer, total: float, checkpoint_steps: int, dtype: torch.dtype
     ) -> None:
-        """dtype: of the matrix products, for MFU. checkpoint_steps: steps between checkpoints."""
+        """dtype: that of the matrix products, for MFU. checkpoint_steps: steps between checkpoints."""
         self.run, self.world, self.trainer, self.total = run, World.of(run), trainer, float(total)
         self.checkpoint_steps, self.dtype = checkpoint_steps, dtype
 
     def loop(self) -> "Loop":
-        """The loop that runs it."""
+        """A loop that runs this training."""
         return Loop(self)
 
     def done(self, loop: "Loop") -> float:
@@ -40,22 +40,22 @@ class Training(ABC):
         return loop.step
 
     def finished(self, loop: "Loop") -> bool:
-        """Whether there is no step left to take."""
+        """Whether no step is left."""
         return self.done(loop) >= self.total
 
-    def before(self, loop: "Loop") -> None:  # noqa: B027 - most do not look
-        """Look at the model before the first step."""
+    def before(self, loop: "Loop") -> None:  # noqa: B027 - most stages do not evaluate here
+        """Evaluates the model before the first step."""
 
     @abstractmethod
     def step(self, loop: "Loop") -> dict[str, Any]:
-        """One step, number loop.step; its metrics. What it costs goes to loop.spend."""
+        """Takes step number loop.step and returns its metrics. Its cost goes to loop.spend."""
 
     @abstractmethod
     def note(self, metrics: dict[str, Any]) -> str:
-        """What the progress line says of the step."""
+        """Text about the step for the progress line."""
 
-    def after(self, loop: "Loop", metrics: dict[str, Any]) -> None:  # noqa: B027 - most do not look
-        """Look at the model, or raise UserError, once the step is logged and before it is saved."""
+    def after(self, loop: "Loop", metrics: dict[str, Any]) -> None:  # noqa: B027 - most stages do not evaluate here
+        """Evaluates the model, or raises UserError, after the step is logged and before it is saved."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -63,37 +63,37 @@ class Training(ABC):
 
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restores what `state` returned."""
 
     @abstractmethod
     def finish(self, loop: "Loop") -> dict[str, Any]:
-        """Write the model once training is finished; the stage's results."""
+        """Writes the final model and returns the stage's results."""
 
 
 def run(training: Training) -> dict[str, Any]:
-    """Train to the end, from wherever an interrupted run left off; the stage's results."""
+    """Trains to the end, from the newest checkpoint if there is one. Returns the stage's results."""
     loop = training.loop()
     loop.train()
     return training.finish(loop)
 
 
 class Loop:
-    """Runs a stage's training from wherever an interrupted run left off."""
+    """Runs a stage's training, from the newest checkpoint if there is one."""
 
     def __init__(self, training: Training) -> None:
         self.training, self.run, self.trainer = training, training.run, training.trainer
         self.step = self.saved = 0
-        # spent since the last line of the ledger; FLOPs by purpose, and `flops`, those that MFU is of
+        # spent since the last row of the ledger: FLOPs by purpose, and `flops`, the ones that MFU counts
         self.usage: defaultdict[str, float] = defaultdict(float)
         self.mark = time.perf_counter()
 
     @cached_property
     def peak(self) -> float:
-        """FLOPs per second of all ranks, by the matrix products measured on this one."""
+        """Peak FLOP/s of all ranks, from the matrix products measured on this one."""
         return gemm_peak(self.training.dtype, self.training.world.device) * self.training.world.size
 
     def spend(self, tokens: int = 0, generated: int = 0, **flops: float) -> None:
-        """Account for tokens trained on and generated, and for FLOPs by purpose (runs/ledger.py), of all ranks."""
+        """Accounts for tokens trained on and generated, and for FLOPs by purpose (runs/ledger.py), summed over ranks."""
         self.usage["tokens_trained"] += tokens
         if generated:
             self.usage["tokens_generated"] += generated
@@ -103,7 +103,7 @@ class Loop:
                 self.usage["flops"] += count
 
     def train(self) -> None:
-        """Step until the training is finished; Interrupted at a safe point when the user asks."""
+        """Steps until the training is finished; raises Interrupted at a safe point if the user asks to stop."""
         run, training = self.run, self.training
         state = self.restore()
         if state is not None:
@@ -120,7 +120,7 @@ class Loop:
             run.log(self.step, **metrics)
             progress.show(training.done(self), training.note(metrics))
             training.after(self, metrics)
-            progress.total = training.total  # which a validation set may shorten
+            progress.total = training.total  # a validation set may shorten it
             stop = run.check_stop()
             if stop or self.step % training.checkpoint_steps == 0:
                 self.checkpoint()
@@ -130,7 +130,7 @@ class Loop:
         self.checkpoint()
 
     def advance(self, since: float | None = None) -> dict[str, Any]:
-        """One step and its metrics; its seconds and speed are from `since` on (a perf_counter), looks at the model included."""
+        """One step and its metrics. Time is measured from `since` (a perf_counter), evaluation included."""
         peak = self.peak  # measured before the clock runs
         begin, before = since or time.perf_counter(), dict(self.usage)
         self.step += 1
@@ -141,21 +141,21 @@ class Loop:
         return metrics | {"seconds": seconds, "tokens_per_second": tokens / seconds, "mfu": flops / (seconds * peak)}
 
     def checkpoint(self, always: bool = False) -> None:
-        """Save what the next step depends on, if it is not saved yet, and account for what was spent since then."""
+        """Saves what the next step depends on, unless it is already saved, and writes the ledger."""
         if always or self.step != self.saved:
             self.trainer.save(self.run, self.step, self.training.state(), self.training.keep)
             self.saved = self.step
         self.account()
 
     def account(self) -> None:
-        """Write what was spent since the last time into the ledger."""
+        """Writes what was spent since the last call into the ledger."""
         now = time.perf_counter()
         self.run.account(peak_flops=(now - self.mark) * self.peak, **{"tokens_trained": 0} | self.usage)
         self.mark = now
         self.usage.clear()
 
     def restore(self) -> dict[str, Any] | None:
-        """Go back to the newest checkpoint; the stage's own state in it, None where there is none."""
+        """Restores the newest checkpoint. Returns the stage's own state in it, None if there is no checkpoint."""
         found = self.trainer.resume(self.run)
         if found is None:
             return None

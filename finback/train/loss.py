@@ -1,6 +1,6 @@
-"""The training loss, put together in one place: next token, multi-token prediction, balance; and the divergence of distillation.
+"""The training loss: next token, multi-token prediction and balance; and the divergence of distillation.
 
-Cross-entropy never holds the logits of all tokens.
+Cross-entropy never materializes the logits of all tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from finback.model.dsa_training import take_divergences
 from finback.model.transformer import Transformer
 from finback.train.batch import Batch
 
-CHUNK = 256  # rows of logits held at once: 256 x 1024 fp32 is 1 MB, about a core's L2 cache
+CHUNK = 256  # rows of logits in memory at once: 256 x 1024 fp32 is 1 MB, about a core's L2 cache
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(head · hidden)[label] over labels; the same number as F.cross_entropy, twin in its test.
+    """Sum of -log softmax(head · hidden)[label] over the labels; equals F.cross_entropy, which tests compare it with.
 
-    hidden (n, d), head (vocab, d), labels (n,) with IGNORE where nothing is learnt. Logits exist one chunk at a time: the
-    gradient is made in the forward pass, while a chunk is still in the core's cache.
+    hidden (n, d), head (vocab, d), labels (n,) with IGNORE where no loss is taken. Logits exist for one chunk at a time: the
+    gradient is computed in the forward pass, while the chunk is still in the core's cache.
     """
     return _CrossEntropy.apply(hidden, head, labels)
 
@@ -32,7 +32,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         weight = head.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
-        # a head that is not learnt needs no gradient, which is as large as itself
+        # the gradient of a head is as large as the head, so skip it for a frozen one
         d_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=hidden.device)
         for start in range(0, hidden.size(0), CHUNK):
@@ -60,48 +60,48 @@ class _CrossEntropy(torch.autograd.Function):
         return d_hidden * grads[0].to(d_hidden.dtype), None if d_head is None else d_head * grads[0], None
 
 
-# The main loss summed over a batch's labels, from the trunk's last states (rows, seq_len, d) and the batch.
+# main loss summed over a batch's labels, from the trunk's last hidden states (rows, seq_len, d) and the batch
 MainLoss = Callable[[Tensor, Batch], Tensor]
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """How a step's loss is put together."""
+    """How the parts of a step's loss are combined."""
 
-    # what the trunk's loss and that of each MTP depth are divided by: the labels of the whole step, over all ranks
+    # divisors of the trunk's loss and of each MTP depth's: number of labels in the whole step, over all ranks
     counts: Sequence[float]
-    # λ of the MTP loss (V3 eq. 25), 0 to leave it out
+    # λ of the MTP loss (V3 eq. 25); 0: no MTP loss
     mtp_weight: float = 0.3
     # α of the sequence-wise balance loss (V3 eq. 17)
     balance_alpha: float = 1e-4
-    # a batch's share of the step's rows, the weight of its balance loss
+    # weight of a batch's balance loss: its share of the step's rows
     row_share: float = 1.0
-    # cross-entropy where there is none
+    # None: cross-entropy
     main_loss: MainLoss | None = None
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The parts of a training loss, scalars."""
+    """The parts of a training loss, as scalars."""
 
     main: Tensor
     mtp: Tensor
     balance: Tensor
-    # of DSA's indexers, where they are taught; it shares no parameter with the others
+    # loss of DSA's indexers, if they are trained; it shares no parameter with the others
     indexer: Tensor | None = None
 
     def total(self, terms: LossTerms) -> Tensor:
-        """L_main + λ/D Σ_k L_mtp^k + α L_bal, and the indexers' divergence; `mtp` is the mean over depths already."""
+        """L_main + λ/D Σ_k L_mtp^k + α L_bal + the indexers' divergence; `mtp` is already the mean over depths."""
         total = self.main + terms.mtp_weight * self.mtp + terms.balance_alpha * self.balance
         return total if self.indexer is None else total + self.indexer
 
     def detached(self) -> Tensor:
-        """(main, MTP, balance) without gradient, (3,) fp32 on the device of the first."""
+        """(main, MTP, balance) without gradient: (3,) fp32 on the device of `main`."""
         return torch.stack([t.detach().float().to(self.main.device) for t in (self.main, self.mtp, self.balance)])
 
 
 def training_losses(model: Transformer, batch: Batch, terms: LossTerms) -> Losses:
-    """The losses of a forward pass over this rank's batch, ready to be summed over ranks."""
+    """The losses of a forward pass over this rank's batch, scaled so that they can be summed over ranks."""
     tokens, padding_mask, document_ids = batch.inputs
     hidden = model(tokens, padding_mask=padding_mask, document_ids=document_ids)
     main, mtp = token_losses(model, hidden, batch, terms)
@@ -111,7 +111,7 @@ def training_losses(model: Transformer, batch: Batch, terms: LossTerms) -> Losse
 
 
 def token_losses(model: Transformer, hidden: Tensor, batch: Batch, terms: LossTerms) -> tuple[Tensor, Tensor]:
-    """The main loss and, averaged over its depths, MTP's (V3 eq. 24), from the trunk's last states (rows, seq_len, d)."""
+    """The main loss, and the MTP loss averaged over depths (V3 eq. 24), from the trunk's last hidden states (rows, seq_len, d)."""
     head, counts = model.head.weight, terms.counts
 
     def summed(states: Tensor, depth: int) -> Tensor:
@@ -127,11 +127,11 @@ def token_losses(model: Transformer, hidden: Tensor, batch: Batch, terms: LossTe
 
 
 def distillation(student: Tensor, teacher: Tensor, form: Literal["forward", "reverse"], top_k: int = 0) -> Tensor:
-    """KL divergence per row between two models' logits (n, vocab) -> (n,); the gradient is the student's alone.
+    """KL divergence per row (n,) between two models' logits (n, vocab); the gradient flows to the student only.
 
-    forward is KL(teacher || student), which covers all that the teacher puts mass on; reverse is KL(student || teacher),
-    which seeks its modes (MiniLLM, 2306.08543). With `top_k` only the teacher's k likeliest tokens are distinguished and
-    all others count as one outcome, which bounds the divergence from below.
+    forward is KL(teacher || student), which covers all of the teacher's mass; reverse is KL(student || teacher), which seeks
+    its modes (MiniLLM, 2306.08543). With `top_k`, only the teacher's k likeliest tokens are distinguished and all others
+    count as one outcome, which gives a lower bound of the divergence.
     """
     theirs = teacher.detach().float().log_softmax(dim=-1)
     if 0 < top_k < theirs.size(-1):
@@ -155,6 +155,6 @@ def _divergence(ours: Tensor, theirs: Tensor, form: Literal["forward", "reverse"
 
 
 def _with_rest(logp: Tensor) -> Tensor:
-    """Log-probabilities (n, k) of some outcomes -> (n, k + 1) with that of all others."""
+    """Log-probabilities (n, k) of some outcomes -> (n, k + 1), with that of all remaining outcomes."""
     rest = (1 - logp.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-7)
     return torch.cat([logp, rest.log()], dim=-1)

@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the rest; gradients in one buffer so that ranks exchange them in one go."""
+"""Muon for matrices, AdamW for the rest; gradients in one buffer, so that ranks exchange them in one all-reduce."""
 
 import math
 from collections.abc import Sequence
@@ -10,39 +10,39 @@ from torch import Tensor, nn
 from finback.parallel.mesh import World, flat_gradients
 
 NEWTON_SCHULZ_STEPS, MOMENTUM = 5, 0.95
-BETAS = (0.9, 0.95)  # of AdamW, in every kind of training
-NORM_ROW = 1024  # numbers whose squares are added up in fp32
+BETAS = (0.9, 0.95)  # AdamW's, in every kind of training
+NORM_ROW = 1024  # numbers whose squares are summed in fp32
 Named = Sequence[tuple[str, nn.Parameter]]  # parameters by name
 
 
 class Gradients:
-    """All gradients of some parameters as views of one flat fp32 buffer."""
+    """All gradients of some parameters, as views of one flat fp32 buffer."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.flat = flat_gradients(parameters)
 
     def zero(self) -> None:
-        """Forget all gradients."""
+        """Sets all gradients to zero."""
         self.flat.zero_()
 
     def finish(self, world: World, max_norm: float) -> float:
-        """Sum over ranks, clip to the global norm `max_norm`; returns the norm before clipping."""
+        """Sums over ranks and clips to the global norm `max_norm`. Returns the norm before clipping."""
         norm = self.summed(world)
         if math.isfinite(norm) and norm > max_norm:
             self.flat.mul_(max_norm / norm)
         return norm
 
     def summed(self, world: World) -> float:
-        """Sum over ranks; the global norm."""
+        """Sums over ranks. Returns the global norm."""
         world.sum_(self.flat)
         return exact_norm(self.flat)
 
 
 def exact_norm(flat: Tensor) -> float:
-    """The Euclidean norm of many numbers (n,): of rows of them, then in fp64 of the rows' norms.
+    """The Euclidean norm of many numbers (n,): fp32 within rows, then fp64 over the norms of rows.
 
-    torch adds up a float tensor's squares on a CPU in a few fp32 sums: a norm of 1.4 M numbers is off by 2e-5 of its size,
-    that of 200 M by 3 %.
+    On a CPU, torch sums the squares of a float tensor in a few fp32 accumulators: the norm of 1.4 M numbers is off by a
+    relative 2e-5, that of 200 M by 3 %.
     """
     whole = len(flat) // NORM_ROW * NORM_ROW
     rows = flat[:whole].view(-1, NORM_ROW).norm(dim=1)
@@ -50,7 +50,7 @@ def exact_norm(flat: Tensor) -> float:
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon updates it: hidden matrices and expert stacks, not embeddings, head, norms, routers or biases of places."""
+    """Whether Muon updates it: hidden matrices and expert stacks, not embeddings, head, norms, routers or position biases."""
     other = "router" in name or name.endswith("position_bias") or name in ("embed", "head.weight")
     return parameter.ndim >= 2 and not other
 
@@ -58,8 +58,8 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 class Muon:
     """Momentum, then the nearest orthogonal matrix (Jordan 2024; update RMS matched to AdamW's, arXiv 2502.16982).
 
-    torch.optim.Muon takes single matrices only; here equal shapes, expert stacks included, go through Newton-Schulz as
-    one batch. Ranks share that work: each orthogonalises its part, and a sum over ranks puts the parts together.
+    torch.optim.Muon takes single matrices; here matrices of the same shape, expert stacks included, go through Newton-Schulz
+    as one batch. Ranks share that work: each orthogonalizes its part, and a sum over ranks combines the parts.
     `compute` is the dtype of Newton-Schulz, whose result need only be roughly orthogonal: bf16 where that is fast.
     """
 
@@ -77,7 +77,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update all matrices from their gradients."""
+        """Updates all matrices from their gradients."""
         if not self.named:
             return
         directions = [torch.cat([self._direction(*self.named[i]) for i in group]) for group in self.groups]
@@ -91,13 +91,13 @@ class Muon:
                 start += count
 
     def _direction(self, name: str, p: nn.Parameter) -> Tensor:
-        """Nesterov momentum of one parameter, as a stack of matrices; it moves on by the gradient."""
+        """Nesterov momentum of one parameter, as a stack of matrices; also advances the momentum by the gradient."""
         assert p.grad is not None, f"{name} has no gradient"
         buffer = self.buffers[name].mul_(self.momentum).add_(p.grad)
         return p.grad.add(buffer, alpha=self.momentum).reshape(-1, *p.shape[-2:])
 
     def _orthogonal(self, stacks: list[Tensor]) -> list[Tensor]:
-        """Newton-Schulz on this rank's share of each stack (n, a, b); one exchange hands all ranks the whole."""
+        """Newton-Schulz on this rank's share of each stack (n, a, b); one all-reduce gives every rank the full result."""
         sizes = [stack.numel() for stack in stacks]
         flat = torch.zeros(sum(sizes), device=stacks[0].device)
         parts = flat.split(sizes)
@@ -111,11 +111,11 @@ class Muon:
         return wholes
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """Tensors for a checkpoint."""
         return {f"muon.{name}": t for name, t in self.buffers.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take momentum back from a checkpoint."""
+        """Restores the momentum from a checkpoint."""
         for name, buffer in self.buffers.items():
             buffer.copy_(tensors[f"muon.{name}"])
 
@@ -133,7 +133,7 @@ def newton_schulz(stack: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 
 
 class Adam:
-    """torch's fused AdamW, with a state that is saved under parameter names."""
+    """torch's fused AdamW with a state that is saved under parameter names."""
 
     def __init__(self, named: Named, betas: tuple[float, float], weight_decay: float) -> None:
         self.named = named
@@ -141,17 +141,17 @@ class Adam:
         self.inner = torch.optim.AdamW(self.mine, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
 
     def share(self, parameter: nn.Parameter) -> Tensor:
-        """What of a parameter is updated here."""
+        """The part of a parameter that this rank updates."""
         return parameter
 
     def step(self, lr: float) -> None:
-        """Update all parameters from their gradients."""
+        """Updates all parameters from their gradients."""
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.inner.step()
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps; empty before the first step."""
+        """Tensors for a checkpoint; empty before the first step."""
         state = {}
         for (name, _), mine in zip(self.named, self.mine, strict=True):
             for key, value in self.inner.state.get(mine, {}).items():
@@ -159,7 +159,7 @@ class Adam:
         return state
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take moments and step counts back from a checkpoint."""
+        """Restores moments and step counts from a checkpoint."""
         for name, p in self.named:
             prefix = f"adam.{name}."
             entry: dict[str, Any] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""What pays on this machine, for this model, decided by timing: bf16, grouped products; and which may be in FP8."""
+"""Chooses precision and expert kernel by timing them on this machine for this model; and sets up FP8 training."""
 
 import re
 from dataclasses import replace
@@ -19,20 +19,20 @@ from finback.model.replace import recast
 from finback.model.transformer import Transformer
 
 ExpertKernel = Literal["auto", "loop", "grouped_mm"]
-MARGIN = 1.15  # times as fast the other form must be: noise decides nothing
+MARGIN = 1.15  # required speed-up, so that noise does not decide
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Of what goes from one operator to the next."""
+    """The dtype of activations between operators."""
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def choose_expert_kernel(model: Transformer, tokens: int) -> Literal["loop", "grouped_mm"]:
-    """The kernel for a model's routed experts where it lies, in passes of so many tokens.
+    """The faster kernel for a model's routed experts on its device, for passes of `tokens` tokens.
 
-    Measured on a GPU, where the grouped product has to win clearly. On a CPU the loop: grouped_mm makes the same products
-    there, in 0.8 to 1.1 of the time, which is noise; so runs repeat themselves.
+    Measured on a GPU, where the grouped product must win clearly. On a CPU it is always the loop: grouped_mm does the same
+    products in 0.8 to 1.1 of the time, which is noise, and a fixed choice keeps runs reproducible.
     """
     config, device = model.config, model.embed.device
     shape = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -43,16 +43,18 @@ def choose_expert_kernel(model: Transformer, tokens: int) -> Literal["loop", "gr
 
 
 def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens: int = 4096) -> str:
-    """Have the model's routed experts multiply by this kernel from now on, in place; the kernel that is used.
+    """Sets the kernel of a model's routed experts, in place, and returns the one used.
 
-    "auto" is what `choose_expert_kernel` says. Each may round sums in another order, so who wants to repeat a run on a GPU
+    "auto" means `choose_expert_kernel`. The kernels round sums in different orders: to reproduce a run on a GPU, name one.
     names one of the two.
     """
     kernel = choose_expert_kernel(model, tokens) if kernel == "auto" else kernel
     if kernel == "grouped_mm":
         sizes = model.config.hidden_size, model.config.moe_intermediate_size
         if not moe_gemm.fits_grouped(*sizes, model.compute):
-            raise UserError("expert_kernel", kernel, f"experts of {sizes} do not fit its rows of 16 bytes", "Use loop.")
+            raise UserError(
+                "expert_kernel", kernel, f"experts of {sizes} are not aligned to its rows of 16 bytes", "Use loop."
+            )
         for module in model.modules():
             if isinstance(module, MoE) and module.experts is moe_gemm.routed_experts:
                 module.experts = moe_gemm.grouped_experts
@@ -60,16 +62,16 @@ def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens:
 
 
 def use_fp8(model: Transformer, products: Products | None = None) -> Transformer:
-    """Have a model's linear maps multiply in FP8 from now on, in place, as V3 trains (3.3.1, 3.3.3).
+    """Makes a model's linear maps multiply in FP8, in place, as V3 trains (3.3.1, 3.3.3).
 
-    These are the linear maps of attention, the feed-forwards and the experts, those of the MTP module's block included.
-    Embedding, head, routers, norms, attention itself and the MTP projection stay as they are, as do the parameters; so do indexers
-    and compressors (V4's release has these in BF16).
-    The model's own `compute` is the dtype between operators: bf16 as in the paper. `products` is for comparing forms.
+    These are the linear maps of attention, the feed-forwards and the experts, including those of the MTP module's block.
+    Embedding, head, routers, norms, attention scores and the MTP projection are unchanged, and so are the parameters,
+    indexers and compressors (V4's release has these two in BF16).
+    The model's `compute` is the dtype between operators: bf16 as in the paper. `products` selects the FP8 implementation.
     """
     assert all(p.dtype == torch.float32 for p in model.parameters()), "FP8 training needs fp32 masters"
     if model.config.swiglu_alpha is not None:
-        raise UserError("compute", "fp8", "experts that have biases do not train in it", "Use bf16.")
+        raise UserError("compute", "fp8", "experts with biases cannot be trained in FP8", "Use bf16.")
     apart = re.compile(r"\.(indexer|compressor)\.")
     for name, module in model.named_modules():
         if isinstance(module, MoE):
@@ -88,7 +90,7 @@ def use_fp8(model: Transformer, products: Products | None = None) -> Transformer
 
 
 class Fp8Linear(Linear):
-    """A linear map whose products run in FP8."""
+    """A linear map that multiplies in FP8."""
 
     numerics: Numerics
 
@@ -102,7 +104,7 @@ class Fp8Linear(Linear):
 
 
 class Fp8SwiGLU(SwiGLU):
-    """A feed-forward whose products run in FP8, one operator from end to end."""
+    """A feed-forward that multiplies in FP8, as one fused operator."""
 
     numerics: Numerics
 

@@ -1,5 +1,5 @@
-"""Learning rates, batch sizes and weights as functions of tokens, so that batch size and rank count do not change a
-run's shape."""
+"""Learning rates, batch sizes and weights as functions of tokens, so that batch size and number of ranks do not change the
+shape of a run."""
 
 import math
 from collections.abc import Sequence
@@ -8,24 +8,24 @@ from typing import Literal
 
 from finback.config import UserError, check_fields, check_not_negative, check_positive
 
-Level = float | tuple[tuple[int, float], ...]  # one value, or (from this token on, value) in order
+Level = float | tuple[tuple[int, float], ...]  # one value, or (first token, value) pairs in order
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a schedule, `tokens` long, that leads from `start` to `end`, shares of the full rate.
+    """A part of a schedule, `tokens` long, from the factor `start` to the factor `end` of the peak rate.
 
     V3 (4.2): Phase(warm, 0, 1), Phase(10T, 1, 1), Phase(4.3T, 1, 0.1, "cosine"), Phase(333B, 0.1, 0.1),
     Phase(167B, 0.0332, 0.0332).
     """
 
-    # how long it is
+    # length in tokens
     tokens: int
-    # share of the full rate at its first token
+    # factor at its first token
     start: float = 1.0
-    # share of the full rate at its last
+    # factor at its last token
     end: float = 1.0
-    # of the way between the two
+    # curve between the two
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class Phase:
 
 
 def along(phases: Sequence[Phase], tokens: int) -> float:
-    """The factor after `tokens` tokens of a list of phases; the last one's end behind it."""
+    """The factor after `tokens` tokens of a list of phases; after the last phase, its end."""
     before = 0
     for phase in phases:
         if tokens <= before + phase.tokens:
@@ -48,29 +48,29 @@ def along(phases: Sequence[Phase], tokens: int) -> float:
 
 
 def level(value: Level, tokens: int) -> float:
-    """The value that holds after `tokens` tokens."""
+    """The value in effect after `tokens` tokens."""
     if not isinstance(value, tuple):
         return value
     return [v for start, v in value if start <= tokens][-1]
 
 
 def check_levels(config: object, where: str, *names: str) -> None:
-    """UserError for the first of the named fields that is negative, or whose pairs are not in order from token 0 on."""
+    """Raises UserError for the first named field that is negative, or whose pairs are not in order from token 0."""
     for name in names:
         value = getattr(config, name)
         pairs = value if isinstance(value, tuple) else ((0, value),)
         starts = [start for start, _ in pairs]
         if not pairs or starts[0] != 0 or starts != sorted(set(starts)):
-            problem = "pairs of (token, value) begin at token 0 and go up"
+            problem = "pairs of (token, value) must start at token 0 and ascend"
             raise UserError(f"{where}.{name}", value, problem, "Order them.")
         if min(v for _, v in pairs) < 0:
             raise UserError(f"{where}.{name}", value, "negative", "Use 0 or more.")
 
 
 def ramp(tokens: int, first: int, last: int, over: int) -> int:
-    """Rows per step after `tokens` tokens: from `first` to `last` over `over` tokens, in multiples of `first`.
+    """Rows per step after `tokens` tokens: linear from `first` to `last` over `over` tokens, in multiples of `first`.
 
-    V3 went from 3,072 to 15,360 rows over 469B tokens; the shape in between is not published, here it is linear.
+    V3 went from 3,072 to 15,360 rows over 469B tokens; the curve between them is not published.
     """
     if tokens >= over:
         return last
@@ -78,17 +78,17 @@ def ramp(tokens: int, first: int, last: int, over: int) -> int:
 
 
 def ramp_sizes(first: int, last: int) -> list[int]:
-    """All numbers of rows that `ramp` comes to; first 0: there is no ramp."""
+    """All batch sizes that `ramp` takes; with first = 0 there is no ramp."""
     return [*range(first, last, first), last] if first else [last]
 
 
 def warmup(tokens: int, warmup_tokens: int) -> float:
-    """Factor that rises linearly to 1 over warmup_tokens."""
+    """Factor of a linear warm-up to 1 over warmup_tokens."""
     return min(1.0, tokens / warmup_tokens) if warmup_tokens > 0 else 1.0
 
 
 def decay(tokens: int, start: int | None, length: int, floor: float) -> float:
-    """Factor that falls linearly from 1 at token `start` to `floor` over `length` tokens; 1 before, and while start is None."""
+    """Factor of a linear decay from 1 at token `start` to `floor` over `length` tokens; 1 before, and while start is None."""
     if start is None or tokens <= start:
         return 1.0
     done = min(1.0, (tokens - start) / length) if length > 0 else 1.0
@@ -96,7 +96,7 @@ def decay(tokens: int, start: int | None, length: int, floor: float) -> float:
 
 
 def cosine(done: float, warmup: float, floor: float) -> float:
-    """Factor after a share `done` of a run: up to 1 over the first `warmup` of it, then along a cosine to `floor`."""
+    """Factor after a share `done` of a run: linear to 1 over the first `warmup` of it, then a cosine down to `floor`."""
     if done < warmup:
         return done / warmup
     along = (done - warmup) / (1 - warmup) if warmup < 1 else 1.0

@@ -1,4 +1,4 @@
-"""The reference model of RL: a copy of the policy as it began, or, where that learns an adapter, its own base."""
+"""The reference model of RL: a copy of the initial policy, or the base if the policy is an adapter."""
 
 import copy
 from collections.abc import Iterator
@@ -14,25 +14,25 @@ from finback.train.trainer import Stateful
 
 
 def reference_of(policy: Transformer, prefix: str, world: World) -> "Reference":
-    """The reference model of a policy that has learnt nothing yet; `prefix` is for its names in a checkpoint."""
+    """The reference model of a policy at its start; `prefix` starts its names in a checkpoint."""
     if isinstance(policy, AdaptedTransformer):
         return FormerAdapter(policy, prefix, world)
     return Frozen(copy.deepcopy(policy), prefix)
 
 
 class Reference(Stateful, Protocol):
-    """A reference model: what it takes to ask it, and what of it a checkpoint keeps."""
+    """A reference model: access to it, and its state for a checkpoint."""
 
     def asked(self) -> AbstractContextManager[Transformer]:
-        """The model, as long as it lasts."""
+        """A context in which the model can be used."""
         ...
 
     def refresh(self, model: Transformer) -> None:
-        """Take over what another model has learnt."""
+        """Copies what another model has learned."""
 
 
 class Frozen:
-    """A model that a checkpoint keeps beside the trained one: a reference model."""
+    """A frozen copy of a model, which checkpoints store next to the trained one."""
 
     def __init__(self, model: Transformer, prefix: str) -> None:
         self.model, self.prefix = model.eval(), prefix
@@ -41,7 +41,7 @@ class Frozen:
         return nullcontext(self.model)
 
     def refresh(self, model: Transformer) -> None:
-        """Take over another model's weights."""
+        """Copies another model's weights."""
         self.model.load_state_dict(model.state_dict())
 
     def state(self) -> dict[str, Tensor]:
@@ -50,17 +50,17 @@ class Frozen:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         start = f"{self.prefix}."
         found = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-        if self.model.config.tie_word_embeddings:  # many ranks keep one of the two
+        if self.model.config.tie_word_embeddings:  # checkpoints of many ranks store one of the two
             found["head.weight"] = found["embed"]
         self.model.load_state_dict(found)
 
 
 class FormerAdapter:
-    """The reference model of a policy that learns an adapter: its base with the adapter off, or as that was before."""
+    """The reference model of a policy that trains an adapter: its base without the adapter, or with an earlier state of it."""
 
     def __init__(self, policy: AdaptedTransformer, prefix: str, world: World) -> None:
         self.policy, self.prefix = policy, prefix
-        # the adapter as it was, by name; None where it changed nothing yet
+        # the earlier state of the adapter, by name; None: without adapter
         self.kept: dict[str, Tensor] | None = None
         if world.any(any(bool(p.any()) for name, p in adapter_parameters(policy) if name.endswith(".b"))):
             self.refresh(policy)

@@ -1,4 +1,4 @@
-"""The health of the routers: who gets how many tokens, how the biases answer, and whether an expert is left out."""
+"""Router health: load per expert, bias updates, and idle experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,31 +9,31 @@ from torch import Tensor
 from finback.model.moe import Router, max_violation
 from finback.parallel.mesh import World
 
-LOADS = 4096  # experts times layers up to which records hold every number
+LOADS = 4096  # experts times layers up to which records hold all shares
 
 
 @dataclass(frozen=True)
 class Health:
-    """One step's loads (layers, experts) over all ranks, padding left out, before the biases answered."""
+    """Expert loads of one step (layers, experts) over all ranks, without padding, before the bias update."""
 
-    # the worst layer's (max load - mean load) / mean load (2408.15664); 0 for a dense model
+    # largest (max load - mean load) / mean load of any layer (2408.15664); 0 for a dense model
     violation: float
-    # experts of any layer without a token
+    # number of experts, over all layers, without a token
     idle: int
     loads: list[Tensor]
 
     @property
     def shares(self) -> list[list[float]]:
-        """Each expert's share of its layer's load; nothing for models with too many of them for a log."""
+        """Each expert's share of its layer's load; empty for models with too many experts to log."""
         if sum(map(len, self.loads)) > LOADS:
             return []
         return [[round(x, 4) for x in (load / load.sum().clamp(min=1)).tolist()] for load in self.loads]
 
 
 def balance(routers: Sequence[Router], world: World, speed: float) -> Health:
-    """Sum the routers' loads over ranks, move the biases by `speed` (V3 2.1.2), and forget the loads.
+    """Sums the routers' loads over ranks, moves the biases by `speed` (V3 2.1.2), and resets the loads.
 
-    Every router is treated alike and alone: one without tokens keeps none of the others from being balanced.
+    Each router is balanced on its own: one without tokens does not keep the others from being balanced.
     """
     loads = []
     for router in routers:
@@ -44,13 +44,13 @@ def balance(routers: Sequence[Router], world: World, speed: float) -> Health:
 
 
 def forget(routers: Sequence[Router]) -> None:
-    """Drop what has been counted, of a step that is not learnt from for one."""
+    """Resets the loads, for example after a step that is skipped."""
     for router in routers:
         router.load.zero_()
 
 
 def describe(health: Health, biases: Sequence[Tensor]) -> dict[str, Any]:
-    """A line for router.jsonl: each layer's violation, shares of its load and biases (of large models no shares)."""
+    """A row for router.jsonl: each layer's violation, load shares and biases (no shares for large models)."""
     shares = health.shares
     return {
         "max_violation": [round(max_violation(load), 4) for load in health.loads],

@@ -1,7 +1,7 @@
-"""SFT, distillation and RL of an adapter whose base is shared out among ranks by a layout.
+"""SFT, distillation and RL of an adapter on a base that is sharded among ranks by a layout.
 
-The adapter lies whole on every rank, but for those of routed experts: a rank has those of the experts that it holds. Files and
-checkpoints are one rank's; the first rank puts them together.
+Every rank holds the whole adapter, except for those of routed experts, of which it holds the ones for its own experts. Files
+and checkpoints are the same as on one rank; the first rank gathers them.
 """
 
 import math
@@ -50,7 +50,7 @@ from finback.train.trainer import ReplicatedTrainer, save
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that is to learn: its shape, the folders of its base and of itself where it goes on, and a new one's seed."""
+    """An adapter to train: its shape, the folders of its base and of the adapter it continues, and the seed of a new one."""
 
     lora: LoRA
     base: Path
@@ -59,7 +59,7 @@ class Adapter:
 
 
 class PartedGradients(Gradients):
-    """Those of parameters that all ranks have, and of those that are parted: the ranks of an edp axis have the same ones."""
+    """Gradients of parameters that all ranks hold, and of partitioned ones, which only the ranks of an edp axis share."""
 
     def __init__(self, common: Sequence[nn.Parameter], parted: Sequence[nn.Parameter], mesh: Mesh) -> None:
         super().__init__([*common, *parted])
@@ -75,7 +75,7 @@ class PartedGradients(Gradients):
 
 
 class AdapterTuner(UnevenRows, ReplicatedTrainer):
-    """An adapter learns; its base is shared out and stays as it is."""
+    """Trains an adapter on a frozen, sharded base."""
 
     model: AdaptedTransformer
 
@@ -114,7 +114,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
         self._tell()
 
     def _tell(self) -> None:
-        """Whoever generates that the weights have changed."""
+        """Tells the generator that the weights have changed."""
         if self._whole is not None:
             self._whole.learnt()
 
@@ -124,7 +124,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
         return self.served()()
 
     def served(self) -> ServedWeights:
-        """The base, which is put together once, under the very adapter that learns, and a copy of what of that is parted."""
+        """The base, gathered once, with the adapter in training, and a copy of the adapter's partitioned parts."""
         if self._whole is None:
             options = self.options
             copy, fills = whole_copy(self.config, options.dtype, options.param_dtype, self.world, options.freeze)
@@ -136,7 +136,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
 
     @torch.no_grad()
     def _take_over(self, whole: Transformer) -> int:
-        """Fill what a whole adapter has of its own from what the ranks hold; bytes that came from others."""
+        """Fills the partitioned parts of a whole adapter from all ranks. Returns the bytes received from others."""
         received, members = 0, self.mesh.ep.size()
         targets = dict(adapter_parameters(whole))
         for name, mine in self.parted.items():
@@ -149,7 +149,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
     # ---- files and checkpoints ---------------------------------------------------------------------------------------
 
     def together(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole, in the host's memory, on the first rank; the others have given it theirs."""
+        """The whole tensors, in the first rank's host memory; the other ranks send their parts."""
         if not self.parted:
             return tensors
         group, members = self.mesh.ep.get_group(), range(self.mesh.ep.size())
@@ -168,7 +168,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
         return {n: t.chunk(members)[member] if self._is_parted(n, t) else t for n, t in tensors.items()}
 
     def _is_parted(self, name: str, tensor: Tensor) -> bool:
-        """Whether a checkpoint's tensor has a row for each expert: an adapter's own, its moments, those of the reference model."""
+        """Whether a checkpoint's tensor has a row per expert: adapters of experts, their moments, and those of the reference model."""
         ours = name.partition(".")[2]
         return tensor.ndim > 0 and any(ours.startswith(part) for part in self.parted)
 
@@ -188,13 +188,13 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
 
 
 def _parted(model: Transformer) -> dict[str, nn.Parameter]:
-    """Those of an adapter's parameters of which other ranks have other rows, by name."""
+    """The adapter's parameters of which each rank holds different rows, by name."""
     parts = [(name, m) for name, m in model.named_modules() if isinstance(m, LowRank) and m.is_part]
     return {f"{name}.{leaf}": p for name, module in parts for leaf, p in module.named_parameters()}
 
 
 def _under(learnt: AdaptedTransformer, whole: Transformer) -> AdaptedTransformer:
-    """A whole base under the adapter of another model: the same memory, and zeros where that has a part of an adapter."""
+    """A whole base with another model's adapter: shares its memory, with zeros in place of partitioned parts."""
     for (_, module, _, _), (_, other, _, _) in zip(matrices(whole), matrices(learnt), strict=True):
         if isinstance(other, LoraLinear):
             recast(module, DoraLinear if isinstance(other, DoraLinear) else LoraLinear).adapter = other.adapter

@@ -1,4 +1,4 @@
-"""Muon and AdamW for parameters of which a rank holds a share. Apart from optim.py: DTensor takes half a second to import."""
+"""Muon and AdamW for sharded parameters. Separate from optim.py because importing DTensor takes half a second."""
 
 import math
 
@@ -12,15 +12,15 @@ from finback.parallel.shard import like, local
 from finback.train.lean_adam import LeanAdam
 from finback.train.optim import MOMENTUM, Adam, Named, newton_schulz
 
-# numbers of whole parameters that are updated at a time: it bounds what an update needs beside the state
+# numbers of whole parameters updated at a time; bounds the temporary memory of an update
 BATCH = 1 << 27
 
 
 class ShardedMuon:
-    """Muon for parameters of which this rank holds a share (DTensors); momentum is held for that share alone.
+    """Muon for parameters of which this rank holds a shard (DTensors); so is the momentum.
 
-    Matrices that are whole on this rank, experts as a rule, need no exchange. The others are put together on one rank
-    each, orthogonalised there and handed back. A state can be loaded on ranks that share parameters otherwise.
+    Matrices that are whole on this rank, usually experts, need no exchange. Each other matrix is gathered on one rank,
+    orthogonalized there and scattered again. A state can be loaded with a different sharding.
     """
 
     def __init__(self, named: Named, weight_decay: float, compute: torch.dtype) -> None:
@@ -34,14 +34,14 @@ class ShardedMuon:
         apart = {i for indices in groups.values() for i in indices}
         whole = [i for i in range(len(named)) if i not in apart]
         cut = [(part, group) for group, indices in groups.items() for part in self._parts(indices)]
-        # what is updated at a time, and who puts the matrices together where they are cut
+        # parameters updated at a time, and for split matrices the ranks that gather them
         self.batches: list[tuple[list[int], Owners | None]] = [
             *((indices, Owners(self._shapes(indices), group)) for indices, group in cut),
             *((indices, None) for indices in self._parts(whole)),
         ]
 
     def _parts(self, indices: list[int]) -> list[list[int]]:
-        """In order, BATCH numbers or one parameter each, the same on all ranks of a mesh."""
+        """Groups of indices in order, of BATCH numbers or one parameter each, the same on all ranks of a mesh."""
         parts: list[list[int]] = []
         filled = BATCH
         for index in indices:
@@ -54,13 +54,13 @@ class ShardedMuon:
         return parts
 
     def _shapes(self, indices: list[int]) -> list[tuple[int, int]]:
-        """Those of all matrices of these parameters, of which this rank has some rows."""
+        """Shapes of all matrices of these parameters of which this rank has some rows."""
         parts = [(self.named[i][1], self.buffers[i]) for i in indices]
         return [(p.size(-2), p.size(-1)) for p, mine in parts for _ in range(len(mine) if p.ndim == 3 else 1)]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update this rank's share of all matrices from its share of their gradients."""
+        """Updates this rank's shard of all matrices from its shard of their gradients."""
         for indices, owners in self.batches:
             directions = [self._direction(i) for i in indices]
             stacks = [direction.reshape(-1, *direction.shape[-2:]) for direction in directions]
@@ -72,7 +72,7 @@ class ShardedMuon:
                 mine.mul_(1 - lr * self.weight_decay).add_(update.view_as(mine), alpha=-lr)
 
     def _direction(self, index: int) -> Tensor:
-        """Nesterov momentum of this rank's share of a parameter; it moves on by the gradient."""
+        """Nesterov momentum of this rank's shard of a parameter; also advances the momentum by the gradient."""
         name, p = self.named[index]
         assert p.grad is not None, f"{name} has no gradient"
         gradient = local(p.grad)
@@ -80,7 +80,7 @@ class ShardedMuon:
         return gradient.add(buffer, alpha=MOMENTUM)
 
     def _updates(self, matrices: list[Tensor]) -> list[Tensor]:
-        """Orthogonalised and scaled, equal shapes as one batch."""
+        """Orthogonalized and scaled updates; equal shapes are computed as one batch."""
         shapes: dict[torch.Size, list[int]] = {}
         for index, matrix in enumerate(matrices):
             shapes.setdefault(matrix.shape, []).append(index)
@@ -92,12 +92,12 @@ class ShardedMuon:
         return [updates[i] for i in range(len(matrices))]
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: shares of the whole, as the parameters are."""
+        """Tensors for a checkpoint, sharded like the parameters."""
         return {f"muon.{n}": like(b, p) for (n, p), b in zip(self.named, self.buffers, strict=True)}
 
 
 def _cut_among(parameter: Tensor) -> dist.ProcessGroup | None:
-    """The ranks that hold rows of the same matrices of a parameter; None where matrices are whole."""
+    """The ranks that hold rows of the same matrices of a parameter; None if matrices are whole."""
     if isinstance(parameter, DTensor):
         for axis, placement in enumerate(parameter.placements):
             if placement.is_shard(parameter.ndim - 2) and parameter.device_mesh.size(axis) > 1:
@@ -106,34 +106,34 @@ def _cut_among(parameter: Tensor) -> dist.ProcessGroup | None:
 
 
 class ShardedAdam(Adam):
-    """AdamW works number by number: of a shared parameter it is given this rank's share."""
+    """AdamW is elementwise, so it updates this rank's shard of each parameter."""
 
     def __init__(self, named: Named, betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(named, betas, weight_decay)
         self.begin()
 
     def share(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's share, the parameter's own memory."""
+        """This rank's shard, a view of the parameter's memory."""
         return local(parameter.detach()) if isinstance(parameter, DTensor) else parameter
 
     def step(self, lr: float) -> None:
-        """Update this rank's shares from their gradients."""
+        """Updates this rank's shards from their gradients."""
         for (_, p), mine in zip(self.named, self.mine, strict=True):
             if mine is not p and p.grad is not None:
                 mine.grad = local(p.grad)
         super().step(lr)
         for (_, p), mine in zip(self.named, self.mine, strict=True):
-            if mine is not p:  # or it would lie here beside the next step's
+            if mine is not p:  # else it would stay in memory during the next step
                 mine.grad = None
 
     def begin(self) -> None:
-        """Make the state that the first step would make, so that a checkpoint can be loaded into it."""
+        """Creates the state that the first step would create, so that a checkpoint can be loaded into it."""
         for p in self.mine:
             entry = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.inner.state[p] = {"step": torch.zeros((), device=p.device), **entry}
 
     def state(self) -> dict[str, Tensor]:
-        """Shares of the whole, as the parameters are."""
+        """Tensors for a checkpoint, sharded like the parameters."""
         shared = dict(self.named)
         return {
             key: like(value, shared[key.removeprefix("adam.").rpartition(".")[0]]) if value.ndim else value
@@ -142,7 +142,7 @@ class ShardedAdam(Adam):
 
 
 class ShardedLeanAdam(LeanAdam):
-    """The same of moments that are kept otherwise: as shares of the whole too, in blocks that no rank parts."""
+    """LeanAdam for sharded parameters; blocks never span ranks."""
 
     def share(self, tensor: Tensor) -> Tensor:
         return local(tensor.detach())

@@ -1,4 +1,4 @@
-"""How a sharded model computes and is updated: what of a stage's knobs its trainer is told."""
+"""Options of a sharded trainer: those knobs of a stage that concern computing and updating."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,29 +13,29 @@ from finback.train.precision import ExpertKernel, dtype_of, use_expert_kernel, u
 
 @dataclass(frozen=True)
 class ShardedOptions:
-    """The knobs of Pretrain that have these names."""
+    """The knobs of Pretrain with the same names."""
 
-    # for hidden matrices; the rest is AdamW's
+    # optimizer of the hidden matrices; AdamW trains the rest
     optimizer: Literal["muon", "adamw"] = "muon"
-    # of hidden matrices
+    # weight decay of hidden matrices
     weight_decay: float = 0.05
     compute: Literal["fp32", "bf16", "fp8"] = "fp32"
-    # of a running average of the weights; 0: none
+    # decay of the moving average of the weights; 0: none
     ema_decay: float = 0.0
     recompute: Policy = "none"
-    # auto is the loop: each rank has experts and tokens of its own, and nothing is timed
+    # auto is the loop: ranks have different experts and tokens, and nothing is timed
     expert_kernel: ExpertKernel = "auto"
     compile: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what goes from one operator to the next."""
+        """The dtype of activations between operators."""
         return dtype_of(self.compute)
 
     def put_on(self, model: Transformer) -> Transformer:
-        """Have a model compute so, in place: a blank one, or some stages of it, before its parameters are shared.
+        """Applies the options to a model, in place: a blank one, or some pipeline stages, before its parameters are sharded.
 
-        Indexers that are not taught stay as they are: no loss reaches them.
+        Indexers that are not trained are frozen, since no loss reaches them.
         """
         for name, parameter in model.named_parameters() if not is_taught(model) else ():
             if ".indexer." in name:

@@ -1,4 +1,4 @@
-"""Training a model that lies on many ranks by a layout; the same losses and updates as ReplicatedTrainer on one."""
+"""Trains a model that is sharded over many ranks by a layout; same losses and updates as ReplicatedTrainer on one rank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,13 +40,13 @@ from finback.train.sharded_options import ShardedOptions
 from finback.train.trainer import Stateful, Trainer
 
 PLAIN = ShardedOptions()
-WHOLE = "whole copies"  # what ranks without a layout hold
-# numbers from which a share counts as large, and bytes of a block then: smaller models would pay for it with time
+WHOLE = "whole copies"  # the name of the layout without sharding
+# from so many numbers on a shard counts as large and uses small blocks, in bytes; smaller models would become slower
 LARGE_SHARE, BLOCK = 1 << 25, 1 << 17
 
 
 class ShardedTrainer(Trainer):
-    """This rank's share of a model and of its optimizers."""
+    """This rank's shard of a model and of its optimizers."""
 
     def __init__(
         self,
@@ -57,15 +57,15 @@ class ShardedTrainer(Trainer):
         options: ShardedOptions = PLAIN,
         device: str = "cpu",
     ) -> None:
-        """rows: those of a full step over all ranks.
+        """rows: rows of a full step over all ranks.
 
-        `values` of parameters and router biases, or the seed of random ones; torch.distributed must have been started.
+        `values`: parameters and router biases, or the seed of random ones. torch.distributed must be initialized.
         """
         layout.check_trainable(config, rows, dist.get_world_size())
         self.config, self.layout, self.rows, self.options = config, layout, rows, options
         self.mesh = Mesh.of(layout, device)
         self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank() // layout.cp, layout.dp
-        # of the step at hand, for the loss at the end of a pipeline
+        # of the current step, for the loss at the end of a pipeline
         self.terms = LossTerms([1.0])
         values = Seeded(config, values) if isinstance(values, int) else values
         self.models, self.roots, self.sharding = build(
@@ -92,11 +92,11 @@ class ShardedTrainer(Trainer):
 
     @property
     def stages(self) -> list[int]:
-        """The numbers of this rank's pipeline stages."""
+        """Indices of this rank's pipeline stages."""
         return list(self.layout.stages_of(self.mesh.pp.get_local_rank()))
 
     def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon | ShardedAdam | ShardedLeanAdam, ...]:
-        """Of hidden matrices, and of the rest."""
+        """Optimizers of the hidden matrices, and of the rest."""
         learnt = [(part.name, part.value) for part in self._learnt(parts)]
         matrices, others = ([named for named in learnt if is_matrix(*named) == is_one] for is_one in (True, False))
         decay = self.options.weight_decay
@@ -115,7 +115,7 @@ class ShardedTrainer(Trainer):
         self.sharding.zero()
 
     def backward(self, batch: Batch | None, terms: LossTerms) -> Tensor:
-        """As for every trainer; this rank's rows are cut into the layout's micro-batches."""
+        """See Trainer.backward; this rank's rows are split into the layout's micro-batches."""
         assert batch is not None, "on a layout every rank has rows in every step"
         if self.mesh.cp is not None:
             batch = batch.part(self.mesh.cp.get_local_rank(), self.layout.cp)
@@ -123,7 +123,7 @@ class ShardedTrainer(Trainer):
         parts = layout.micro_batches
         self.terms = terms = replace(terms, row_share=terms.row_share / parts)
         if self.pipeline is not None:
-            assert terms.main_loss is None, "a pipeline ends with cross-entropy"
+            assert terms.main_loss is None, "a pipeline supports cross-entropy only"
             losses = self.pipeline.run(batch.tensors(), layout)
         else:
             losses = torch.zeros(3, device=self.mesh.device)
@@ -152,14 +152,14 @@ class ShardedTrainer(Trainer):
         return finish(self._learnt(self.parts), max_norm)
 
     def update(self, *lrs: float) -> None:
-        """The learning rates of hidden matrices and of the rest."""
+        """lrs: learning rates of the hidden matrices and of the rest."""
         for stage in self.optimizers:
             for optimizer, lr in zip(stage, lrs, strict=True):
                 optimizer.step(lr)
         self.sharding.publish()
 
     def balance(self, speed: float) -> Health:
-        """As for every trainer."""
+        """See Trainer.balance."""
         loads = self._by_layer([router.load for router in self.routers])
         if len(loads):
             dist.all_reduce(loads)
@@ -176,13 +176,13 @@ class ShardedTrainer(Trainer):
         return list(biases)
 
     def _moe_layers(self) -> list[int]:
-        """Which of the layers with experts lie here, counted among those alone; MTP modules are the last."""
+        """Indices, among the layers with experts, of those on this rank; MTP modules are the last."""
         c, stages = self.config, split_layers(self.config, self.layout.stages)
         layers = [layer for number in self.stages for layer in stages[number].layers]
         return [layer - c.first_k_dense_replace for layer in layers if c.is_moe(layer)]
 
     def _by_layer(self, mine: list[Tensor]) -> Tensor:
-        """A tensor of each router here -> of all routers (layers, experts), zeros for those that lie elsewhere."""
+        """A tensor per local router -> one for all routers (layers, experts), zeros for those on other ranks."""
         c = self.config
         layers = sum(map(c.is_moe, range(c.num_hidden_layers + c.num_nextn_predict_layers)))
         found = torch.zeros(layers, c.n_routed_experts, device=self.mesh.device)
@@ -190,10 +190,10 @@ class ShardedTrainer(Trainer):
             found[layer] = tensor
         return found
 
-    # ---- looking at it ---------------------------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def text_logprobs(self, tokens: Tensor) -> Tensor:
-        """Share by share, as training reads."""
+        """Shard by shard, as in training."""
         for root in self.roots:
             root.eval()
         read = partial(text_logprobs, self.model) if self.pipeline is None else self.pipeline.text_logprobs
@@ -222,12 +222,12 @@ class ShardedTrainer(Trainer):
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def steps(self, run: StageRun) -> Steps:
-        """The run's checkpoints, made at the first call, on all ranks."""
+        """The run's checkpoints; created at the first call, on all ranks."""
         self._steps = self._steps or Steps(run.folder / resharding.SHARDED, say=run.say)
         return self._steps
 
     def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = KEEP) -> None:
-        """Start writing a checkpoint, while training goes on; the one before it is whole by then."""
+        """Starts writing a checkpoint in the background; the previous one is complete by then."""
         steps = self.steps(run)
         steps.keep = keep
         steps.begin(step, self.state(), meta | {"layout": str(self.layout)})
@@ -237,20 +237,18 @@ class ShardedTrainer(Trainer):
             self._steps.finish()
 
     def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
-        """Written by all ranks, share by share."""
+        """Written by all ranks, shard by shard."""
         self.settle()
         save_shares(self.config, shares(self.models, self.mesh), folder, tokenizer.save)
 
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint, whatever layout wrote it, or one rank."""
+        """Restores the newest checkpoint, whatever layout, or single rank, wrote it."""
         self.settle()
         steps, (of_one, of_many) = self.steps(run), resharding.newest(run.folder)
         found = self._load_whole(run) if of_one > of_many else self.load(steps)
         before, now = ("" if found is None else found[1].get("layout", WHOLE)), str(self.layout)
         if found is not None and before != now:
-            run.say(
-                f"{run.name:10} goes on as {now}, begun as {before}: the same within rounding, no longer to the bit"
-            )
+            run.say(f"{run.name:10} resumes as {now}, was {before}: the same within rounding, but not bit-exact")
         return found
 
     def _load_whole(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
@@ -261,24 +259,24 @@ class ShardedTrainer(Trainer):
         return found
 
     def load(self, steps: Steps) -> tuple[int, dict[str, Any]] | None:
-        """Take up the newest of these checkpoints."""
+        """Restores the newest of these checkpoints."""
         found = steps.load_newest(self.state(), self._state(copies=True))
         self.sharding.publish()
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, under the names that one rank would give it, "model." before the model's.
+        """All tensors of a checkpoint, under the names of a single rank, the model's with the prefix "model.".
 
-        Tensors are the state itself: reading a checkpoint into them changes it.
+        The tensors are the state itself: loading a checkpoint into them changes it.
         """
         return self._state(copies=False) | {f"model.{name}": bias for name, bias in self._biases().items()}
 
     def _biases(self) -> dict[str, Tensor]:
-        """The routers' biases on this rank."""
+        """Biases of the routers on this rank."""
         return {name: bias for model in self.models for name, bias in router_buffers(model).items()}
 
     def _state(self, copies: bool) -> dict[str, Tensor]:
-        """Parameters, their averages and optimizers' state: those that an earlier stage has as well, or all others."""
+        """Parameters, their averages and optimizer states: those that an earlier pipeline stage also has, or all others."""
         found: dict[str, Tensor] = {}
         everything = zip(self.stages, self.sharding.parts, self.optimizers, strict=True)
         for at, (number, parts, optimizers) in enumerate(everything):
@@ -291,6 +289,6 @@ class ShardedTrainer(Trainer):
             for name, tensor in tensors.items():
                 twice = name in ("model.embed", "average.embed") or name.startswith("adam.embed.")
                 if copies == (number > 0 and twice):
-                    # DCP's safetensors have no tensors without a dimension
+                    # DCP's safetensors cannot store 0-dimensional tensors
                     found[name] = tensor if tensor.ndim else tensor.view(1)
         return found

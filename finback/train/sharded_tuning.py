@@ -1,7 +1,7 @@
-"""SFT, distillation and RL of a model that lies on many ranks by a layout without a pipeline; an adapter's are in sharded_adapter.py.
+"""SFT, distillation and RL of a sharded model without a pipeline; for adapters see sharded_adapter.py.
 
-Unlike those of pre-training, a step's rows need not divide among the ranks, and padding fills up what context parallelism cuts.
-Every rank makes as many passes as the others; where it has no rows, on one of which nothing is learnt.
+Unlike in pre-training, a step's rows need not divide among the ranks, and rows are padded for context parallelism. All ranks
+make the same number of passes; a rank without rows uses one without loss.
 """
 
 from collections.abc import Iterator
@@ -43,19 +43,19 @@ from finback.train.trainer import T, Trainer
 
 @dataclass(frozen=True)
 class TuningOptions(ShardedOptions):
-    """How a model computes that goes on learning, and what of it learns."""
+    """Options for fine-tuning a model, and which of its parameters learn."""
 
-    # of all that learns
+    # weight decay of all parameters that learn
     weight_decay: float = 0.0
-    # beginnings of the names of what stays as it is
+    # prefixes of the names of frozen parameters
     frozen: tuple[str, ...] = ()
-    # an adapter is learnt on a base in this format; None: the model itself
+    # format of the base if an adapter is trained; None: the model itself is trained
     base: BaseFormat | None = None
     moments: Moments = "fp32"
 
     @property
     def param_dtype(self) -> torch.dtype:
-        """Of the parameters that are shared out."""
+        """The dtype of the sharded parameters."""
         return torch.float32 if self.base is None else base_dtype(self.base)
 
     def put_on(self, model: Transformer) -> Transformer:
@@ -69,13 +69,13 @@ class TuningOptions(ShardedOptions):
         return model
 
     def freeze(self, model: Transformer) -> Transformer:
-        """Have a blank model be the base of an adapter, in place."""
-        assert self.base is not None, "asked of an adapter alone"
+        """Turns a blank model into the frozen base of an adapter, in place."""
+        assert self.base is not None, "only adapters have a base"
         return factors_as_parameters(freeze(model, self.base))
 
 
 class UnevenRows(Trainer):
-    """Passes over rows of which ranks may have more, fewer, or none, whole or in parts."""
+    """Passes over rows, of which ranks may have different numbers or none, whole or split along the sequence."""
 
     layout: Layout
     mesh: Mesh
@@ -83,7 +83,7 @@ class UnevenRows(Trainer):
     in_step = True
 
     def backward(self, batch: Batch | None, terms: LossTerms) -> Tensor:
-        """As for every trainer; a rank's rows are cut into the layout's micro-batches, of which some may be idle."""
+        """See Trainer.backward; a rank's rows are split into the layout's micro-batches, some of which may be idle."""
         losses, depths = torch.zeros(3, device=self.mesh.device), len(terms.counts) - 1
         passes = self.layout.micro_batches
         given = [] if batch is None else _pieces(batch, passes)
@@ -128,20 +128,20 @@ class UnevenRows(Trainer):
 
 
 def _pieces(batch: Batch, parts: int) -> list[Batch]:
-    """Rows in at most so many batches, as even as can be, none of them empty."""
+    """Rows in at most `parts` batches, as even as possible, none of them empty."""
     size = -(-len(batch.tokens) // parts)
     return batch.chunk(-(-len(batch.tokens) // size))
 
 
 class ShardedTuner(UnevenRows, ShardedTrainer):
-    """All weights learn, shared out with their gradients and the state of their optimizer."""
+    """Trains all weights; gradients and optimizer states are sharded like them."""
 
     options: TuningOptions
 
     def __init__(
         self, config: ModelConfig, layout: Layout, values: Values, options: TuningOptions, device: str = "cpu"
     ) -> None:
-        # rows may be as many as they like
+        # any number of rows is allowed
         super().__init__(config, layout, layout.dp * layout.micro_batches, values, options, device)
         self.world = self.mesh.world
         self._served: ServedWeights | None = None
@@ -150,11 +150,11 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
 
     @property
     def learnt(self) -> list[ShardedParameter]:
-        """This rank's shares of what learns."""
+        """This rank's shards of the parameters that learn."""
         return self._learnt(self.parts)
 
     def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedAdam | ShardedLeanAdam, ...]:
-        """One, of all that learns."""
+        """One optimizer for all parameters that learn."""
         named, decay = ([(part.name, part.value) for part in self._learnt(parts)], self.options.weight_decay)
         if self.options.moments == "fp32":
             return (ShardedAdam(named, BETAS, decay),)
@@ -170,12 +170,12 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
         return found
 
     def _tell(self) -> None:
-        """Whoever generates that the weights have changed."""
+        """Tells the generator that the weights have changed."""
         if self._served is not None:
             self._served.learnt()
 
     def balance(self, speed: float) -> Health:
-        """As for every trainer, of the routers that are trained."""
+        """See Trainer.balance; only for routers that are trained."""
         return router_health.balance(self.routers, self.world, speed)
 
     def served(self) -> ServedWeights:
@@ -187,12 +187,12 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
 
 
 class FrozenShare:
-    """A model that does not learn, shared out as the one that does: a teacher, or a reference model."""
+    """A frozen model, sharded like the trained one: a teacher or a reference model."""
 
     def __init__(
         self, config: ModelConfig, trainer: UnevenRows, values: Values, compute: torch.dtype, prefix: str = "frozen"
     ) -> None:
-        """prefix: for its names in a checkpoint."""
+        """prefix: starts its names in a checkpoint."""
         trainer.layout.check(config, trainer.layout.dp * trainer.layout.micro_batches)
         freezing = lambda model: model.requires_grad_(False)  # noqa: E731
         made = build(config, trainer.layout, trainer.mesh, values, compute, put_on=freezing)
@@ -200,23 +200,23 @@ class FrozenShare:
 
     @contextmanager
     def asked(self) -> Iterator[Transformer]:
-        """The model, as long as it lasts."""
+        """A context in which the model can be used."""
         yield self.model
         self.sharding.rest()
 
     @torch.no_grad()
     def refresh(self, model: Transformer) -> None:
-        """Take over what another model of the same layout has learnt, while it is shared out."""
+        """Copies what another model of the same layout has learned, shard by shard."""
         theirs: dict[str, Tensor] = dict(model.named_parameters()) | router_buffers(model)
         for name, mine in self.state().items():
             local(mine).copy_(local(theirs[name.removeprefix(f"{self.prefix}.")]))
 
     def state(self) -> dict[str, Tensor]:
-        """Its shares, under the names that one rank gives them."""
+        """Its shards, under the names of a single rank."""
         mine: dict[str, Tensor] = {part.name: part.value.detach() for part in self.sharding.parts[0]}
         return {f"{self.prefix}.{name}": tensor for name, tensor in (mine | router_buffers(self.model)).items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take them back, unless they were read in place."""
+        """Restores them, unless they were loaded in place."""
         for name, mine in self.state().items():
             local(mine).copy_(local(tensors[name]))

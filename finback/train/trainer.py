@@ -1,4 +1,4 @@
-"""What trains a model, behind one interface: here the whole model on every rank, in sharded_trainer.py a share of it."""
+"""The interface of trainers, and the one that holds the whole model on every rank; sharded_trainer.py has the sharded one."""
 
 import math
 from abc import ABC, abstractmethod
@@ -30,13 +30,13 @@ T = TypeVar("T")
 
 
 class Stateful(Protocol):
-    """What a checkpoint saves beside the model: optimizers, averaged weights, a reference model."""
+    """State that a checkpoint saves besides the model: optimizers, averaged weights, a reference model."""
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors by name; names differ between all parts of one trainer."""
+        """Tensors by name; names are unique within a trainer."""
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take them back out of a checkpoint's tensors."""
+        """Restores them from a checkpoint's tensors."""
 
 
 class Optimizer(Stateful, Protocol):
@@ -46,37 +46,36 @@ class Optimizer(Stateful, Protocol):
 
 
 class Trainer(ABC):
-    """A model, its gradients and optimizers. Every method is for all ranks at once.
+    """A model with its gradients and optimizers. Every method is collective: all ranks call it.
 
-    A step is `zero`, one or more backward passes, `finish`, and `update`, or nothing where the step is skipped; then
-    `balance`.
+    A step is `zero`, one or more `backward`, `finish`, then `update` (unless the step is skipped), then `balance`.
     """
 
     model: Transformer
-    # which of data_ranks equal shares of a step's rows this rank reads
+    # index of this rank's share of a step's rows, out of data_ranks equal shares
     data_rank: int
     data_ranks: int
-    # those of the layers that this rank holds
+    # routers of the layers on this rank
     routers: list[Router]
-    # running averages of the weights that lie here
+    # moving averages of the weights on this rank
     averages: Sequence[EMA] = ()
-    # what else a checkpoint keeps
+    # further state for checkpoints
     extras: list[Stateful]
-    # whether ranks have to make equally many passes
+    # whether all ranks must make the same number of passes
     in_step: bool = False
 
     @abstractmethod
     def zero(self) -> None:
-        """Forget all gradients."""
+        """Sets all gradients to zero."""
 
     @abstractmethod
     def backward(self, batch: Batch | None, terms: LossTerms) -> Tensor:
-        """Add the gradients of this rank's part of the losses (see loss.training_losses); (main, MTP, balance) over all
-        ranks. None: this rank has no rows in this step."""
+        """Adds the gradients of this rank's part of the losses (see loss.training_losses). Returns (main, MTP, balance) summed
+        over ranks. None: this rank has no rows in this step."""
 
     @abstractmethod
     def finish(self, max_norm: float) -> float:
-        """Sum gradients over ranks, clip them to the global norm `max_norm`; the norm before clipping."""
+        """Sums gradients over ranks and clips them to the global norm `max_norm`. Returns the norm before clipping."""
 
     @abstractmethod
     def update(self, *lrs: float) -> None:
@@ -84,63 +83,63 @@ class Trainer(ABC):
 
     @abstractmethod
     def balance(self, speed: float) -> Health:
-        """Move the routers' biases by the loads of the step (V3 2.1.2), at speed 0 not at all, and forget the loads."""
+        """Moves the routers' biases by the step's loads (V3 2.1.2) with this speed, and resets the loads."""
 
     def biases(self) -> list[Tensor]:
-        """The biases of all routers, bottom to top, wherever they lie; for all ranks at once."""
+        """The biases of all routers, bottom to top, wherever they are."""
         return [router.bias for router in self.routers]
 
     def forget_loads(self) -> None:
-        """Drop the loads of a step that is not learnt from."""
+        """Resets the loads, for a step that is skipped."""
         router_health.forget(self.routers)
 
     @abstractmethod
     def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint of this step; the run's folder keeps the newest `keep`."""
+        """Writes a checkpoint of this step; the run folder keeps the newest `keep`."""
 
     @abstractmethod
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
-        """Take back the newest checkpoint; its step and meta, None where there is none."""
+        """Restores the newest checkpoint. Returns its step and meta, None if there is none."""
 
     def settle(self) -> None:  # noqa: B027 - most write in the foreground
-        """Wait for a checkpoint that is still being written."""
+        """Waits for a checkpoint that is still being written."""
 
     @abstractmethod
     def text_logprobs(self, tokens: Tensor) -> Tensor:
-        """As model/logprobs.py has it; all ranks call it equally often, those of one data_rank with the same tokens."""
+        """See model/logprobs.py. All ranks call it equally often; those with the same data_rank pass the same tokens."""
 
     @abstractmethod
     def gathered(self) -> Transformer:
-        """The model as it is now, whole on every rank, to generate with; not to be kept."""
+        """The current model, whole on every rank, for generation; do not keep a reference to it."""
 
     def served(self) -> ServedWeights:
-        """What an engine generates with while SFT, distillation or RL goes on."""
+        """The weights that an engine generates with during SFT, distillation or RL."""
         return ServedWeights(self.gathered())
 
     def part(self, batch: Batch) -> Batch:
-        """What this rank reads of rows that it may share with others: all of them unless a layout cuts rows."""
+        """The part of a batch that this rank reads: all of it unless a layout splits rows."""
         return batch
 
     def whole_rows(self, numbers: Tensor, batch: Batch) -> Tensor:
-        """Numbers (rows, tokens) of this rank's part of a batch as those of its whole rows; of rows that share prompts the part has
-        zeros for what is predicted elsewhere."""
+        """Expands values (rows, tokens) of this rank's part of a batch to its whole rows. With shared prompts, the part has zeros
+        where other ranks predict."""
         return numbers
 
     def of_same_rows(self, value: T) -> list[T]:
-        """A value of each rank that reads the same rows as this one."""
+        """The value of each rank that reads the same rows as this one."""
         return [value]
 
-    def rest(self) -> None:  # noqa: B027 - most put nothing together
-        """After passes that no backward pass follows: let go of what they have put together."""
+    def rest(self) -> None:  # noqa: B027 - most trainers gather nothing
+        """Releases gathered parameters, after passes without a backward pass."""
 
     def average(self) -> None:
-        """Take the weights into their running averages, where there are any."""
+        """Updates the moving averages of the weights, if there are any."""
         for average in self.averages:
             average.update()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Let the weights be their running averages."""
+        """A context in which the weights are replaced by their moving averages."""
         with ExitStack() as stack:
             for average in self.averages:
                 stack.enter_context(average.swapped())
@@ -148,21 +147,21 @@ class Trainer(ABC):
 
     @abstractmethod
     def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
-        """Write the model as it is now and its tokenizer into a folder, for models.load."""
+        """Writes the current model and its tokenizer into a folder, for models.load."""
 
 
 def save(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Write a model and its tokenizer into a folder, which is made if it is missing."""
+    """Writes a model and its tokenizer into a folder, creating it if needed."""
     folder.mkdir(exist_ok=True)
     tokenizer.save(folder)
     models.save(folder, model)
 
 
 class ReplicatedTrainer(Trainer):
-    """The whole model on every rank; ranks share a step's rows and sum their gradients.
+    """Holds the whole model on every rank; ranks split a step's rows and sum their gradients.
 
-    named: the parameters to train (all of them by default). extras: what else a checkpoint keeps. ema_decay: of a running
-    average of all weights.
+    named: the parameters to train (default: all). extras: further state for checkpoints. ema_decay: decay of a moving average
+    of all weights.
     """
 
     def __init__(
@@ -179,7 +178,7 @@ class ReplicatedTrainer(Trainer):
         self.gradients = Gradients([p for _, p in named or list(model.named_parameters())])
         self.averages = [EMA(list(model.named_parameters()), ema_decay)] if ema_decay else []
         self.optimizers, self.extras = optimizers, [*extras, *self.averages]
-        # a frozen MTP module's routers stay as they are
+        # routers of a frozen MTP module are not balanced
         frozen = named is not None and not any(n.startswith("mtp.") for n, _ in named)
         self.routers = [m for m in (model.blocks if frozen else model).modules() if isinstance(m, Router)]
 
@@ -205,11 +204,11 @@ class ReplicatedTrainer(Trainer):
         return router_health.balance(self.routers, self.world, speed)
 
     def together(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint keeps, whole on the rank that writes it, where ranks have parts of it; for all ranks at once."""
+        """A checkpoint's tensors, gathered on the rank that writes it, if ranks hold parts of them. Collective."""
         return tensors
 
     def own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this rank has of a checkpoint's tensors."""
+        """This rank's part of a checkpoint's tensors."""
         return tensors
 
     def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = store.KEEP) -> None:
@@ -227,7 +226,7 @@ class ReplicatedTrainer(Trainer):
             return None
         step, tensors, meta = found
         if of_many > of_one:
-            run.say(f"{run.name:10} goes on with whole copies: the same within rounding, no longer to the bit")
+            run.say(f"{run.name:10} resumes with whole copies: the same within rounding, but not bit-exact")
             if self.model.config.tie_word_embeddings:
                 tensors["model.head.weight"] = tensors["model.embed"]
         tensors = self.own(tensors)
@@ -248,6 +247,6 @@ class ReplicatedTrainer(Trainer):
 
 
 def demand_finite(norm: float, field: str, lr: float, step: int) -> None:
-    """UserError where a gradient's norm is NaN or infinite."""
+    """Raises UserError if the gradient norm is NaN or infinite."""
     if not math.isfinite(norm):
         raise UserError(field, lr, f"the gradient is not finite at step {step}", "Lower it.")

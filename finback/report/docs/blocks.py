@@ -1,4 +1,4 @@
-"""A document as a list of blocks, written as Markdown or as one HTML page that asks for nothing else. No torch here."""
+"""A document as a list of blocks, rendered as Markdown or as one self-contained HTML page. Does not import torch."""
 
 import html
 import json
@@ -32,7 +32,7 @@ class BulletList:
 
 @dataclass(frozen=True)
 class CodeBlock:
-    """Text as it is, such as the answer of a model."""
+    """Verbatim text, such as the answer of a model."""
 
     text: str
 
@@ -45,7 +45,7 @@ class TableBlock:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: a file beside the Markdown, inlined in the page."""
+    """A picture: a separate file for Markdown, inlined in HTML."""
 
     name: str
     title: str
@@ -56,7 +56,7 @@ Block = Heading | Paragraph | BulletList | CodeBlock | TableBlock | Figure
 
 
 def display(value: Any) -> str:
-    """A value as people read it; what is missing is NOT PROVIDED, and an empty one is there."""
+    """A value as readable text; missing values are shown as NOT PROVIDED, empty ones are not."""
     if value is MISSING:
         return NOT_PROVIDED
     if value is None or value == "":
@@ -75,7 +75,7 @@ def display(value: Any) -> str:
 
 
 def words(answer: Any) -> str:
-    """An answer as people read it: their own words, as they are."""
+    """A person's answer, in their own words."""
     return answer if isinstance(answer, str) else display(answer)
 
 
@@ -85,13 +85,13 @@ def facts(rows: Iterable[tuple[str, Any]], head: tuple[str, str] = ("fact", "val
 
 
 def records(keys: Sequence[str], named: Iterable[tuple[str, dict[str, Any]]], first: str) -> TableBlock:
-    """A table with one row for each record and one column for each key."""
+    """A table with one row per record and one column per key."""
     rows = tuple((name, *(display(record.get(key, MISSING)) for key in keys)) for name, record in named)
     return TableBlock((first, *(key.replace("_", " ") for key in keys)), rows)
 
 
 def missing(blocks: Iterable[Block]) -> list[str]:
-    """What a document says NOT PROVIDED of."""
+    """The entries of a document that are NOT PROVIDED."""
     found = []
     for block in blocks:
         if isinstance(block, TableBlock):
@@ -107,7 +107,7 @@ def missing(blocks: Iterable[Block]) -> list[str]:
 
 
 def markdown(blocks: Iterable[Block]) -> str:
-    """CommonMark with tables; pictures are looked for in curves/."""
+    """CommonMark with tables; pictures are expected in curves/."""
     return "\n\n".join(map(_markdown, blocks)) + "\n"
 
 
@@ -131,19 +131,19 @@ def _markdown(block: Block) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown must not read as its own."""
+    """Escapes text that Markdown would interpret."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text).replace("\n", " ")
 
 
 # ---- HTML ----------------------------------------------------------------------------------------------------------
 
 TEMPLATES = Path(__file__).parent / "templates"
-# a page that can reach nothing, whatever a model or a data set has written into it
+# the page may not load anything, whatever a model or a data set has written into it
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
-    """One file without any address in it, for light and dark screens."""
+    """One HTML file without any external address, for light and dark screens."""
     heads = [b for b in blocks if isinstance(b, Heading) and b.level == 2]
     links = "".join(f'<a href="#{_anchor(h.text)}">{html.escape(h.text)}</a>' for h in heads)
     body = "\n".join(_html(block) for block in blocks)

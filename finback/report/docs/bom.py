@@ -1,4 +1,4 @@
-"""The bill of materials of a model: CycloneDX 1.7 with a model card (ML-BOM). No torch here."""
+"""A model's bill of materials: CycloneDX 1.7 with a model card (ML-BOM). Does not import torch."""
 
 import json
 import uuid
@@ -13,7 +13,9 @@ from finback.report.model_card import architecture
 
 LEARNING = {"reinforcement learning": "reinforcement-learning", "fine-tuning": "supervised"}
 ACTIVITIES = {"data": "data-preparation", "pre-training": "training", "evaluation": "validation"}
-SPACE = uuid.UUID("2b1f4f5e-5a0e-4f7e-9a55-0f6d9a5c3c11")  # of serial numbers that follow from a model's digests
+SPACE = uuid.UUID(
+    "2b1f4f5e-5a0e-4f7e-9a55-0f6d9a5c3c11"
+)  # namespace of serial numbers, which follow from a model's digests
 
 
 def cyclonedx(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
@@ -40,19 +42,19 @@ def cyclonedx(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
         "dependencies": [component["bom-ref"] for component in components],
     }
     made = templates.json_values("bom", values, answers)
-    # another number when anything but the time is another
+    # the number changes when anything but the time changes
     serial = uuid.uuid5(SPACE, json.dumps(made, sort_keys=True))
     return made | {"serialNumber": f"urn:uuid:{serial}", "metadata": made["metadata"] | {"timestamp": moment}}
 
 
 def _licences(licence: Any) -> list[dict[str, Any]]:
-    """A licence by its identifier, as an expression, or in the words of a record."""
+    """A licence by its identifier, as an expression, or as free text."""
     known = registries.licence(str(licence)) if licence is not MISSING else ""
     if " " in known:
         return [{"expression": known}]
     if known and not known.startswith(("LicenseRef-", "DocumentRef-")):
         return [{"license": {"id": known}}]
-    return [{"license": {"name": display(licence)}}]  # readers look up what it is
+    return [{"license": {"name": display(licence)}}]  # readers must interpret it
 
 
 def _hashes(digest: str) -> list[dict[str, str]]:
@@ -73,7 +75,7 @@ def _metric(exam: dict[str, Any]) -> dict[str, Any]:
 
 
 def _energy(stage: StageFacts) -> dict[str, Any]:
-    """What one stage took. The schema wants an energy provider, and nobody has named one."""
+    """One stage's energy. The schema requires an energy provider, but none was given."""
     kwh = {"value": stage.watt_hours / 1000, "unit": "kWh"}
     return {
         "activity": ACTIVITIES.get(stage.kind, "fine-tuning"),
@@ -87,7 +89,7 @@ def _energy(stage: StageFacts) -> dict[str, Any]:
 
 
 def _data(run: RunFacts, stage: StageFacts, name: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A data set that was read or written, with its digest if it has one."""
+    """A data set that was read or written, with its digest if known."""
     digest = record.get("sha256")
     known = record | {"tokens_read": run.tokens_read(stage, name)}
     facts = [(k, known.get(k, MISSING)) for k in technical.source_keys(stage, name) if k != "licence"]

@@ -1,4 +1,4 @@
-"""All documents of a run into one folder, which appears when it is complete. No torch here."""
+"""Builds all documents of a run in one folder, which appears when it is complete. Does not import torch."""
 
 import dataclasses
 import json
@@ -15,12 +15,12 @@ from finback.report.docs.facts import RunFacts
 from finback.report.docs.questionnaire import QUESTIONS, Answers
 from finback.runs.provenance import sha256
 
-INDEX = "documents.json"  # its existence means that a folder is ours to replace
+INDEX = "documents.json"  # marks a folder that finback may replace
 FORMAT = "finback-documents-1"
 
 
 def drafts(run: RunFacts, answers: Answers, date: str) -> dict[str, Sequence[Block]]:
-    """What people read, as blocks, by the name of its file."""
+    """The documents for people as blocks, by file name."""
     return {
         "report.md": technical.report(run, answers),
         "MODEL_CARD.md": hub.blocks(run, answers),
@@ -45,7 +45,7 @@ def documents(run: RunFacts, answers: Answers, now: datetime) -> dict[str, str]:
 
 
 def examine(run: RunFacts, answers: Answers, now: datetime) -> Completeness:
-    """What the documents would lack. Holes that an answer would fill are named by their question alone."""
+    """What the documents lack. Gaps that an answer would fill are reported only by their question."""
     date = now.date().isoformat()
     stand_in = {"text": "-", "list": ["-"], "yes or no": True, "number": 1.0}
     filled = Answers({q.key: stand_in[q.kind] for q in QUESTIONS} | answers.given)
@@ -54,9 +54,9 @@ def examine(run: RunFacts, answers: Answers, now: datetime) -> Completeness:
 
 
 def write(run: RunFacts, answers: Answers, out: Path, now: datetime) -> list[Path]:
-    """Write all of them; a folder of older documents is replaced as a whole, any other is refused."""
+    """Writes all documents; a folder of older documents is replaced as a whole, any other folder is refused."""
     if out.exists() and not _is_ours(out):
-        raise UserError("--out", str(out), "exists and holds something else", "Name a folder that does not exist.")
+        raise UserError("--out", str(out), "exists and has other contents", "Give a folder that does not exist.")
     texts = documents(run, answers, now)
     part, old = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.old")
     shutil.rmtree(part, ignore_errors=True)
@@ -87,7 +87,7 @@ def _fill(folder: Path, texts: dict[str, str], run: RunFacts, now: datetime) -> 
 
 
 def outcome(files: Sequence[Path], examined: Completeness) -> str:
-    """What was written, and what it lacks."""
+    """A sentence on what was written and what is missing."""
     lacks = len(examined.unanswered) + len(examined.unrecorded) + len(examined.contradictions)
     end = "Complete." if examined.holds else f"{lacks} things are missing or contradict each other; --check lists them."
     notes = [f"contradiction: {text}" for text in examined.contradictions]

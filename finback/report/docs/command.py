@@ -1,4 +1,4 @@
-"""`finback docs`: from a run's records and people's answers to files, or to what is missing. No torch here."""
+"""`finback docs`: from a run's records and people's answers to files, or to a list of what is missing. Does not import torch."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -9,8 +9,8 @@ from finback.report.options import DocsOptions
 
 
 def run(options: DocsOptions) -> tuple[dict[str, Any], str]:
-    """Write the documents of a run, or with `check` only look; values for --json, and text."""
-    assert options.run is not None, "the options want a run where they do not ask for questions"
+    """Writes the documents of a run, or with `check` only examines them; returns values for --json, and text."""
+    assert options.run is not None, "the options require a run unless they ask for questions"
     found, now = facts.read(options.run, options.model), datetime.now(UTC)
     path = options.answers or options.run / "answers.toml"
     given = questionnaire.read(path) if options.answers is not None or path.is_file() else Answers({})

@@ -1,6 +1,6 @@
-"""What stands between a run and its publication: what is missing, what contradicts itself, and the tests on compute.
+"""What prevents publication of a run: missing facts, contradictions, and legal thresholds of compute.
 
-No torch here.
+Does not import torch.
 """
 
 import re
@@ -15,12 +15,12 @@ from finback.report.docs.questionnaire import Answers
 from finback.report.docs.registries import day, is_open, month, parts_of
 
 UNSAID = ("unstated", "unknown", "")
-NONE = ("none", "no", "no limits", "n/a", "-", "nothing")  # how people say that there are no limits
+NONE = ("none", "no", "no limits", "n/a", "-", "nothing")  # ways to write "no limits"
 
 
 @dataclass(frozen=True)
 class Completeness:
-    """The outcome; `holds` only when nothing is missing and nothing contradicts."""
+    """The result; `holds` only if nothing is missing or contradictory."""
 
     unanswered: list[str]
     unrecorded: list[str]
@@ -32,7 +32,7 @@ class Completeness:
         return not (self.unanswered or self.unrecorded or self.contradictions)
 
     def as_text(self) -> str:
-        """For people."""
+        """The result as text."""
         parts = [
             ("Questions without an answer", self.unanswered),
             ("Facts that no record holds", self.unrecorded),
@@ -46,7 +46,7 @@ class Completeness:
 
 
 def check(run: RunFacts, answers: Answers, documents: Iterable[Sequence[Block]]) -> Completeness:
-    """Look at the answers, at the documents made with them, and at the licences."""
+    """Examines the answers, the documents made with them, and the licences."""
     asked = answers.unanswered(bool(run.base))
     return Completeness(
         [f"{q.key}: {q.text}" for q in asked],
@@ -57,7 +57,7 @@ def check(run: RunFacts, answers: Answers, documents: Iterable[Sequence[Block]])
 
 
 def contradictions(run: RunFacts, answers: Answers) -> list[str]:
-    """Licences against limits of use, against money, and against the licences of what went in."""
+    """Contradictions between licence and limits of use, payment, and the licences of inputs."""
     licence = answers("model.licence")
     found = []
     limits = answers("model.use_limits")
@@ -71,7 +71,7 @@ def contradictions(run: RunFacts, answers: Answers) -> list[str]:
         if any(
             names_a_path(text) for text in (answer if isinstance(answer, list) else [answer]) if isinstance(text, str)
         ):
-            found.append(f"{key} names a file of a machine, which nobody else can read")
+            found.append(f"{key} names a local file, which nobody else can read")
     found += _order(answers)
     given = [(f"data set {name}", record.get("licence", MISSING)) for _, name, record in run.sources]
     if run.base:
@@ -85,7 +85,7 @@ def contradictions(run: RunFacts, answers: Answers) -> list[str]:
 
 
 def _order(answers: Answers) -> list[str]:
-    """Data that are newer than the model."""
+    """Reports data newer than the model."""
     released, latest = answers("model.released"), answers("data.latest")
     if MISSING in (released, latest) or not (released := day(str(released))) or not (latest := month(str(latest))):
         return []
@@ -94,22 +94,22 @@ def _order(answers: Answers) -> list[str]:
 
 
 def family(licence: str) -> str:
-    """gplv3 or later -> GPL-3.0: a licence without what follows its number."""
+    """gplv3 or later -> GPL-3.0: a licence without the suffix after its number."""
     (name, *_), *_ = parts_of(licence)
     return re.sub(r"-(only|or-later)$|\+$", "", name.partition(" ")[0])
 
 
 def forbids(theirs: str, ours: str) -> str:
-    """Why what is under one licence may not go out under another; empty where nothing is known to forbid it.
+    """Why works under one licence may not be published under another; "" if nothing is known to forbid it.
 
-    Whether a model is a derivative of its data is not settled: this errs on the side of asking.
+    Whether a model is a derivative of its data is not settled; this is deliberately cautious.
     """
     whys = [next(filter(None, (_forbids(part, ours) for part in each)), "") for each in parts_of(theirs)]
     return "" if "" in whys else whys[0]
 
 
 def _forbids(theirs: str, ours: str) -> str:
-    """The same of one licence; where ours leaves a choice, each must be allowed."""
+    """The same for a single licence; if ours offers a choice, each alternative must be allowed."""
     if len(parts_of(ours)) > 1 or len(parts_of(ours)[0]) > 1:
         return next((why for each in parts_of(ours) for part in each if (why := _forbids(theirs, part))), "")
     name = family(theirs).upper()

@@ -1,8 +1,8 @@
-"""FLOPs as the EU counts them, and what they mean (Commission guidelines C(2025) 7719, paras 53-82 and annex 117-133).
+"""FLOPs as the EU counts them, and the thresholds (Commission guidelines C(2025) 7719, paras 53-82 and annex 117-133).
 
-Training compute is the passes that update parameters. The cumulative amount adds answers that were sampled to learn from,
-unless they are published, and the compute inside the weights one starts from. Neither counts evaluation, recomputation,
-teachers, reference models and failed experiments; precision makes no difference. No torch here.
+Training compute is that of passes that update parameters. The cumulative amount also includes answers sampled to learn from,
+unless they are published, and the compute of the starting weights. Neither includes evaluation, recomputation, teachers,
+reference models or failed experiments; precision makes no difference. Does not import torch.
 """
 
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Compute:
-    """Sums over the stages whose updates are in the model; MISSING where a stage's ledger lacks them."""
+    """Sums over the stages whose updates are in the model; MISSING if a stage's ledger lacks them."""
 
     training: Any
     generation: Any
-    # of the weights it began as: 0 from random ones, MISSING where nobody knows
+    # of the starting weights: 0 for random ones, MISSING if unknown
     base: Any
 
     @property
     def cumulative(self) -> Any:
-        """For the test of systemic risk."""
+        """The amount for the test of systemic risk."""
         return self.training + self.generation + self.base
 
 
@@ -46,7 +46,7 @@ def of(run: RunFacts, answers: Answers) -> Compute:
 
 
 def verdicts(run: RunFacts, answers: Answers) -> list[tuple[str, str]]:
-    """The three tests by name; nothing here is legal advice."""
+    """The three tests by name; this is not legal advice."""
     c = of(run, answers)
     return [
         ("10^23 FLOP: presumed general-purpose", _over(c.training, GENERAL_PURPOSE)),
@@ -67,7 +67,7 @@ def _third(run: RunFacts, answers: Answers, c: Compute) -> str:
     if c.training is MISSING:
         return "UNKNOWN: compute NOT PROVIDED"
     whose, original = "the original's", c.base
-    if original is MISSING:  # the line takes its place (paras 63-68)
+    if original is MISSING:  # the threshold is used instead (paras 63-68)
         original = SYSTEMIC if answers("base.systemic") is True else GENERAL_PURPOSE
         whose = f"{original:.0e}, since the original's is NOT PROVIDED"
     share = c.training / original

@@ -1,4 +1,4 @@
-"""Croissant 1.1 with its vocabulary for responsible AI: one document for each data set that a run prepared. No torch here.
+"""Croissant 1.1 with the responsible-AI vocabulary: one document per data set that a run prepared. Does not import torch.
 
 Its files are the shards of token ids, which stay in the run folder.
 """
@@ -13,7 +13,7 @@ from finback.runs.provenance import sha256
 
 
 def documents(run: RunFacts, answers: Answers, date: str) -> dict[str, dict[str, Any]]:
-    """One for each prepared data set, by the name of its file."""
+    """One document per prepared data set, by file name."""
     return {
         f"{stage.name}-{name}.json": _data_set(stage, name, record, answers, date)
         for stage, name, record in run.sources
@@ -37,7 +37,7 @@ def _data_set(stage: StageFacts, name: str, record: dict[str, Any], answers: Ans
 
 
 def _files(stage: StageFacts, name: str) -> list[dict[str, Any]]:
-    """The shards with digests, as far as they are still there."""
+    """The shards that still exist, with digests."""
     paths = sorted(p for side in ("train", "valid") for p in stage.folder.glob(f"{name}.{side}*.bin"))
     return [
         {

@@ -1,4 +1,4 @@
-"""Curves of a run's logs as SVG, for light and dark, in the web page's colours. No torch here."""
+"""Curves of a run's logs as SVG, for light and dark, in the web page's colors. Does not import torch."""
 
 import html
 import math
@@ -12,20 +12,20 @@ from finback.runs.reader import StageFolder
 from finback.runs.thinning import Line, thin
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 260, 64, 36, 12, 12
-POINTS = 400  # drawn at most of one line
+POINTS = 400  # most points per line
 COLOURS = 4  # classes s0 to s3 of curves.css
 Point = tuple[float, float]
 
 
 def of_stage(stage: StageFolder) -> list[Figure]:
-    """The curves that a stage declares, over its steps; metrics not logged, or NaN or infinite, are left out."""
+    """The curves that a stage declares, over its steps; missing, NaN and infinite values are skipped."""
     table, found = metrics_table.read(stage.metrics_file), []
     steps = np.full(table.rows, np.nan)
     rows, numbers = table.column("step")
     steps[rows.astype(np.int64)] = numbers
     for title, names in stage.declaration.curves.items():
         lines = {name: line for name in names if len((line := _line(table, steps, name))[0])}
-        # a dense model has no routers to be out of balance
+        # a dense model has no routers
         if lines and ("max_violation" not in lines or any(lines["max_violation"][1])):
             title = f"{stage.name}: {title}"
             found.append(Figure(f"{stage.name}-{names[0]}", title, draw(lines, title)))
@@ -43,7 +43,7 @@ def _line(table: MetricsTable, steps: Line, name: str) -> tuple[Line, Line]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from low to high, about `count` of them."""
+    """About `count` round numbers from low to high."""
     if high <= low:
         return [low]
     rough = (high - low) / count
@@ -54,7 +54,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def draw(lines: dict[str, tuple[Line, Line]], title: str) -> str:
-    """An SVG of one or several lines, {name: (x, y)}, whose axis of y begins at 0 where it is not far away."""
+    """An SVG of one or more lines, {name: (x, y)}; the y axis starts at 0 if that is close."""
     xs, ys = (np.concatenate([line[axis] for line in lines.values()]).tolist() for axis in (0, 1))
     x_range, y_range = (min(xs), max(xs)), (min(*ys, 0.0) if min(ys) < max(ys) / 2 else min(ys), max(ys))
     style = (TEMPLATES / "curves.css").read_text(encoding="utf-8").replace("\n", "")

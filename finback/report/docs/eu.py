@@ -1,8 +1,8 @@
-"""What the EU's AI Act asks of whoever publishes a general-purpose model: form, public summary, copyright policy.
+"""Documents that the EU's AI Act requires from providers of general-purpose models: form, public summary, copyright policy.
 
-The form follows the Code of Practice's Model Documentation Form (Annexes XI and XII of the Act), each entry with who may
-see it, the summary the Commission's template C(2025) 5235, the policy the Code's copyright chapter: five measures, each
-with what the provider says of it. No torch here.
+The form follows the Code of Practice's Model Documentation Form (Annexes XI and XII of the Act), with the recipients of each
+entry; the summary the Commission's template C(2025) 5235; the policy the Code's copyright chapter: five measures, each with
+the provider's statement. Does not import torch.
 """
 
 import math
@@ -57,7 +57,7 @@ def form(run: RunFacts, answers: Answers, date: str) -> list[Block]:
 
 
 def _counted(run: RunFacts) -> list[tuple[str, str, str]]:
-    """Rows of how many documents each data set has, and of what cleaning counted."""
+    """Rows with each data set's number of documents, and the counts of cleaning."""
     rows = []
     for stage, name, record in run.sources:
         number = (record.get("documents") or {}).get("kept")
@@ -77,7 +77,7 @@ def _two_digits(number: float) -> int:
 
 
 def _kinds(run: RunFacts) -> str:
-    """Kinds of provenance that the records show; what else there is, people must say."""
+    """Kinds of provenance in the records; other kinds must come from people."""
     made = [name for stage, name, _ in run.sources if not technical.is_read(stage, name)]
     read = [name for _, name, _ in run.sources if name not in made]
     sampled = [s.name for s in run.lineage if s.declaration.samples]
@@ -90,7 +90,7 @@ def _kinds(run: RunFacts) -> str:
 
 
 def summary(run: RunFacts, answers: Answers, date: str) -> list[Block]:
-    """The public summary of training content: owed by open models too."""
+    """The public summary of training content, which open models need too."""
     read = [source for source in run.sources if technical.is_read(*source[:2])]
     values = SHARED | {
         "date": date,
@@ -104,7 +104,7 @@ def summary(run: RunFacts, answers: Answers, date: str) -> list[Block]:
 
 
 def _bin(tokens: Any) -> Any:
-    """The template's size bins of text."""
+    """The template's size classes of text."""
     if tokens is MISSING:
         return MISSING
     sizes = ("less than 1 billion", "1 billion to 10 trillion", "more than 10 trillion")
@@ -126,14 +126,14 @@ def _listed(run: RunFacts, sources: list[Any]) -> list[Block]:
 
 
 def _generating(run: RunFacts) -> list[tuple[str, str]]:
-    """Which models of the run wrote what it learnt from, or were its teachers."""
+    """Models of the run that generated training data or were teachers."""
     found = []
     for stage in run.lineage:
         if stage.declaration.samples:
             source, tokens = stage.config.get("start", MISSING), display(stage.spent("tokens_generated"))
             found.append((display(source), f"answers in stage {stage.name}: {tokens} tokens"))
         found += [(display(teacher), f"probabilities in stage {stage.name}") for teacher in stage.teachers]
-    return found or [("none", "nothing that the records know of")]
+    return found or [("none", "none in the records")]
 
 
 def policy(answers: Answers, date: str) -> list[Block]:

@@ -1,6 +1,6 @@
-"""What a run folder can vouch for: every fact of the documents is looked up here, and what is not there is MISSING.
+"""Facts that a run folder proves, for the documents; what is not recorded is MISSING.
 
-No torch here.
+Does not import torch.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ NOT_PROVIDED = "NOT PROVIDED"
 
 
 class _Missing:
-    """What nobody recorded, and sums of it; a value may well be None, which says that there is none."""
+    """A value that was not recorded, and any sum with it. None, in contrast, means that there is none."""
 
     def __repr__(self) -> str:
         return NOT_PROVIDED
@@ -37,11 +37,11 @@ class _Missing:
 
 MISSING: Any = _Missing()
 
-BEGUN = ("began", "software", "machine", "metered", "inputs")  # words in the first line of a ledger
+BEGUN = ("began", "software", "machine", "metered", "inputs")  # keys in the first row of a ledger
 
 
 class StageFacts(StageFolder):
-    """One finished stage as documents cite it; what nobody recorded is MISSING."""
+    """A finished stage as documents cite it; values that were not recorded are MISSING."""
 
     def recorded(self, key: str) -> Any:
         """An entry of its manifest."""
@@ -56,51 +56,51 @@ class StageFacts(StageFolder):
         return self.results.get(key, MISSING)
 
     def spent(self, key: str) -> Any:
-        """The sum over the ledger; MISSING where no line has it."""
+        """The sum over the ledger; MISSING if no row has the key."""
         values = [line[key] for line in self.spent_lines if is_number(line.get(key))]
         return sum(values) if values else MISSING
 
     @property
     def teachers(self) -> list[str]:
-        """Models and servers whose probabilities it learnt from."""
+        """Models and servers whose probabilities it learned from."""
         named = self.config.get("teacher")
         every = list(named.values()) if isinstance(named, dict) and "type" not in named else [named]
         return [", ".join(each["urls"]) if isinstance(each, dict) else each for each in every if each is not None]
 
     @property
     def device_hours(self) -> Any:
-        """Hours of all devices; MISSING where a line does not say how long or on how many."""
+        """Hours over all devices; MISSING if a row lacks its duration or number of devices."""
         if not self.spent_lines or any("seconds" not in line or "cores" not in line for line in self.spent_lines):
             return MISSING
         return sum(line["seconds"] * line["cores"] for line in self.spent_lines) / 3600
 
     @property
     def watt_hours(self) -> Any:
-        """Metered as far as it was, estimated for the rest; MISSING where it was metered and nobody knows how much."""
+        """Energy, metered if possible and estimated otherwise; MISSING if it was metered but the amount is unknown."""
         metered = (self.spent("metered_core_seconds"), self.spent("joules"))
         if self.device_hours is MISSING or (self.begun("metered") and MISSING in metered):
             return MISSING
         return watt_hours(self.spent_lines)
 
     def begun(self, key: str) -> Any:
-        """A word of the ledger's newest beginning: when, with what software, on what machine, from which commit."""
+        """An entry of the ledger's newest start: time, software, machine, commit."""
         return next((line[key] for line in reversed(self.spent_lines) if key in line), MISSING)
 
     @cached_property
     def model(self) -> Any:
-        """The ModelConfig of what it made; MISSING where it made none, UserError where it is damaged."""
+        """The ModelConfig of its model; MISSING if it has none, UserError if it is damaged."""
         path = self.folder / "model.json"
         if not path.is_file():
             return MISSING
         try:
             return models.from_json(read_json(path))
         except (KeyError, TypeError, AttributeError) as error:
-            raise reader.torn(path, f"no model's shapes ({error})") from None
+            raise reader.torn(path, f"not the config of a model ({error})") from None
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A finished run: its stages in order, and the one whose model the documents are about."""
+    """A finished run: its stages in order, and the stage whose model is documented."""
 
     root: Path
     recipe: Any
@@ -126,13 +126,13 @@ class RunFacts:
 
     @property
     def base(self) -> str:
-        """The checkpoint from elsewhere that the model began as; empty when it began at random."""
+        """The external checkpoint that training started from; "" for random weights."""
         start = str(self.chain[-1].config.get("start") or "")
         return start if start and self.stage(start) is None else ""
 
     @cached_property
     def lineage(self) -> list[StageFacts]:
-        """All stages that the model comes from, its data's and lessons' too, in the order of the run; no teacher."""
+        """All stages that the model depends on, including its data's and lessons', in order; without teachers."""
         found = self.chain
         for stage in found:
             for name in stage.inputs:
@@ -143,7 +143,7 @@ class RunFacts:
 
     @cached_property
     def files(self) -> list[tuple[str, str]]:
-        """What the model consists of, with digests."""
+        """The model's files with digests."""
         folder = self.chosen.folder
         paths = [*sorted(folder.glob("*.safetensors")), folder / "model.json", folder / "tokenizer.json"]
         return [(path.name, sha256(path)) for path in paths if path.is_file()]
@@ -159,7 +159,7 @@ class RunFacts:
         return found
 
     def tokens_read(self, stage: StageFacts, name: str) -> Any:
-        """How many tokens of a prepared data set the model was trained on, those read twice counted twice."""
+        """Number of tokens of a prepared data set that the model was trained on, with repetitions."""
         readers = [
             s for s in self.chain if s.config.get("data") == stage.name and "tokens_by_source" in s.declaration.results
         ]
@@ -170,14 +170,14 @@ class RunFacts:
 
     @property
     def all_tokens_read(self) -> Any:
-        """Tokens of all data sets that the model was trained on; answers that it sampled itself are no data set."""
+        """Tokens of all data sets that the model was trained on, without answers that it sampled itself."""
         readers = [s for s in self.chain if s.kind == "pre-training" or isinstance(s.results.get("sources"), dict)]
         counts = [s.result("tokens") for s in readers if s.kind != "data"]
         return _tokens(counts) if counts else MISSING
 
     @property
     def faults(self) -> list[str]:
-        """What its ledgers say that cannot be."""
+        """Invalid entries in its ledgers."""
         return [f"{stage.name}: {fault}" for stage in self.stages for fault in stage.ledger_faults]
 
     @property
@@ -189,21 +189,21 @@ class RunFacts:
 
 
 def _tokens(counts: list[Any]) -> Any:
-    """Their sum; MISSING where one of them is no count."""
+    """The sum; MISSING if one of them is not a count."""
     return sum(map(int, counts)) if all(is_number(count) and count >= 0 for count in counts) else MISSING
 
 
 def read(root: Path, model: str = "") -> RunFacts:
-    """A run folder's facts about the model of one stage, its newest by default; UserError when torn or foreign."""
+    """A run folder's facts about the model of one stage, by default its newest; UserError if it is torn or not a run."""
     recipe = reader.recipe(root)
     begun = [StageFacts(stage.folder, stage.config_json, stage.manifest) for stage in reader.stages(root)]
     left = [stage.name for stage in begun if not stage.is_finished]
     if left or not begun:
         problem = f"not finished: {', '.join(sorted(left)) or 'no stage'}"
-        raise UserError("run", str(root), problem, "Run the recipe again; it goes on where it stopped.")
+        raise UserError("run", str(root), problem, "Run the recipe again; it continues where it stopped.")
     for stage in begun:
         if not isinstance((stage.manifest or {}).get("results", {}), dict):
-            raise reader.torn(stage.folder, "its results are no object")
+            raise reader.torn(stage.folder, "its results are not an object")
     makers = [s for s in begun if s.model is not MISSING]
     chosen = [s for s in makers if s.name == model] or ([] if model else makers[-1:])
     if not chosen:

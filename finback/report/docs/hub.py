@@ -1,4 +1,4 @@
-"""The model card as Hugging Face reads it: YAML, then what people want to know first. No torch here."""
+"""The model card for Hugging Face: YAML, then the most important facts. Does not import torch."""
 
 import json
 from typing import Any
@@ -13,13 +13,13 @@ from finback.report.docs.registries import hub_licence
 
 
 def model_card(run: RunFacts, answers: Answers) -> str:
-    """Markdown with a header; the hub's fields that have no answer are left out of it and marked below it."""
+    """Markdown with a header; hub fields without an answer are omitted there and marked below."""
     lines = [*card.front_matter(family_of(run.model)), *_header(run, answers)]
     return "\n".join(["---", *lines, "---", "", markdown(blocks(run, answers))])
 
 
 def _header(run: RunFacts, answers: Answers) -> list[str]:
-    """YAML of what people answered and records name; JSON's strings and lists are YAML's as well."""
+    """YAML from people's answers and records; strings and lists are written as JSON, which is valid YAML."""
     sets = [str(record["hub"]) for _, _, record in run.sources if "hub" in record and technical.link(record)]
     licence = answers("model.licence")
     word = MISSING if licence is MISSING else hub_licence(registries.licence(str(licence)) or str(licence))
@@ -36,7 +36,7 @@ def _header(run: RunFacts, answers: Answers) -> list[str]:
 
 
 def blocks(run: RunFacts, answers: Answers) -> list[Block]:
-    """What stands below the header."""
+    """The part below the header."""
     exams = [(str(exam.get("task", MISSING)), exam) for _, exam in run.exams]
     sources = [
         (n, r if technical.is_read(s, n) else {"sha256": "none: written by a program", **r}) for s, n, r in run.sources

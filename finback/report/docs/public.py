@@ -1,23 +1,23 @@
-"""What records hold and papers must not: where things lie on somebody's machine. No torch here."""
+"""Removes local paths from records before publication. Does not import torch."""
 
 import re
 from typing import Any
 
-# a string that is a path, absolute or from a home or a parent folder, and one within other words, where a folder may have
-# spaces in its name
+# a string that is a path (absolute, or starting at a home or parent folder), and a path within other words, where folder
+# names may contain spaces
 _PATH = re.compile(r"(?:file:/+|~[\w.-]*[/\\]|\.{1,2}[/\\]|/|[A-Za-z]:[/\\]|\\\\)(?=\S).*")
 _WITHIN = re.compile(
     r"(?<![\w/.<>\\-])(?:file:/+|~[\w.-]*/|\.\./|/(?=[\w.~@+-]+/)|[A-Za-z]:[/\\]+(?=\w)|\\\\(?=\w))(?:[^\s\"'`;,|)\]}>]| (?=[\w -]{0,60}/))*"
 )
-# an answer is people's own, and /v1/models is no file: of them only what can hardly be anything else is named
+# answers are written by people, and /v1/models is not a file: only what can hardly be anything else is reported
 _OF_A_MACHINE = re.compile(
     r"(?<![\w/.<>\\-])(?:file:/|~/|/(?:home|Users|root|tmp|mnt|media|private|var|opt|srv|workspace|scratch)/|[A-Za-z]:\\|\\\\\w)"
 )
-_PLACES = ("files", "paths")  # keys of a data set whose values are places: their number is enough
+_PLACES = ("files", "paths")  # keys of a data set whose values are paths; only their number is published
 
 
 def without_paths(text: str) -> str:
-    """/home/me/words.txt -> words.txt: a text in which paths have lost their folders."""
+    """/home/me/words.txt -> words.txt: a text with the folders of paths removed."""
     if _PATH.fullmatch(text):
         return _last(text)
     return _WITHIN.sub(lambda found: _last(found[0]), text)
@@ -28,12 +28,12 @@ def _last(path: str) -> str:
 
 
 def names_a_path(text: str) -> bool:
-    """Whether people's words name a file of their machine."""
+    """Whether people's words name a local file."""
     return bool(_OF_A_MACHINE.search(text))
 
 
 def counted(value: Any) -> Any:
-    """A knob or a record, with the number of a data set's files in place of where they lie."""
+    """A knob or record, with a data set's paths replaced by their number."""
     if isinstance(value, dict):
         return {k: _number(v) if k in _PLACES and isinstance(v, list) else counted(v) for k, v in value.items()}
     return list(map(counted, value)) if isinstance(value, (list, tuple)) else value

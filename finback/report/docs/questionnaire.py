@@ -1,4 +1,4 @@
-"""What only people know: the questions of questionnaire.toml, and answers out of such a file. No torch here."""
+"""Facts that only people know: the questions of questionnaire.toml, and answers in such a file. Does not import torch."""
 
 import math
 import re
@@ -16,7 +16,7 @@ Kind = Literal["text", "list", "yes or no", "number"]
 
 @dataclass(frozen=True)
 class Question:
-    """A key of the file, what is asked, and how it is answered; `needed` ones are missed by --check."""
+    """A key of the file, the question, and the type of its answer; --check requires the `needed` ones."""
 
     key: str
     text: str
@@ -24,7 +24,7 @@ class Question:
     needed: bool
 
 
-# the file that people fill in; every line of it may stay as it is
+# the template to fill in; every line of it may stay unchanged
 TEMPLATE = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
 _KINDS: dict[str, Kind] = {'""': "text", "[]": "list", "true or false": "yes or no", "0.0": "number"}
 QUESTIONS = tuple(
@@ -33,7 +33,7 @@ QUESTIONS = tuple(
     for text, optional, name, empty in re.findall(r"^# (.+?)( \(optional\))?\n(?:# )?(\w+) = (.+)$", lines, re.M)
 )
 _KNOWN = {question.key: question for question in QUESTIONS}
-# answers that are looked up, and kept in one spelling
+# answers that are looked up and normalized
 _LOOKED_UP = {
     "model.licence": "licence",
     "base.licence": "licence",
@@ -48,22 +48,22 @@ _FORMS = {"text": str, "list": list, "yes or no": bool, "number": (int, float)}
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers by key; what was not answered is MISSING."""
+    """Answers by key; unanswered ones are MISSING."""
 
     given: dict[str, Any]
 
     def __call__(self, key: str) -> Any:
-        assert key in _KNOWN, f"nobody is asked for {key}"
+        assert key in _KNOWN, f"there is no question {key}"
         return self.given.get(key, MISSING)
 
     def unanswered(self, from_elsewhere: bool) -> list[Question]:
-        """Needed questions without an answer; of the base model only where there is one."""
+        """Needed questions without an answer; questions about the base model only if there is one."""
         wanted = [q for q in QUESTIONS if q.needed or (from_elsewhere and q.key.startswith("base."))]
         return [q for q in wanted if q.key not in self.given]
 
 
 def read(path: Path) -> Answers:
-    """Answers of a TOML file; UserError for a key nobody asks for and for a value of another kind."""
+    """Answers of a TOML file; UserError for an unknown key or a value of the wrong type."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -75,14 +75,14 @@ def read(path: Path) -> Answers:
         for name, value in table.items() if isinstance(table, dict) else ((None, table),):
             key = section if name is None else f"{section}.{name}"
             if key not in _KNOWN:
-                raise UserError("--answers", key, "nobody asks for this", did_you_mean(key, _KNOWN))
+                raise UserError("--answers", key, "no such question", did_you_mean(key, _KNOWN))
             if value not in ("", []) and not (isinstance(value, str) and not value.strip()):
                 given[key] = _checked(key, value)
     return Answers(given)
 
 
 def _checked(key: str, value: Any) -> Any:
-    """A value of its question's kind; dates may be TOML's own."""
+    """A value of its question's type; dates may be TOML dates."""
     kind = _KNOWN[key].kind
     value = value.isoformat() if hasattr(value, "isoformat") else value
     fits = isinstance(value, _FORMS[kind]) and (kind != "number" or not isinstance(value, bool))  # type: ignore[arg-type]
@@ -90,19 +90,21 @@ def _checked(key: str, value: Any) -> Any:
         fits = all(isinstance(item, str) for item in value)
     if not fits:
         example = {"text": '"words"', "list": '["en", "de"]', "yes or no": "true", "number": "3.3e24"}[kind]
-        raise UserError("--answers", f"{key} = {value!r}", f"expected {kind}", f"Write {example}, say.")
+        raise UserError("--answers", f"{key} = {value!r}", f"expected {kind}", f"Write for example {example}.")
     if kind == "number" and not (math.isfinite(value) and value >= 0):
-        raise UserError("--answers", f"{key} = {value!r}", "not a number from 0 up", "Write 3.3e24, say.")
+        raise UserError("--answers", f"{key} = {value!r}", "negative or not a number", "Write for example 3.3e24.")
     form = _LOOKED_UP.get(key, "")
     return [_looked_up(key, form, v) for v in value] if kind == "list" else _looked_up(key, form, value)
 
 
 def _looked_up(key: str, form: str, value: Any) -> Any:
-    """An answer in the spelling of its register; UserError where that does not have it."""
+    """An answer as its register spells it; UserError if the register does not have it."""
     if not form:
         return value
     found = registries.FORMS[form](value)
     if not found:
-        problem = {"licence": "no licence of SPDX's list", "languages": "no language of BCP 47"}.get(form, f"no {form}")
+        problem = {"licence": "not a licence of SPDX's list", "languages": "not a language of BCP 47"}.get(
+            form, f"not a valid {form}"
+        )
         raise UserError("--answers", f"{key} = {value!r}", problem, registries.said_of(form, value))
     return found

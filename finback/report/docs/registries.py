@@ -1,4 +1,4 @@
-"""What answers must be in: SPDX's licences, BCP 47's languages, dates and addresses; however they are spelt. No torch here."""
+"""Normalizes answers to registers: SPDX licences, BCP 47 languages, dates and addresses. Does not import torch."""
 
 import re
 import tomllib
@@ -12,7 +12,7 @@ from finback.config import did_you_mean
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 PERMISSIVE, COPYLEFT, OTHER = (set(_TABLES["licences"][k].split()) for k in ("permissive", "copyleft", "other"))
 HUB = set(_TABLES["licences"]["hub"].split())
-# what people write for words of an identifier, before spelling is looked at
+# common ways to write the words of an identifier, replaced before spellings are compared
 _WORDS = (
     (r"https?://(?:www\.)?(?:spdx|opensource)\.org/licenses?/([^/\s]+?)(?:\.html|/)*$", r"\1"),
     (r"https?://(?:www\.)?apache\.org/licenses/license-([\d.]+\d)\S*$", r"apache \1"),
@@ -51,7 +51,7 @@ _WORDS = (
 
 
 def licence(text: str) -> str:
-    """Apache License 2.0 -> Apache-2.0: SPDX's expression for what people write; empty where it is none, or several."""
+    """Apache License 2.0 -> Apache-2.0: the SPDX expression for common spellings; "" if there is none, or several."""
     text = text.strip()
     if re.fullmatch(r"(DocumentRef-[A-Za-z0-9.-]+:)?LicenseRef-[A-Za-z0-9.-]+", text):
         return text
@@ -70,7 +70,7 @@ def licence(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _licences() -> dict[str, str]:
-    """Identifiers by their lower case; what SPDX has given up as its successor."""
+    """Identifiers by their lower-case form; deprecated SPDX identifiers map to their successors."""
     every = PERMISSIVE | COPYLEFT | OTHER
     found = {name.lower(): name for name in every}
     for name in every:
@@ -83,7 +83,7 @@ def _licences() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _spelt() -> dict[str, str]:
-    """Identifiers by their spelling; without those that share one."""
+    """Identifiers by their normalized spelling, without ambiguous ones."""
     found: dict[str, set[str]] = {}
     for name in _licences().values():
         found.setdefault(_spelling(name), set()).add(name)
@@ -91,7 +91,7 @@ def _spelt() -> dict[str, str]:
 
 
 def _spelling(text: str) -> str:
-    """Words and numbers in their alphabetical order: case, order, punctuation, `v` and `.0` make no difference."""
+    """Words and numbers in alphabetical order: case, order, punctuation, `v` and `.0` are ignored."""
     text = text.lower()
     for pattern, instead in _WORDS:
         text = re.sub(pattern, instead, text)
@@ -101,25 +101,25 @@ def _spelling(text: str) -> str:
 
 
 def parts_of(text: str) -> list[list[str]]:
-    """Alternatives of an expression, each the licences that all hold; words that are none stand alone."""
+    """Alternatives of an expression, each with the licences that apply together; unknown words stand alone."""
     known = licence(text) or licence(text.partition(" (")[0]) or text
     return [each.split(" AND ") for each in known.strip("()").split(" OR ")]
 
 
 def is_open(text: str) -> bool:
-    """Whether a licence lets anybody use, change and pass on, for any purpose."""
+    """Whether a licence lets anyone use, change and redistribute for any purpose."""
     return any(all(part.partition(" WITH ")[0] in PERMISSIVE | COPYLEFT for part in each) for each in parts_of(text))
 
 
 def hub_licence(expression: str) -> str:
-    """The hub's word for a licence; "other" where it has none."""
+    """The hub's name for a licence; "other" if it has none."""
     word = re.sub(r"-(only|or-later)$", "", expression).lower()
     return word if word in HUB else "other"
 
 
 @lru_cache(maxsize=1)
 def _languages() -> tuple[dict[str, str], dict[str, str]]:
-    """Two letters by two or three, and by the English name."""
+    """Two-letter codes by two- or three-letter code, and by English name."""
     codes: dict[str, str] = {}
     names: dict[str, str] = {}
     for line in _TABLES["languages"]["names"].strip().splitlines():
@@ -130,14 +130,14 @@ def _languages() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def language(text: str) -> str:
-    """eng-latn_gb -> en-Latn-GB: a tag of BCP 47 in its canonical form; empty where it is none."""
+    """eng-latn_gb -> en-Latn-GB: a BCP 47 tag in canonical form; "" if it is not one."""
     first, *rest = re.split(r"[-_]", text.strip())
     found = [_languages()[0].get(first.lower(), "")]
     seen: set[str] = set()
     kinds = ("script", "region", "variant", "extension")
     for i, part in enumerate(rest):
         kind, form = _subtag(part)
-        if kind == "extension":  # -u-co-phonebk, -x-mine: for programs, and theirs to define
+        if kind == "extension":  # -u-co-phonebk, -x-mine: private extensions
             found += [p.lower() for p in rest[i:]] if len(rest) > i + 1 and all(rest[i:]) else [""]
             break
         late = any(kinds.index(kind) < kinds.index(k) or kind == k != "variant" for k in seen) if form else False
@@ -147,7 +147,7 @@ def language(text: str) -> str:
 
 
 def _subtag(text: str) -> tuple[str, str]:
-    """What a part of a language tag is, and its form; empty where it is nothing."""
+    """The kind of a language subtag, and its canonical form; "" for neither."""
     if text.title() in _TABLES["languages"]["scripts"].split():
         return "script", text.title()
     if text.upper() in _TABLES["languages"]["regions"].split() or re.fullmatch(r"[0-9]{3}", text):
@@ -158,7 +158,7 @@ def _subtag(text: str) -> tuple[str, str]:
 
 
 def day(text: str) -> str:
-    """A date as YYYY-MM-DD, of a date with a time too; empty where there is no such day."""
+    """A date as YYYY-MM-DD, also from a date with a time; "" if it does not exist."""
     found = re.fullmatch(r"(\d{4}-\d{2}-\d{2})([T ]\d{2}:\d{2}\S*)?", text.strip())
     try:
         return date.fromisoformat(found[1]).isoformat() if found else ""
@@ -167,32 +167,32 @@ def day(text: str) -> str:
 
 
 def month(text: str) -> str:
-    """A month as MM/YYYY; empty where there is no such month."""
+    """A month as MM/YYYY; "" if it does not exist."""
     found = re.fullmatch(r"(\d{1,2})/(\d{4})|(\d{4})-(\d{2})", text.strip())
     number, year = (int(found[1] or found[4]), found[2] or found[3]) if found else (0, "")
     return f"{number:02d}/{year}" if 1 <= number <= 12 else ""
 
 
 def address(text: str) -> str:
-    """A public address; empty for anything else, files of a machine too."""
+    """A public URL; "" for anything else, including local files."""
     found = re.fullmatch(r"(?!file:)[a-z][a-z0-9+.-]*://[^\s/]+\S*|(mailto|urn|doi):\S+", text.strip(), re.I)
     return text.strip() if found else ""
 
 
 def said_of(form: str, value: str) -> str:
-    """What to write instead of an answer that is not in its form."""
+    """What to write instead of an invalid answer."""
     if form == "licence":
         near = did_you_mean(value.lower(), _licences(), " ")
         return f"{near} Write an identifier of spdx.org/licenses, or LicenseRef-NAME for terms of your own.".strip()
     if form == "languages":
         two: Any = _languages()[1].get(value.strip().lower())
-        return f"Write {two or 'en'!r}{'' if two else ', pt-BR or zh-Hant, say: a tag of BCP 47'}."
+        return f"Write {two or 'en'!r}{'' if two else ', pt-BR or zh-Hant: a BCP 47 tag'}."
     return {
-        "day": "Write a day that there is as 2026-02-28.",
+        "day": "Write an existing day, as 2026-02-28.",
         "month": "Write a month as 02/2026.",
         "address": "Write an address such as https://example.org/model.",
     }[form]
 
 
-# what an answer is read by, where any text will not do
+# parsers of answers that are not free text
 FORMS = {"licence": licence, "languages": language, "day": day, "month": month, "address": address}

@@ -1,4 +1,4 @@
-"""The model and its data as SPDX 3.0.1 with the profiles for AI and data sets, as JSON-LD. No torch here."""
+"""The model and its data as SPDX 3.0.1 with the AI and dataset profiles, as JSON-LD. Does not import torch."""
 
 import json
 import re
@@ -19,7 +19,7 @@ Element = dict[str, Any]
 
 
 def document(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
-    """The whole document; what a profile demands and nobody has answered is left out and named in a comment."""
+    """The whole document; values that a profile requires but nobody has answered are omitted and named in a comment."""
     made = {
         "type": "CreationInfo",
         "@id": "_:made",
@@ -46,7 +46,7 @@ def document(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
 
 
 def _named(graph: list[Element]) -> list[Element]:
-    """The same with identifiers that no other document has, and this one as long as only its time is another."""
+    """The graph with globally unique identifiers, which stay the same if only the time changes."""
     made, *others = graph
     text = json.dumps([made | {"created": ""}, *others], sort_keys=True)
     space = uuid.uuid5(SPACE, text)
@@ -62,7 +62,7 @@ def _named(graph: list[Element]) -> list[Element]:
 
 
 def _id(name: str) -> str:
-    """The name of an element within its document, until all of it is known."""
+    """A temporary identifier within the document, until all of it is known."""
     return f"{LOCAL}{name}"
 
 
@@ -83,7 +83,7 @@ def _hashes(*digests: str) -> list[Element]:
 
 
 def _package(run: RunFacts, answers: Answers) -> Element:
-    """The AIPackage. Release, place and version must be known; a comment names those that are not."""
+    """The AIPackage. Release, location and version are required; a comment names missing ones."""
     demanded = {
         "releaseTime": _moment(answers("model.released")),
         "software_downloadLocation": _address(answers("model.download")),
@@ -130,7 +130,7 @@ def _data_set(stage: StageFacts, name: str, record: dict[str, Any], answers: Ans
 
 
 def _licensed(name: str, licence: Any) -> list[Element]:
-    """A declared licence as an expression where it reads as one; else the words of the record, or nothing."""
+    """A declared licence as an expression if it can be parsed; else the record's words, or nothing."""
     if licence is MISSING:
         return []
     words = str(licence)

@@ -1,4 +1,4 @@
-"""The technical report: architecture, data, recipe, cost, training, evaluations, samples, limits. No torch here."""
+"""The technical report: architecture, data, recipe, cost, training, evaluations, samples, limitations. Does not import torch."""
 
 import dataclasses
 import re
@@ -34,7 +34,7 @@ HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def report(run: RunFacts, answers: Answers) -> list[Block]:
-    """All of it, as blocks."""
+    """The whole report as blocks."""
     values = {
         "stage": run.chosen.name,
         "recipe": run.recipe,
@@ -56,7 +56,7 @@ def report(run: RunFacts, answers: Answers) -> list[Block]:
 
 
 def base(run: RunFacts, answers: Answers) -> Any:
-    """The model from elsewhere that it began as: by the name that people gave it, or the checkpoint's own."""
+    """The external model that training started from: the name that people gave it, or the checkpoint's."""
     return run.base and (answers("base.name") or run.base)
 
 
@@ -75,28 +75,28 @@ def _architecture(run: RunFacts) -> dict[str, list[Block]]:
 
 
 def is_read(stage: StageFacts, name: str) -> bool:
-    """Whether a data set was read from files; text that a program writes has none."""
+    """Whether a data set was read from files; generated text was not."""
     made = [s for field in ("tasks", "text") for s in stage.config.get(field) or () if isinstance(s, dict)]
     return not any(s["name"] == name and s["type"] == "TaskText" for s in made)
 
 
 def source_keys(stage: StageFacts, name: str) -> list[str]:
-    """What a data set's record should hold."""
+    """The keys that a data set's record should have."""
     keys = READ if is_read(stage, name) else GENERATED
     return [k for k in keys if stage.kind == "data" or not ("tokens" in k or "valid" in k)]
 
 
 def link(record: dict[str, Any]) -> str:
-    """Where everybody finds a data set; empty for files of the provider's."""
+    """The public address of a data set; "" for the provider's own files."""
     if package := record.get("package"):
         return "/".join(filter(None, ("https://pypi.org/project", str(package), record.get("version"))))
     hub = str(record.get("hub", ""))
-    # `datasets` reads folders as well
+    # `datasets` also reads local folders
     return f"https://huggingface.co/datasets/{hub}" if HUB.fullmatch(hub) and not Path(hub).exists() else ""
 
 
 def origin(record: dict[str, Any]) -> str:
-    """What people outside may know of where a data set is from."""
+    """What may be published about a data set's origin."""
     files = record.get("files")
     number = counted({"files": files})["files"] if isinstance(files, list) else "a folder of the provider's"
     return link(record) or str(number)
@@ -117,7 +117,7 @@ def _data(run: RunFacts) -> list[Block]:
 
 
 def _stage(stage: StageFacts) -> list[Block]:
-    """Its knobs and what it returned, but for what has tables of its own, if it is there."""
+    """A stage's knobs and results, without those that have their own tables."""
     knobs = [(k, counted(v)) for k, v in stage.config.items() if k not in ("type", "name", "model")]
     keys = dict.fromkeys((*stage.declaration.results, *stage.results))
     files = stage.recorded("files")
@@ -179,7 +179,7 @@ def _cost_row(stage: StageFacts) -> tuple[str, ...]:
 
 
 def _due(stage: StageFacts, key: str) -> str:
-    """A sum of the ledger; "none" where this kind of stage spends nothing of the sort."""
+    """A sum of the ledger; "none" if this kind of stage does not spend it."""
     value = stage.spent(key)
     if value is MISSING and stage.kind != "other" and key not in stage.declaration.ledger:
         return "none"
@@ -198,7 +198,7 @@ def _training(run: RunFacts) -> list[Block]:
 
 
 def exams(run: RunFacts) -> list[tuple[str, dict[str, Any]]]:
-    """Every evaluation of every model of the run, with the stage and the model in its name."""
+    """Every evaluation of every model of the run, labeled with stage and model."""
     return [
         (f"{display(stage.result('model'))} ({stage.name})", exam)
         for stage in run.stages
@@ -237,11 +237,11 @@ def _samples(run: RunFacts) -> list[Block]:
 
 
 def _wrong(run: RunFacts) -> list[tuple[str, str]]:
-    """Rows of the share of wrong answers to each exam."""
+    """Rows with the share of wrong answers per exam."""
     shares = [(exam.get("exam"), exam.get("accuracy")) for _, exam in run.exams]
     return [(f"{name}: wrong answers", display(MISSING if x is None else f"{1 - x:.1%}")) for name, x in shares]
 
 
 def files(run: RunFacts) -> TableBlock:
-    """What the model consists of."""
+    """The model's files."""
     return facts(run.files or [("weights", MISSING)], ("file", "SHA-256"))

@@ -1,6 +1,6 @@
-"""Documents by the outlines in templates/, Markdown or JSON, in which {names} of facts and questions stand for their values.
+"""Fills the outlines in templates/, Markdown or JSON, in which {names} stand for facts and answers.
 
-No torch here.
+Does not import torch.
 """
 
 import json
@@ -16,7 +16,7 @@ NAME = re.compile(r"\{([\w.]+)\}")
 
 
 def blocks(name: str, values: Mapping[str, Any], answers: Answers) -> list[Block]:
-    """A Markdown outline's blocks. A list stands alone for more blocks, or within a table for more of its rows."""
+    """The blocks of a Markdown outline. A list on its own inserts blocks; within a table it inserts rows."""
     made: list[Block] = []
     for part in (TEMPLATES / f"{name}.md").read_text(encoding="utf-8").strip().split("\n\n"):
         alone = NAME.fullmatch(part)
@@ -45,7 +45,7 @@ def _table(lines: list[str], values: Mapping[str, Any], answers: Answers) -> Tab
 
 
 def json_values(name: str, values: Mapping[str, Any], answers: Answers) -> Any:
-    """A JSON outline's values. Lists and objects stand for themselves, an entry that is MISSING is left out."""
+    """The values of a JSON outline. Lists and objects are inserted as they are; entries that are MISSING are omitted."""
 
     def filled(part: Any) -> Any:
         if isinstance(part, dict):
@@ -62,5 +62,5 @@ def json_values(name: str, values: Mapping[str, Any], answers: Answers) -> Any:
 
 
 def _said(text: str, values: Mapping[str, Any], answers: Answers) -> str:
-    """A text with the values of its names."""
+    """A text with names replaced by their values."""
     return NAME.sub(lambda name: display(values[name[1]]) if name[1] in values else words(answers(name[1])), text)
