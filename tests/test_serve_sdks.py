@@ -245,3 +245,75 @@ def test_ai_sdk_with_tools_and_a_schema() -> None:
 
 def test_openai_and_anthropic_in_javascript() -> None:
     assert run(JAVASCRIPT, WORDS, node=True)[0] == ["It is 9."] * 3
+
+
+TWO = (("4", "5"), ("1", "2"))
+THOUGHT = "<think>two sums</think>\n\n"
+
+
+def each(form: str, between: str = "") -> str:
+    """Both calls in a form that has A and B for the numbers and I for the place."""
+    return between.join(form.replace("A", a).replace("B", b).replace("I", str(i)) for i, (a, b) in enumerate(TWO))
+
+
+LISTED = each('{"name": "add", "parameters": {"a": A, "b": B}}', ", ")
+KIMI = each('<|tool_call_begin|>functions.add:I<|tool_call_argument_begin|>{"a": A, "b": B}<|tool_call_end|>')
+D = "｜DSML｜"
+PARAMETERS = "".join(f'<{D}parameter name="{n}" string="false">{n.upper()}</{D}parameter>\n' for n in "ab")
+INVOKED = each(f'<{D}invoke name="add">\n{PARAMETERS}</{D}invoke>\n')
+SPOKEN = each(
+    "<|start|>assistant<|channel|>commentary to=functions.add <|constrain|>json<|message|>" + '{"a": A, "b": B}<|call|>'
+)
+CALLS = {
+    "Qwen3-Coder": THOUGHT
+    + each(
+        "<tool_call>\n<function=add>\n<parameter=a>\nA\n</parameter>\n<parameter=b>\nB\n</parameter>\n</function>\n</tool_call>\n"
+    ),
+    "Kimi K2": f"{THOUGHT}<|tool_calls_section_begin|>{KIMI}<|tool_calls_section_end|>",
+    "Kimi K2, singular": f"{THOUGHT}<|tool_call_section_begin|>{KIMI}<|tool_call_section_end|>",
+    "GLM-4.5": THOUGHT
+    + each(
+        "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>A</arg_value>\n<arg_key>b</arg_key>\n<arg_value>B</arg_value>\n</tool_call>\n"
+    ),
+    "gpt-oss": f"<|channel|>analysis<|message|>two sums<|end|>{SPOKEN}",
+    "Llama 3.1": THOUGHT + LISTED.replace("}, {", "}; {"),
+    "Llama 3.1, listed": f"{THOUGHT}[{LISTED}]",
+    "Hermes": THOUGHT + each('<tool_call>\n{"name": "add", "arguments": {"a": A, "b": B}}\n</tool_call>\n'),
+    "DeepSeek V3.2": f"{THOUGHT}<{D}function_calls>\n{INVOKED}</{D}function_calls>",
+}
+LOOP = """
+import json, openai
+client = openai.OpenAI()
+number = {"type": "integer"}
+schema = {"type": "object", "properties": {"a": number, "b": number}, "required": ["a", "b"]}
+ask = {"model": "toy", "max_tokens": 900, "tools": [{"type": "function", "function": {"name": "add", "parameters": schema}}]}
+found = []
+for _ in range(COUNT):
+    messages, calls, chain, text = [{"role": "user", "content": "4+5? 1+2?"}], {}, "", ""
+    for chunk in client.chat.completions.create(messages=messages, stream=True, **ask):
+        for choice in chunk.choices:
+            chain += getattr(choice.delta, "reasoning_content", None) or ""
+            text += choice.delta.content or ""
+            finish = choice.finish_reason
+            for part in choice.delta.tool_calls or ():
+                if part.id:
+                    calls[part.index] = part
+                else:
+                    calls[part.index].function.arguments += part.function.arguments
+    messages.append({"role": "assistant", "content": text, "tool_calls": [call.model_dump() for call in calls.values()]})
+    sums = []
+    for call in calls.values():
+        sums.append(sum(json.loads(call.function.arguments).values()))
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": str(sums[-1])})
+    last = client.chat.completions.create(messages=messages, **ask).choices[0]
+    found.append([chain, text, finish, sums, last.message.content])
+print(json.dumps(found))
+"""
+
+
+def test_every_form_of_calls_through_a_tool_loop() -> None:
+    turns = [turn for said in CALLS.values() for turn in (said, WORDS)]
+    found, engine = run(LOOP.replace("COUNT", str(len(CALLS))), *turns)
+    wanted = ["two sums", "", "tool_calls", [9, 3], "It is 9."]
+    assert dict(zip(CALLS, found, strict=True)) == dict.fromkeys(CALLS, wanted)
+    assert len(engine.seen) == len(turns)
