@@ -24,6 +24,7 @@ from finback.stages.grpo import GRPO
 from finback.stages.grpo_training import Reinforcement
 from finback.stages.sft import SFT
 from finback.tasks.math import Chains
+from finback.tasks.task import Mixture
 from finback.train.grpo_loss import Objective
 from finback.train.loop import Loop
 from finback.train.trainer import Trainer
@@ -67,11 +68,20 @@ KNOBS: dict[Any, dict[str, Any]] = {
     Distill: LESSONS | {"teacher": "other", "hard": 0.3},
     GRPO: ANSWERS | {"bias_speed": 0.02, "micro_tokens": 200},
 }
+# on-policy; a step may have no question of a domain, and a rank none at all
+SEVERAL = {
+    "traces": (),
+    "task": Mixture((Chains(2, 2), Chains(3, 3)), weights=(1, 3)),
+    "teacher": {"chains-2": "other", "chains-3": "base"},
+    "prompts_per_step": 3,
+    "max_tokens": 8,
+}
 LEARNT = {
     "sft": Tuned(SFT),
     "sft in pieces": Tuned(SFT, {"recompute": "block", "mtp_weight": 0.0}),
     "sft on the host": Tuned(SFT, {"moments": "host"}),
     "distill": Tuned(Distill),
+    "distill from several": Tuned(Distill, SEVERAL),
     "grpo": Tuned(GRPO, {"objective": Objective(beta=0.1), "reference_steps": 3, "epochs": 2}),
     "grpo by answer": Tuned(
         GRPO, {"objective": Objective(average="answer", ratio="sequence", beta=0.0), "top_k": 20, "temperature": 0.8}
