@@ -26,7 +26,7 @@ from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
 from finback.train.batch import Batch, of_rows
 from finback.train.loss import LossTerms
-from finback.train.optim import Adam, Muon, is_matrix
+from finback.train.optim import Adam, Muon, MuonForm, is_matrix
 from finback.train.sharded_options import ShardedOptions
 from finback.train.sharded_trainer import ShardedTrainer
 from finback.train.trainer import ReplicatedTrainer, Trainer
@@ -80,6 +80,7 @@ class Way:
 
     config: ModelConfig = MANY
     optimizer: Literal["muon", "adamw"] = "muon"
+    muon_form: MuonForm = "jordan"
     # rows of the steps, over and over
     rows: tuple[int, ...] = (ROWS,)
     # documents that share rows and do not see each other, padding behind them
@@ -129,7 +130,7 @@ def one_rank(way: Way) -> ReplicatedTrainer:
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
     first = (
-        Muon(matrices, World(), compute=way.options.dtype)
+        Muon(matrices, World(), compute=way.options.dtype, form=way.muon_form)
         if way.optimizer == "muon"
         else Adam(matrices, (0.9, 0.95), 0.05)
     )

@@ -257,6 +257,11 @@ def test_sparse_attention_does_too(one: dict[Any, Any], config: ModelConfig, lay
     agrees(one, layout, tmp_path, Way(config, packed=True, ema_decay=0.9, looks=(1, 9)))
 
 
+@pytest.mark.slow
+def test_v4s_muon_does_too(one: dict[Any, Any], tmp_path: Path) -> None:
+    agrees(one, Layout(dp=2, ep=2), tmp_path, Way(muon_form="v4"))
+
+
 def _owners() -> None:
     """Seven matrices of uneven heights: every rank gets its rows of what the owner made of the whole."""
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -17,7 +17,7 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.train import rates
 from finback.train.loss import cross_entropy
-from finback.train.optim import Adam, Gradients, Muon, exact_norm, is_matrix, newton_schulz
+from finback.train.optim import MUON_FORMS, Adam, Gradients, Muon, exact_norm, is_matrix, newton_schulz
 from tests.many import IMPORTED
 from tests.toy import CONFIG, backward, toy_model
 
@@ -177,6 +177,21 @@ def test_newton_schulz_makes_singular_values_near_one() -> None:
             assert values.min() > 0.6 - slack and values.max() < 1.25 + slack
     diagonal = newton_schulz(torch.diag(torch.tensor([3.0, 2.0]))[None])[0]
     assert diagonal[0, 1].abs() < 1e-4 and diagonal[0, 0] > 0.6  # directions stay
+
+
+def test_v4s_muon_brings_singular_values_to_one() -> None:
+    """Eight fast steps and two exact ones, of a matrix whose singular values are 1 to 1/500 of each other; scale 0.18 sqrt(3)."""
+    left, right = (torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(s)))[0] for s in (0, 1))
+    matrix = left @ torch.diag(torch.tensor([1.0, 0.1, 0.002])) @ right.T
+    found = newton_schulz(matrix[None], MUON_FORMS["v4"])[0]
+    torch.testing.assert_close(found, left @ right.T, atol=0.02, rtol=0)
+    assert (newton_schulz(matrix[None])[0] - left @ right.T).abs().max() > 0.1, "five fast steps leave more"
+    p = torch.nn.Parameter(torch.eye(3))
+    p.grad = matrix.clone()
+    muon = Muon([("w", p)], World(), weight_decay=0.0, form="v4")
+    muon.momentum = 0.0
+    muon.step(lr=0.1)
+    torch.testing.assert_close(p.detach(), torch.eye(3) - 0.1 * 0.18 * math.sqrt(3) * found)
 
 
 def test_muon_step_by_hand() -> None:

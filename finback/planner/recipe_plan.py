@@ -187,6 +187,7 @@ def _whole_copies(stage: PlannedStage, calibration: Calibrated, ranks: int) -> d
     assert model is not None, "a stage that trains has a model"
     compute, rows = _measured(knobs["compute"], model), knobs["batch_size"] // ranks
     shape = Shape(model, rows, stage.length, compute, ranks, knobs["recompute"], knobs["optimizer"])
+    shape = dataclasses.replace(shape, muon_form=knobs["muon_form"])
     parts = this_machine.seconds(shape, calibration["measured"])
     step, tokens = sum(parts.values()), knobs["batch_size"] * stage.length
     memory = this_machine.memory(shape, process)

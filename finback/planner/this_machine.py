@@ -18,7 +18,7 @@ from finback.model.count import parameters, token_flops
 from finback.model.recompute import Policy
 from finback.planner.workload import Optimizer
 from finback.train.loss import CHUNK
-from finback.train.optim import NEWTON_SCHULZ_STEPS
+from finback.train.optim import MUON_FORMS, MuonForm
 
 # bytes of one compiled product, measured: torch 2.13 on an EPYC, 0.7 to 1.0 MB
 COMPILED = 0.75e6
@@ -38,6 +38,12 @@ class Shape:
     ranks: int = 1
     recompute: Policy = "none"
     optimizer: Optimizer = "muon"
+    muon_form: MuonForm = "jordan"
+
+    @property
+    def newton_schulz_steps(self) -> int:
+        """Of Muon's orthogonalisation."""
+        return len(MUON_FORMS[self.muon_form].steps)
 
     @property
     def tokens(self) -> int:
@@ -217,13 +223,13 @@ def _groups(c: ModelConfig) -> dict[tuple[int, int], int]:
     return groups
 
 
-def newton_schulz_flops(c: ModelConfig, ranks: int) -> float:
+def newton_schulz_flops(c: ModelConfig, ranks: int, steps: int = len(MUON_FORMS["jordan"].steps)) -> float:
     """FLOPs of one rank's share of Muon's orthogonalization."""
     total = 0.0
     for (a, b), size in _groups(c).items():
         short, long_ = min(a, b), max(a, b)
         mine = math.ceil(size / (4 * a * b) / ranks)
-        total += mine * NEWTON_SCHULZ_STEPS * (4 * short * short * long_ + 2 * short**3)
+        total += mine * steps * (4 * short * short * long_ + 2 * short**3)
     return total
 
 
@@ -256,10 +262,10 @@ def update(shape: Shape) -> dict[str, float]:
     if shape.optimizer == "adamw":
         return {"parameters": parameters(c)}
     return {
-        "newton_schulz": newton_schulz_flops(c, shape.ranks),
+        "newton_schulz": newton_schulz_flops(c, shape.ranks, shape.newton_schulz_steps),
         "muon": muon_parameters(c),
         "parameters": parameters(c),
-        "groups": len(_groups(c)) * NEWTON_SCHULZ_STEPS,
+        "groups": len(_groups(c)) * shape.newton_schulz_steps,
     }
 
 

@@ -18,6 +18,7 @@ from finback.runs.recipe import Stage, Work
 from finback.stages.pretrain_setup import set_up
 from finback.tasks.task import Task
 from finback.train import loop, rates
+from finback.train.optim import MuonForm
 from finback.train.precision import ExpertKernel
 from finback.train.rates import Level, Phase
 
@@ -81,6 +82,8 @@ class Pretrain(Stage):
     document_mask: bool = False
     # optimizer of the hidden matrices; AdamW trains the rest in either case
     optimizer: Literal["muon", "adamw"] = "muon"
+    # Muon's orthogonalization: Jordan's five steps, or V4's ten, after which singular values are 1
+    muon_form: MuonForm = "jordan"
     # peak learning rate of Muon's matrices
     muon_lr: float = 8e-3
     # peak learning rate of AdamW's parameters

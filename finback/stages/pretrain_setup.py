@@ -68,7 +68,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     if stage.optimizer == "adamw":
         first = Adam(matrices, betas=BETAS, weight_decay=stage.weight_decay)
     else:
-        first = Muon(matrices, world, weight_decay=stage.weight_decay, compute=dtype)
+        first = Muon(matrices, world, weight_decay=stage.weight_decay, compute=dtype, form=stage.muon_form)
     trainer = ReplicatedTrainer(model, world, (first, others), named, ema_decay=stage.ema_decay)
     return Pretraining(stage, run, trainer, precision)
 

@@ -2,17 +2,35 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from finback.parallel.mesh import World, flat_gradients
 
-NEWTON_SCHULZ_STEPS, MOMENTUM = 5, 0.95
+MOMENTUM = 0.95
 BETAS = (0.9, 0.95)  # AdamW's, in every kind of training
 NORM_ROW = 1024  # numbers whose squares are summed in fp32
 Named = Sequence[tuple[str, nn.Parameter]]  # parameters by name
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """How Muon orthogonalizes: the coefficients a, b, c of each step, and what sqrt(max(rows, columns)) is multiplied by."""
+
+    steps: tuple[tuple[float, float, float], ...]
+    scale: float
+
+
+MuonForm = Literal["jordan", "v4"]
+# Jordan's coefficients are fast and leave singular values in about 0.7..1.2; V4 (algorithm 1) brings them to 1 by two steps more
+_FAST, _EXACT = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
+MUON_FORMS: dict[MuonForm, NewtonSchulz] = {
+    "jordan": NewtonSchulz(5 * (_FAST,), 0.2),
+    "v4": NewtonSchulz(8 * (_FAST,) + 2 * (_EXACT,), 0.18),
+}
 
 
 class Gradients:
@@ -66,9 +84,15 @@ class Muon:
     momentum = MOMENTUM
 
     def __init__(
-        self, named: Named, world: World, weight_decay: float = 0.05, compute: torch.dtype = torch.float32
+        self,
+        named: Named,
+        world: World,
+        weight_decay: float = 0.05,
+        compute: torch.dtype = torch.float32,
+        form: MuonForm = "jordan",
     ) -> None:
         self.named, self.world, self.weight_decay, self.compute = named, world, weight_decay, compute
+        self.form = MUON_FORMS[form]
         self.buffers = {name: torch.zeros_like(p) for name, p in named}
         shapes: dict[tuple[int, ...], list[int]] = {}
         for index, (_, p) in enumerate(named):
@@ -82,7 +106,7 @@ class Muon:
             return
         directions = [torch.cat([self._direction(*self.named[i]) for i in group]) for group in self.groups]
         for group, update in zip(self.groups, self._orthogonal(directions), strict=True):
-            update.mul_(0.2 * math.sqrt(max(update.shape[-2:])))
+            update.mul_(self.form.scale * math.sqrt(max(update.shape[-2:])))
             start = 0
             for i in group:
                 p = self.named[i][1]
@@ -106,7 +130,7 @@ class Muon:
             share = math.ceil(len(stack) / self.world.size)
             mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
             if len(stack[mine]):
-                whole[mine] = newton_schulz(stack[mine].to(self.compute)).float()
+                whole[mine] = newton_schulz(stack[mine].to(self.compute), self.form).float()
         self.world.sum_(flat)
         return wholes
 
@@ -120,13 +144,12 @@ class Muon:
             buffer.copy_(tensors[f"muon.{name}"])
 
 
-def newton_schulz(stack: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+def newton_schulz(stack: Tensor, form: NewtonSchulz = MUON_FORMS["jordan"]) -> Tensor:
     """Approximately U V^T of each matrix (n, a, b): singular values driven towards 1 by an odd quintic."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: fast, leaves singular values in about 0.7..1.2
     tall = stack.size(1) > stack.size(2)
     x = stack.transpose(1, 2) if tall else stack
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in form.steps:
         gram = torch.bmm(x, x.transpose(1, 2))
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2) if tall else x

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from finback.parallel.owners import Owners
 from finback.parallel.shard import like, local
 from finback.train.lean_adam import LeanAdam
-from finback.train.optim import MOMENTUM, Adam, Named, newton_schulz
+from finback.train.optim import MOMENTUM, MUON_FORMS, Adam, MuonForm, Named, newton_schulz
 
 # numbers of whole parameters updated at a time; bounds the temporary memory of an update
 BATCH = 1 << 27
@@ -23,8 +23,8 @@ class ShardedMuon:
     orthogonalized there and scattered again. A state can be loaded with a different sharding.
     """
 
-    def __init__(self, named: Named, weight_decay: float, compute: torch.dtype) -> None:
-        self.named, self.weight_decay, self.compute = named, weight_decay, compute
+    def __init__(self, named: Named, weight_decay: float, compute: torch.dtype, form: MuonForm = "jordan") -> None:
+        self.named, self.weight_decay, self.compute, self.form = named, weight_decay, compute, MUON_FORMS[form]
         self.buffers = [torch.zeros_like(local(p.detach())) for _, p in named]
         groups: dict[dist.ProcessGroup, list[int]] = {}
         for index, (_, p) in enumerate(named):
@@ -87,7 +87,7 @@ class ShardedMuon:
         updates: dict[int, Tensor] = {}
         for shape, indices in shapes.items():
             stack = torch.stack([matrices[i] for i in indices]).to(self.compute)
-            made = newton_schulz(stack).float().mul_(0.2 * math.sqrt(max(shape)))
+            made = newton_schulz(stack, self.form).float().mul_(self.form.scale * math.sqrt(max(shape)))
             updates.update(zip(indices, made, strict=True))
         return [updates[i] for i in range(len(matrices))]
 

@@ -8,6 +8,7 @@ import torch
 from finback.model.dsa_training import is_taught
 from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Transformer
+from finback.train.optim import MuonForm
 from finback.train.precision import ExpertKernel, dtype_of, use_expert_kernel, use_fp8
 
 
@@ -17,6 +18,8 @@ class ShardedOptions:
 
     # optimizer of the hidden matrices; AdamW trains the rest
     optimizer: Literal["muon", "adamw"] = "muon"
+    # Muon's orthogonalization
+    muon_form: MuonForm = "jordan"
     # weight decay of hidden matrices
     weight_decay: float = 0.05
     compute: Literal["fp32", "bf16", "fp8"] = "fp32"

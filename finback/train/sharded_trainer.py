@@ -103,7 +103,7 @@ class ShardedTrainer(Trainer):
         adam = ShardedAdam(others, betas=BETAS, weight_decay=0.0)
         if self.options.optimizer == "adamw":
             return ShardedAdam(matrices, betas=BETAS, weight_decay=decay), adam
-        return ShardedMuon(matrices, weight_decay=decay, compute=self.options.dtype), adam
+        return ShardedMuon(matrices, decay, self.options.dtype, self.options.muon_form), adam
 
     @staticmethod
     def _learnt(parts: list[ShardedParameter]) -> list[ShardedParameter]:
