@@ -27,6 +27,7 @@ from finback.train.batch import Batch
 from finback.train.loss import LossTerms, training_losses
 from tests import toy
 from tests.many import MANY, SEQ_LEN, Way, batches, on_one, on_ranks, pipeline, trained
+from tests.test_model import OSS
 
 MANY_HEADS = dataclasses.replace(MANY, num_attention_heads=4, num_nextn_predict_layers=2)
 EXTENDED = dataclasses.replace(MANY_HEADS, rope_scaling=Yarn(factor=4.0, original_max_position_embeddings=64))
@@ -169,6 +170,9 @@ def test_documents_of_long_rows_lie_on_several_ranks() -> None:
 def test_what_cannot_be_cut_is_refused(layout: Layout, words: str) -> None:
     with pytest.raises(UserError, match=words):
         layout.check_trainable(MANY, 8, layout.ranks if layout.cp == 3 or layout.ep == 8 else 4)
+    for sharing, problem in ((Layout(cp=2), "leave their sinks behind"), (Layout(dp=2, ep=2), "biases do not travel")):
+        with pytest.raises(UserError, match=problem):  # of gpt-oss
+            sharing.check_trainable(OSS, 8, 2)
     Layout(cp=2).check_length(SEQ_LEN)
     with pytest.raises(UserError, match=r"layout\.cp = 2: does not divide rows of 17 tokens"):
         Layout(cp=2).check_length(17)

@@ -195,6 +195,8 @@ def together(tmp_path: Path, config: ModelConfig, layouts: int) -> Transformer:
     whole = model(config)
     (tmp_path / "start").mkdir()
     models.save(tmp_path / "start", whole)
+    (tmp_path / "0").mkdir()
+    models.save(tmp_path / "0", Transformer(config).initialise(9))  # what a stage of one rank left there
     export(whole, tmp_path / "quantized", "fp8")
     on_ranks(4, _together, str(tmp_path), layouts)
     for fmt in FORMATS:

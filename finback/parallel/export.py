@@ -101,7 +101,8 @@ def save_shares(
         if extras:
             extras(folder)
         write_json(folder / "model.json", to_json(config))
-        for file in [folder / INDEX, *folder.glob("model-*.safetensors")]:  # of an earlier model, index first
+        # of an earlier model, index first
+        for file in [folder / INDEX, folder / SINGLE, *folder.glob("model-*.safetensors")]:
             file.unlink(missing_ok=True)
         for file in sorted(unfinished.iterdir(), key=lambda path: path.name == INDEX):
             file.replace(folder / file.name)
