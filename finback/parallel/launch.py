@@ -1,4 +1,4 @@
-"""Start this machine's ranks and watch over them: signals go on to them, none outlives its parent. Does not import torch."""
+"""Starts this machine's ranks, forwards signals to them and stops them with their parent. Does not import torch."""
 
 import math
 import os
@@ -15,9 +15,9 @@ from types import FrameType
 from typing import IO, Any
 
 INTERRUPTED = 130
-# exit codes of a rank that was asked to leave: at a safe point, or before it could take the signal
+# exit codes of a rank that was asked to stop: at a safe point, or before it handled signals
 LEFT = (INTERRUPTED, -signal.SIGTERM)
-PARTING = 5.0  # seconds after which the others are asked to leave as well
+PARTING = 5.0  # seconds between the first rank that stops and the signal to the others
 
 
 def default_ranks() -> int:
@@ -26,20 +26,20 @@ def default_ranks() -> int:
 
 
 def gpus() -> int:
-    """How many NVIDIA GPUs this process may use, by the driver's device files and CUDA_VISIBLE_DEVICES."""
+    """The number of NVIDIA GPUs this process may use, from the driver's device files and CUDA_VISIBLE_DEVICES."""
     there = len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if asked is None else min(there, len([name for name in asked.split(",") if name.strip()]))
 
 
 def core_ranks(limit: int = 8) -> int:
-    """Ranks on a CPU, as a power of two: one of one thread per core is measured faster than threads (docs/log.md)."""
+    """The number of ranks on a CPU, a power of two: one single-threaded rank per core is faster than threads (docs/log.md)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 << min(cores, limit).bit_length() - 1
 
 
 def threads(ranks: int) -> int:
-    """Threads of each of so many ranks: on a CPU one, unless there is one rank."""
+    """Threads per rank: on a CPU one, unless there is a single rank."""
     return max(1, core_ranks(64) // ranks) if gpus() or ranks == 1 else 1
 
 
@@ -80,13 +80,17 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
                 child.wait()
         for s, handler in previous.items():
             signal.signal(s, handler)
-    if presses > 1 or (failed is None and (asked or any(child.returncode for child in children))):
-        return INTERRUPTED
-    return _failure(failed, children[failed].returncode, output) if failed is not None else 0
+    try:
+        if presses > 1 or (failed is None and (asked or any(child.returncode for child in children))):
+            return INTERRUPTED
+        return _failure(failed, children[failed].returncode, output) if failed is not None else 0
+    finally:
+        for each in output:
+            each.close()
 
 
 def _failure(rank: int, code: int, output: Sequence[IO[bytes]]) -> int:
-    """Show what a rank has said that failed, and that it was killed where it was; the exit code for it."""
+    """Prints the output of the rank that failed, and the signal if one killed it. Returns the exit code."""
     if rank:
         output[rank - 1].seek(0)
         sys.stderr.write(output[rank - 1].read().decode(errors="replace"))
@@ -97,10 +101,10 @@ def _failure(rank: int, code: int, output: Sequence[IO[bytes]]) -> int:
 
 
 def wait(children: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all have ended well or at a safe point, or return the first that has not.
+    """Waits until all ranks have succeeded or stopped at a safe point. Returns the first rank that failed, or None.
 
-    One that stopped at a safe point is no failure: another may still be writing the checkpoint of that point. If one was
-    asked to that has not met the others yet, they do not know, and are asked a few seconds later.
+    A rank that stopped at a safe point has not failed: another may still be writing the checkpoint of that point. A rank
+    that is stopped before it has joined the group cannot tell the others, so they are signalled a few seconds later.
     """
     left: float | None = None
     while True:
