@@ -147,6 +147,13 @@ def test_https_by_files(tmp_path: Path) -> None:
             ssl.create_default_context().wrap_socket(plain, server_hostname="localhost")
     with pytest.raises(UserError, match="ssl-certfile"):
         ServeOptions(model=tmp_path, ssl_keyfile=key)
+    locked = tmp_path / "locked.pem"
+    lock = f"openssl ec -in {key} -aes256 -passout pass:secret -out {locked}"
+    subprocess.run(lock.split(), check=True, capture_output=True)
+    assert http.secured(ServeOptions(model=tmp_path, ssl_certfile=chain, ssl_keyfile=key)).ssl_certfile == chain
+    for bad in ((key, key), (tmp_path / "none.pem", None), (chain, locked), (chain, None)):
+        with pytest.raises(UserError, match=r"ssl-certfile.* cannot be used"):
+            http.secured(ServeOptions(model=tmp_path, ssl_certfile=bad[0], ssl_keyfile=bad[1]))
 
 
 def test_metrics_have_vllms_names_too() -> None:

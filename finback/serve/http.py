@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import socket
+import ssl
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -216,7 +217,18 @@ def _digest(key: str) -> bytes:
 
 
 def secured(options: Listen) -> Listen:
-    """The options with digests of all keys; refuses to open an unprotected server to the network by mistake."""
+    """The options with digests of all keys; refuses to open an unprotected server to the network by mistake.
+
+    UserError as well for a certificate that cannot be used, before anything is read.
+    """
+    if options.ssl_certfile is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, lambda: "")
+        except OSError as error:  # of a key that wants a password too: nobody is there to type one
+            problem = f"cannot be used ({error.strerror or error})"
+            remedy = "Give a PEM file with the chain, and --ssl-keyfile with its key, without a password."
+            raise UserError("--ssl-certfile", str(options.ssl_certfile), problem, remedy) from None
     keys = (*options.keys, *digests([options.api_key] if options.api_key else [], options.key_file))
     if options.uds is None and options.host not in LOOPBACK and not keys and not options.insecure:
         remedy = "Give --key-file or FINBACK_API_KEY, or --insecure if anyone may use it."
