@@ -212,7 +212,7 @@ def test_what_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=text):
             LoRA(**wrong)
-    with pytest.raises(UserError, match=r"adapter\.dora = True: PEFT's files have it for attention alone.*targets="):
+    with pytest.raises(UserError, match=r"adapter\.dora = True: PEFT's files support it for attention only.*targets="):
         adapted("mla", LoRA(dora=True))
     with pytest.raises(UserError, match=r"has none of these parts.*down_proj.*q_proj"):
         adapted("gqa", LoRA(targets=("experts",)))

@@ -202,7 +202,7 @@ def test_the_command_line_sends_people_the_right_way(
 
     for number, (make, command, words) in enumerate(
         (
-            (sentencepiece, "chat out", "the folder has its tokenizer only as tokenizer.model. Where sentencepiece or"),
+            (sentencepiece, "chat out", "the folder has its tokenizer only as tokenizer.model. With sentencepiece or"),
             (adapter, "verify .", "holds an adapter, not a model. Name it where a model runs or trains"),
             (files_of_gguf, "export . new", "holds 2 GGUF file(s) and no config.json. Name the file: "),
             (cache, "verify .", "a repository in the hub's cache, not a model's folder. Name the snapshot: "),

@@ -314,7 +314,7 @@ def test_a_full_disk_on_one_rank_ends_all_with_a_word(tmp_path: Path, layout: st
     until(lambda: (tmp_path / "faults/base/metrics.jsonl").is_file())
     limited(child, rank)
     _, said = child.communicate(timeout=100)
-    assert child.returncode == 2 and "Traceback" not in said and "File too large. Nothing is half-written" in said
+    assert child.returncode == 2 and "Traceback" not in said and "File too large. No file is incomplete" in said
     left = [p.name for p in (tmp_path / "faults/base").rglob("*") if ".part" in p.name or p.name.startswith(".tmp")]
     assert left == []
     assert finback_process("run", recipe, "--runs", tmp_path, "--ranks", 2).returncode == 0
