@@ -130,7 +130,7 @@ def test_an_adapter_does_not_bring_its_base(hub: Hub, folder: Path, tmp_path: Pa
     (tmp_path / "lora" / adapters.WEIGHTS_FILE).write_bytes(b"x")
     hub.add("finback-tests/whale", folder)
     hub.add("finback-tests/lora", tmp_path / "lora")
-    with pytest.raises(UserError, match=r"fetched from the hub: finback-tests/whale\+"):
+    with pytest.raises(UserError, match=r"fetch it from the hub: finback-tests/whale\+"):
         find_model(Path("finback-tests/lora"))
     assert set(hub.files()) == {adapters.CONFIG_FILE, adapters.WEIGHTS_FILE}
     base, adapter = adapters.places(Path("finback-tests/whale+finback-tests/lora"))
