@@ -81,6 +81,8 @@ class Way:
     config: ModelConfig = MANY
     optimizer: Literal["muon", "adamw"] = "muon"
     muon_form: MuonForm = "jordan"
+    # of the weights: one for which no two experts' scores and no gradient's sign are a matter of rounding
+    seed: int = 5
     # rows of the steps, over and over
     rows: tuple[int, ...] = (ROWS,)
     # documents that share rows and do not see each other, padding behind them
@@ -126,7 +128,7 @@ def on_one(way: Way, steps: int = STEPS) -> tuple[Numbers, dict[str, Tensor]]:
 
 def one_rank(way: Way) -> ReplicatedTrainer:
     """The whole model, its gradients and optimizers."""
-    model = way.options.put_on(Transformer(way.config, way.options.dtype).initialise(5)).train()
+    model = way.options.put_on(Transformer(way.config, way.options.dtype).initialise(way.seed)).train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
     first = (
@@ -138,9 +140,9 @@ def one_rank(way: Way) -> ReplicatedTrainer:
     return ReplicatedTrainer(model, World(), (first, adam), named, ema_decay=way.ema_decay)
 
 
-def on_many(layout: Layout, way: Way = Way(), seed: int = 5) -> ShardedTrainer:
+def on_many(layout: Layout, way: Way = Way()) -> ShardedTrainer:
     """This rank's share of the same."""
-    return ShardedTrainer(way.config, layout, max(way.rows), seed, way.options)
+    return ShardedTrainer(way.config, layout, max(way.rows), way.seed, way.options)
 
 
 def continued(trainer: Trainer, way: Way, begin: int, end: int) -> Numbers:

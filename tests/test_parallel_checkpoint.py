@@ -21,7 +21,7 @@ AVERAGED = Way(ema_decay=0.5, looks=(18,))
 
 
 def _read(layout: Layout, folder: str, out: str) -> None:
-    many, steps = on_many(layout, AVERAGED, seed=99), Steps(Path(folder))
+    many, steps = on_many(layout, dataclasses.replace(AVERAGED, seed=99)), Steps(Path(folder))
     assert many.load(steps) == (4, {"loader": [7]})
     numbers = continued(many, AVERAGED, 4, 20)
     if dist.get_rank() == 0:

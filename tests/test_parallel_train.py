@@ -89,7 +89,7 @@ def test_two_ranks_train_like_one(one: dict[Any, Any], layout: Layout, tmp_path:
     agrees(one, layout, tmp_path)
 
 
-PACKED = Way(optimizer="adamw", rows=(4, 4, 8), packed=True, ema_decay=0.5, looks=(6, 19))
+PACKED = Way(optimizer="adamw", seed=10, rows=(4, 4, 8), packed=True, ema_decay=0.5, looks=(6, 19))
 FEWER = dataclasses.replace(PACKED, rows=(2, 4, 8))  # the first are too few to fill a pipeline
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finback.kernels import native
 from finback.kernels.documents import (
     Documents,
     Mask,
@@ -125,27 +126,44 @@ class _CausalAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, attention_mask: Tensor | None
     ) -> Tensor:
         q, k, v = (t.flatten(0, 1) for t in (query, key, value))
-        length = q.size(1)
-        if attention_mask is None:
-            hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        else:
-            hidden = (~attention_mask).repeat_interleave(query.size(1), dim=0)
-        scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale).masked_fill_(hidden, float("-inf"))
-        weights = scores.softmax(dim=-1).to(q.dtype)
-        out = torch.bmm(weights, v)
-        ctx.save_for_backward(q, k, v, weights, out)
+        weights = _causal_softmax(torch.bmm(q, k.transpose(1, 2)), query.size(1), scale, attention_mask)
+        ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
-        return out.view(*query.shape[:2], length, -1)
+        return torch.bmm(weights, v).view(*query.shape[:2], q.size(1), -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, out = ctx.saved_tensors
+        q, k, v, weights = ctx.saved_tensors
         shape = grads[0].shape[:2]
         grad = grads[0].flatten(0, 1)
         d_v = torch.bmm(weights.transpose(1, 2), grad)
-        # d softmax: p ⊙ (dp - Σ dp ⊙ p), and Σ dp ⊙ p = Σ grad ⊙ out
-        inner = (grad * out).sum(dim=-1, keepdim=True)
-        d_scores = torch.bmm(grad, v.transpose(1, 2)).sub_(inner).mul_(weights).mul_(ctx.scale)
+        d_scores = _softmax_backward(torch.bmm(grad, v.transpose(1, 2)), weights, ctx.scale)
         d_q = torch.bmm(d_scores, k)
         d_k = torch.bmm(d_scores.transpose(1, 2), q)
         return (*(t.unflatten(0, shape) for t in (d_q, d_k, d_v)), None, None)
+
+
+def _causal_softmax(scores: Tensor, heads: int, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(scale · scores) over what is seen, in the place of scores (b·h, t, t) if a kernel serves them; mask (b, t, t)."""
+    rows, length = scores.shape[:2]
+    if native.serves(scores):
+        seen = None if mask is None else mask.expand(rows // heads, -1, -1).contiguous()
+        native.call("causal_softmax", scores.dtype == torch.bfloat16, scores, seen, rows, heads, length, scale)
+        return scores
+    if mask is None:
+        hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    else:
+        hidden = (~mask).repeat_interleave(heads, dim=0)
+    return scores.float().mul_(scale).masked_fill_(hidden, float("-inf")).softmax(dim=-1).to(scores.dtype)
+
+
+def _softmax_backward(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """The gradient of scores from that of `_causal_softmax`, in its place: scale · p ⊙ (dp - Σ dp ⊙ p)."""
+    if native.serves(grad):
+        length = grad.size(-1)
+        native.call(
+            "softmax_backward", grad.dtype == torch.bfloat16, weights, grad, grad.numel() // length, length, scale
+        )
+        return grad
+    along = torch.linalg.vecdot(grad.float(), weights.float()).to(grad.dtype)[..., None]
+    return grad.sub_(along).mul_(weights).mul_(scale)

@@ -111,15 +111,16 @@ void mix(float* const* y, const float* fade, const T* values, int64_t stride, in
     }
 }
 
-// out = gain * x / sqrt(mean(x^2) + eps)
+// out = gain * x / sqrt(mean(x^2) + eps), and what x was multiplied by beside the gain
 template <typename T, typename U>
-inline void norm(const T* x, const float* gain, float eps, U* out, int64_t n) {
+inline float norm(const T* x, const float* gain, float eps, U* out, int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += to_float(x[i]) * to_float(x[i]);
   const float inverse = 1.0f / std::sqrt(sum / float(n) + eps);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) narrow(to_float(x[i]) * inverse * gain[i], out + i);
+  return inverse;
 }
 
 // Rotates pairs (2i, 2i + 1) or (i, i + n / 2); the result is [first of each pair | second of each pair].
@@ -305,9 +306,10 @@ void latent(Attention a, const Place& at, const T* q, const T* kv, const float* 
   }
 }
 
-// sum = x + y, where there is a y; out = norm(sum)
+// sum = x + y, where there is a y; out = norm(sum), and inverse (tokens,), which its backward pass needs, unless null
 template <typename T>
-void add_norm(const T* x, const T* y, const float* gain, float eps, T* sum, T* out, int64_t tokens, int64_t size) {
+void add_norm(const T* x, const T* y, const float* gain, float eps, T* sum, T* out, float* inverse, int64_t tokens,
+              int64_t size) {
 #pragma omp parallel for schedule(static) if (tokens > 8)
   for (int64_t t = 0; t < tokens; ++t) {
     const T* row = x + t * size;
@@ -316,7 +318,8 @@ void add_norm(const T* x, const T* y, const float* gain, float eps, T* sum, T* o
       for (int64_t i = 0; i < size; ++i) narrow(to_float(row[i]) + to_float(y[t * size + i]), sum + t * size + i);
       row = sum + t * size;
     }
-    norm(row, gain, eps, out + t * size, size);
+    const float factor = norm(row, gain, eps, out + t * size, size);
+    if (inverse) inverse[t] = factor;
   }
 }
 
@@ -476,10 +479,10 @@ void finback_latent(int64_t is_bf16, const void* q, const void* kv, const void* 
 }
 
 void finback_add_norm(int64_t is_bf16, const void* x, const void* y, const float* gain, void* sum, void* out,
-                      int64_t tokens, int64_t size, double eps) {
+                      float* inverse, int64_t tokens, int64_t size, double eps) {
   BOTH(is_bf16, T,
        add_norm(static_cast<const T*>(x), static_cast<const T*>(y), gain, float(eps), static_cast<T*>(sum),
-                static_cast<T*>(out), tokens, size))
+                static_cast<T*>(out), inverse, tokens, size))
 }
 
 void finback_swiglu(int64_t is_bf16, const void* x, void* out, int64_t tokens, int64_t width) {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finback.kernels import moe_gemm
 from finback.kernels.moe_gemm import Blocks
+from finback.kernels.swiglu import swiglu
 
 # a stored weight (out, in) in the dtype of the arithmetic, and that of an expert
 Matrix = Callable[[torch.dtype], Tensor]
@@ -66,13 +67,8 @@ def routed_experts(
     by_shape = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     slots, blocks = moe_gemm.layout(index, experts, moe_gemm.BLOCK_MULTIPLE if by_shape else 1)
     rows = x.new_zeros(blocks[-1][2], x.size(1)).index_copy(0, slots, x.repeat_interleave(k, dim=0))
-    y = down((activation or _swiglu)(gate_up(rows, blocks)), blocks)[slots].view(n, k, -1)
+    y = down((activation or swiglu)(gate_up(rows, blocks)), blocks)[slots].view(n, k, -1)
     return (y * weight.to(x.dtype)[:, :, None]).sum(1)
-
-
-def _swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def per_expert(rows: Tensor, blocks: Blocks, width: int, matrices: Matrices) -> Tensor:

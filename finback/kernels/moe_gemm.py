@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finback.kernels import native
-from finback.kernels.swiglu import clamped
+from finback.kernels.places import gather, gather_backward, spread
+from finback.kernels.swiglu import activation, activation_backward
 
 # rows to which blocks of experts are rounded up in bf16 on a CPU
 BLOCK_MULTIPLE = 32
@@ -75,7 +76,7 @@ class _GroupedExperts(torch.autograd.Function):
         limit: float | None,
     ) -> Tensor:
         """`multiple` is that of the loop's blocks of rows, None has all of them multiplied at once."""
-        n, k = index.shape
+        k = index.size(1)
         blocks: Blocks | Tensor
         if multiple is None:
             rounded = 16 // x.element_size()
@@ -86,40 +87,22 @@ class _GroupedExperts(torch.autograd.Function):
             slots, looped = layout(index, gate_up.size(0), multiple)
             blocks, size = looped, looped[-1][2]
         w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
-        rows = x.new_zeros(size, x.size(1)).index_copy_(0, slots, x.repeat_interleave(k, dim=0))
+        rows = spread(x, slots, None, size, k)
         hidden = per_expert(rows, w_in.transpose(1, 2), blocks)
-        gate, up = (hidden if limit is None else clamped(hidden, limit)).chunk(2, dim=-1)
-        y = per_expert(F.silu(gate).mul_(up), w_out.transpose(1, 2), blocks)[slots].view(n, k, -1)
+        y = per_expert(activation(hidden, limit), w_out.transpose(1, 2), blocks)
         ctx.save_for_backward(rows, slots, hidden, y, weight, w_in, w_out)
-        ctx.blocks, ctx.limit = blocks, limit
-        ctx.dtypes = gate_up.dtype, weight.dtype
-        # not bmm: a product of one row per token costs ten times these two passes
-        return (y * weight.to(x.dtype)[:, :, None]).sum(1)
+        ctx.blocks, ctx.limit, ctx.dtype = blocks, limit, gate_up.dtype
+        return gather(y, slots, weight, k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, slots, hidden, y, weight, w_in, w_out = ctx.saved_tensors
-        grad, blocks = grads[0], ctx.blocks
-        n, k, d = y.shape
-        parameter_dtype, weight_dtype = ctx.dtypes
-        d_weight = (y * grad[:, None]).sum(2, dtype=weight_dtype)
-        d_y = (weight.to(grad.dtype)[:, :, None] * grad[:, None]).view(n * k, d)
-        d_y = d_y.new_zeros(len(rows), d).index_copy_(0, slots, d_y)
-        inner = hidden if ctx.limit is None else clamped(hidden, ctx.limit)
-        gate, up = inner.chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        d_down = outer_per_expert(d_y, silu * up, blocks, w_out).to(parameter_dtype)
-        d_act = per_expert(d_y, w_out, blocks)
-        d_hidden = torch.empty_like(hidden)
-        d_gate, d_up = d_hidden.chunk(2, dim=-1)
-        torch.mul(d_act, silu, out=d_up)
-        # silu'(g) = s + silu·(1 - s)
-        torch.mul(d_act.mul_(up), sigmoid.addcmul_(silu, 1 - sigmoid), out=d_gate)
-        if ctx.limit is not None:
-            d_hidden.masked_fill_(inner != hidden, 0)
-        d_gate_up = outer_per_expert(d_hidden, rows, blocks, w_in).to(parameter_dtype)
-        d_x = per_expert(d_hidden, w_in, blocks)[slots].view(n, k, d).sum(1)
+        blocks = ctx.blocks
+        d_y, d_weight = gather_backward(y, slots, weight, grads[0])
+        d_hidden, act = activation_backward(hidden, per_expert(d_y, w_out, blocks), ctx.limit)
+        d_down = outer_per_expert(d_y, act, blocks, w_out).to(ctx.dtype)
+        d_gate_up = outer_per_expert(d_hidden, rows, blocks, w_in).to(ctx.dtype)
+        d_x = gather(per_expert(d_hidden, w_in, blocks), slots, None, weight.size(1))
         return d_x, None, d_weight, d_gate_up, d_down, None, None
 
 

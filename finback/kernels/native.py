@@ -1,7 +1,7 @@
-"""The C++ kernels of cpu.cpp and quants.cpp, compiled once with the machine's own compiler and kept in the user's cache.
+"""The C++ kernels of cpu.cpp, train.cpp and quants.cpp, compiled once with the machine's own compiler and kept in the user's cache.
 
-Each replaces a dozen small operations, whose own cost would be more than half of a small model's decoding step. `ready`
-says whether they serve a tensor; where not, plain lines run. Compiling takes some seconds on first use. Without a compiler, or
+Each replaces a dozen small operations, whose own cost would be more than half of a small model's step. `serves` and `ready`
+say whether they take a tensor; where not, plain lines run. Compiling takes some seconds on first use. Without a compiler, or
 with FINBACK_NATIVE=0 in the environment, `library` is None and callers take the plain form.
 """
 
@@ -27,9 +27,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 # not -ffast-math: linked into a library it would change how the whole process rounds
 FLAGS = ("-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-c")
 HEADER = Path(__file__).with_name("numbers.h")
-# what is added up in vectors may be reordered in the one, and must not be in the other
+# what is added up in vectors may be reordered in the first two, and must not be in the last
 SOURCES = {
     Path(__file__).with_name("cpu.cpp"): ("-O3", "-fassociative-math", "-fno-signed-zeros"),
+    Path(__file__).with_name("train.cpp"): ("-O3", "-fassociative-math", "-fno-signed-zeros"),
     Path(__file__).with_name("quants.cpp"): ("-O2", "-ffp-contract=off"),
 }
 
@@ -38,8 +39,21 @@ SIGNATURES = {
     "attend": "i" + 6 * "p" + 10 * "i" + "f",
     "grouped_query": "i" + 11 * "p" + 7 * "i" + "ff",
     "latent": "i" + 12 * "p" + 10 * "i" + "ff",
-    "add_norm": "ipppppiif",
+    "add_norm": "i" + 6 * "p" + "iif",
+    "norm_backward": "i" + 7 * "p" + "iii",
     "swiglu": "ippii",
+    "swiglu_backward": "ippppii",
+    "spread": "ippppiii",
+    "gather": "ippppiii",
+    "weigh": "ippppiii",
+    "causal_softmax": "ippiiif",
+    "softmax_backward": "ippiif",
+    "cross_entropy": "ipppii",
+    "token_logprobs": "i" + 5 * "p" + "iif",
+    "token_logprobs_backward": "i" + 5 * "p" + "iif",
+    "turn_heads": "ipppp" + 8 * "i",
+    "part_heads": "ipppp" + 6 * "i",
+    "part_heads_backward": "ipppp" + 6 * "i",
     "experts": "i" + 7 * "p" + 4 * "i",
     "round_tiles": "ipp" + 4 * "i",
     "quant_pack": "ippii",
@@ -51,9 +65,15 @@ SIGNATURES = {
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
 
 
+def serves(x: Tensor) -> bool:
+    """Whether the kernels take this tensor: on a CPU, fp32 or bf16, and not where torch.compile writes its own."""
+    is_usual = x.device.type == "cpu" and x.dtype in DTYPES
+    return is_usual and not torch.compiler.is_compiling() and library() is not None
+
+
 def ready(x: Tensor) -> bool:
-    """Whether the kernels take this tensor: on a CPU, fp32 or bf16, nothing recorded for a backward pass."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and not torch.is_grad_enabled() and library() is not None
+    """The same where nothing is recorded for a backward pass."""
+    return not torch.is_grad_enabled() and serves(x)
 
 
 def call(name: str, *arguments: Tensor | float | None) -> None:

@@ -95,10 +95,10 @@ class DSA(MLA):
         """
         c = self.config
         q_latent, kv = self.inputs(x)
+        if cache is None and longest(attention_mask, x.size(1)) <= c.index_topk:  # nothing to choose
+            return self.out(self.attend_rows(self.q_of(q_latent), kv, cos, sin, attention_mask))
         q_nope, q_rope = self.queries(self.q_of(q_latent), cos, sin)
         latent, k_rope = self.latents(kv, cos, sin)
-        if cache is None and longest(attention_mask, x.size(1)) <= c.index_topk:  # nothing to choose
-            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, self.core, attention_mask))
         with torch.no_grad():
             key = self.indexer.keys(x, cos, sin)
         if cache is not None:

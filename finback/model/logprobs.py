@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from finback.kernels import native
 from finback.model.transformer import Transformer
 
 ELEMENTS = 2**25  # elements in a matrix of logits: 128 MB in fp32, 259 rows of V3's vocabulary
@@ -47,7 +48,11 @@ def token_logprobs(
     """
 
     def picked(states: Tensor, ids: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.logits(states) / temperature
+        logits = model.head(states)
+        if not kept and native.serves(logits):
+            pair: tuple[Tensor, Tensor] = _Picked.apply(logits, ids, 1 / temperature)
+            return pair
+        logits = logits.float() / temperature
         for allowed in kept:
             logits = only(logits, allowed)
         logp = logits.log_softmax(dim=-1)
@@ -58,6 +63,29 @@ def token_logprobs(
     tensors = (hidden, tokens) if kept is None else (hidden, tokens, kept)
     logp, entropy = in_chunks(picked, rows_at_once(model.config.vocab_size), *tensors)
     return logp, entropy
+
+
+class _Picked(torch.autograd.Function):
+    """token_logprobs of logits (n, vocab) in one pass, backwards as well."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, inverse_temperature: float) -> tuple[Tensor, Tensor]:
+        logits, ids = logits.contiguous(), ids.contiguous()
+        logp, entropy, sums = torch.empty(3, len(ids)).unbind()
+        ctx.save_for_backward(logits, ids, sums)
+        ctx.inverse_temperature = inverse_temperature
+        is_bf16 = logits.dtype == torch.bfloat16
+        native.call("token_logprobs", is_bf16, logits, ids, logp, entropy, sums, *logits.shape, inverse_temperature)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids, sums = ctx.saved_tensors
+        d_logits, given = torch.empty_like(logits), (logits, ids, sums, grads[0].contiguous())
+        sizes = *logits.shape, ctx.inverse_temperature
+        native.call("token_logprobs_backward", logits.dtype == torch.bfloat16, *given, d_logits, *sizes)
+        return d_logits, None, None
 
 
 def only(logits: Tensor, kept: Tensor) -> Tensor:

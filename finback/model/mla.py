@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finback.kernels.attention import Attention, causal_attention, torch_attention
 from finback.kernels.documents import Mask
+from finback.kernels.heads import parted, turned
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
@@ -53,10 +54,10 @@ class MLA(nn.Module):
         may restrict which tokens see which; by default all earlier ones are visible.
         """
         q, kv = self.project(x)
+        if cache is None:
+            return self.out(self.attend_rows(q, kv, cos, sin, attention_mask))
         q_nope, q_rope = self.queries(q, cos, sin)
         latent, k_rope = self.latents(kv, cos, sin)
-        if cache is None:
-            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, self.core, attention_mask))
         cache.append(torch.cat([latent, k_rope], dim=-1))
         return self.out(self.attend_stored(q_nope, q_rope, latent, k_rope, cache))
 
@@ -88,6 +89,14 @@ class MLA(nn.Module):
         latent, k_rope = kv.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         return self.kv_norm(latent), self.rotate(k_rope, cos.to(kv.dtype), sin.to(kv.dtype))
 
+    def attend_rows(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        """Attention of whole rows in expanded form, from what `project` gives -> (b, t, h·v)."""
+        c = self.config
+        query = turned(q.unflatten(-1, (c.num_attention_heads, -1)), cos, sin, c.rope_interleaved)
+        latent, k_rope = self.latents(kv, cos, sin)
+        key, value = self.expanded(latent, k_rope)
+        return self.core(query, key, value, self.scale, mask).transpose(1, 2).flatten(2)
+
     def attend_expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, core: Attention, mask: Mask = None
     ) -> Tensor:
@@ -98,11 +107,8 @@ class MLA(nn.Module):
 
     def expanded(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """latent (b, s, c), rotary key (b, s, r) -> keys (b, h, s, n + r) and values (b, h, s, v)."""
-        c = self.config
-        kv = self.kv_up(latent).unflatten(-1, (c.num_attention_heads, -1))
-        k_nope, value = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        shared = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
-        return torch.cat([k_nope, shared], dim=-1).transpose(1, 2), value.transpose(1, 2)
+        kv = self.kv_up(latent).unflatten(-1, (self.config.num_attention_heads, -1))
+        return parted(kv, k_rope, self.config.qk_nope_head_dim)
 
     def attend_stored(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cache: LayerCache

@@ -1,7 +1,8 @@
 """Training on this machine's cores: memory from what autograd stores, time from calibration.
 
 Both follow finback's trainer (stages/pretrain.py) with the whole model on every rank: fp32 masters, all gradients in one
-buffer, Muon or AdamW for matrices, AdamW for the rest, one thread per rank, rows divided among ranks.
+buffer, Muon or AdamW for matrices, AdamW for the rest, one thread per rank, rows divided among ranks, and
+the C++ kernels between products; without a compiler SwiGLU and attention store a little more.
 tests/test_plan_here.py checks the formulas against the trainer.
 """
 
@@ -141,7 +142,7 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
     elif c.attention == "mla":
         query = 2 * (c.q_lora_rank or 0)
         latent = 2 * c.kv_lora_rank + c.qk_rope_head_dim
-        saved = a * (2 * d + query + latent + heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)) + 4 * 4
+        saved = a * (2 * d + query + latent + heads * 2 * (c.qk_head_dim + c.v_head_dim)) + 4 * 4
         saved += heads * shape.length * a if shape.length <= LONGEST else 0
     elif c.attention == "compressed":  # plus the window's scores and the streams that each part writes
         seen = shape.length + c.sliding_window if c.sliding_window else shape.length
@@ -150,19 +151,19 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
     else:
         saved = a * (2 * d + c.head_dim * (2 * heads + 2 * c.num_key_value_heads)) + 4 * (2 + heads)
         if c.qk_norm:
-            saved += a * c.head_dim * (heads + c.num_key_value_heads)
+            saved += a * c.head_dim * (heads + 2 * c.num_key_value_heads)  # keys, cut off their values, as one piece
     saved += 2 * a * d
     if not moe:
-        return shape.tokens * (saved + 4 * a * c.intermediate_size)
+        return shape.tokens * (saved + 3 * a * c.intermediate_size)
     k = c.num_experts_per_tok
-    saved += a * (4 * c.n_shared_experts * c.moe_intermediate_size + k * 2 * (d + c.moe_intermediate_size))
+    saved += a * (3 * c.n_shared_experts * c.moe_intermediate_size + k * 2 * (d + c.moe_intermediate_size))
     saved += 4 * 2 * c.n_routed_experts + 16 * k
     if shape.compute == "fp32":
         return shape.tokens * saved
     # the router reads an fp32 copy, shared experts read the norm's output; plus padding rows of the experts' blocks
     saved += 4 * d - (0 if c.n_shared_experts else a * d)
     filled = c.n_routed_experts * BLOCK_MULTIPLE / 2
-    return shape.tokens * saved + filled * a * (d + 2 * c.moe_intermediate_size)
+    return shape.tokens * saved + filled * a * 2 * (d + c.moe_intermediate_size)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from finback.data.messages import IGNORE
+from finback.kernels import native
 from finback.model.dsa_training import take_divergences
 from finback.model.transformer import Transformer
 from finback.train.batch import Batch
@@ -38,16 +39,8 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.size(0), CHUNK):
             rows = slice(start, start + CHUNK)
             h, label = hidden[rows], labels[rows]
-            valid = label != IGNORE
-            logits = (h @ weight.T).float()
-            logits -= logits.max(dim=1, keepdim=True).values
-            picked = logits.gather(1, label.clamp(min=0)[:, None]).squeeze(1)
-            normaliser = logits.exp_().sum(dim=1)
-            total += ((normaliser.log() - picked) * valid).sum()
-            # d loss / d logits = softmax - onehot
-            gradient = logits.mul_((valid / normaliser)[:, None])
-            gradient[torch.arange(len(label), device=label.device), label.clamp(min=0)] -= valid.float()
-            gradient = gradient.to(h.dtype)
+            loss, gradient = _chunk(h @ weight.T, label)
+            total += loss
             torch.mm(gradient, weight, out=d_hidden[rows])
             if d_head is not None:
                 d_head += (gradient.T @ h).to(d_head.dtype)
@@ -58,6 +51,23 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
         return d_hidden * grads[0].to(d_hidden.dtype), None if d_head is None else d_head * grads[0], None
+
+
+def _chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss of some logits (n, vocab), and their gradient, softmax - onehot, which may take their place."""
+    if native.serves(logits):
+        losses = torch.empty(len(labels))
+        native.call("cross_entropy", logits.dtype == torch.bfloat16, logits, labels.contiguous(), losses, *logits.shape)
+        return losses.sum(), logits
+    dtype, valid = logits.dtype, labels != IGNORE
+    logits = logits.float()
+    logits -= logits.amax(dim=1, keepdim=True)
+    picked = logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    normaliser = logits.exp_().sum(dim=1)
+    total = ((normaliser.log() - picked) * valid).sum()
+    gradient = logits.mul_((valid / normaliser)[:, None])
+    gradient[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= valid.float()
+    return total, gradient.to(dtype)
 
 
 # main loss summed over a batch's labels, from the trunk's last hidden states (rows, seq_len, d) and the batch

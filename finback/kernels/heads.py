@@ -1,0 +1,77 @@
+"""Queries, keys and values of MLA as attention over whole rows takes them, head by head.
+
+Rotation, cutting, joining and laying out are one C++ pass where a kernel serves them, else the plain lines here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finback.kernels import native
+
+
+def turned(q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """q (b, t, h, n + r) -> (b, h, t, n + r) with the last r numbers rotated; cos and sin (b or 1, t, r / 2).
+
+    Pairs are (2i, 2i + 1) if they are interleaved, else (i, i + r / 2); the result has the first of all pairs before the second.
+    """
+    if native.serves(q):
+        laid: Tensor = _Turned.apply(q, cos.float(), sin.float(), interleaved)
+        return laid
+    plain, rotated = q.split([q.size(-1) - 2 * cos.size(-1), 2 * cos.size(-1)], dim=-1)
+    cos, sin = (t[:, :, None].to(q.dtype) for t in (cos, sin))
+    first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
+    return torch.cat([plain, first * cos - second * sin, first * sin + second * cos], dim=-1).transpose(1, 2)
+
+
+def parted(kv: Tensor, rotated: Tensor, plain: int) -> tuple[Tensor, Tensor]:
+    """kv (b, t, h, n + v), the rotated key of all heads (b, t, r), n -> keys (b, h, t, n + r) and values (b, h, t, v)."""
+    if native.serves(kv) and kv.dtype == rotated.dtype:
+        both: tuple[Tensor, Tensor] = _Parted.apply(kv, rotated, plain)
+        return both
+    k, value = kv.split([plain, kv.size(-1) - plain], dim=-1)
+    shared = rotated[:, :, None].expand(-1, -1, kv.size(2), -1)
+    return torch.cat([k, shared], dim=-1).transpose(1, 2), value.transpose(1, 2)
+
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.angles, ctx.interleaved = (cos.contiguous(), sin.contiguous()), interleaved
+        rows, tokens, heads, size = q.shape
+        return _turn(q, q.new_empty(rows, heads, tokens, size), ctx.angles, interleaved, backward=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, heads, tokens, size = grads[0].shape
+        to = grads[0].new_empty(rows, tokens, heads, size)
+        return _turn(grads[0], to, ctx.angles, ctx.interleaved, backward=True), None, None, None
+
+
+def _turn(x: Tensor, to: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool, backward: bool) -> Tensor:
+    rows, tokens, heads, size = to.shape if backward else x.shape
+    rotated, each = 2 * angles[0].size(-1), angles[0][0].numel() if len(angles[0]) > 1 else 0
+    sizes = rows, tokens, heads, size - rotated, rotated, each
+    native.call("turn_heads", x.dtype == torch.bfloat16, x.contiguous(), to, *angles, *sizes, interleaved, backward)
+    return to
+
+
+class _Parted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, rotated: Tensor, plain: int) -> tuple[Tensor, Tensor]:
+        rows, tokens, heads, both = kv.shape
+        ctx.sizes = rows, tokens, heads, plain, rotated.size(-1), both - plain
+        key, value = (kv.new_empty(rows, heads, tokens, n) for n in (plain + rotated.size(-1), both - plain))
+        given = kv.contiguous(), rotated.contiguous()
+        native.call("part_heads", kv.dtype == torch.bfloat16, *given, key, value, *ctx.sizes)
+        return key, value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, tokens, heads, plain, rotated, value = ctx.sizes
+        key = grads[0]
+        d_kv, d_rotated = key.new_empty(rows, tokens, heads, plain + value), key.new_empty(rows, tokens, rotated)
+        given = [grad.contiguous() for grad in grads]
+        native.call("part_heads_backward", key.dtype == torch.bfloat16, *given, d_kv, d_rotated, *ctx.sizes)
+        return d_kv, d_rotated, None

@@ -1,0 +1,46 @@
+"""Rows of tokens laid out by expert, and added up again: one C++ pass each where a kernel serves them, else the plain lines here."""
+
+import torch
+from torch import Tensor
+
+from finback.kernels import native
+
+
+def spread(x: Tensor, slots: Tensor, weight: Tensor | None, size: int, choices: int) -> Tensor:
+    """rows (size, d) with x (n, d) at each of its slots (n·k,), times weight (n, k) if there is one; 0 where nobody is."""
+    rows = x.new_zeros(size, x.size(1)) if size > len(slots) else x.new_empty(size, x.size(1))
+    if native.serves(x):
+        x, weight = x.contiguous(), None if weight is None else weight.float().contiguous()
+        native.call("spread", x.dtype == torch.bfloat16, x, slots, weight, rows, len(x), choices, x.size(1))
+        return rows
+    each = x.repeat_interleave(choices, dim=0)
+    if weight is not None:
+        each = (weight.to(x.dtype)[:, :, None] * x[:, None]).flatten(0, 1)
+    return rows.index_copy_(0, slots, each)
+
+
+def gather(rows: Tensor, slots: Tensor, weight: Tensor | None, choices: int) -> Tensor:
+    """Σ_k of the rows (size, d) at each token's slots (n·k,), times weight (n, k) if there is one -> (n, d)."""
+    tokens, d = len(slots) // choices, rows.size(1)
+    if native.serves(rows):
+        out, weight = rows.new_empty(tokens, d), None if weight is None else weight.float().contiguous()
+        native.call("gather", rows.dtype == torch.bfloat16, rows.contiguous(), slots, weight, out, tokens, choices, d)
+        return out
+    each = rows[slots].view(tokens, choices, d)
+    # not bmm: a product of one row per token costs ten times these two passes
+    return each.sum(1) if weight is None else (each * weight.to(rows.dtype)[:, :, None]).sum(1)
+
+
+def gather_backward(rows: Tensor, slots: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient (n, d) of `gather` those of the rows (size, d) and of the weights (n, k)."""
+    tokens, choices = weight.shape
+    d_rows = spread(grad, slots, weight, len(rows), choices)
+    if native.serves(rows):
+        d_weight = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+        sizes = tokens, choices, rows.size(1)
+        native.call(
+            "weigh", rows.dtype == torch.bfloat16, rows.contiguous(), slots, grad.contiguous(), d_weight, *sizes
+        )
+        return d_rows, d_weight.to(weight.dtype)
+    each = rows[slots].view(tokens, choices, -1)
+    return d_rows, (each * grad[:, None]).sum(2, dtype=weight.dtype)

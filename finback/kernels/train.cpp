@@ -1,0 +1,409 @@
+// What lies between the products of a training step on a CPU: backward passes of norm and SwiGLU, rows laid out by expert and added
+// up again, heads rotated and laid out for attention, the softmax of causal attention and of the vocabulary, each forward and
+// backward in one pass. What is added up is
+// added up in the same order whatever the number of threads. The plain twins stand beside the callers.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "numbers.h"
+
+namespace {
+
+inline float sigmoid(float x) {  // without overflow
+  const float e = exp_(-std::fabs(x));
+  return (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+
+// From the gradient of out = gain * x * inverse and, unless null, of x itself from elsewhere, that of x; and the gain's,
+// added up over blocks of rows: d_gain (blocks, size).
+template <typename T>
+void norm_backward(const T* x, const float* gain, const float* inverse, const T* grad, const T* other, T* d_x,
+                   float* d_gain, int64_t tokens, int64_t size, int64_t block) {
+#pragma omp parallel for schedule(static)
+  for (int64_t first = 0; first < tokens; first += block) {
+    float* sums = d_gain + first / block * size;
+    std::fill(sums, sums + size, 0.0f);
+    for (int64_t t = first; t < std::min(first + block, tokens); ++t) {
+      const T *row = x + t * size, *g = grad + t * size;
+      T* to = d_x + t * size;
+      const float factor = inverse[t];
+      float along = 0;
+#pragma omp simd reduction(+ : along)
+      for (int64_t i = 0; i < size; ++i) along += to_float(g[i]) * gain[i] * to_float(row[i]);
+      along *= factor * factor / float(size);
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) sums[i] += to_float(g[i]) * to_float(row[i]) * factor;
+      if (other) {
+        const T* more = other + t * size;
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i)
+          narrow((to_float(g[i]) * gain[i] - to_float(row[i]) * along) * factor + to_float(more[i]), to + i);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) narrow((to_float(g[i]) * gain[i] - to_float(row[i]) * along) * factor, to + i);
+      }
+    }
+  }
+}
+
+// From the gradient of out = silu(gate) * up (rows, width) that of [gate | up]; and out once more, unless null.
+template <typename T>
+void swiglu_backward(const T* x, const T* grad, T* d_x, T* out, int64_t rows, int64_t width) {
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < rows; ++t) {
+    const T *gate = x + 2 * t * width, *up = gate + width, *g = grad + t * width;
+    T *d_gate = d_x + 2 * t * width, *d_up = d_gate + width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const float a = to_float(gate[i]), s = sigmoid(a), given = to_float(g[i]);
+      narrow(given * to_float(up[i]) * (s + a * s * (1 - s)), d_gate + i);
+      narrow(given * a * s, d_up + i);
+    }
+    if (out)
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) narrow(silu(to_float(gate[i])) * to_float(up[i]), out + t * width + i);
+  }
+}
+
+// rows[slots[t, j]] = x[t], times weight[t, j] unless that is null. x (tokens, size), slots and weight (tokens, choices).
+template <typename T>
+void spread(const T* x, const int64_t* slots, const float* weight, T* rows, int64_t tokens, int64_t choices,
+            int64_t size) {
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t pair = t * choices; pair < (t + 1) * choices; ++pair) {
+      T* to = rows + slots[pair] * size;
+      if (weight) {
+        const float factor = weight[pair];
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) narrow(factor * to_float(x[t * size + i]), to + i);
+      } else {
+        std::memcpy(to, x + t * size, size * sizeof(T));
+      }
+    }
+}
+
+// out[t] = sum over j of rows[slots[t, j]], each times weight[t, j] unless that is null.
+template <typename T>
+void gather(const T* rows, const int64_t* slots, const float* weight, T* out, int64_t tokens, int64_t choices,
+            int64_t size) {
+#pragma omp parallel
+  {
+    std::vector<float> sums(size);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t pair = t * choices; pair < (t + 1) * choices; ++pair) {
+        const T* row = rows + slots[pair] * size;
+        const float factor = weight ? weight[pair] : 1.0f;
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) sums[i] += factor * to_float(row[i]);
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) narrow(sums[i], out + t * size + i);
+    }
+  }
+}
+
+// d_weight[t, j] = grad[t] . rows[slots[t, j]]
+template <typename T>
+void weigh(const T* rows, const int64_t* slots, const T* grad, float* d_weight, int64_t tokens, int64_t choices,
+           int64_t size) {
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t pair = t * choices; pair < (t + 1) * choices; ++pair) {
+      const T *row = rows + slots[pair] * size, *g = grad + t * size;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < size; ++i) sum += to_float(g[i]) * to_float(row[i]);
+      d_weight[pair] = sum;
+    }
+}
+
+// Scores (rows, length, length) become softmax(scale * scores) over the tokens that are seen, 0 elsewhere. seen (rows / heads,
+// length, length) says which; null: those up to the one that asks, which all see.
+template <typename T>
+void causal_softmax(T* scores, const uint8_t* seen, float scale, int64_t rows, int64_t heads, int64_t length) {
+#pragma omp parallel
+  {
+    std::vector<float> buffer(length);
+    float* s = buffer.data();
+#pragma omp for schedule(static)
+    for (int64_t line = 0; line < rows * length; ++line) {
+      const int64_t query = line % length, row = line / length, count = seen ? length : query + 1;
+      const uint8_t* sees = seen ? seen + (row / heads * length + query) * length : nullptr;
+      T* x = scores + line * length;
+      float top = -INFINITY, sum = 0;
+      for (int64_t i = 0; i < count; ++i) s[i] = to_float(x[i]) * scale;
+      if (sees)
+        for (int64_t i = 0; i < count; ++i) s[i] = sees[i] ? s[i] : -INFINITY;
+#pragma omp simd reduction(max : top)
+      for (int64_t i = 0; i < count; ++i) top = std::max(top, s[i]);
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < count; ++i) sum += s[i] = s[i] == -INFINITY ? 0.0f : exp_(s[i] - top);
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) narrow(s[i] / sum, x + i);
+      for (int64_t i = count; i < length; ++i) narrow(0.0f, x + i);
+    }
+  }
+}
+
+// From the gradient of the softmax's weights that of its scores, in its place. Both (lines, length).
+template <typename T>
+void softmax_backward(const T* weights, T* grad, float scale, int64_t lines, int64_t length) {
+#pragma omp parallel for schedule(static)
+  for (int64_t line = 0; line < lines; ++line) {
+    const T* w = weights + line * length;
+    T* g = grad + line * length;
+    float along = 0;
+#pragma omp simd reduction(+ : along)
+    for (int64_t i = 0; i < length; ++i) along += to_float(w[i]) * to_float(g[i]);
+#pragma omp simd
+    for (int64_t i = 0; i < length; ++i) narrow((to_float(g[i]) - along) * to_float(w[i]) * scale, g + i);
+  }
+}
+
+// Logits (rows, size) become softmax - onehot(label), or 0 where a label is negative; loss (rows,) is -log softmax[label].
+template <typename T>
+void cross_entropy(T* logits, const int64_t* labels, float* loss, int64_t rows, int64_t size) {
+#pragma omp parallel
+  {
+    std::vector<float> buffer(size);
+    float* s = buffer.data();
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      T* x = logits + row * size;
+      const int64_t label = labels[row];
+      loss[row] = 0.0f;
+      if (label < 0) {
+        for (int64_t i = 0; i < size; ++i) narrow(0.0f, x + i);
+        continue;
+      }
+      float top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+      for (int64_t i = 0; i < size; ++i) top = std::max(top, to_float(x[i]));
+      const float picked = to_float(x[label]) - top;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < size; ++i) sum += s[i] = exp_(to_float(x[i]) - top);
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) narrow(s[i] / sum, x + i);
+      narrow(s[label] / sum - 1.0f, x + label);
+      loss[row] = std::log(sum) - picked;
+    }
+  }
+}
+
+// Of logits (rows, size) at a temperature: log softmax of the ids, the entropy, and log of the sum of exponentials, (rows,) each.
+template <typename T>
+void token_logprobs(const T* logits, const int64_t* ids, float inverse_temperature, float* logp, float* entropy, float* sums,
+                    int64_t rows, int64_t size) {
+#pragma omp parallel
+  {
+    std::vector<float> buffer(size);
+    float* s = buffer.data();
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* x = logits + row * size;
+      float top = -INFINITY, sum = 0, mean = 0;
+#pragma omp simd reduction(max : top)
+      for (int64_t i = 0; i < size; ++i) top = std::max(top, s[i] = to_float(x[i]) * inverse_temperature);
+#pragma omp simd reduction(+ : sum, mean)
+      for (int64_t i = 0; i < size; ++i) {
+        const float gap = s[i] - top, e = exp_(gap);
+        sum += e;
+        mean += gap * e;
+      }
+      sums[row] = top + std::log(sum);
+      logp[row] = s[ids[row]] - sums[row];
+      entropy[row] = std::log(sum) - mean / sum;
+    }
+  }
+}
+
+// From the gradient of the ids' log-probabilities that of the logits.
+template <typename T>
+void token_logprobs_backward(const T* logits, const int64_t* ids, float inverse_temperature, const float* sums,
+                             const float* grad, T* d_logits, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* x = logits + row * size;
+    T* to = d_logits + row * size;
+    const float given = grad[row] * inverse_temperature, sum = sums[row];
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) narrow(-given * exp_(to_float(x[i]) * inverse_temperature - sum), to + i);
+    const int64_t id = ids[row];
+    narrow(given * (1.0f - exp_(to_float(x[id]) * inverse_temperature - sum)), to + id);
+  }
+}
+
+struct Heads {
+  int64_t rows, tokens, heads, plain, rotated, value;
+  bool interleaved;
+  const float *cosine, *sine;  // (rows or 1, tokens, rotated / 2)
+  int64_t angles;              // of a row, 0 where all rows have the same
+};
+
+// Queries (rows, tokens, heads, plain + rotated) to (rows, heads, tokens, plain + rotated), the end of each rotated; or, backwards,
+// the gradient of these to that of those.
+template <typename T, bool backward>
+void turn_heads(const Heads& a, const T* from, T* to) {
+  const int64_t size = a.plain + a.rotated, half = a.rotated / 2;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t head = 0; head < a.heads; ++head)
+      for (int64_t t = 0; t < a.tokens; ++t) {
+        const int64_t by_token = ((row * a.tokens + t) * a.heads + head) * size;
+        const int64_t by_head = ((row * a.heads + head) * a.tokens + t) * size;
+        const T* x = from + (backward ? by_head : by_token);
+        T* y = to + (backward ? by_token : by_head);
+        const float *c = a.cosine + row * a.angles + t * half, *s = a.sine + row * a.angles + t * half;
+        std::memcpy(y, x, a.plain * sizeof(T));
+        x += a.plain, y += a.plain;
+        const int64_t step = a.interleaved ? 2 : 1, apart = a.interleaved ? 1 : half;
+        for (int64_t i = 0; i < half; ++i) {
+          if (backward) {
+            const float first = to_float(x[i]), second = to_float(x[half + i]);
+            narrow(first * c[i] + second * s[i], y + step * i);
+            narrow(second * c[i] - first * s[i], y + step * i + apart);
+          } else {
+            const float first = to_float(x[step * i]), second = to_float(x[step * i + apart]);
+            narrow(first * c[i] - second * s[i], y + i);
+            narrow(first * s[i] + second * c[i], y + half + i);
+          }
+        }
+      }
+}
+
+// kv (rows, tokens, heads, plain + value) and the rotated key of all heads (rows, tokens, rotated) to keys and values by head.
+template <typename T>
+void part_heads(const Heads& a, const T* kv, const T* shared, T* key, T* value) {
+  const int64_t line = a.plain + a.value, size = a.plain + a.rotated;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t head = 0; head < a.heads; ++head)
+      for (int64_t t = 0; t < a.tokens; ++t) {
+        const T* x = kv + ((row * a.tokens + t) * a.heads + head) * line;
+        const int64_t at = (row * a.heads + head) * a.tokens + t;
+        std::memcpy(key + at * size, x, a.plain * sizeof(T));
+        std::memcpy(key + at * size + a.plain, shared + (row * a.tokens + t) * a.rotated, a.rotated * sizeof(T));
+        std::memcpy(value + at * a.value, x + a.plain, a.value * sizeof(T));
+      }
+}
+
+template <typename T>
+void part_heads_backward(const Heads& a, const T* d_key, const T* d_value, T* d_kv, T* d_shared) {
+  const int64_t line = a.plain + a.value, size = a.plain + a.rotated;
+#pragma omp parallel
+  {
+    std::vector<float> sums(a.rotated);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t row = 0; row < a.rows; ++row)
+      for (int64_t t = 0; t < a.tokens; ++t) {
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int64_t head = 0; head < a.heads; ++head) {
+          T* x = d_kv + ((row * a.tokens + t) * a.heads + head) * line;
+          const int64_t at = (row * a.heads + head) * a.tokens + t;
+          const T* key = d_key + at * size;
+          std::memcpy(x, key, a.plain * sizeof(T));
+          std::memcpy(x + a.plain, d_value + at * a.value, a.value * sizeof(T));
+          for (int64_t i = 0; i < a.rotated; ++i) sums[i] += to_float(key[a.plain + i]);
+        }
+        for (int64_t i = 0; i < a.rotated; ++i) narrow(sums[i], d_shared + (row * a.tokens + t) * a.rotated + i);
+      }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void finback_norm_backward(int64_t is_bf16, const void* x, const float* gain, const float* inverse, const void* grad,
+                           const void* other, void* d_x, float* d_gain, int64_t tokens, int64_t size, int64_t block) {
+  BOTH(is_bf16, T,
+       norm_backward(static_cast<const T*>(x), gain, inverse, static_cast<const T*>(grad), static_cast<const T*>(other),
+                     static_cast<T*>(d_x), d_gain, tokens, size, block))
+}
+
+void finback_swiglu_backward(int64_t is_bf16, const void* x, const void* grad, void* d_x, void* out, int64_t rows,
+                             int64_t width) {
+  BOTH(is_bf16, T,
+       swiglu_backward(static_cast<const T*>(x), static_cast<const T*>(grad), static_cast<T*>(d_x), static_cast<T*>(out),
+                       rows, width))
+}
+
+void finback_spread(int64_t is_bf16, const void* x, const int64_t* slots, const float* weight, void* rows,
+                    int64_t tokens, int64_t choices, int64_t size) {
+  BOTH(is_bf16, T, spread(static_cast<const T*>(x), slots, weight, static_cast<T*>(rows), tokens, choices, size))
+}
+
+void finback_gather(int64_t is_bf16, const void* rows, const int64_t* slots, const float* weight, void* out,
+                    int64_t tokens, int64_t choices, int64_t size) {
+  BOTH(is_bf16, T, gather(static_cast<const T*>(rows), slots, weight, static_cast<T*>(out), tokens, choices, size))
+}
+
+void finback_weigh(int64_t is_bf16, const void* rows, const int64_t* slots, const void* grad, float* d_weight,
+                   int64_t tokens, int64_t choices, int64_t size) {
+  BOTH(is_bf16, T,
+       weigh(static_cast<const T*>(rows), slots, static_cast<const T*>(grad), d_weight, tokens, choices, size))
+}
+
+void finback_causal_softmax(int64_t is_bf16, void* scores, const uint8_t* seen, int64_t rows, int64_t heads,
+                            int64_t length, double scale) {
+  BOTH(is_bf16, T, causal_softmax(static_cast<T*>(scores), seen, float(scale), rows, heads, length))
+}
+
+void finback_softmax_backward(int64_t is_bf16, const void* weights, void* grad, int64_t lines, int64_t length,
+                              double scale) {
+  BOTH(is_bf16, T, softmax_backward(static_cast<const T*>(weights), static_cast<T*>(grad), float(scale), lines, length))
+}
+
+void finback_cross_entropy(int64_t is_bf16, void* logits, const int64_t* labels, float* loss, int64_t rows,
+                           int64_t size) {
+  BOTH(is_bf16, T, cross_entropy(static_cast<T*>(logits), labels, loss, rows, size))
+}
+
+void finback_token_logprobs(int64_t is_bf16, const void* logits, const int64_t* ids, float* logp, float* entropy,
+                            float* sums, int64_t rows, int64_t size, double inverse_temperature) {
+  BOTH(is_bf16, T,
+       token_logprobs(static_cast<const T*>(logits), ids, float(inverse_temperature), logp, entropy, sums, rows, size))
+}
+
+void finback_token_logprobs_backward(int64_t is_bf16, const void* logits, const int64_t* ids, const float* sums,
+                                     const float* grad, void* d_logits, int64_t rows, int64_t size,
+                                     double inverse_temperature) {
+  BOTH(is_bf16, T,
+       token_logprobs_backward(static_cast<const T*>(logits), ids, float(inverse_temperature), sums, grad,
+                               static_cast<T*>(d_logits), rows, size))
+}
+
+void finback_turn_heads(int64_t is_bf16, const void* from, void* to, const float* cosine, const float* sine,
+                        int64_t rows, int64_t tokens, int64_t heads, int64_t plain, int64_t rotated, int64_t angles,
+                        int64_t interleaved, int64_t backward) {
+  const Heads a{rows, tokens, heads, plain, rotated, 0, interleaved != 0, cosine, sine, angles};
+  if (backward) {
+    BOTH(is_bf16, T, turn_heads<T, true>(a, static_cast<const T*>(from), static_cast<T*>(to)))
+  } else {
+    BOTH(is_bf16, T, turn_heads<T, false>(a, static_cast<const T*>(from), static_cast<T*>(to)))
+  }
+}
+
+void finback_part_heads(int64_t is_bf16, const void* kv, const void* shared, void* key, void* value, int64_t rows,
+                        int64_t tokens, int64_t heads, int64_t plain, int64_t rotated, int64_t width) {
+  const Heads a{rows, tokens, heads, plain, rotated, width, false, nullptr, nullptr, 0};
+  BOTH(is_bf16, T,
+       part_heads(a, static_cast<const T*>(kv), static_cast<const T*>(shared), static_cast<T*>(key), static_cast<T*>(value)))
+}
+
+void finback_part_heads_backward(int64_t is_bf16, const void* d_key, const void* d_value, void* d_kv, void* d_shared,
+                                 int64_t rows, int64_t tokens, int64_t heads, int64_t plain, int64_t rotated,
+                                 int64_t width) {
+  const Heads a{rows, tokens, heads, plain, rotated, width, false, nullptr, nullptr, 0};
+  BOTH(is_bf16, T,
+       part_heads_backward(a, static_cast<const T*>(d_key), static_cast<const T*>(d_value), static_cast<T*>(d_kv),
+                           static_cast<T*>(d_shared)))
+}
+}
