@@ -191,8 +191,8 @@ def test_what_is_no_adapter_of_the_model_is_refused_before_serving(
     whole = found["whole"]
     for given, text in (
         (("sums",), r"--adapter = 'sums': not NAME=FOLDER\. Write it as in"),
-        ((f"hf={whole}",), "something else is called hf already"),
-        ((f"a={whole}", f"a={found['mlp']}"), "something else is called a already"),
+        ((f"hf={whole}",), "the name hf is already in use"),
+        ((f"a={whole}", f"a={found['mlp']}"), "the name a is already in use"),
         ((f"a={base}",), r"--adapter = 'a=.*hf': .*hf holds no adapter_config.json\. Name a folder"),
     ):
         with pytest.raises(UserError, match=text):

@@ -253,7 +253,7 @@ def test_a_tokenizer_of_sentencepiece_alone_is_named_and_goes_out_as_it_is(tmp_p
     export(small(num_nextn_predict_layers=0), tmp_path / "out", "fp32")
     (tmp_path / "out/tokenizer.model").write_bytes(b"\x0a\x00")
     (tmp_path / "out/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    with pytest.raises(UserError, match=r"the folder has its tokenizer only as tokenizer.model. Where sentencepiece"):
+    with pytest.raises(UserError, match=r"the folder has its tokenizer only as tokenizer.model. With sentencepiece"):
         Tokenizer(tmp_path / "out")
     found = check(verify(tmp_path / "out"), "tokenizer")
     assert found.holds is None and found.text == "only as tokenizer.model"
