@@ -338,7 +338,7 @@ def test_cancelling_frees_pages_at_once() -> None:
 
 def test_what_can_never_be_served_is_refused() -> None:
     engine = Engine(MODELS["mla"], (), EngineConfig(tokens=64))
-    with pytest.raises(UserError, match="more than the cache of 64 tokens"):
+    with pytest.raises(UserError, match="exceeds the cache of 64 tokens"):
         engine.submit([1] * 30, SamplingParams(max_tokens=60), 0)
     with pytest.raises(UserError, match=r"prompt = 320: not a token id in 0\.\.319"):
         engine.submit([320], SamplingParams(max_tokens=6), 0)
