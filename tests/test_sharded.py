@@ -140,11 +140,15 @@ def test_a_layout_trains_as_whole_copies_do(name: str, plain: tuple[Path, list[f
 def test_sparse_attention_trains_with_its_indexers(
     config: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """V4 and V3.2, whose indexers learn beside the rest; the model that goes out is one rank's."""
+    """V4 and V3.2, whose indexers learn beside the rest; the model that goes out is one rank's.
+
+    In ten steps: later rounding decides which of two nearly equal scores is picked.
+    """
     recipe = RECIPE.replace("tests.toy import CONFIG", f"tests.many import {config} as CONFIG")
     monkeypatch.setattr("tests.test_sharded.RECIPE", recipe.replace(", num_hidden_layers=3", ""))
-    expected = run_plainly(tmp_path, "plain", PHASES)
-    found = run(tmp_path, name, LAYOUTS[name])
+    phases = PHASES.replace("2048", "768")
+    expected = run_plainly(tmp_path, "plain", phases)
+    found = run(tmp_path, name, LAYOUTS[name], phases)
     for key in ("loss", "mtp_loss", "grad_norm"):
         assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], abs=1e-5), key
     one, many = (models.load(tmp_path / "runs" / n / "base") for n in ("plain", name))
