@@ -193,7 +193,7 @@ def test_what_is_no_adapter_of_the_model_is_refused_before_serving(
         (("sums",), r"--adapter = 'sums': not NAME=FOLDER\. Write it as in"),
         ((f"hf={whole}",), "the name hf is already in use"),
         ((f"a={whole}", f"a={found['mlp']}"), "the name a is already in use"),
-        ((f"a={base}",), r"--adapter = 'a=.*hf': .*hf holds no adapter_config.json\. Name a folder"),
+        ((f"a={base}",), r"--adapter = 'a=.*hf': .*hf has no adapter_config.json\. Give a folder"),
     ):
         with pytest.raises(UserError, match=text):
             ServeOptions(model=base, lora=given)
