@@ -475,16 +475,22 @@ def damage_header(folder: Path) -> None:
     path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
 
 
+def with_index(folder: Path, names: dict[str, str]) -> None:
+    """Weights that an index alone leads to: a file called as a single one counts before it."""
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+
+
 def damage_index(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
+    with_index(folder, {"lm_head.weight": "gone.safetensors"})
 
 
 def damage_index_path(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../model.safetensors"}}))
+    with_index(folder, {"lm_head.weight": "../part.safetensors"})
 
 
 def damage_index_name(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"more.weight": "model.safetensors"}}))
+    with_index(folder, {"more.weight": "part.safetensors"})
 
 
 def damage_pickle(folder: Path) -> None:

@@ -257,7 +257,7 @@ with safe_open(PACKED, "pt") as _file:
     PACKERS = _file.metadata()
 
 
-@pytest.mark.parametrize("kind", PACKERS)
+@pytest.mark.parametrize("kind", sorted(PACKERS))
 def test_what_packers_pack_is_what_they_unpack(kind: str, tmp_path: Path) -> None:
     """Matrices of autoawq 0.2.9, auto-gptq 0.7.1 and compressed-tensors 0.20.1, and what they themselves make of them."""
     held = {name.removeprefix(f"{kind}."): t for name, t in load_file(PACKED).items() if name.startswith(f"{kind}.")}

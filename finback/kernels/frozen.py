@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finback.kernels import moe_gemm
 from finback.kernels.moe_gemm import Blocks
+from finback.kernels.places import added_up, laid_out
 from finback.kernels.swiglu import swiglu
 
 # a stored weight (out, in) in the dtype of the arithmetic, and that of an expert
@@ -63,12 +64,10 @@ def routed_experts(
 
     activation makes (m, w) of (m, 2w); None: SwiGLU.
     """
-    n, k = index.shape
     by_shape = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     slots, blocks = moe_gemm.layout(index, experts, moe_gemm.BLOCK_MULTIPLE if by_shape else 1)
-    rows = x.new_zeros(blocks[-1][2], x.size(1)).index_copy(0, slots, x.repeat_interleave(k, dim=0))
-    y = down((activation or swiglu)(gate_up(rows, blocks)), blocks)[slots].view(n, k, -1)
-    return (y * weight.to(x.dtype)[:, :, None]).sum(1)
+    rows = laid_out(x, slots, blocks[-1][2], index.size(1))
+    return added_up(down((activation or swiglu)(gate_up(rows, blocks)), blocks), slots, weight)
 
 
 def per_expert(rows: Tensor, blocks: Blocks, width: int, matrices: Matrices) -> Tensor:

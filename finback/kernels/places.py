@@ -1,5 +1,7 @@
 """Rows of tokens laid out by expert, and added up again: one C++ pass each where a kernel serves them, else the plain lines here."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,41 @@ def gather_backward(rows: Tensor, slots: Tensor, weight: Tensor, grad: Tensor) -
         return d_rows, d_weight.to(weight.dtype)
     each = rows[slots].view(tokens, choices, -1)
     return d_rows, (each * grad[:, None]).sum(2, dtype=weight.dtype)
+
+
+def laid_out(x: Tensor, slots: Tensor, size: int, choices: int) -> Tensor:
+    """`spread` without weights, recorded for a backward pass."""
+    rows: Tensor = _LaidOut.apply(x, slots, size, choices)
+    return rows
+
+
+def added_up(rows: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
+    """`gather` with weights (n, k), recorded for a backward pass."""
+    sums: Tensor = _AddedUp.apply(rows, slots, weight)
+    return sums
+
+
+class _LaidOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor, size: int, choices: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.choices = choices
+        return spread(x, slots, None, size, choices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slots,) = ctx.saved_tensors
+        return gather(grads[0], slots, None, ctx.choices), None, None, None
+
+
+class _AddedUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, slots, weight)
+        return gather(rows, slots, weight, weight.size(1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, slots, weight = ctx.saved_tensors
+        d_rows, d_weight = gather_backward(rows, slots, weight, grads[0])
+        return d_rows, None, d_weight
