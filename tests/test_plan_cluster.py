@@ -312,7 +312,7 @@ def test_layouts_that_cannot_be(change: dict[str, int], word: str) -> None:
         ("pue", "above 0"),
         ("pue=x", "above 0"),
         ("pue=-1", "above 0"),
-        ("mfu=1.5", "whole"),
+        ("mfu=1.5", "a share above 1"),
         ("pue=nan", "above 0"),
         ("network=0", "above 0"),
     ],

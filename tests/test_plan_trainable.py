@@ -93,7 +93,7 @@ def test_the_planner_knows_the_trainers_words() -> None:
     known = choices(Pretrain)
     for name, words in (("recompute", Recompute), ("compute", Precision), ("optimizer", Optimizer)):
         assert set(known[name]) - {"auto"} <= set(get_args(words)), name
-    assert set(known) == {"optimizer", "recompute", "compute", "compile", "expert_kernel", *OF_DATA}, (
+    assert set(known) == {"optimizer", "muon_form", "recompute", "compute", "compile", "expert_kernel", *OF_DATA}, (
         "a new choice is to be planned"
     )
 

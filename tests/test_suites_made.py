@@ -209,7 +209,7 @@ def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
     assert measured.bits == pytest.approx(bits, rel=1e-4)
     assert Compressed(8.0, 4, 2).bits_per_byte == 2.0
     uniform = torch.zeros_like(model.logits(model(torch.zeros(1, 3, dtype=torch.long))))
-    model.logits = lambda hidden: uniform[0, 0].expand(*hidden.shape[:-1], -1)  # type: ignore[method-assign]
+    model.head.forward = lambda hidden: uniform[0, 0].expand(*hidden.shape[:-1], -1)  # type: ignore[method-assign]
     flat = compression.measure(model, tokenizer, suite)
     assert flat.bits == pytest.approx(tokens * math.log2(CONFIG.vocab_size), rel=1e-5)
     assert suite.task.check(suite.problems[0], suite.problems[0].question) == NONE
