@@ -197,7 +197,7 @@ t.run(t.stage(text, **t.ALL), root)
 
 
 @pytest.mark.parametrize(
-    "when", [200, 660, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 100, 300, 330, 400, 520))]
+    "when", [200, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 100, 300, 330, 400, 520, 660))]
 )
 def test_killed_anywhere_it_goes_on_with_the_source_at_hand(when: int, made: tuple[Path, Path], tmp_path: Path) -> None:
     """About 330 documents are stored and as many written: each moment is in another source or pass."""

@@ -457,6 +457,7 @@ def test_axe_finds_nothing_in_the_chat(opened: Opened, device: dict[str, Any]) -
     assert len(seen) == (12 if device else 13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_axe_finds_nothing_in_the_runs(opened: Opened, root: Path, device: dict[str, Any]) -> None:
     (root / "second/zero/config.json").write_text("{")

@@ -61,12 +61,13 @@ def name_of(layout: Layout) -> str:
     return ",".join(f"{name}={value}" for name, value in changed.items())
 
 
-FAST = [Layout(dp=2), Layout(dp=2, ep=2, sharding="zero1"), pipeline("1f1b", sharding="zero1"), pipeline("dualpipev")]
+FAST = [Layout(dp=2, ep=2, sharding="zero1"), pipeline("1f1b", sharding="zero1")]
 TWO = [
+    Layout(dp=2),
     Layout(dp=2, ep=2),
     Layout(dp=2, sharding="zero1", micro_batches=2),
     Layout(dp=2, micro_batches=4),
-    *(pipeline(s) for s in ("1f1b", "zb1p", "interleaved", "zbv")),
+    *(pipeline(s) for s in ("1f1b", "zb1p", "interleaved", "zbv", "dualpipev")),
     *(pipeline(s, sharding="zero1") for s in ("zb1p", "interleaved", "zbv", "dualpipev")),
 ]
 FOUR = [
