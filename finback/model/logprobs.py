@@ -71,7 +71,7 @@ class _Picked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, inverse_temperature: float) -> tuple[Tensor, Tensor]:
         logits, ids = logits.contiguous(), ids.contiguous()
-        logp, entropy, sums = torch.empty(3, len(ids)).unbind()
+        logp, entropy, sums = (torch.empty(len(ids)) for _ in range(3))
         ctx.save_for_backward(logits, ids, sums)
         ctx.inverse_temperature = inverse_temperature
         is_bf16 = logits.dtype == torch.bfloat16
