@@ -94,6 +94,14 @@ def pretraining(report: Report) -> Rows:
     yield from ratios(report, {name: what.format(target) for name, what in names.items()})
 
 
+def passes(report: Report) -> Rows:
+    size = f"{next(iter(report['contestants'].values()))['parameters'] / 1e6:.1f} M parameters"
+    for r in report["ratios"]:
+        ranks = r["over"].split()[-1].replace("x", " ranks of ") + " thread"
+        what = f"training steps with the C++ passes between products over torch's operators, {size}, {r['over'].split()[1]}, {ranks}"
+        yield what, f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"
+
+
 def ablate(report: Report) -> Rows:
     def mean(optimizer: str, mtp: bool) -> float:
         bits = [r["bits_per_byte"] for r in report["runs"] if (r["optimizer"], r["mtp"]) == (optimizer, mtp)]
