@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finback.kernels import fp8_hopper
 from finback.kernels.fp8_products import Emulated, Operand, Products
 from finback.kernels.moe_gemm import Blocks, layout
-from finback.kernels.swiglu import clamped
+from finback.kernels.places import gather, gather_backward
+from finback.kernels.swiglu import swiglu as activation
+from finback.kernels.swiglu import swiglu_backward
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,17 @@ class _Fp8Experts(torch.autograd.Function):
         # quantized before they are sent, once for all experts
         tiles = tuple(t[order // k] for t in p.tiles(x, numerics.input_power_of_two))
         sorted_y, saved = _feed_forward(p, tiles, (gate_up, down), ctx.blocks, x.dtype, numerics.limit)
-        y = sorted_y[slots].view(n, k, -1)
-        ctx.save_for_backward(slots, order, y, weight, *saved)
+        ctx.save_for_backward(slots, sorted_y, weight, *saved)
         ctx.numerics = numerics
-        return (y * weight.to(x.dtype)[:, :, None]).sum(1)
+        return gather(sorted_y, slots, weight, k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        slots, order, y, weight, *saved = ctx.saved_tensors
-        grad, (n, k, d) = grads[0], y.shape
-        p = products_for(grad, ctx.numerics)
-        d_weight = (y * grad[:, None]).sum(2, dtype=weight.dtype)
-        d_y = (weight.to(grad.dtype)[:, :, None] * grad[:, None]).view(n * k, d)[order]
+        slots, sorted_y, weight, *saved = ctx.saved_tensors
+        p = products_for(grads[0], ctx.numerics)
+        d_y, d_weight = gather_backward(sorted_y, slots, weight, grads[0])
         d_rows, d_gate_up, d_down = _feed_back(p, d_y, saved, ctx.blocks, ctx.numerics)
-        return d_rows[slots].view(n, k, d).sum(1), None, d_weight, d_gate_up, d_down, None
+        return gather(d_rows, slots, None, weight.size(1)), None, d_weight, d_gate_up, d_down, None
 
 
 def _feed_forward(
@@ -147,8 +145,7 @@ def _feed_forward(
     """
     w_in, w_out = (p.blocks(weight) for weight in weights)
     hidden = _per_expert(p, tiles, w_in, blocks, dtype)
-    gate, up = (hidden if limit is None else clamped(hidden, limit)).chunk(2, dim=-1)
-    y = _per_expert(p, p.tiles(F.silu(gate) * up), w_out, blocks, dtype)
+    y = _per_expert(p, p.tiles(activation(hidden, limit)), w_out, blocks, dtype)
     return y, (*tiles, *p.tiles(hidden), *w_in, *w_out)
 
 
@@ -158,20 +155,12 @@ def _feed_back(
     """From the gradient of the rows' outputs to those of the rows, gate_up and down."""
     each = len(saved) // 4
     tiles, hidden, w_in, w_out = (tuple(saved[i : i + each]) for i in range(0, len(saved), each))
-    kept = p.dequantize(hidden).to(grad.dtype)
-    inner = kept if numerics.limit is None else clamped(kept, numerics.limit)
-    gate, up = inner.chunk(2, dim=-1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
     sent = p.tiles(grad, numerics.gradient_power_of_two)
     # what travelled in FP8 is all that the expert has of it
     seen = p.dequantize(sent) if numerics.gradient_power_of_two else grad
     d_act = _per_expert(p, sent, _transposed(w_out), blocks, grad.dtype)
-    d_down = _outer(p, seen, silu * up, blocks, len(w_out[0]), (numerics.gradient_power_of_two, False))
-    # silu'(g) = s + silu·(1 - s)
-    d_hidden = torch.cat([d_act * up * torch.addcmul(sigmoid, silu, 1 - sigmoid), d_act * silu], dim=-1)
-    if numerics.limit is not None:
-        d_hidden.masked_fill_(inner != kept, 0)
+    d_hidden, act = swiglu_backward(p.dequantize(hidden).to(grad.dtype), d_act, numerics.limit)
+    d_down = _outer(p, seen, act, blocks, len(w_out[0]), (numerics.gradient_power_of_two, False))
     d_rows = _per_expert(p, p.tiles(d_hidden), _transposed(w_in), blocks, grad.dtype)
     rows = p.dequantize(tiles)
     d_gate_up = _outer(p, d_hidden, rows, blocks, len(w_in[0]), (False, numerics.input_power_of_two))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finback.kernels import native
 from finback.kernels.places import gather, gather_backward, spread
-from finback.kernels.swiglu import activation, activation_backward
+from finback.kernels.swiglu import swiglu, swiglu_backward
 
 # rows to which blocks of experts are rounded up in bf16 on a CPU
 BLOCK_MULTIPLE = 32
@@ -89,7 +89,7 @@ class _GroupedExperts(torch.autograd.Function):
         w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
         rows = spread(x, slots, None, size, k)
         hidden = per_expert(rows, w_in.transpose(1, 2), blocks)
-        y = per_expert(activation(hidden, limit), w_out.transpose(1, 2), blocks)
+        y = per_expert(swiglu(hidden, limit), w_out.transpose(1, 2), blocks)
         ctx.save_for_backward(rows, slots, hidden, y, weight, w_in, w_out)
         ctx.blocks, ctx.limit, ctx.dtype = blocks, limit, gate_up.dtype
         return gather(y, slots, weight, k)
@@ -99,7 +99,7 @@ class _GroupedExperts(torch.autograd.Function):
         rows, slots, hidden, y, weight, w_in, w_out = ctx.saved_tensors
         blocks = ctx.blocks
         d_y, d_weight = gather_backward(y, slots, weight, grads[0])
-        d_hidden, act = activation_backward(hidden, per_expert(d_y, w_out, blocks), ctx.limit)
+        d_hidden, act = swiglu_backward(hidden, per_expert(d_y, w_out, blocks), ctx.limit)
         d_down = outer_per_expert(d_y, act, blocks, w_out).to(ctx.dtype)
         d_gate_up = outer_per_expert(d_hidden, rows, blocks, w_in).to(ctx.dtype)
         d_x = gather(per_expert(d_hidden, w_in, blocks), slots, None, weight.size(1))

@@ -14,11 +14,6 @@ def swiglu(x: Tensor, limit: float | None = None) -> Tensor:
     if limit is None and native.serves(x) and torch.is_grad_enabled():
         recorded: Tensor = _SwiGLU.apply(x)
         return recorded
-    return activation(x, limit)
-
-
-def activation(x: Tensor, limit: float | None = None) -> Tensor:
-    """The same; where it is recorded for a backward pass, operator by operator."""
     if limit is not None:
         x = clamped(x, limit)
     if not native.ready(x):
@@ -31,8 +26,8 @@ def activation(x: Tensor, limit: float | None = None) -> Tensor:
     return out
 
 
-def activation_backward(x: Tensor, grad: Tensor, limit: float | None = None) -> tuple[Tensor, Tensor]:
-    """The gradient of x (..., [gate | up]) from that of `activation` (..., half), and the activation once more."""
+def swiglu_backward(x: Tensor, grad: Tensor, limit: float | None = None) -> tuple[Tensor, Tensor]:
+    """The gradient of x (..., [gate | up]) from that of `swiglu` (..., half), and the activation once more."""
     inner = x if limit is None else clamped(x, limit)
     d_x = torch.empty_like(x)
     if limit is None and native.serves(x):
@@ -64,9 +59,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return activation(x)
+        return swiglu(x)  # nothing is recorded here
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return activation_backward(x, grads[0])[0]
+        return swiglu_backward(x, grads[0])[0]
