@@ -29,6 +29,12 @@ class Grammars:
                 token["content"] = f"<{token['id']}\0>"
         return LLTokenizer(json.dumps(state), n_vocab=self.vocab, eos_token=stops)
 
+    def of(self, schema: str | None, grammar: str | None) -> "Constraint | None":
+        """The constraint that a request asks for, by its schema or else its grammar; None if by neither."""
+        if schema is not None:
+            return self.constraint(schema)
+        return None if grammar is None else self.lark(grammar)
+
     def constraint(self, schema: str) -> "Constraint":
         """A constraint for one answer; UserError if the schema is invalid."""
         try:

@@ -119,10 +119,7 @@ class Engine:
         request = Request(list(prompt), sampling, seed, salt, leader, thinking=thinking, adapter=number)
         if self.tokenizer is not None and self.grammars is not None:
             request.detokenizer = Detokenizer(self.tokenizer, sampling.stop)
-            if sampling.schema is not None:
-                request.constraint = self.grammars.constraint(sampling.schema)
-            elif sampling.grammar is not None:
-                request.constraint = self.grammars.lark(sampling.grammar)
+            request.constraint = self.grammars.of(sampling.schema, sampling.grammar)
         self.sampler.limit_thinking(request)
         if leader is not None:
             self.scheduler.follow(request, leader)

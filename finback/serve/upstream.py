@@ -129,12 +129,11 @@ class UpstreamEngine:
 
     def _held_to(self, sampling: SamplingParams) -> Constraint | None:
         """What the answer is checked against as it comes, with whatever spaces between its parts: programs differ in these."""
-        if sampling.schema is None:
-            return None if sampling.grammar is None else self.grammars.lark(sampling.grammar)
-        schema = json.loads(sampling.schema)
-        if isinstance(schema, dict):
+        written = sampling.schema
+        if written is not None and isinstance(schema := json.loads(written), dict):
             schema["x-guidance"] = {"whitespace_flexible": True, "coerce_one_of": True}
-        return self.grammars.constraint(json.dumps(schema, ensure_ascii=False))
+            written = json.dumps(schema, ensure_ascii=False)
+        return self.grammars.of(written, sampling.grammar)
 
     # ---- one request -----------------------------------------------------------------------------------------------
 
