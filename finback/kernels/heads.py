@@ -11,6 +11,22 @@ from torch import Tensor
 from finback.kernels import native
 
 
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (0,1), (2,3), … of x (..., rope_dim); cos and sin broadcast against (..., rope_dim / 2).
+
+    The result is laid out [first of each pair | second of each pair]: queries and keys share the permutation, so scores are
+    the paper's, and interleaving again is unnecessary.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (i, i + rope_dim / 2) of x (..., rope_dim): the layout of Llama and Qwen weights."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
 def turned(q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """q (b, t, h, n + r) -> (b, h, t, n + r) with the last r numbers rotated; cos and sin (b or 1, t, r / 2).
 
@@ -21,8 +37,8 @@ def turned(q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         return laid
     plain, rotated = q.split([q.size(-1) - 2 * cos.size(-1), 2 * cos.size(-1)], dim=-1)
     cos, sin = (t[:, :, None].to(q.dtype) for t in (cos, sin))
-    first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
-    return torch.cat([plain, first * cos - second * sin, first * sin + second * cos], dim=-1).transpose(1, 2)
+    rotate = rotate_interleaved if interleaved else rotate_half
+    return torch.cat([plain, rotate(rotated, cos, sin)], dim=-1).transpose(1, 2)
 
 
 def parted(kv: Tensor, rotated: Tensor, plain: int) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from finback.kernels.attention import SCORES, torch_attention
 from finback.kernels.documents import Mask, longest, visible
+from finback.kernels.heads import rotate_half, rotate_interleaved
 from finback.model.cache import FEW, LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear
 from finback.model.mla import MLA
-from finback.model.rope import rotate_half, rotate_interleaved
 
 
 class IndexerQueries(nn.Module, ABC):

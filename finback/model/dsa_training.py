@@ -97,7 +97,7 @@ class TaughtDSA(Taught, DSA):
         if not self.learns(cache):
             return DSA.forward(self, x, cos, sin, cache, attention_mask)
         q_latent, kv = self.inputs(x)
-        query = torch.cat(self.queries(self.q_of(q_latent), cos, sin), dim=-1).transpose(1, 2)
+        query = self.heads(self.q_of(q_latent), cos, sin)
         key, value = self.expanded(*self.latents(kv, cos, sin))
         indexer_key = self.indexer.keys(x.detach(), cos, sin)
         asked, weight = self.indexer.queries(x.detach(), q_latent.detach(), cos, sin)

@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 from finback.kernels.attention import Attention, torch_attention, with_sinks
 from finback.kernels.documents import Mask, Windowed
+from finback.kernels.heads import rotate_half
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, OffsetNorm, RMSNorm
-from finback.model.rope import rotate_first, rotate_half, rotate_nothing, softmax_scale
+from finback.model.rope import rotate_first, rotate_nothing, softmax_scale
 
 
 class HeadsNorm(RMSNorm):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from finback.kernels.attention import Attention, causal_attention, torch_attention
 from finback.kernels.documents import Mask
-from finback.kernels.heads import parted, turned
+from finback.kernels.heads import parted, rotate_half, rotate_interleaved, turned
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
-from finback.model.rope import rotate_half, rotate_interleaved, softmax_scale
+from finback.model.rope import softmax_scale
 
 LATENT_EPS = 1e-6  # constant in every implementation, independent of rms_norm_eps
 
@@ -91,18 +91,17 @@ class MLA(nn.Module):
 
     def attend_rows(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         """Attention of whole rows in expanded form, from what `project` gives -> (b, t, h·v)."""
-        c = self.config
-        query = turned(q.unflatten(-1, (c.num_attention_heads, -1)), cos, sin, c.rope_interleaved)
-        latent, k_rope = self.latents(kv, cos, sin)
-        key, value = self.expanded(latent, k_rope)
-        return self.core(query, key, value, self.scale, mask).transpose(1, 2).flatten(2)
+        return self.attend_expanded(self.heads(q, cos, sin), *self.latents(kv, cos, sin), self.core, mask)
+
+    def heads(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """q (b, t, h·(n + r)) -> rotated queries (b, h, t, n + r)."""
+        return turned(q.unflatten(-1, (self.config.num_attention_heads, -1)), cos, sin, self.config.rope_interleaved)
 
     def attend_expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, core: Attention, mask: Mask = None
+        self, query: Tensor, latent: Tensor, k_rope: Tensor, core: Attention, mask: Mask = None
     ) -> Tensor:
-        """Attention of t tokens over s with per-head keys and values, by the given form `core` -> (b, t, h·v)."""
+        """Attention of t tokens, query (b, h, t, n + r), over s with per-head keys and values, by the given form `core` -> (b, t, h·v)."""
         key, value = self.expanded(latent, k_rope)
-        query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
         return core(query, key, value, self.scale, mask).transpose(1, 2).flatten(2)
 
     def expanded(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,14 +113,15 @@ class MLA(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cache: LayerCache
     ) -> Tensor:
         """Attention of t new tokens, already stored, over everything stored, in the cheaper form -> (b, t, h·v)."""
-        if cache.fresh:  # whole prompts: nothing was stored before
-            return self.attend_expanded(q_nope, q_rope, latent, k_rope, causal_attention)
-        if q_nope.size(1) <= self.longest_absorbed:
+        if not cache.fresh and q_nope.size(1) <= self.longest_absorbed:
             return self.attend_absorbed(q_nope, q_rope, cache)
+        query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
+        if cache.fresh:  # whole prompts: nothing was stored before
+            return self.attend_expanded(query, latent, k_rope, causal_attention)
         c = self.config
         stored = cache.stored()[..., : c.kv_lora_rank + c.qk_rope_head_dim].to(q_nope.dtype)
         latent, k_rope = stored.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        return self.attend_expanded(q_nope, q_rope, latent, k_rope, torch_attention, cache.mask())
+        return self.attend_expanded(query, latent, k_rope, torch_attention, cache.mask())
 
     def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache) -> Tensor:
         """Attention of t tokens over cached [latent | rotary key] entries -> (b, t, h·v).

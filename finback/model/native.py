@@ -9,12 +9,12 @@ from torch import Tensor
 
 from finback.kernels import native
 from finback.kernels.documents import Mask
+from finback.kernels.heads import rotate_half
 from finback.model.cache import LayerCache
 from finback.model.dsa import DSA
 from finback.model.mla import MLA
 from finback.model.pack import PackedGQA
 from finback.model.replace import recast, recast_modules, replace_modules
-from finback.model.rope import rotate_half
 from finback.model.transformer import Transformer
 
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from finback.kernels.heads import rotate_half, rotate_interleaved
 from finback.model.config import ModelConfig
 from finback.model.rope_scaling import LinearRope, Llama3Rope, LongRope, Yarn
 
@@ -97,16 +98,6 @@ def first_row(config: ModelConfig, reach: Reach) -> Reach | int:
     return (reach > scaling.original_max_position_embeddings) * config.max_position_embeddings
 
 
-def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (0,1), (2,3), … of x (..., rope_dim); cos and sin broadcast against (..., rope_dim / 2).
-
-    The result is laid out [first of each pair | second of each pair]: queries and keys share the permutation, so scores are
-    the paper's, and interleaving again is unnecessary.
-    """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-
-
 def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first dimensions of x (..., head_dim), as many as cos and sin cover; the others have no position."""
     turned, rest = x.split([2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
@@ -130,9 +121,3 @@ def unrotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_nothing(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x unchanged, for layers without positions (NoPE, arXiv 2305.19466)."""
     return x
-
-
-def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (i, i + rope_dim / 2) of x (..., rope_dim): the layout of Llama and Qwen weights."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
