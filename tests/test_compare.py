@@ -103,7 +103,7 @@ def test_a_sum_with_an_unknown_part_is_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("says", "accuracy", "flags"),
     [
-        (lambda ask: "", 0, ["answers nothing", "not above chance (25%)"]),
+        (lambda ask: "", 0, ["all answers empty", "not above chance (25%)"]),
         (lambda ask: "3", 0.25, ["always says '3'", "not above chance (25%)"]),
         (lambda ask: f"<think>{ask.place}</think> 3", 0.25, ["always says '3'", "not above chance (25%)"]),
         (lambda ask: str(ask.place * 7 % 4 + 1), 0.5, []),
@@ -127,7 +127,7 @@ def test_always_the_same_is_flagged_though_it_is_right(tmp_path: Path) -> None:
     suite = choices()
     suite = dataclasses.replace(suite, problems=tuple(dataclasses.replace(p, answer="3") for p in suite.problems))
     s = scores_of(lambda ask: "3", suite, tmp_path)
-    said = "always says '3', as 100% of the gold answers do: such questions show nothing"
+    said = "always says '3', as do 100% of the gold answers: the suite cannot tell models apart"
     assert (s["accuracy"], s["flags"]) == (1, [said])
 
 
@@ -144,7 +144,7 @@ def test_always_the_same_letter_is_flagged_however_it_is_said(tmp_path: Path) ->
         )
 
     s = scores_of(says, suite, tmp_path / "out", 2)
-    assert (s["accuracy"], s["majority"], s["flags"][0][:35]) == (1, 1, "always says 'A', as 100% of the gol")
+    assert (s["accuracy"], s["majority"], s["flags"][0][:35]) == (1, 1, "always says 'A', as do 100% of the ")
     shuffled = scores_of(says, load_suite(f"{tmp_path}/quiz.jsonl", None, 0), tmp_path / "out", 2)
     assert 0.2 < shuffled["accuracy"] < 0.8
     assert shuffled["flags"] == ["always says 'A'", "not above chance (50%)"]
@@ -196,8 +196,8 @@ def test_no_verdict_where_answers_lack_the_form(without: int, spoken: bool, tmp_
     assert pair["better"] == ("right" if spoken else None)
     assert pair["no_answer"] == ({} if spoken else {"loose": 5 / 40})
     text = table.render(report)
-    assert ("right is better" in text) == spoken and "no answer of the asked form" in text
-    assert ("no verdict, for 12% of the answers of loose are none of the asked form; +87.5 points" in text) != spoken
+    assert ("right is better" in text) == spoken and "no answer of the requested form" in text
+    assert ("no verdict, because 12% of the answers of loose lack the requested form; +87.5 points" in text) != spoken
     (pair,) = compare(actors, [sums(40)], SamplingProtocol(samples=1), tmp_path, 0.5)["pairs"]
     assert pair["better"] == "right"
 
@@ -208,7 +208,7 @@ def test_language(tmp_path: Path) -> None:
     said = [russian, english, russian, ""]  # without a chain the answer counts, and a number has no words
     s = scores_of(lambda ask: said[ask.place] + gold(ask), sums(4, language="ru"), tmp_path)
     assert s["language"] == pytest.approx(2 / 3)
-    assert "67% of words in the asked language" in table.render(
+    assert "67% of words in the expected language" in table.render(
         compare([Actor("a", gold)], [sums(4, language="ru")], SamplingProtocol(samples=1), tmp_path)
     )
     assert scores_of(gold, sums(4), tmp_path / "none")["language"] is None
@@ -364,7 +364,7 @@ def test_kill_minus_9_and_start_again(tmp_path: Path) -> None:
         assert done.stdout.split() == ["24", "1.0"], done.stderr
         missing = {f"{i}+1=" for i in range(24)} - {f"{q.partition(':')[2]}+1=" for q in kept}
         assert set(fake.asked[before:]) == missing  # what was on its way at the kill may arrive late, and twice
-        assert f"{len(kept)} from before" in done.stderr and "price NOT PROVIDED" in done.stderr
+        assert f"{len(kept)} stored earlier" in done.stderr and "price NOT PROVIDED" in done.stderr
 
 
 # the command
@@ -483,7 +483,7 @@ def test_the_command(catalogue: list[Any], tmp_path: Path, monkeypatch: pytest.M
     assert good["dollars_per_answer"] == pytest.approx((7 + 10) / 1e6)
     text = (tmp_path / "compare.md").read_text()
     assert "good is better" in text and "always says '1'" in text and "97.3" in text and "MMLU" not in text
-    assert "sums in runs/x/prepare: 2 of 9 questions share 13 words" in text
+    assert "sums in runs/x/prepare: 2 of 9 questions share 13 consecutive words" in text
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     everything = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()) + result.output.encode()
     assert b"top-secret" not in everything
@@ -507,7 +507,7 @@ def test_published_alone_needs_no_model(catalogue: list[Any], tmp_path: Path) ->
     ("words", "said"),
     [
         ([], "--tasks"),
-        (["--tasks", "sums"], "nobody to ask"),
+        (["--tasks", "sums"], "no model named"),
         (["--endpoint", "http://a/v1", "--tasks", "sums"], "names no model"),
         (["--endpoint", "http://a/v1#m", "--tasks", "sums", "sums"], "named twice: sums"),
         (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--temperature", 0, "--samples", 4], "greedy"),

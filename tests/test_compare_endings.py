@@ -40,15 +40,15 @@ def asked(make: Any, out: Path, n: int = 4) -> tuple[dict[str, Any], str]:
         *((word, 1, 0, "") for word in ("stop", "STOP", "eos_token", "eos", "stop_sequence", "COMPLETE", "end_turn")),
         *((word, 1, 0, "") for word in ("EndTurn", "stop-sequence", "FINISH_REASON_STOP", "Stop Token", "completed")),
         *((word, 0, 1, "") for word in ("length", "max_tokens", "MAX_TOKENS", "MaxTokens", "model_length")),
-        ("content_filter", 0, 0, "4 taken away by the server (content_filter)"),
-        ("SAFETY", 0, 0, "4 taken away by the server (SAFETY)"),
+        ("content_filter", 0, 0, "4 withheld by the server (content_filter)"),
+        ("SAFETY", 0, 0, "4 withheld by the server (SAFETY)"),
         ("refusal", 1, 0, "4 refused (refusal)"),
         ("tool_calls", 1, 0, "4 called tools (tool_calls)"),
         ("tool_use", 1, 0, "4 called tools (tool_use)"),
-        ("ran_dry", 1, 0, "4 ended in a way that is not known here, and judged as whole (ran_dry)"),
+        ("ran_dry", 1, 0, "4 with an unknown finish reason, judged as complete (ran_dry)"),
         ({"type": "eos"}, 1, 0, ""),
-        (7, 1, 0, "4 ended in a way that is not known here, and judged as whole (7)"),
-        (None, 1, 0, "4 without a finish reason, judged as whole"),
+        (7, 1, 0, "4 with an unknown finish reason, judged as complete (7)"),
+        (None, 1, 0, "4 without a finish reason, judged as complete"),
     ],
 )
 def test_finish_reasons(finish: Any, accuracy: float, cut: float, remark: str, tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_an_end_without_a_name_is_a_cut_where_all_tokens_are_used(tmp_path: Path
         ),
         ({"content": "<think>1, I think</think>"}, "4 reasoning only, without an answer"),
         ({"content": "<think>1, I think"}, "4 reasoning only, without an answer"),
-        ({"content": ""}, "answers nothing"),
-        ({"content": "<|im_end|>"}, "answers nothing"),
+        ({"content": ""}, "all answers empty"),
+        ({"content": "<|im_end|>"}, "all answers empty"),
         ({"content": None, "refusal": "I'm sorry."}, "4 refused (refusal)"),
         ({"content": None, "tool_calls": [{"id": "a", "function": {"name": "f"}}]}, "4 called tools (tool_calls)"),
     ],
@@ -107,7 +107,7 @@ def test_some_of_all_are_counted(tmp_path: Path) -> None:
     assert (score["stop_tokens"], score["answered_by"]) == ({"<|im_end|>": 1}, {"m": 5, "n": 1})
     assert score["endings"] == {"stop": 5, "RECITATION": 1}
     said = (
-        "1 empty; 1 reasoning only, without an answer; 1 taken away by the server (RECITATION); "
+        "1 empty; 1 reasoning only, without an answer; 1 withheld by the server (RECITATION); "
         "1 with a stop token in the text, judged up to it (<|im_end|>); 1 answered by another model than m (n)"
     )
     assert "; ".join(score["flags"]) == said and said in text.replace("\\|", "|")
@@ -119,7 +119,7 @@ def test_a_reply_without_choices_is_no_answer(stream: bool, tmp_path: Path) -> N
     empty = Reply(raw=raw, stream=stream)
     score, text = asked(lambda answer: empty if answer == "2" else whole({"content": answer}), tmp_path)
     assert (score["n"], score["failed"], score["accuracy"]) == (3, 1, 1)
-    assert "1 answers failed: the score is of the rest (choices is empty: a reply without an answer)" in text
+    assert "1 answers failed: the score covers the rest (the reply has no choices and so no answer)" in text
 
 
 def test_of_several_samples_the_first_is_read(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_of_several_samples_the_first_is_read(tmp_path: Path) -> None:
 def test_a_servers_own_failure_is_a_failure(word: str, tmp_path: Path) -> None:
     score, text = asked(lambda answer: whole({"content": answer}, word), tmp_path, 2)
     assert (score["failed"], score["accuracy"]) == (2, None)
-    assert ending(word) == "broken" and f"the server broke off with finish_reason {word!r}" in text
+    assert ending(word) == "broken" and f"the server aborted the answer with finish_reason {word!r}" in text
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_hopeless_endpoint_is_left_alone() -> None:
         assert len(found) == 100 and all(isinstance(f, Failure) for f in found)
         assert {f.ask.place for f in found if isinstance(f, Failure)} == set(range(100))
         assert HOPELESS <= len(fake.bodies) <= HOPELESS + 1
-        told = [f.problem for f in found if isinstance(f, Failure) and f.problem.startswith("not asked")]
+        told = [f.problem for f in found if isinstance(f, Failure) and f.problem.startswith("not sent")]
         assert len(told) == 100 - len(fake.bodies) and all("HTTP 401" in problem for problem in told)
 
 

@@ -85,7 +85,7 @@ def test_a_harness_that_fails(stand_in: Path, tmp_path: Path) -> None:
     options = CompareOptions(
         endpoints=("http://a/v1#m",), tasks=("sums",), out=tmp_path / "out", harness="lm-eval", harness_python=stand_in
     )
-    with pytest.raises(UserError, match="it ended with code 3"):
+    with pytest.raises(UserError, match="exited with code 3"):
         harness.measure(
             [Endpoint("http://127.0.0.1:1/v1", "m")], ["broken"], SamplingProtocol(), options, dict(os.environ)
         )

@@ -197,7 +197,7 @@ def test_long_questions_fail_and_long_answers_are_cut(folder: Path) -> None:
     )  # far beyond the window, as R1's budget is for a toy
     found = list(Local(folder, "toy", "fp32").answers(eval_requests([suite], rules, {}), rules))
     (failure,) = (f for f in found if isinstance(f, Failure))
-    assert failure.ask.place == 1 and "the model reads 256" in failure.problem
+    assert failure.ask.place == 1 and "window is 256" in failure.problem
     (answer,) = (f for f in found if isinstance(f, Answer))
     assert answer.prompt_tokens is not None and answer.tokens is not None
     assert answer.finish == "stop" or answer.prompt_tokens + answer.tokens == 256
@@ -298,7 +298,7 @@ def test_choices_by_their_likelihood(folder: Path, tmp_path: Path) -> None:
     report = compare([contestant], suites, SamplingProtocol(samples=4), tmp_path / "out")
     assert [s["accuracy"] for s in report["scores"]] == [sum(right[form]) / 12 for form in likelihood.FORMS]
     assert len({tuple(values) for values in right.values()}) > 1 and report["scores"][0]["answers"] == 12
-    with pytest.raises(UserError, match="scored by log-likelihood, which m does not show"):
+    with pytest.raises(UserError, match="scored by log-likelihood, which m does not return"):
         compare([Endpoint("http://127.0.0.1:9/v1", "m")], suites, SamplingProtocol(), tmp_path / "no")
 
 

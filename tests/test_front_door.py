@@ -104,7 +104,7 @@ def test_stages_are_planned_and_several_ranks_need_a_file(tmp_path: Path) -> Non
     assert finback.plan("tiny", on="h100:1")["model"]["name"] == "tiny"
     with pytest.raises(UserError, match="recipe file"):
         finback.run(list(stages), tmp_path, ranks=2)
-    with pytest.raises(UserError, match="nobody to ask"):
+    with pytest.raises(UserError, match="no model named"):
         finback.compare(tasks=["gsm8k"])
 
 

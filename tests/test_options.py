@@ -87,7 +87,7 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (PlanOptions, {"recompute": "some"}, "--recompute = 'some': expected one of none, attention"),
     (PlanOptions, {"price": -1.0}, "--price"),
     (CompareOptions, {"models": ["a"]}, "--tasks"),
-    (CompareOptions, {"tasks": ["sums"]}, "nobody to ask"),
+    (CompareOptions, {"tasks": ["sums"]}, "no model named"),
     (CompareOptions, {"tasks": ["sums"], "models": ["a"], "price_hour": -1}, "--price-hour = -1: negative"),
     (CompareOptions, {"tasks": "sums", "models": ["a"]}, "--tasks = 'sums': expected tuple"),
     (ChatOptions, {"model": MODEL, "top_k": 1.5}, "--top-k = 1.5"),

@@ -1,1 +1,1 @@
-"""Models side by side on the same questions: what differs, how sure that is, and what an answer cost."""
+"""Compares models on the same questions: differences, their significance, and the cost of an answer."""

@@ -1,6 +1,6 @@
-"""`finback compare`: contestants x suites -> one report. Ask what is not known yet, judge all of it, and say what it shows.
+"""`finback compare`: contestants x suites -> one report. Requests missing answers, judges all answers and summarizes them.
 
-One contestant after the other, so that two models are never in memory together. Does not import torch.
+Contestants run one after another, so that two models are never in memory together. Does not import torch.
 """
 
 import json
@@ -33,20 +33,23 @@ from finback.suites import published as tables
 from finback.suites.compression import METRIC
 from finback.suites.suite import Suite
 
-KEY = "FINBACK_ENDPOINT_KEY"  # not OPENAI_API_KEY: that one is OpenAI's, and not for every address
+KEY = "FINBACK_ENDPOINT_KEY"  # not OPENAI_API_KEY, a secret that must not be sent to any other address
 ANSWERS = "answers"  # the folder of stored answers within --out
-SURE = 20  # after a tenth of all answers, or so many, the time left is shown
+SURE = 20  # the remaining time is shown after this many answers, or after a tenth of them if that is fewer
 
 
 def run(options: CompareOptions, environment: Mapping[str, str]) -> tuple[dict[str, Any], str, bool]:
-    """The report, its text, and whether every request was answered; all of it is in `options.out` too."""
+    """Returns the report, its text, and whether every request was answered.
+
+    A report of measurements is also written to `options.out`; published scores alone are only returned.
+    """
     if options.tasks or not options.published:
         prepare_folder(options.out)
         with locked(options.out):
             report = _measured(options, environment)
     else:
         report = {"published": published([])}
-    # tables as wide as a terminal, if the text goes to one, and else in Markdown
+    # tables are fitted to the terminal if the text goes to one, and are Markdown otherwise
     text = table.render(report, terminal.table if sys.stdout.isatty() else table.markdown)
     return report, text, not report.get("failures")
 
@@ -70,13 +73,13 @@ def _measured(options: CompareOptions, environment: Mapping[str, str]) -> dict[s
 
 
 def protocol(options: CompareOptions) -> SamplingProtocol:
-    """The protocol; where nobody says how many samples, four, or one if they would all be alike."""
+    """The sampling protocol. `samples` defaults to 4, or to 1 for greedy decoding, whose samples are all equal."""
     o, samples = options, options.samples or (SAMPLES if options.temperature else 1)
     return SamplingProtocol(samples, o.temperature, o.top_p, o.max_tokens, o.seed, o.think)
 
 
 def write(report: dict[str, Any], out: Path) -> None:
-    """compare.json, compare.md, and compare.png where there is something to draw."""
+    """Writes compare.json, compare.md and, if there is an accuracy to draw, compare.png."""
     write_json(out / "compare.json", report)
     part = out / "compare.md.part"
     part.write_text(table.render(report) + "\n", encoding="utf-8")
@@ -86,7 +89,7 @@ def write(report: dict[str, Any], out: Path) -> None:
 
 
 def open_all(options: CompareOptions, environment: Mapping[str, str]) -> list[Contestant]:
-    """Contestants in the order of the command line, files before endpoints; nothing is loaded or contacted yet."""
+    """Contestants in the order of the command line, models in files first; no model is loaded, no endpoint contacted."""
     same = {"concurrency": options.concurrency, "rate": options.rate, "timeout": options.timeout}
     endpoints = [Endpoint.parse(text, **same) for text in options.endpoints]
     models = [(path, _label(path)) for path in options.models]
@@ -110,17 +113,17 @@ def open_all(options: CompareOptions, environment: Mapping[str, str]) -> list[Co
 
 
 def _label(path: Path) -> str:
-    """What a model is called in tables: its path, or for a long one its last parts."""
+    """A model's name in tables: its name on the hub, its path, or the last two parts of a path of over 40 characters."""
     text = model_name(path) if "snapshots" in path.parts else str(path).rstrip("/")
     return text if len(text) <= 40 else "/".join(path.resolve().parts[-2:])
 
 
 def _keys(given: Sequence[str], names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The keys by endpoint, from the environment; for all the same, or one named."""
+    """Each endpoint's API key: FINBACK_ENDPOINT_KEY, or the environment variable that --key-env names for it."""
 
     def key(variable: str, whole: str) -> str:
         if not environment.get(variable):
-            raise UserError("--key-env", variable, "no such environment variable, or empty", "Export it first.")
+            raise UserError("--key-env", variable, "not set in the environment, or empty", "Export it first.")
         return environment[variable]
 
     return dict.fromkeys(names, environment.get(KEY, "")) | by_endpoint(given, "--key-env", names, key)
@@ -132,12 +135,12 @@ def _extra(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError("--extra", text, "not a JSON object", """Write for example '{"reasoning_effort": "high"}'.""")
+        raise UserError("--extra", text, "not a JSON object", """Writes for example '{"reasoning_effort": "high"}'.""")
     return value
 
 
 def published(suites: Sequence[str]) -> list[dict[str, Any]]:
-    """Published scores on the questions of these suites; all there are where no suite is named."""
+    """Published scores on these suites, or all published scores if no suite is named."""
     return [asdict(row) for name in suites or [""] for row in tables.rows(name)]
 
 
@@ -148,12 +151,16 @@ def compare(
     out: Path,
     max_no_answer: float = MAX_NO_ANSWER,
 ) -> dict[str, Any]:
-    """Ask everybody everything and return the report; KeyboardInterrupt leaves what was answered on disk."""
+    """Asks every contestant every question and returns the report.
+
+    On KeyboardInterrupt the answers so far remain on disk. UserError: repeated names, or a suite that is scored by
+    log-likelihood with a contestant that returns none.
+    """
     _demand_distinct([c.name for c in contestants], "contestants")
     _demand_distinct([suite.name for suite in suites], "--tasks")
     for contestant in contestants:
         for suite in (s for s in suites if s.continuations and not hasattr(contestant, "compress")):
-            problem = f"is scored by log-likelihood, which {contestant.name} does not show"
+            problem = f"is scored by log-likelihood, which {contestant.name} does not return"
             raise UserError("--tasks", suite.name, problem, "Compare models in files, or leave out ?score.")
     prepare_folder(out)
     scores: list[Score] = []
@@ -187,13 +194,13 @@ def compare(
 def gather(
     contestant: Contestant, wanted: Sequence[EvalRequest], rules: SamplingProtocol, store: AnswerStore
 ) -> list[Failure]:
-    """Have a contestant answer what is not stored yet; the requests that failed."""
+    """Requests the answers that are not stored yet; returns the requests that failed."""
     missing = [ask for ask in wanted if ask.key not in store.answers]
     failures: list[Failure] = []
     if not missing:
         return failures
     progress = ProgressLine(contestant.name, len(missing), "answers", sure=min(SURE, len(missing) / 10))
-    earlier = f"{len(wanted) - len(missing):,} from before" if len(missing) < len(wanted) else ""
+    earlier = f"{len(wanted) - len(missing):,} stored earlier" if len(missing) < len(wanted) else ""
     dollars: float | None = 0.0
     try:
         for done, each in enumerate(store.save(contestant.answers(missing, rules)), 1):
@@ -216,7 +223,7 @@ def gather(
 
 
 def compression(contestant: Contestant, texts: Sequence[Suite], path: Path) -> list[dict[str, Any]]:
-    """Bits per byte of each text, measured once and then stored; None for a contestant that shows no probabilities."""
+    """Bits per byte of each text, measured once and then stored; None for a contestant that returns no probabilities."""
     known = dict(read_json(path)) if path.is_file() else {}
     missing = [suite for suite in texts if suite.source.digest not in known]
     measure = getattr(contestant, "compress", None)
@@ -248,7 +255,7 @@ def _scores(
 
 
 def describe(suite: Suite) -> dict[str, Any]:
-    """What another person needs to ask the same: source, licence, digest, prompt, extraction, metric."""
+    """What is needed to reproduce a suite: source, licence, digest, prompt, extraction, metric."""
     return {
         "name": suite.name,
         "questions": len(suite.problems),
@@ -268,4 +275,4 @@ def _demand_distinct(names: Sequence[str], field: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if not names or twice:
         problem = f"named twice: {', '.join(twice)}" if twice else "nothing named"
-        raise UserError(field, list(names), problem, "Name each once, and one at least.")
+        raise UserError(field, list(names), problem, "Name each once, and at least one.")

@@ -1,7 +1,7 @@
-"""Who is compared: what every contestant has, what it answers and at what price; its answers on disk. Does not import torch.
+"""The contestants of a comparison: their interface, answers and prices, and the store of answers. Does not import torch.
 
-An answer is one line in a file as soon as it is there, so that nothing that was paid for is asked twice. It holds its text
-and its cost; whether it is right is judged anew each time.
+Each answer is appended to a file as one line when it arrives, so that no request is paid for twice. The line holds the text
+and its cost but no verdict: answers are judged again on every run.
 """
 
 import json
@@ -23,7 +23,7 @@ from finback.runs.files import read_lines
 
 T = TypeVar("T")
 
-_SYNC = 1.0  # seconds between two calls of fsync: what a loss of power may cost
+_SYNC = 1.0  # seconds between two calls of fsync, and so of answers that a power failure may lose
 
 
 @dataclass(frozen=True)
@@ -32,57 +32,57 @@ class Answer:
 
     key: str
     suite: str
-    # the problem's key, for readers of the file
+    # the problem's key; it serves people who read the file
     question: str
     sample: int
     thinking: str
-    # after the chain
+    # what follows the chain of thought
     text: str
-    # whether the chain has an end
+    # whether the chain of thought is closed
     closed: bool
-    # "stop", "length", or what else a server calls it; "" where it calls it nothing
+    # the finish reason: "stop", "length", or the server's own word; "" if it sends none
     finish: str
-    # None where a server does not say
+    # None if a server does not report it
     prompt_tokens: int | None
-    # chain and answer together, whatever a server counts where
+    # chain of thought and answer together; see `endpoint.billed`
     tokens: int | None
-    # from when it was begun until it was whole
+    # from the start of the last try to the last token
     seconds: float
-    # seconds of the machine that are this answer's share; 0 for endpoints
+    # this answer's share of the machine's seconds; 0 for endpoints
     busy: float = 0.0
     tries: int = 1
-    # what a server says has answered
+    # the model that the server names in its reply
     model: str = ""
 
     @property
     def whole(self) -> bool:
-        """Whether it came to its end; only then it is judged. An end of an unknown name is one."""
+        """Whether the answer is complete; only complete answers are judged. An unknown finish reason counts as complete."""
         return ending(self.finish) in ("stop", "refused", "tools", "unknown") and self.closed
 
     @property
     def content(self) -> str:
-        """The text that is judged: up to the first stop token that a server has left in it."""
+        """The text that is judged: up to the first stop token that the server left in it."""
         return before_stop_token(self.text)[0]
 
     @property
     def stop_token(self) -> str:
-        """The first stop token in the text, "" if there is none."""
+        """The first stop token in the text, or ""."""
         return before_stop_token(self.text)[1]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An ask that got no answer at all, which says nothing of the model."""
+    """A request that got no answer. It counts neither for nor against the model."""
 
     ask: EvalRequest
     problem: str
 
 
 def parse_answer(ask: EvalRequest, text: str, reasoning: str = "", opened: bool = False, **more: Any) -> Answer:
-    """An answer from a reply, with its chain in the text or beside it; `opened` says that the prompt opened one."""
+    """Builds an answer from a reply; `reasoning` is a chain of thought sent apart, `opened`: the prompt opened a chain."""
     unopened = text.lstrip().startswith(END_THINK) if reasoning else opened or END_THINK in text
     if unopened and not text.lstrip().startswith(THINK):
-        text = THINK + text  # servers that know nothing of chains leave out what the prompt ended with
+        text = THINK + text  # a server without a reasoning parser does not repeat the <think> that ends the prompt
     response = parse_response(text)
     thinking = reasoning.strip() or response.reasoning
     key = ask.suite.problems[ask.place].key
@@ -91,17 +91,18 @@ def parse_answer(ask: EvalRequest, text: str, reasoning: str = "", opened: bool 
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars, and where the figure is from; None where it is unknown, which is not 0."""
+    """Dollars, and the source of the figure. None is an unknown price, not 0."""
 
-    # of the machine, for a model that runs here
+    # per machine-hour, for a model that runs here
     per_hour: float | None = None
-    # of a million prompt tokens, for an endpoint
+    # per million prompt tokens, for an endpoint
     per_input: float | None = None
+    # per million generated tokens, for an endpoint
     per_output: float | None = None
     basis: str = "NOT PROVIDED"
 
     def of(self, answer: Answer) -> float | None:
-        """What an answer has cost. Tries that failed are not in it: no server says what it charges for them."""
+        """The cost of an answer in dollars, without failed tries, since no server reports what it charges for those."""
         if self.per_hour is not None:
             return answer.busy * self.per_hour / 3600
         pairs = ((answer.prompt_tokens, self.per_input), (answer.tokens, self.per_output))
@@ -110,25 +111,25 @@ class Price:
 
 
 class Contestant(Protocol):
-    """A model that can be asked."""
+    """A model that can be compared."""
 
     name: str
     price: Price
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that its answers depend on, as plain JSON; answers are stored under a digest of it."""
+        """Everything that the answers depend on, as plain JSON; answers are stored under a digest of it."""
         ...
 
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
-        """An answer or a failure for each ask, in any order, as they come; closing the iterator ends the work."""
+        """Yields an answer or a failure for each request, in order of arrival; closing the iterator ends the work."""
         ...
 
 
 def by_endpoint(given: Sequence[str], option: str, names: Sequence[str], read: Callable[[str, str], T]) -> dict[str, T]:
-    """What an option says of each of the endpoints `names`: VALUE is for all, NAME=VALUE for one.
+    """The value of an option for each of the endpoints `names`: VALUE applies to all, NAME=VALUE to one.
 
-    `read` makes something of a value, or refuses it; it gets the whole text too.
+    `read(value, text)` parses a value or raises UserError; `text` is the whole argument, for the message.
     """
     found: dict[str, T] = {}
     for text in sorted(given, key=lambda t: "=" in t):
@@ -156,7 +157,7 @@ def prices(given: Sequence[str], option: str, names: Sequence[str]) -> dict[str,
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Names for a table: of two that are alike the second is "name (2)"."""
+    """Names for a table: the second "name" becomes "name (2)"."""
     seen: Counter[str] = Counter()
     found = []
     for name in names:
@@ -166,7 +167,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 class AnswerStore:
-    """The answers of one contestant in a folder, by the asks' keys."""
+    """The answers of one contestant in a folder, by the keys of requests."""
 
     def __init__(self, folder: Path, name: str, identity: dict[str, Any]) -> None:
         slug = "".join(c if c.isalnum() else "-" for c in name).strip("-")[-60:]
@@ -179,12 +180,12 @@ class AnswerStore:
                 self.answers[line["key"]] = Answer(**{name: line[name] for name in known & line.keys()})
 
     def save(self, found: Iterator[Answer | Failure]) -> Iterator[Answer | Failure]:
-        """Pass on what comes; every answer is in the file before it is passed on."""
+        """Yields from `found`; each answer is in the file before it is yielded."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a kill left half a line: end that line
+                if file.read(1) != b"\n":  # a killed process left half a line; the next answer needs a line to itself
                     file.write(b"\n")
             synced = time.monotonic()
             for each in found:

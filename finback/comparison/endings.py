@@ -1,9 +1,9 @@
-"""How answers end, in the words of many servers, and stop tokens that a server left in a text. Does not import torch."""
+"""Maps the finish reasons of many servers to a few kinds, and finds stop tokens left in texts. Does not import torch."""
 
 import re
 from typing import Literal
 
-# filtered: the server took the answer away; broken: the server's own failure; unknown: listed by the server's word
+# filtered: the server withheld the answer; broken: the server failed; unknown: reported under the server's own word
 Ending = Literal["stop", "length", "filtered", "refused", "tools", "broken", "unknown"]
 
 _WORDS: dict[Ending, str] = {
@@ -23,7 +23,7 @@ _WORDS: dict[Ending, str] = {
     "internal_error overloaded disconnected insufficient_system_resource",
 }
 _ENDINGS: dict[str, Ending] = {word: ending for ending, words in _WORDS.items() for word in words.split()}
-# <|im_end|>, <|eot_id|>, <｜end▁of▁sentence｜>, the marks of a turn, </s> where nothing else follows; quoted ones are meant
+# <|im_end|>, <|eot_id|>, <｜end▁of▁sentence｜>, turn markers, </s> if only markers follow; quoted ones are part of the answer
 _STOP_TOKEN = re.compile(
     r"(?<![\"'`])(?:<\|start_header_id\|>(?:assistant<\|end_header_id\|>)?|<\|(?:im_)?start\|>(?:assistant\b)?|<\|channel\|>(?:final\b)?"
     r"|<[|｜](?:[^|｜<>\s]{0,30}(?:end|eo[dmst])[^|｜<>\s]{0,30}|return|message|user|observation)[|｜]>"
@@ -33,13 +33,13 @@ _STOP_TOKEN = re.compile(
 
 
 def ending(finish: str) -> Ending:
-    """What a finish_reason says: `stop`, STOP, end_turn, EndTurn, FINISH_REASON_STOP and none at all are one."""
+    """The kind of a finish_reason: `stop`, STOP, end_turn, EndTurn, FINISH_REASON_STOP and "" are all "stop"."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s.-]+", "_", finish.strip()).lower()
     return _ENDINGS.get(words.removeprefix("finish_reason_"), "unknown") if words else "stop"
 
 
 def before_stop_token(text: str) -> tuple[str, str]:
-    """What a text says before its first stop token, and that token ("" for none); tokens before all words are left out."""
+    """The text before its first stop token, and that token ("" if there is none); leading stop tokens are skipped."""
     start, first = 0, ""
     for match in _STOP_TOKEN.finditer(text):
         first = first or match[0]

@@ -1,8 +1,8 @@
-"""A model behind an OpenAI-compatible server: several requests at a time, each tried again until there is an answer.
+"""A model behind an OpenAI-compatible server: concurrent requests, each retried until it is answered or hopeless.
 
-A reply, streamed or whole, counts only when it is complete: a stream that ends without saying so, a chunk that is no
-JSON, or an error behind a status of 200 is no answer. What comes to nothing in the end is a failure of the server, never a
-wrong answer of the model. Does not import torch.
+A reply, streamed or whole, counts only if it is complete: a stream without finish_reason or [DONE], a chunk that is not
+JSON and an error under status 200 are all retried. A request that fails in the end counts as a failure of the server,
+never as a wrong answer of the model. Does not import torch.
 """
 
 import json
@@ -20,21 +20,21 @@ from finback.comparison.endings import ending
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.config import UserError, check_positive
 
-HOPELESS = 8  # failures without one answer after which the rest is not tried
+HOPELESS = 8  # if the first 8 requests all fail, the rest are not sent
 
 
 @dataclass
 class ChatCompletion:
-    """What came back; counts are None where the server gives none."""
+    """A chat completion, assembled from one body or from chunks; counts are None if the server sends none."""
 
     content: str = ""
     reasoning: str = ""
-    # in the server's words
+    # the server's own word
     finish: str = ""
-    # what OpenAI's servers say beside the content when a model declines
+    # OpenAI's field for the text of a refusal, which is not in `content`
     refusal: str = ""
     calls_tools: bool = False
-    # of several samples only the first is read
+    # the index of the choice that is read; other choices are ignored
     index: Any = None
     has_choice: bool = False
     prompt_tokens: int | None = None
@@ -42,9 +42,9 @@ class ChatCompletion:
     model: str = ""
 
     def add(self, chunk: Any) -> None:
-        """Take a whole completion or a chunk of one; RequestFailed if it is none."""
+        """Adds a whole completion or a chunk of one; RequestFailed if it is malformed or reports an error."""
         if not isinstance(chunk, dict):
-            raise RequestFailed(f"no chat completion but {str(chunk)[:100]}")
+            raise RequestFailed(f"not a chat completion: {str(chunk)[:100]}")
         if error := chunk.get("error"):
             raise RequestFailed(f"error in the reply: {json.dumps(error)[:200]}")
         usage = chunk.get("usage")
@@ -69,7 +69,7 @@ class ChatCompletion:
         self.content += _text(message.get("content"))
         self.refusal += _text(message.get("refusal"))
         self.calls_tools |= bool(message.get("tool_calls") or message.get("function_call"))
-        # several names may be there with the same text
+        # a server may send the same text under several names, so only the first is read
         names = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
         given = (_text(message.get(name)) for name in names)
         self.reasoning += next(filter(None, given), "") or _thoughts(message.get("content"))
@@ -78,11 +78,11 @@ class ChatCompletion:
         self.finish = str(finish or self.finish)
 
     def end(self, max_tokens: int | None) -> None:
-        """Once all is there: RequestFailed if that is no answer; an end that the server does not name is found."""
+        """Checks a complete reply: RequestFailed if it holds no answer; infers a finish reason that the server left out."""
         if not self.has_choice:
-            raise RequestFailed("choices is empty: a reply without an answer")
+            raise RequestFailed("the reply has no choices and so no answer")
         if ending(self.finish) == "broken":
-            raise RequestFailed(f"the server broke off with finish_reason {self.finish!r}")
+            raise RequestFailed(f"the server aborted the answer with finish_reason {self.finish!r}")
         if not self.content.strip() and ending(self.finish) == "stop":
             self.finish = "refusal" if self.refusal else "tool_calls" if self.calls_tools else self.finish
         self.content = self.content or self.refusal
@@ -91,7 +91,7 @@ class ChatCompletion:
 
 
 def complete(client: Client, body: dict[str, Any]) -> ChatCompletion:
-    """Send one request and read its reply to the end; RequestFailed when there is no answer."""
+    """Sends one request and reads its reply to the end; RequestFailed when there is no answer."""
     reply = ChatCompletion()
     for event in client.stream("/chat/completions", body):
         if event == DONE:
@@ -106,10 +106,10 @@ def complete(client: Client, body: dict[str, Any]) -> ChatCompletion:
 
 
 def billed(usage: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Prompt tokens and tokens of chain and answer, as a bill counts them; None for what the server does not say.
+    """Billed prompt tokens, and billed tokens of chain of thought and answer; None for what the server does not report.
 
-    Some servers leave the chain out of `completion_tokens` and have it in `total_tokens`, or in its details alone. What
-    the total has beyond both is the chain, unless it is just what was read from a cache.
+    Some servers count the chain only in `total_tokens` or in `completion_tokens_details`, not in `completion_tokens`. The
+    excess of the total over prompt and completion is the chain, unless it equals the number of cached prompt tokens.
     """
     prompt, made = _count(usage, "prompt_tokens", "input_tokens"), _count(usage, "completion_tokens", "output_tokens")
     total = _count(usage, "total_tokens")
@@ -126,48 +126,49 @@ def billed(usage: dict[str, Any]) -> tuple[int | None, int | None]:
         made = (made or 0) + max(0, rest)
     elif total is not None and made is not None:
         prompt = max(0, total - made)
-    if made is not None and thought > made:  # in no sum at all
+    if made is not None and thought > made:  # neither sum includes the chain
         made += thought
     return prompt, made
 
 
 def _count(usage: Any, *names: str) -> int | None:
-    """The first of these that is a whole number, not below 0."""
+    """The first of these fields that holds a whole number of at least 0."""
     values = [usage.get(name) for name in names] if isinstance(usage, dict) else []
     found = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v >= 0 and v == v // 1]
     return int(found[0]) if found else None
 
 
 def _text(value: Any) -> str:
-    """A text, or the texts of a list of parts; null, which stands where there is nothing, is none."""
+    """A text, or the joined texts of a list of parts; "" for null or anything else."""
     if isinstance(value, list):
         return "".join(_text(part.get("text")) for part in value if isinstance(part, dict))
     return value if isinstance(value, str) else ""
 
 
 def _thoughts(content: Any) -> str:
-    """The chain among the parts of a content."""
+    """The chain of thought in a content that is a list of parts."""
     parts = content if isinstance(content, list) else []
     return "".join(_text(part.get("thinking")) for part in parts if isinstance(part, dict))
 
 
 @dataclass
 class Endpoint:
-    """A server's address and what it calls the model, or those of several, which share the questions; the key is shown nowhere."""
+    """One model on one server, or on several that share the questions. The key never appears in output."""
 
-    # with commas between several
+    # comma-separated if there are several servers
     url: str
+    # the model's name on the server
     model: str
     name: str = ""
     key: str = field(default="", repr=False)
-    # goes into every request; null takes a field out
+    # fields added to every request; null removes a field
     extra: dict[str, Any] = field(default_factory=dict)
     price: Price = field(default_factory=Price)
-    # requests at a time, to each server
+    # concurrent requests to each server
     concurrency: int = 8
-    # requests a minute; 0 is any number
+    # requests per minute; 0 is no limit
     rate: float = 0.0
-    # seconds that the server may be silent
+    # seconds without a byte from the server before a request fails
     timeout: float = 300.0
     retries: Retries = Retries()
 
@@ -179,31 +180,31 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, **more: Any) -> "Endpoint":
-        """From URL#MODEL."""
+        """Parses URL#MODEL; UserError if the model is missing."""
         url, mark, model = text.partition("#")
         if not mark or not model:
-            remedy = "Write URL#MODEL, as in http://127.0.0.1:8000/v1#tiny."
+            remedy = "Write URL#MODEL, for example http://127.0.0.1:8000/v1#tiny."
             raise UserError("--endpoint", text, "names no model", remedy)
         return cls(url, model, **more)
 
     @property
     def urls(self) -> list[str]:
-        """Of its servers."""
+        """One address per server."""
         return self.url.split(",")
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The address and the name; what stands behind them, only its owner knows."""
+        """The address and the name. The model behind them may change unnoticed: an endpoint shows no digest of its weights."""
         return {"url": self.url, "model": self.model, "extra": self.extra}
 
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
-        """As they come; leaving the iterator stops asking."""
+        """Yields answers in order of arrival; closing the iterator stops the sending of requests."""
         left, found = iter(asks), queue.SimpleQueue[Answer | Failure | BaseException]()
         lock, limit = threading.Lock(), RateLimit(threading.Event(), self.rate)
-        first: list[Answer | Failure] = []  # outcomes, HOPELESS at most
+        first: list[Answer | Failure] = []  # the first outcomes, at most HOPELESS
 
         def work(clients: list[Client]) -> None:
-            """Ask the first of these; where it fails the next one, and from then on that."""
+            """Sends requests to the first client; when it fails, rotates to the next and stays there."""
             while not limit.stop.is_set():
                 with lock:
                     ask = next(left, None)
@@ -212,20 +213,20 @@ class Endpoint:
                     return
                 try:
                     if len(failures) == HOPELESS:
-                        found.put(Failure(ask, f"not asked, for {HOPELESS} before it failed: {failures[-1]}"))
+                        found.put(Failure(ask, f"not sent, because the first {HOPELESS} failed: {failures[-1]}"))
                         continue
                     each = self._answer(ask, rules, clients, limit)
                     with lock:
                         first.extend([each] if len(first) < HOPELESS else [])
                     found.put(each)
-                except BaseException as error:  # a defect of ours, to be raised where somebody sees it
+                except BaseException as error:  # a bug; re-raised in the caller's thread, where it is seen
                     found.put(error)
 
         with ExitStack() as stack:
             clients = [stack.enter_context(Client(url, self.key, self.timeout)) for url in self.urls]
             for number in range(min(self.concurrency * len(clients), len(asks))):
                 mine = number % len(clients)
-                # not joined at the end: after Ctrl-C nobody waits for what a server still has to say
+                # not joined at the end: Ctrl-C must not wait for replies that are still being generated
                 threading.Thread(target=work, args=(clients[mine:] + clients[:mine],), daemon=True).start()
             try:
                 for _ in asks:
@@ -272,7 +273,7 @@ class Endpoint:
         }
         if ask.suite.stop:
             body["stop"] = list(ask.suite.stop)
-        if rules.think is not None:  # DeepSeek's switch, and that of vLLM and SGLang
+        if rules.think is not None:  # DeepSeek's field, then the one of vLLM and SGLang
             body["thinking"] = {"type": "enabled" if rules.think else "disabled"}
             body["chat_template_kwargs"] = {"thinking": rules.think, "enable_thinking": rules.think}
         return {name: value for name, value in (body | self.extra).items() if value is not None}

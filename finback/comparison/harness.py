@@ -1,7 +1,7 @@
-"""lm-evaluation-harness against our server or somebody's, its results as rows of our report.
+"""Runs lm-evaluation-harness against finback's server or another endpoint and reads its results into the report.
 
-The harness is a program of its own, often in an environment of its own. A model here is served to it on this machine
-alone; the replies stay in the harness's cache beside our answers. Does not import torch.
+The harness is a separate program, often in a separate Python environment. A model in files is served to it on the loopback
+address only. The harness caches its replies under `--out`. Does not import torch.
 """
 
 import importlib.util
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from finback.comparison.local import Local
 
 INSTALL = "pip install 'lm_eval[api]'"
-KEY = "OPENAI_API_KEY"  # where the harness looks for a key; it wants to find something there
-NAME = "finback"  # what a model here is called while it is served
-# a server must not outlive a comparison that was killed
+KEY = "OPENAI_API_KEY"  # the harness reads its key from this variable and fails if it is empty
+NAME = "finback"  # the name under which a model in files is served
+# the server dies with its parent, so that it cannot outlive a comparison that was killed
 START = "from finback.parallel import launch; launch.die_with_parent({parent}); from finback.cli import main; main()"
-STARTING = 600.0  # seconds that a model may take to load
+STARTING = 600.0  # seconds to wait for a model to load
 
 
 def measure(
@@ -48,7 +48,7 @@ def measure(
     options: CompareOptions,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Have the harness ask each contestant its tasks; a report as `compare` makes, with the rows under "harness"."""
+    """Runs the harness on each contestant; returns a report like that of `compare`, with the results under "harness"."""
     harness = _LmEval(find_python(options.harness_python), tasks, rules, options, environment)
     rows: list[dict[str, Any]] = []
     for contestant in contestants:
@@ -66,11 +66,11 @@ def measure(
 
 
 def find_python(given: Path | None) -> Path:
-    """The interpreter that has lm_eval; UserError with the command that installs it."""
+    """The Python interpreter that has lm_eval; UserError, which names the install command, if it has not."""
     if given is None:
         if importlib.util.find_spec("lm_eval") is not None:
             return Path(sys.executable)
-        remedy = f"Run {INSTALL}, or name an environment that has it with --harness-python."
+        remedy = f"Run {INSTALL}, or pass the Python of an environment that has it as --harness-python."
         raise UserError("--harness", "lm-eval", "not installed here", remedy)
     try:
         probe = [str(given), "-c", "import lm_eval"]
@@ -83,7 +83,7 @@ def find_python(given: Path | None) -> Path:
 
 
 def results(found: dict[str, Any], contestant: str) -> list[dict[str, Any]]:
-    """Rows from the harness's results file: each metric of each task with the interval that its error gives."""
+    """Rows from the harness's results file: each metric of each task, with an interval from its standard error."""
     rows = []
     for task, values in found["results"].items():
         counts = (found.get("n-samples") or {}).get(task) or {}
@@ -109,9 +109,13 @@ def results(found: dict[str, Any], contestant: str) -> list[dict[str, Any]]:
 
 
 def interval(value: float, error: float, n: int | None) -> tuple[float, float]:
-    """The interval of a metric from its standard error; of a share or a score in 0..1 over n questions, as for suites here."""
+    """The confidence interval of a metric from its standard error.
+
+    A mean of n scores in 0..1 gets the interval of finback's own suites (`suites.intervals`), anything else Student's t,
+    or the normal distribution if n is unknown.
+    """
     if n is not None and n > 1:
-        # no scores in 0..1 vary more: 1e-9 is for rounding
+        # the largest variance that scores in 0..1 can have at this mean; 1e-9 allows for rounding
         if 0 <= value <= 1 and error**2 * (n - 1) <= value * (1 - value) + 1e-9:
             low, high = limits_of_moments(np.array(value), np.array(n * error**2), n)
             return float(low), float(high)
@@ -123,7 +127,7 @@ def interval(value: float, error: float, n: int | None) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _LmEval:
-    """The harness's interpreter, and what is the same for all contestants."""
+    """The harness's interpreter and the settings that all contestants share."""
 
     python: Path
     tasks: Sequence[str]
@@ -134,7 +138,7 @@ class _LmEval:
     def ask_endpoint(self, contestant: Endpoint, folder: Path) -> dict[str, Any]:
         if len(contestant.urls) > 1:
             remedy = "Put `finback serve --upstream` in front of them."
-            raise UserError("--endpoint", contestant.url, "the harness asks one server", remedy)
+            raise UserError("--endpoint", contestant.url, "the harness supports one server only", remedy)
         arguments = {
             "base_url": f"{contestant.url.rstrip('/')}/chat/completions",
             "model": contestant.model,
@@ -147,7 +151,7 @@ class _LmEval:
     def ask_local(self, contestant: "Local", folder: Path) -> dict[str, Any]:
         from finback.data.tokenizer import Tokenizer
 
-        tokenizer = folder / "tokenizer"  # the harness cuts texts into tokens itself, to separate question and answer
+        tokenizer = folder / "tokenizer"  # the harness tokenizes texts itself to separate question and answer
         tokenizer.mkdir(exist_ok=True)
         Tokenizer(contestant.path).export(tokenizer)
         chat = self.options.harness_chat
@@ -168,7 +172,7 @@ class _LmEval:
             return self._run(f"local-{'chat-' if chat else ''}completions", arguments, folder)
 
     def _run(self, kind: str, arguments: dict[str, Any], folder: Path, key: str = "") -> dict[str, Any]:
-        """Run the harness to its end; what its results file says."""
+        """Runs the harness and returns the content of its results file; UserError if it fails."""
         began = time.time()
         command = [str(self.python), "-m", "lm_eval", "run", "--model", kind, "--tasks", ",".join(self.tasks)]
         command += ["--output_path", str(folder), "--use_cache", str(folder / "cache"), "--seed", str(self.rules.seed)]
@@ -180,20 +184,20 @@ class _LmEval:
         (folder / "harness.log").write_text(done.stdout, encoding="utf-8")
         files = [f for f in folder.rglob("results_*.json") if f.stat().st_mtime >= began - 1]
         if done.returncode or not files:
-            remedy = "See its output above. Check the names of the tasks, and its data sets where there is no network."
-            raise UserError("--harness", "lm-eval", f"it ended with code {done.returncode}", remedy)
+            remedy = "See its output above. Check the task names and, without a network, that its data sets are cached."
+            raise UserError("--harness", "lm-eval", f"exited with code {done.returncode}", remedy)
         return dict(read_json(max(files, key=lambda f: f.stat().st_mtime)))
 
 
 @contextmanager
 def serving(contestant: "Local", log: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """Our server for one model as a process of its own, on a free port of this machine; its address."""
+    """Serves one model in a separate process on a free loopback port; yields the server's address."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", START.format(parent=os.getpid()), "serve", str(contestant.path)]
     command += ["--port", str(port), "--name", NAME, "--dtype", contestant.dtype, "--rows", str(contestant.rows)]
     command += ["--queue", "1024", "--no-page", "--drain", "1"]
-    own = {k: v for k, v in environment.items() if k != "FINBACK_API_KEY"}  # the harness would not know it
+    own = {k: v for k, v in environment.items() if k != "FINBACK_API_KEY"}  # the harness does not send it
     with log.open("w", encoding="utf-8") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=own)
     try:
@@ -218,4 +222,6 @@ def _wait(server: "subprocess.Popen[bytes]", base: str, contestant: "Local", log
         except RequestFailed:
             time.sleep(0.1)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise UserError("MODEL", contestant.name, "the server for it did not start", f"Its log: {lines[-1:] or 'empty'}.")
+    raise UserError(
+        "MODEL", contestant.name, "its server did not start", f"See {log}; last line: {lines[-1:] or 'none'}."
+    )

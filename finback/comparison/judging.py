@@ -1,4 +1,4 @@
-"""Answers judged by their suite's task, and what each was made of. Does not import torch."""
+"""Judges answers by their suite's task. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from finback.tasks.answers import final_answer, spelling
 from finback.tasks.language import consistency
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, judged
 
-_LONGEST_VOTE = 200  # characters: what is longer is an essay, and no two of these agree
+_LONGEST_VOTE = 200  # characters; longer answers are free text, of which no two are equal
 
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer and what it was found to be."""
+    """An answer with its verdict, vote and cost."""
 
-    # of the question in the suite
+    # index of the question in the suite
     place: int
     answer: Answer
     verdict: Verdict
-    # the final answer in a form that can be counted
+    # the normalized final answer, which majority voting counts
     vote: str | None
     dollars: float | None
     # the share of its words that are in the suite's language
@@ -29,27 +29,27 @@ class JudgedAnswer:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the tokens were used up before it ended."""
+        """Whether the token limit cut the answer off."""
         return ending(self.answer.finish) == "length"
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing, neither in the chain nor behind it."""
+        """Whether both the chain of thought and the answer are empty."""
         return not (self.answer.content or self.answer.thinking)
 
     @property
     def is_reasoning_only(self) -> bool:
-        """Whether a chain came to an end, or was given up, and no answer follows it."""
+        """Whether there is a chain of thought, not cut off, without an answer after it."""
         return bool(self.answer.thinking) and not self.answer.content and not self.is_cut
 
     @property
     def shown(self) -> str:
-        """The vote, or how a longer answer begins."""
+        """The vote, or the beginning of an answer without one."""
         return self.vote or self.answer.content[:_LONGEST_VOTE]
 
 
 def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Price) -> list[JudgedAnswer]:
-    """Judge answers, given with the places of their questions. One that is cut off, or lost in its chain, is wrong."""
+    """Judges answers, each paired with the index of its question. Incomplete answers (see `Answer.whole`) are wrong."""
     whole = [pair for pair in answers if pair[1].whole]
     asked = [(suite.problems[place], a.content) for place, a in whole]
     verdicts = dict(zip([id(a) for _, a in whole], judged(suite.task, asked), strict=True))
@@ -67,7 +67,7 @@ def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Pr
 
 
 def vote(suite: Suite, problem: Problem, a: Answer) -> str | None:
-    """What an answer counts for in a vote; nothing where it has no end or no short final answer."""
+    """The normalized final answer for majority voting; None if the answer is incomplete or has no short final answer."""
     read = getattr(suite.task, "read", None)
     if read is not None:
         return read(problem, a.content) if a.whole else None

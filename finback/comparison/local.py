@@ -1,4 +1,4 @@
-"""A model in files, answered by the built-in engine: as many questions at a time as the cache holds."""
+"""A contestant in files, answered by the built-in engine with as many questions in a batch as the cache holds."""
 
 import functools
 import gc
@@ -31,7 +31,7 @@ from finback.suites import likelihood
 from finback.suites.compression import measure
 from finback.suites.suite import Suite
 
-# what a model's answers depend on, in the folders of stages and in Hugging Face's
+# the files that a model's answers depend on, in folders of stages and of Hugging Face
 PATTERNS = (
     *("*.safetensors", "*.safetensors.index.json", "model.json", "config.json", adapters.CONFIG_FILE),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
@@ -40,7 +40,7 @@ PATTERNS = (
 
 @dataclass
 class Local:
-    """A stage's folder, a Hugging Face folder, or a GGUF file; it is in memory only while it answers."""
+    """A stage's folder, a Hugging Face folder or a GGUF file; its model is in memory only while it answers."""
 
     path: Path
     name: str
@@ -50,13 +50,13 @@ class Local:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """The digest of its files, and what computes."""
+        """The digest of the model's files, the dtype, the device and the versions that compute its answers."""
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         versions = {"finback": __version__, "torch": torch.__version__}
         return {"sha256": digest_of(self.path), "dtype": self.dtype, "device": device, **versions}
 
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
-        """As they are whole; the model is gone from memory when the iterator ends."""
+        """Yields answers in order of completion; the model leaves memory when the iterator ends."""
         scored = [ask for ask in asks if ask.suite.continuations]
         if scored:
             yield from _likeliest(*load(self.path, self.dtype), scored)
@@ -102,18 +102,18 @@ def _answers(
     prompts: Sequence[tuple[list[int], bool]],
     rules: SamplingProtocol,
 ) -> Iterator[Answer | Failure]:
-    """Answers as they end. A step's seconds are shared by those that were in the batch, so shares sum to the whole."""
+    """Yields answers in order of completion. A step's seconds are split evenly over its batch, so they sum to the total."""
     window = engine.capacity
     left = deque(zip(asks, prompts, strict=True))
     under_way: dict[Request, tuple[EvalRequest, bool]] = {}
     busy: dict[Request, float] = {}
     try:
         while left or under_way:
-            while left and len(under_way) < 2 * engine.config.rows:  # the next ones wait in the engine, the rest do not
+            while left and len(under_way) < 2 * engine.config.rows:  # keeps one full batch waiting in the engine
                 ask, (ids, opened) = left.popleft()
                 room = min(rules.max_tokens, window - len(ids))
                 if room < 1:
-                    yield Failure(ask, f"the question has {len(ids)} tokens and the model reads {window}")
+                    yield Failure(ask, f"the question has {len(ids)} tokens, and the model's window is {window}")
                     continue
                 sampling = SamplingParams(rules.temperature, room, top_p=rules.top_p, stop=ask.suite.stop)
                 if rules.think is False:
@@ -137,7 +137,7 @@ def _answers(
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a model's files, their names included; of an adapter those of its base too."""
+    """The SHA-256 of a model's files and their names; an adapter's digest includes its base."""
     base, adapter = adapters.places(path)
     if adapter is not None:
         return hashlib.sha256(f"{digest_of(base)} {_digest(adapter)}".encode()).hexdigest()
@@ -146,7 +146,7 @@ def digest_of(path: Path) -> str:
 
 def _digest(path: Path) -> str:
     files = [path] if path.is_file() else sorted({f for p in PATTERNS for f in path.glob(p)})
-    if (path / "model.json").is_file():  # then config.json is a stage's, and says nothing of the model
+    if (path / "model.json").is_file():  # config.json then holds the stage's knobs, which do not affect answers
         files = [file for file in files if file.name != "config.json"]
     whole = hashlib.sha256()
     for file in files:
@@ -155,11 +155,11 @@ def _digest(path: Path) -> str:
 
 
 def price_here(per_hour: float | None) -> Price:
-    """What this machine costs an hour: as given, else the cores at work at the run folders' price."""
+    """The price of this machine per hour: `per_hour`, else an estimate by cores; not provided on a GPU."""
     if per_hour is not None:
         return Price(per_hour=per_hour, basis=f"${per_hour:g} per hour of this machine, as given")
-    if torch.cuda.is_available():  # what a GPU costs differs by more than ten times between places
-        return Price(basis="NOT PROVIDED: give what this machine costs with --price-hour")
+    if torch.cuda.is_available():  # GPU prices differ between providers by more than a factor of ten
+        return Price(basis="NOT PROVIDED: pass the machine's price per hour as --price-hour")
     cores = torch.get_num_threads()
     basis = f"estimate: {cores} cores at ${DOLLARS_PER_CORE_HOUR:g} per core-hour; nothing was metered"
     return Price(per_hour=cores * DOLLARS_PER_CORE_HOUR, basis=basis)

@@ -15,15 +15,14 @@ from finback.options import Dtype, Options
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(Options):
-    """Who is asked what, how, and at what price."""
+    """Contestants, suites, sampling and prices of a comparison."""
 
     models: Annotated[
         tuple[Path, ...],
         Argument(metavar="MODEL...", help="Runs, stages, Hugging Face folders, .gguf files, org/model of the hub."),
     ] = ()
     tasks: Annotated[
-        tuple[str, ...],
-        Option(metavar="TASK...", help="Suites by name, such as gsm8k, or JSONL files; as many as you like."),
+        tuple[str, ...], Option(metavar="TASK...", help="Suites by name, such as gsm8k, or JSONL files; one or more.")
     ] = ()
     endpoints: Annotated[
         tuple[str, ...],
@@ -36,23 +35,23 @@ class CompareOptions(Options):
     problems: Annotated[int | None, "Questions of each suite; default all."] = None
     samples: Annotated[int | None, "Answers to each question; default 4, or 1 if greedy."] = None
     temperature: Annotated[float, "0 is greedy."] = 0.6
-    top_p: Annotated[float, "Likeliest tokens up to this probability."] = 0.95
-    max_tokens: Annotated[int, "Longest answer, its chain included."] = 32768
-    seed: Annotated[int, "Same seed, same questions and, from models here, same answers."] = 0
-    think: Annotated[bool | None, Option("--think/--no-think", help="Open the chain of thought, or ask for none.")] = (
-        None
-    )
-    out: Annotated[Path, "Folder for answers, tables and the picture; it is what is continued."] = Path("compare")
+    top_p: Annotated[float, "Samples from the likeliest tokens up to this total probability."] = 0.95
+    max_tokens: Annotated[int, "Longest answer in tokens, chain of thought included."] = 32768
+    seed: Annotated[int, "Same seed, same questions and, from models in files, same answers."] = 0
+    think: Annotated[
+        bool | None, Option("--think/--no-think", help="Open a chain of thought, or suppress it; default the model's.")
+    ] = None
+    out: Annotated[Path, "Folder of answers, tables and picture; answers stored there are reused."] = Path("compare")
     max_no_answer: Annotated[
-        float, "Share of a model's answers without one of the asked form above which no verdict is spoken; 1 is never."
+        float, "No verdict on a model if a larger share of its answers lacks the requested form; 1 always gives one."
     ] = MAX_NO_ANSWER
     price_in: Annotated[
-        tuple[str, ...], Option(metavar="[MODEL=]DOLLARS", help="An endpoint's price of a million prompt tokens.")
+        tuple[str, ...], Option(metavar="[MODEL=]DOLLARS", help="An endpoint's price per million prompt tokens.")
     ] = ()
     price_out: Annotated[
-        tuple[str, ...], Option(metavar="[MODEL=]DOLLARS", help="The same for a million tokens of answers.")
+        tuple[str, ...], Option(metavar="[MODEL=]DOLLARS", help="An endpoint's price per million generated tokens.")
     ] = ()
-    price_hour: Annotated[float | None, "What this machine costs an hour, in dollars; default an estimate."] = None
+    price_hour: Annotated[float | None, "This machine's price per hour in dollars; default an estimate."] = None
     key_env: Annotated[
         tuple[str, ...],
         Option(
@@ -60,24 +59,23 @@ class CompareOptions(Options):
         ),
     ] = ()
     extra: Annotated[
-        str, Option(metavar="JSON", help="Fields for every request to an endpoint; null takes one out.")
+        str, Option(metavar="JSON", help="Fields for every request to an endpoint; null removes a field.")
     ] = ""
-    concurrency: Annotated[int, "Requests to an endpoint at a time, to each of its servers."] = 8
-    rate: Annotated[float, "Requests to an endpoint per minute; 0 is any number."] = 0.0
-    timeout: Annotated[float, "Seconds that an endpoint may be silent."] = 300.0
-    rows: Annotated[int, "Answers that a model here makes at a time."] = 32
+    concurrency: Annotated[int, "Concurrent requests to each server of an endpoint."] = 8
+    rate: Annotated[float, "Requests to an endpoint per minute; 0 is no limit."] = 0.0
+    timeout: Annotated[float, "Seconds without data from an endpoint before a request fails."] = 300.0
+    rows: Annotated[int, "Answers that a model in files generates in one batch."] = 32
     dtype: Dtype = "auto"
-    harness: Annotated[str, Option(metavar="lm-eval TASK...", help="Have lm-evaluation-harness ask its own tasks.")] = (
-        ""
-    )
+    harness: Annotated[str, Option(metavar="lm-eval TASK...", help="Run tasks of lm-evaluation-harness instead.")] = ""
     harness_python: Annotated[Path | None, "The Python in which the harness is installed; default this one."] = None
     harness_chat: Annotated[
-        bool, Option("--harness-chat", help="Ask models here as a chat, not as a text to go on with.")
+        bool,
+        Option("--harness-chat", help="Send harness prompts to models in files as chats, not as text to continue."),
     ] = False
-    published: Annotated[bool, Option("--published", help="Print published scores beside what was measured.")] = False
+    published: Annotated[bool, Option("--published", help="Also print published scores.")] = False
     contamination: Annotated[
         tuple[Path, ...],
-        Option(metavar="FOLDER", help="A prepare stage: say which questions its text holds; repeatable."),
+        Option(metavar="FOLDER", help="A prepare stage whose text is searched for the questions; repeatable."),
     ] = ()
 
     def __post_init__(self) -> None:
@@ -85,9 +83,9 @@ class CompareOptions(Options):
         if self.harness not in ("", "lm-eval"):
             raise UserError("--harness", self.harness, "no such harness", "Use lm-eval.")
         if not self.tasks and not self.published:
-            raise UserError("--tasks", [], "nothing to ask", "Name suites, as in --tasks gsm8k.")
+            raise UserError("--tasks", [], "no suite named", "Name suites, for example --tasks gsm8k.")
         if self.tasks and not self.models and not self.endpoints:
-            raise UserError("MODEL", [], "nobody to ask", "Name models, or an --endpoint URL#MODEL.")
+            raise UserError("MODEL", [], "no model named", "Name models, or an --endpoint URL#MODEL.")
         check_positive(self, "--", "problems", "samples", "max_tokens", "concurrency", "rows")
         check_not_negative(self, "--", "rate", "price_hour", "timeout", "max_no_answer")
         if self.max_no_answer > 1:
@@ -95,10 +93,10 @@ class CompareOptions(Options):
 
 
 class Spread(TyperCommand):
-    """A command whose --tasks takes all words up to the next option, as does --harness behind its first."""
+    """A command whose --tasks takes all words up to the next option; so does --harness after its first word."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As it is, with --tasks before each of its words."""
+        """Parses `args` with --tasks repeated before each of its words."""
         return super().parse_args(ctx, spread(args))
 
 

@@ -1,15 +1,15 @@
-"""Accuracy against what an answer costs, with intervals: one pair of axes for each suite. Does not import torch."""
+"""Plots accuracy, with intervals, against the cost of an answer: one plot per suite. Does not import torch."""
 
 from pathlib import Path
 from typing import Any
 
-# they differ in lightness and in shape too; the pipeline pictures have the same colours
+# the colours also differ in lightness, for readers who cannot tell hues apart; pipeline figures use the same ones
 COLOURS = ("#2f6690", "#f2b134", "#3a9bb5", "#9bc1a3", "#81483f", "#6f6f6f")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Write the picture of a report. Who has no price stands on a dashed line of its own, not at a cost."""
+    """Writes the picture of a report. A contestant without a price is a dashed horizontal line, not a point."""
     import matplotlib
 
     matplotlib.use("Agg")

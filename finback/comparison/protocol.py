@@ -1,6 +1,6 @@
-"""How questions are put: R1's protocol by default (2501.12948, section 3). Does not import torch.
+"""The sampling protocol of a comparison; the defaults are R1's (2501.12948, section 3). Does not import torch.
 
-Every contestant gets the same messages, the same knobs and, for the n-th sample of a question, the same seed.
+Every contestant gets the same messages, the same sampling params and, for sample n of a question, the same seed.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from typing import Any
 from finback.config import UserError, check_fields, check_not_negative, check_positive
 from finback.suites.suite import Suite
 
-SAMPLES = 4  # R1 used 4 to 64, the more the fewer the questions
+SAMPLES = 4  # R1 used 4 to 64: more samples where a suite has fewer questions
 
 
 @dataclass(frozen=True)
 class SamplingProtocol:
-    """What is the same for all contestants; `think` True opens the chain, False asks for none, None lets them choose."""
+    """Sampling params for all contestants; `think` True opens a chain of thought, False suppresses it, None leaves it to them."""
 
     samples: int = SAMPLES
     temperature: float = 0.6
@@ -33,17 +33,17 @@ class SamplingProtocol:
         if self.top_p > 1:
             raise UserError("compare.top_p", self.top_p, "above 1", "Use 1 for all tokens.")
         if self.temperature == 0 and self.samples > 1:
-            problem = "greedy answers are all alike"
-            raise UserError("--samples", self.samples, problem, "Ask for one sample, or for a temperature above 0.")
+            problem = "greedy samples are all equal"
+            raise UserError("--samples", self.samples, problem, "Use 1 sample, or a temperature above 0.")
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """One sample of one question of one suite, and the key under which one contestant's answer to it is stored."""
+    """One sample of one question of one suite, and the key under which a contestant's answer is stored."""
 
     key: str
     suite: Suite
-    # of the question in the suite
+    # index of the question in the suite
     place: int
     sample: int
     messages: tuple[dict[str, str], ...]
@@ -53,7 +53,7 @@ class EvalRequest:
 def eval_requests(
     suites: Sequence[Suite], protocol: SamplingProtocol, identity: Mapping[str, Any]
 ) -> list[EvalRequest]:
-    """All that one contestant is asked. A key changes with anything that could change the answer."""
+    """All requests to one contestant. A key changes with anything that could change the answer."""
     found = []
     for suite in suites:
         same = {
@@ -64,22 +64,22 @@ def eval_requests(
         }
         for place, problem in enumerate(suite.problems):
             messages = tuple(suite.ask(problem))
-            # a likelihood is the same each time
+            # log-likelihoods are deterministic, so one sample is enough
             for sample in range(1 if suite.continuations else protocol.samples):
                 seed = _seed(protocol.seed, suite.name, problem.key, sample)
-                # two suites may hold a question twice: the place distinguishes its answers
+                # a suite may hold a question twice: the index distinguishes its answers
                 key = digest({**same, "place": place, "messages": messages, "seed": seed, "sample": sample})
                 found.append(EvalRequest(key, suite, place, sample, messages, seed))
     return found
 
 
 def digest(value: Any) -> str:
-    """32 hex digits of a value's JSON form."""
+    """BLAKE2b of a value's JSON form, as 32 hex digits."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _seed(*words: object) -> int:
-    """A seed for one sample that any server takes: 31 bits."""
+    """A seed for one sample; 31 bits, which every server accepts."""
     text = json.dumps([str(word) for word in words])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1

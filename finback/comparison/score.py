@@ -1,4 +1,4 @@
-"""From judged answers to what a table says of one contestant on one suite, and of two contestants together. Does not import torch."""
+"""Scores of one contestant on one suite, and differences between pairs of contestants. Does not import torch."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -12,59 +12,63 @@ from finback.suites.intervals import LEVEL
 from finback.suites.statistics import Difference
 from finback.suites.suite import Suite
 
-MAX_NO_ANSWER = 0.1  # share of answers not of the asked form above which no verdict is spoken
+MAX_NO_ANSWER = 0.1  # no verdict on a contestant of whose answers a larger share lacks the requested form
 
 
 @dataclass(frozen=True)
 class Score:
-    """One contestant on one suite. Shares are of all answers that came; `failed` counts those that did not."""
+    """One contestant on one suite. Shares are of all answers received; `failed` counts requests without an answer."""
 
     contestant: str
     suite: str
-    # questions with an answer
+    # questions with at least one answer
     n: int
     answers: int
     failed: int
     # pass@1: the mean over questions of the mean over samples
     accuracy: float | None
     interval: tuple[float, float] | None
-    # of a vote among the samples
+    # accuracy of the majority vote over samples
     majority: float | None
+    # pass@k by k
     pass_at: dict[int, float]
+    # share cut off by the token limit
     cut: float
-    # no answer of the asked form
+    # share without an answer of the requested form
     unparseable: float
     empty: float
+    # means per answer
     tokens: float | None
     prompt_tokens: float | None
-    # per answer
     seconds: float | None
-    # in all
+    # total; None if the cost of any answer is unknown
     dollars: float | None
     dollars_per_answer: float | None
     dollars_per_solved: float | None
+    # mean share of words in the suite's language
     language: float | None
+    # mean tries per answer
     tries: float | None
-    # how many ended how, in the servers' words; null where they say nothing
+    # answers by the server's finish reason; "null" if it sends none
     endings: dict[str, int] = field(default_factory=dict)
-    # the share that is a chain of thought and no answer
+    # share with a chain of thought but no answer
     reasoning_only: float = 0.0
-    # how many hold a stop token, by the first of these
+    # answers that contain a stop token, by the first such token
     stop_tokens: dict[str, int] = field(default_factory=dict)
-    # how many a model answered, by the name that the server gives it
+    # answers by the model that the server names
     answered_by: dict[str, int] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     by_question: dict[int, float] = field(default_factory=dict, repr=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; the questions' own scores go elsewhere."""
+        """Plain values, without the scores of single questions."""
         return {name: value for name, value in vars(self).items() if name != "by_question"}
 
 
 def score(
     contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed: Sequence[str] = (), model: str = ""
 ) -> Score:
-    """Sum up the judged answers of one contestant on one suite; `failed` says why others did not come, `model` is who was asked."""
+    """Summarizes one contestant's judged answers to one suite; `failed` are the problems of failed requests, `model` the model asked for."""
     groups: dict[int, list[JudgedAnswer]] = defaultdict(list)
     for each in judged:
         groups[each.place].append(each)
@@ -104,10 +108,10 @@ def score(
 
 
 def pairs(scores: Sequence[Score], seed: int, max_no_answer: float = MAX_NO_ANSWER) -> list[dict[str, Any]]:
-    """Every two contestants on every suite, by the questions that both have answered; p raised for their number.
+    """Compares every pair of contestants on every suite, over the questions that both answered; p is Holm-corrected.
 
-    Of two of which one gives more than `max_no_answer` answers without the asked form, none is called better: such a
-    difference may be one of form.
+    If more than `max_no_answer` of either one's answers lack the requested form, neither is called better: the difference
+    may be one of format.
     """
     found: list[tuple[Score, Score, Difference]] = []
     for i, one in enumerate(scores):
@@ -134,20 +138,20 @@ def _pair(one: Score, other: Score, gap: Difference, raised: float, max_no_answe
         "p": gap.p,
         "p_holm": raised,
         "better": better,
-        # who gives too few answers of the asked form for a verdict, and the share of those without
+        # contestants with too many answers that lack the requested form, and that share
         "no_answer": formless,
     }
 
 
 def _majority(suite: Suite, groups: dict[int, list[JudgedAnswer]]) -> float | None:
-    """majority@k; None for one sample, and for programs, which no one can count as alike."""
+    """Accuracy of the majority vote; None for one sample, and for programs, which cannot be tested for equality."""
     if getattr(suite.task, "waits", False) or max(map(len, groups.values()), default=0) < 2:
         return None
     return _mean([statistics.majority([j.vote for j in g], [j.verdict.correct for j in g]) for g in groups.values()])
 
 
 def _pass_at(groups: dict[int, list[JudgedAnswer]]) -> dict[int, float]:
-    """pass@k for 1, 2, 4 … and for all samples that every question has."""
+    """pass@k for k = 1, 2, 4 … and for the number of samples that every question has."""
     fewest = min(map(len, groups.values()), default=0)
     ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64) if k <= fewest} | ({fewest} if fewest else set()))
     counts = [(len(group), sum(j.verdict.correct for j in group)) for group in groups.values()]
@@ -159,6 +163,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _total(values: Sequence[float | None]) -> float | None:
-    """A sum that is known only if every part is."""
+    """The sum, or None if a value is unknown."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None

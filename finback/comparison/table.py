@@ -1,4 +1,4 @@
-"""A report as Markdown: one table for each suite, then what the differences show. Does not import torch."""
+"""Renders a report as Markdown: a table per suite, then the differences between contestants. Does not import torch."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from finback.suites.intervals import LEVEL
 
 NONE = "–"
 HEAD = (
-    f"model, pass@1 ({LEVEL:.0%} interval), majority, pass@k, n x k, cut off, no answer of the asked form, tokens, "
+    f"model, pass@1 ({LEVEL:.0%} interval), majority, pass@k, n x k, cut off, no answer of the requested form, tokens, "
     "s/answer, $/answer, $/solved, remarks"
 ).split(", ")
 
@@ -16,7 +16,7 @@ Tabulate = Callable[[Sequence[Sequence[str]], Sequence[str]], str]  # rows and t
 
 
 def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
-    """A Markdown table whose columns line up as plain text too."""
+    """A Markdown table with padded columns, so that it is readable as plain text too."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (headers, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
@@ -25,7 +25,7 @@ def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
 
 
 def render(report: dict[str, Any], table: Tabulate = markdown) -> str:
-    """The whole report, or as much as there is of it."""
+    """The report as text; sections that it lacks are left out."""
     parts = [_protocol(report["protocol"])] if report.get("suites") else []
     parts += [
         f"## {s['name']}\n\n{_suite(s)}\n\n{_results(report, s['name'], table)}" for s in report.get("suites", ())
@@ -46,15 +46,15 @@ def render(report: dict[str, Any], table: Tabulate = markdown) -> str:
 
 
 def pair(each: dict[str, Any]) -> str:
-    """One comparison in words; no ranking where the difference is not significant."""
+    """One comparison as a sentence; it ranks the two only if the difference is significant."""
     low, high = each["interval"]
     gap = f"{100 * each['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), n = {each['n']}"
     p_values = f"p = {each['p']:.2g}" + (f", {each['p_holm']:.2g} for all pairs" if each["p"] != each["p_holm"] else "")
     verdict = f"{each['better']} is better" if each["better"] else "cannot be distinguished"
     if each["no_answer"]:
         shares = " and ".join(f"{share:.0%} of the answers of {name}" for name, share in each["no_answer"].items())
-        verdict = f"no verdict, for {shares} are none of the asked form"
-        p_values += "; a model taught on bare questions is asked so with FILE?prompt=plain"
+        verdict = f"no verdict, because {shares} lack the requested form"
+        p_values += "; if a model was trained on bare questions, use FILE?prompt=plain"
     return f"{each['suite']}: {each['one']} against {each['other']}: {verdict}; {gap}, {p_values}"
 
 
@@ -75,9 +75,9 @@ def _row(s: dict[str, Any]) -> list[str]:
     at = {int(k): v for k, v in s["pass_at"].items() if int(k) > 1}
     remarks = list(s["flags"])
     if s["language"] is not None:
-        remarks.append(f"{s['language']:.0%} of words in the asked language")
+        remarks.append(f"{s['language']:.0%} of words in the expected language")
     interval = s["interval"]
-    # with nothing solved there is a price of trying, and none of success
+    # if nothing was solved, the cost is known but a cost per solved question does not exist
     solved = NONE if s["dollars"] is not None and s["dollars_per_solved"] is None else money(s["dollars_per_solved"])
     return [
         s["contestant"],
@@ -104,27 +104,27 @@ def _results(report: dict[str, Any], suite: str, table: Tabulate) -> str:
 
 
 def _found(c: dict[str, Any]) -> str:
-    """What a corpus holds of a suite."""
+    """The overlap of a suite with a corpus."""
     return (
-        f"- {c['suite']} in {c['data']}: {c['overlapping']} of {c['questions']} questions share {c['ngram']} words in a "
-        f"row with it, {c['exact']} stand there whole; {c['without_ngram']} are too short for such a run"
+        f"- {c['suite']} in {c['data']}: {c['overlapping']} of {c['questions']} questions share {c['ngram']} consecutive "
+        f"words with it, {c['exact']} occur in full; {c['without_ngram']} are too short to check"
     )
 
 
 def _protocol(p: dict[str, Any]) -> str:
     kind = "greedy" if p["temperature"] == 0 else f"temperature {p['temperature']:g}, top-p {p['top_p']:g}"
-    think = {None: "as the model likes", True: "asked for", False: "off"}[p["think"]]
+    think = {None: "left to the model", True: "on", False: "off"}[p["think"]]
     return (
         f"{p['samples']} sample{'s' if p['samples'] > 1 else ''} of each question, {kind}, {p['max_tokens']:,} tokens "
-        f"at most, thinking {think}, seed {p['seed']}. Intervals are over questions; answers that were cut off count as "
-        "wrong, requests that failed do not count."
+        f"at most, thinking {think}, seed {p['seed']}. Intervals are over questions. Answers that were cut off count as "
+        "wrong; requests that failed are left out."
     )
 
 
 def _suite(suite: dict[str, Any]) -> str:
     chance = "" if suite["chance"] is None else f" Blind guessing: {suite['chance']:.0%}."
     notes = "".join(f" {name}: {text}." for name, text in suite["notes"].items())
-    found = f" Read from: {suite['extraction'].rstrip('.')}." if suite["extraction"] else ""
+    found = f" Answer extraction: {suite['extraction'].rstrip('.')}." if suite["extraction"] else ""
     return (
         f"{suite['questions']} questions from {suite['source']} (licence {suite['licence']}, SHA-256 "
         f"{suite['sha256'][:12]}…), {suite['metric']}.{found}{chance}{notes}"
@@ -151,11 +151,11 @@ def _contestant(c: dict[str, Any]) -> str:
 def _failures(failures: Sequence[dict[str, Any]]) -> str:
     counts = Counter((f["contestant"], f["problem"]) for f in failures)
     lines = [f"- {name}: {count} x {problem}" for (name, problem), count in sorted(counts.items())]
-    return "## Failed\n\nThe same command asks these again, and only these.\n\n" + "\n".join(lines)
+    return "## Failed\n\nRunning the same command again retries these, and only these.\n\n" + "\n".join(lines)
 
 
 def _published(rows: Sequence[dict[str, Any]], table: Tabulate) -> str:
     head = ("benchmark", "model", "score", "conditions", "source")
-    note = "Measured by others, under the conditions named; only what was asked in the same way can be compared."
+    note = "Measured by others under the stated conditions; compare only scores obtained under the same conditions."
     lines = [[str(row[name]) for name in head] for row in rows]
     return f"## Published\n\n{note}\n\n{table(lines, head) if lines else 'None on these benchmarks.'}"
