@@ -27,13 +27,26 @@ from finback.train.batch import Batch
 from finback.train.loss import LossTerms, training_losses
 from tests import toy
 from tests.many import MANY, SEQ_LEN, Way, batches, on_one, on_ranks, pipeline, trained
-from tests.test_model import OSS
 
 MANY_HEADS = dataclasses.replace(MANY, num_attention_heads=4, num_nextn_predict_layers=2)
 EXTENDED = dataclasses.replace(MANY_HEADS, rope_scaling=Yarn(factor=4.0, original_max_position_embeddings=64))
 DENSE = dataclasses.replace(toy.DENSE, num_hidden_layers=4, num_attention_heads=8, head_dim=4, initializer_range=0.15)
 WINDOWS = dataclasses.replace(DENSE, sliding_window=9, layer_types=("sliding_attention", "full_attention") * 2)
 MIXED = dataclasses.replace(WINDOWS, nope_layers=(1,), partial_rotary_factor=0.5, local_rope_theta=300.0, norms="post")
+# gpt-oss: sinks, windows, experts with biases
+OSS = dataclasses.replace(
+    WINDOWS,
+    attention_bias="all",
+    attention_sinks=True,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    first_k_dense_replace=0,
+    n_shared_experts=0,
+    scoring_func="softmax",
+    swiglu_alpha=1.702,
+    swiglu_limit=7.0,
+)
+OSS_PACKED = Way(OSS, optimizer="adamw", packed=True, looks=(19,))
 PACKED = Way(MANY_HEADS, rows=(4, 8), packed=True, looks=(19,))
 
 
@@ -60,6 +73,7 @@ def one() -> dict[Any, Any]:
     ("layout", "way"),
     [
         (Layout(cp=2), PACKED),
+        (Layout(cp=2, ep=2), OSS_PACKED),
         *(
             pytest.param(layout, way, marks=pytest.mark.slow)
             for layout, way in (
@@ -68,6 +82,11 @@ def one() -> dict[Any, Any]:
                 (Layout(cp=4), Way(DENSE, packed=True)),
                 (Layout(cp=2), Way(WINDOWS, packed=True)),
                 (pipeline("1f1b", cp=2), Way(MIXED, packed=True)),
+                (Layout(cp=4), OSS_PACKED),
+                (Layout(dp=2, cp=2, ep=4, nodes=2, micro_batches=2), OSS_PACKED),
+                (Layout(dp=4, ep=2, sharding="zero1"), OSS_PACKED),
+                (Layout(dp=4), dataclasses.replace(OSS_PACKED, config=dataclasses.replace(OSS, n_routed_experts=2))),
+                (pipeline("zbv", cp=2, ep=2), dataclasses.replace(OSS_PACKED, recompute="attention")),
                 (Layout(cp=4, ep=4), PACKED),
                 (Layout(dp=2, cp=2), PACKED),
                 (Layout(dp=2, cp=2, ep=2), PACKED),
@@ -170,9 +189,6 @@ def test_documents_of_long_rows_lie_on_several_ranks() -> None:
 def test_what_cannot_be_cut_is_refused(layout: Layout, words: str) -> None:
     with pytest.raises(UserError, match=words):
         layout.check_trainable(MANY, 8, layout.ranks if layout.cp == 3 or layout.ep == 8 else 4)
-    for sharing, problem in ((Layout(cp=2), "leave their sinks behind"), (Layout(dp=2, ep=2), "biases do not travel")):
-        with pytest.raises(UserError, match=problem):  # of gpt-oss
-            sharing.check_trainable(OSS, 8, 2)
     Layout(cp=2).check_length(SEQ_LEN)
     with pytest.raises(UserError, match=r"layout\.cp = 2: does not divide rows of 17 tokens"):
         Layout(cp=2).check_length(17)

@@ -96,8 +96,6 @@ def test_every_family_learns_on_two_ranks_as_on_one(family: str, tmp_path: Path)
     names = (*FAST, "qlora sft") if is_sparse else FAST
     alone(root, names, 2)
     layout = Layout(cp=2, ep=2) if SHAPES[family].n_routed_experts else Layout(cp=2)
-    if family == "gpt_oss":  # neither its sinks nor its experts' biases travel
-        layout = Layout(dp=2)
     if is_sparse:  # an indexer is of all heads
         layout = Layout(dp=2, ep=2)
     on_ranks(2, on_layout, str(root), names, layout, 2)

@@ -25,6 +25,8 @@ from finback.parallel.export import export_shares, save_shares
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh
 from tests.many import MANY, on_ranks, pipeline
+from tests.test_context import OSS
+from tests.test_gguf_export import MODELS
 
 # matrices of several FP8 blocks, none a whole number of them high
 WIDE = dataclasses.replace(
@@ -215,6 +217,34 @@ def together(tmp_path: Path, config: ModelConfig, layouts: int) -> Transformer:
     assert not list(tmp_path.rglob(".*")) and not list((tmp_path / "full-own").iterdir()), "nothing unfinished is left"
     assert not (tmp_path / "full").exists()
     return whole
+
+
+def _joined(folder: str) -> None:
+    layouts = {"gpt_oss": Layout(cp=2, ep=2), "phi3": Layout(dp=2)}
+    for name, layout in layouts.items():
+        config, stored = models.stored(Path(folder) / name)
+        mine = _made(config, layout, Mesh.of(layout, "cpu"), stored)
+        export_shares(config, mine, Path(folder) / f"{name} of two", "bf16", shard_bytes=60_000)
+
+
+def test_ranks_write_together_what_a_family_keeps_as_one(tmp_path: Path) -> None:
+    """All experts of a layer of gpt-oss; the queries, keys and values of Phi 3. What ranks write, one rank would have written."""
+    for name, config in {"gpt_oss": OSS, "phi3": MODELS["phi3"]}.items():
+        whole = Transformer(config).initialise(5)
+        for parameter in whole.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        (tmp_path / name).mkdir()
+        models.save(tmp_path / name, whole)
+        export(whole, tmp_path / f"{name} of one", "bf16")
+    on_ranks(2, _joined, str(tmp_path))
+    for name in ("gpt_oss", "phi3"):
+        found, expected = (_tensors(tmp_path / f"{name} of {n}") for n in ("two", "one"))
+        assert found.keys() == expected.keys() and any("_proj" in key for key in found)
+        for key, tensor in expected.items():
+            assert tensor.dtype == found[key].dtype and torch.equal(tensor, found[key]), key
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / f"{name} of two").config.model_type == name
+        index = json.loads((tmp_path / f"{name} of two/model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == found.keys()
 
 
 @pytest.mark.slow

@@ -42,9 +42,13 @@ class BiasedMoE(MoE):
     def by_products(
         self, x: Tensor, index: Tensor, weight: Tensor, experts: int, gate_up: Product, down: Product
     ) -> Tensor:
-        stacks = (b.unflatten(0, (self.config.n_routed_experts, -1)) for b in (self.gate_up_bias, self.down_bias))
-        one, other = (_biased(p, b, experts // len(b)) for p, b in zip((gate_up, down), stacks, strict=True))
+        one, other = (_biased(p, b, experts // len(b)) for p, b in zip((gate_up, down), self.biases(), strict=True))
         return frozen.routed_experts(x, index, weight, experts, one, other, self.activation)
+
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """Those of gate_up (e, 2m) and of down (e, d)."""
+        c = self.config
+        return self.gate_up_bias.view(-1, 2 * c.moe_intermediate_size), self.down_bias.view(-1, c.hidden_size)
 
     def activation(self, x: Tensor) -> Tensor:
         """x (..., [gate | up]) -> (..., half)."""

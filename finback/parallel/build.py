@@ -19,7 +19,7 @@ from finback.parallel.experts import spread_experts
 from finback.parallel.layout import Layout, share
 from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline import Loss, PipelineStage, cut
-from finback.parallel.shard import FullyShard, Sharding, ZeroOne, share_of
+from finback.parallel.shard import FullyShard, Sharding, ZeroOne, expert_parameters, share_of
 
 
 class Built(NamedTuple):
@@ -76,8 +76,7 @@ def _keep_own_experts(model: Transformer, mesh: Mesh, fsdp: bool) -> None:
     if mesh.ep.size() == 1:
         return
     for moe in [m for m in model.modules() if isinstance(m, MoE)]:
-        stacks = [name for name, p in moe.named_parameters(recurse=False) if p.ndim == 3]
-        for name in stacks:
+        for name in [name for name, _ in moe.named_parameters(recurse=False)]:
             whole: nn.Parameter = getattr(moe, name)
             start, stop = share(len(whole), mesh.ep.size(), mesh.ep.get_local_rank())
             mine = whole.detach()[start:stop]
@@ -92,11 +91,11 @@ def shares(models: list[Transformer], mesh: Mesh) -> list[Share]:
 
 
 def _shares(model: Transformer, mesh: Mesh) -> list[Share]:
-    found = []
+    found, experts = [], expert_parameters(model)
     for name, parameter in model.named_parameters():
         mine = share_of(name, parameter)
-        if parameter.ndim == 3 and not isinstance(parameter, DTensor):  # experts that only the ep axis cuts
-            members, member, (experts, *rest) = mesh.ep.size(), mesh.ep.get_local_rank(), mine.shape
-            mine = Share(name, (members * experts, *rest), (member * experts, 0, 0), mine.local)
+        if name in experts and not isinstance(parameter, DTensor):  # which only the ep axis cuts
+            members, member, (rows, *rest) = mesh.ep.size(), mesh.ep.get_local_rank(), mine.shape
+            mine = Share(name, (members * rows, *rest), (member * rows, *(0 for _ in rest)), mine.local)
         found.append(mine)
     return found + [share_of(name, bias) for name, bias in router_buffers(model).items()]

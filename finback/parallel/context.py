@@ -8,6 +8,7 @@ same model on whole rows.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from finback.kernels.attention import Attention
+from finback.kernels.attention import Attention, with_sinks
 from finback.kernels.documents import Mask
 from finback.model.cache import Cache
-from finback.model.gqa import GQA
+from finback.model.gqa import GQA, SinkGQA
 from finback.model.mla import MLA
 from finback.model.moe import MoE, balance_of, expert_shares
 from finback.model.replace import recast
@@ -32,6 +33,8 @@ def spread_context(model: Transformer, group: dist.ProcessGroup) -> None:
     for module in list(model.modules()):
         if isinstance(module, MLA | GQA):
             module.core = HeadExchange(group, module.core)
+            if isinstance(module, SinkGQA):
+                recast(module, ContextSinkGQA)
         elif isinstance(module, MoE):
             recast(module, ContextMoE).group = group
 
@@ -72,6 +75,17 @@ class ContextMoE(MoE):
         length = counts[:, -1:].clamp(min=1)
         f, p = counts[:, :-1] / length, share.sum(dim=1) / length
         return index, weight, balance_of(f, p, self.config.num_experts_per_tok)
+
+
+class ContextSinkGQA(SinkGQA):
+    """Attention whose sinks go with their heads: each rank takes those of the heads that it computes whole rows of."""
+
+    def attend(self, core: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+        if not isinstance(core, HeadExchange):  # of a pass with a cache
+            return super().attend(core, query, key, value, mask)
+        sink = self.sink.chunk(core.group.size())[core.group.rank()]
+        whole = HeadExchange(core.group, partial(with_sinks, core.form, sink=sink))
+        return whole(query, key, value, self.scale, mask)
 
 
 class HeadExchange:

@@ -6,6 +6,7 @@ to the rank with its own local number, and from there once to each rank of that 
 all experts on one rank.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from finback.kernels import moe_gemm
 from finback.kernels.frozen import Product
+from finback.model.biased_experts import BiasedMoE
 from finback.model.frozen import FrozenMoE
 from finback.model.moe import MoE
 from finback.model.quantized import QuantizedMoE, matrices_product
@@ -32,7 +34,10 @@ def spread_experts(model: nn.Module, mesh: Mesh) -> None:
                 count = module.config.n_routed_experts // mesh.ep.size()
                 first = mesh.ep.get_local_rank() * count
                 recast(module, FrozenExpertsHere).held = slice(first, first + count)
-            module.experts = Exchange(groups, module.config.n_routed_experts, module.experts)
+            beside: Callable[[], Sequence[Tensor]] = tuple
+            if isinstance(module, BiasedMoE):
+                beside = recast(module, BiasedExpertsHere).biases
+            module.experts = Exchange(groups, module.config.n_routed_experts, module.experts, beside)
 
 
 class FrozenExpertsHere(FrozenMoE):
@@ -47,13 +52,26 @@ class FrozenExpertsHere(FrozenMoE):
         return super().experts(x, index, weight, gate_up, down)
 
 
+class BiasedExpertsHere(BiasedMoE):
+    """A mixture of experts with biases, of whose experts this rank has a part."""
+
+    def biases(self) -> tuple[Tensor, Tensor]:
+        gate_up, down = super().biases()
+        return _here(gate_up), _here(down)
+
+
 class Exchange:
     """Routed experts that lie on several ranks; called like `form`, which computes those here, with their weights."""
 
     def __init__(
-        self, axes: list[dist.ProcessGroup], experts: int, form: moe_gemm.Experts = moe_gemm.routed_experts
+        self,
+        axes: list[dist.ProcessGroup],
+        experts: int,
+        form: moe_gemm.Experts = moe_gemm.routed_experts,
+        beside: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
-        self.axes, self.experts, self.form = axes, experts, form  # the widest axis first
+        """axes: the widest first. beside: what of the experts here `form` reads besides the two matrices."""
+        self.axes, self.experts, self.form, self.beside = axes, experts, form, beside
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """x (n, d), index and weight (n, k) over all experts, gate_up and down of the local ones -> (n, d)."""
@@ -62,7 +80,7 @@ class Exchange:
     def _along(self, level: int, span: int, x: Tensor, index: Tensor, weight: Tensor, local: list[Tensor]) -> Tensor:
         """Experts 0..span, spread over the axes from `level` on; -1 in `index` is a choice that lies elsewhere."""
         if level == len(self.axes):
-            return _chosen_here(self.form, x, index, weight, *local)
+            return self._chosen_here(x, index, weight, *local)
         group = self.axes[level]
         per_member = span // group.size()
         member, token = copies(index, group.size(), per_member)
@@ -77,6 +95,15 @@ class Exchange:
         y = self._along(level + 1, per_member, rows, chosen, weights, local)
         (back,) = _Swap.apply(group, *reversed(splits), y)
         return torch.zeros_like(x).index_add(0, token, back)
+
+    def _chosen_here(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Routed experts on one rank for those choices that are not -1."""
+        row, slot = (index >= 0).nonzero(as_tuple=True)
+        if not len(row):  # nobody came: the weights still get a gradient, and the exchange its way back
+            some = sum(t.flatten()[0] for t in self.beside())
+            return x + 0 * (gate_up[0, 0, 0] + down[0, 0, 0] + some).to(x.dtype)
+        y = self.form(x[row], index[row, slot][:, None], weight[row, slot][:, None], gate_up, down)
+        return torch.zeros_like(x).index_add(0, row, y)
 
 
 def _here(weights: Tensor) -> Tensor:
@@ -93,17 +120,6 @@ def copies(index: Tensor, members: int, per_member: int) -> tuple[Tensor, Tensor
     wanted.scatter_(1, torch.where(index < 0, members, index // per_member), True)
     member, token = wanted[:, :members].T.nonzero(as_tuple=True)
     return member, token
-
-
-def _chosen_here(
-    form: moe_gemm.Experts, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """Routed experts on one rank for those choices that are not -1."""
-    row, slot = (index >= 0).nonzero(as_tuple=True)
-    if not len(row):  # nobody came: the weights still get a gradient, and the exchange its way back
-        return x + 0 * (gate_up[0, 0, 0] + down[0, 0, 0]).to(x.dtype)
-    y = form(x[row], index[row, slot][:, None], weight[row, slot][:, None], gate_up, down)
-    return torch.zeros_like(x).index_add(0, row, y)
 
 
 class _Swap(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """A sharded model out to files, written by all ranks: each stored tensor is put together on one rank that has a part of it.
 
-A rank holds its share and the tensor at hand, a matrix of one expert at most where there are experts. All ranks must see
-the same file system, and none writes into another's file. What one of them cannot write is an error on all of them, and
+A rank holds its share and the tensor at hand: a matrix of one expert at most where there are experts, or what the family keeps as
+one, as gpt-oss does all experts of a layer. All ranks must see the same file system, and none writes into another's file. What one of them cannot write is an error on all of them, and
 the unfinished folder goes.
 """
 
@@ -22,9 +22,8 @@ from finback.checkpoint.distributed import on_first
 from finback.checkpoint.export import SHARD_BYTES, Format
 from finback.checkpoint.shards import BESIDE, INDEX, SINGLE
 from finback.checkpoint.shares import Share
-from finback.checkpoint.stored_names import fused
+from finback.checkpoint.stored_names import fuse, fused, fused_shapes
 from finback.checkpoint.tensor_file import Contents, TensorFile
-from finback.config import UserError
 from finback.model.config import ModelConfig, to_json
 from finback.runs.files import write_json
 
@@ -40,10 +39,12 @@ class Piece(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A stored tensor: numbers start..stop of one of ours, the rank that writes it, and where its numbers are."""
+    """A tensor of the name table: numbers start..stop of one of ours, the rank that writes it, and where its numbers are."""
 
     name: str
     shape: tuple[int, ...]
+    # the stored tensor that it is, or that it is a part of
+    stored: str
     ours: str
     start: int
     owner: int
@@ -65,10 +66,6 @@ def export_shares(
     are asked for on rank 0 alone.
     """
     group = dist.new_group(backend="gloo")
-    if fused(config):
-        raise UserError(
-            "layout", config.attention, "ranks do not join the matrices of this family", "Export it from one rank."
-        )
     folder = on_first(lambda: export.check_target(folder), group)
     unfinished = on_first(lambda: export.begin(folder, config, fmt), group)
     with _gone_on_error(unfinished):
@@ -141,25 +138,33 @@ def _write(
     spans = {name: [(start, start + len(view)) for start, view in found] for name, found in mine.items()}
     dist.all_gather_object(held, spans, group=group)
     entries = plan(config, held, fmt)
-    files = arrange(config, entries, fmt, shard_bytes)
-    writer = _Writer(folder, {e.name: e.shape for e in entries}, files, fmt or "fp32")
-    for entry in entries:
-        tensor = _gather(entry, mine.get(entry.ours, []), writer.fmt, group)
-        if tensor is not None:
-            writer.write(entry.name, tensor)
+    sizes = {e.name: e.shape for e in entries}
+    sizes = sizes if fmt is None else fused_shapes(sizes, config)
+    owners = {e.stored: e.owner for e in entries}
+    files = arrange(config, {name: (owners[name], shape) for name, shape in sizes.items()}, fmt, shard_bytes)
+    writer = _Writer(folder, sizes, files, fmt or "fp32")
+    gathered = ((e.name, _gather(e, mine.get(e.ours, []), writer.fmt, group)) for e in entries)
+    here = ((name, tensor) for name, tensor in gathered if tensor is not None)
+    for name, tensor in here if fmt is None else fuse(here, config):
+        writer.write(name, tensor)
     agree(writer.trouble, group)
     digests: list[dict[str, str]] = [{} for _ in held]
     dist.all_gather_object(digests, writer.digests, group=group)
     beside = () if fmt is None else export.lies_beside(config)
-    indexed = [e for e in entries if not e.name.startswith(beside)]  # never, when there are none
-    weight_map = {kept: files[e.name] for e in indexed for kept in export.stored_as(e.name, e.shape, writer.fmt)}
+    indexed = [name for name in sizes if not name.startswith(beside)]  # never, when there are none
+    weight_map = {kept: files[name] for name in indexed for kept in export.stored_as(name, sizes[name], writer.fmt)}
     return weight_map, {file: digest for some in digests for file, digest in some.items()}
 
 
 def plan(config: ModelConfig, held: list[Held], fmt: Format | None) -> list[Entry]:
-    """Every stored tensor in the order of the name table, the same on all ranks; bytes are spread evenly over owners."""
+    """Every tensor in the order of the name table, the same on all ranks; bytes are spread evenly over owners.
+
+    What is stored as one has one owner.
+    """
     sizes = shapes(config, biases=fmt is None)
     table = names.table(config, biases=fmt is None)
+    whole = {} if fmt is None else {part: name for name, parts in fused(config).items() for part in parts}
+    owners: dict[str, int] = {}
     load: Counter[int] = Counter()
     found: dict[str, Entry] = {}
     for ours, theirs in table.items():
@@ -168,22 +173,25 @@ def plan(config: ModelConfig, held: list[Held], fmt: Format | None) -> list[Entr
             shape = sizes[name]
             count = torch.Size(shape).numel()
             start = index * count
-            owner, pieces = _owned(everyone, start, start + count, load, ours)
+            stored = whole.get(name, name)
+            owner, pieces = _owned(everyone, start, start + count, load, ours, owners.get(stored))
+            owners[stored] = owner
             load[owner] += export.size(name, shape, fmt or "fp32")
-            found[name] = Entry(name, shape, ours, start, owner, pieces)
+            found[name] = Entry(name, shape, stored, ours, start, owner, pieces)
     for copy, original in export.copies(config).items() if fmt is not None else ():
-        found[copy] = found[original]._replace(name=copy)
+        found[copy] = found[original]._replace(name=copy, stored=copy)
         load[found[copy].owner] += export.size(copy, found[copy].shape, fmt or "fp32")
     return list(found.values())
 
 
 def _owned(
-    everyone: list[tuple[int, int, int]], start: int, stop: int, load: Counter[int], ours: str
+    everyone: list[tuple[int, int, int]], start: int, stop: int, load: Counter[int], ours: str, owner: int | None
 ) -> tuple[int, list[Piece]]:
-    """Who writes numbers start..stop of a tensor, one of those that hold some; and the pieces that make them up."""
+    """Who writes numbers start..stop of a tensor, unless given one of those that hold some; and the pieces that make them up."""
     there = [(max(a, start), min(b, stop), rank) for a, b, rank in everyone if a < stop and b > start]
     assert there, f"no rank holds {ours}"
-    owner = min({rank for _, _, rank in there}, key=lambda rank: (load[rank], rank))
+    if owner is None:
+        owner = min({rank for _, _, rank in there}, key=lambda rank: (load[rank], rank))
     pieces, at = [], start
     while at < stop:
         covering = [(rank != owner, rank, b) for a, b, rank in there if a <= at < b]
@@ -194,20 +202,25 @@ def _owned(
     return owner, pieces
 
 
-def arrange(config: ModelConfig, entries: list[Entry], fmt: Format | None, shard_bytes: int) -> dict[str, str]:
-    """The file of each stored tensor: each owner has its own, of about shard_bytes at most; MTP layers lie beside."""
+def arrange(
+    config: ModelConfig, stored: dict[str, tuple[int, tuple[int, ...]]], fmt: Format | None, shard_bytes: int
+) -> dict[str, str]:
+    """The file of each stored tensor, of which the owner and the shape are given.
+
+    Each owner has its own files, of about shard_bytes at most; MTP layers lie beside.
+    """
     apart = export.lies_beside(config) if fmt is not None else ()
     groups: dict[tuple[bool, int, int], list[str]] = {}  # (beside, owner, number)
     filled: Counter[tuple[bool, int]] = Counter()
     number: Counter[tuple[bool, int]] = Counter()
-    for entry in entries:
-        whose = entry.name.startswith(apart), entry.owner
-        size = export.size(entry.name, entry.shape, fmt or "fp32")
+    for name, (owner, shape) in stored.items():
+        whose = name.startswith(apart), owner
+        size = export.size(name, shape, fmt or "fp32")
         if filled[whose] and filled[whose] + size > shard_bytes:
             number[whose] += 1
             filled[whose] = 0
         filled[whose] += size
-        groups.setdefault((*whose, number[whose]), []).append(entry.name)
+        groups.setdefault((*whose, number[whose]), []).append(name)
     found: dict[str, str] = {}
     for is_beside, stem, single in ((False, "model", None if fmt is None else SINGLE), (True, "model-mtp", BESIDE)):
         some = [groups[key] for key in sorted(groups) if key[0] == is_beside]

@@ -114,8 +114,6 @@ class Layout:
         if rows % (self.dp * self.micro_batches):
             problem = f"does not divide among dp = {self.dp} ranks with {self.micro_batches} micro-batches each"
             raise UserError("rows", rows, problem, f"Use a multiple of {self.dp * self.micro_batches}.")
-        if c.attention_sinks and self.cp > 1:
-            raise UserError("layout.cp", self.cp, "heads that are exchanged leave their sinks behind", "Use 1.")
         if self.cp > 1 and (c.index_topk or c.attention == "compressed"):
             problem = "an indexer and compressed entries are of all heads and of whole rows, and ranks exchange heads for tokens"
             raise UserError("layout.cp", self.cp, problem, "Use 1.")
@@ -144,8 +142,6 @@ class Layout:
 
     def _check_experts(self, c: ModelConfig) -> None:
         experts = c.n_routed_experts
-        if c.swiglu_alpha is not None and self.ep > 1:
-            raise UserError("layout.ep", self.ep, "experts that have biases do not travel", "Use 1.")
         if self.ep > 1 and (experts == 0 or experts % self.ep):
             raise UserError("layout.ep", self.ep, f"does not divide {experts} experts", "Use a divisor.")
         if self.holders % self.ep:

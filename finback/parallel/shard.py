@@ -66,6 +66,12 @@ def share_of(name: str, tensor: Tensor) -> Share:
     return Share(name, shape, offset, local(tensor.detach()))
 
 
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What routed experts are made of, by name: the first dimension is that of experts, one after the other."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    return {f"{name}.{leaf}": p for name, moe in layers for leaf, p in moe.named_parameters(recurse=False)}
+
+
 def materialise(root: nn.Module, model: Transformer, device: torch.device) -> None:
     """Give a blank model, shared already or not, memory for what this rank holds of it; parameters have no values yet."""
     root.to_empty(device=device)
@@ -173,11 +179,14 @@ class ZeroOne(Sharding):
     def __init__(self, models: list[Transformer], mesh: Mesh) -> None:
         for model in models:
             materialise(model, model, mesh.device)
-        parameters = [p for model in models for p in model.parameters()]
-        experts = [p for p in parameters if p.ndim == 3]
-        others = [p for p in parameters if p.ndim != 3]
+        experts = [p for model in models for p in expert_parameters(model).values()]
+        known = {id(p) for p in experts}
+        others = [p for model in models for p in model.parameters() if id(p) not in known]
         self.shared = [(axis, ps, flat_gradients(ps)) for axis, ps in ((mesh.dp, others), (mesh.edp, experts)) if ps]
-        self.parts = [[ShardedParameter(n, _view(p, mesh)) for n, p in model.named_parameters()] for model in models]
+        self.parts = [
+            [ShardedParameter(n, _view(p, mesh, id(p) in known)) for n, p in model.named_parameters()]
+            for model in models
+        ]
 
     def zero(self) -> None:
         for _, _, gradients in self.shared:
@@ -208,11 +217,11 @@ def _narrow(whole: Tensor, members: int, member: int) -> Tensor:
     return whole.narrow(dim, start, stop - start)
 
 
-def _view(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
+def _view(parameter: nn.Parameter, mesh: Mesh, is_of_experts: bool) -> nn.Parameter:
     """A part that is a view of a whole parameter, and of its gradient, placed as FSDP2 would place it."""
     axis, where, shape = mesh.dp, mesh.dp, list(parameter.shape)
     placements: list[Placement] = [Shard(0)]
-    if parameter.ndim == 3:
+    if is_of_experts:
         axis = where = mesh.edp
         dim = _cut(parameter, axis.size())
         placements = [Shard(dim)]
