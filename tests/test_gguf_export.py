@@ -216,6 +216,17 @@ def test_files_that_hold_no_model_or_scale_twice_are_named(tmp_path: Path) -> No
             load_audited(tmp_path / f"{name}.gguf")
 
 
+def test_files_with_a_tensor_for_each_expert_are_named(tmp_path: Path) -> None:
+    """Mixtral's of 2023; llama.cpp's today wants experts in one tensor (check_tensor_dims: ffn_down_exps not found)."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, shape in {"token_embd": (8, 4), "blk.0.ffn_gate.0": (6, 4), "blk.0.ffn_down.1": (4, 6)}.items():
+        writer.add_tensor(f"{name}.weight", torch.ones(shape).numpy())
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    with pytest.raises(UserError, match=r"of 2023, with a tensor for each expert, .* Use a newer file of the model"):
+        load_audited(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
 def test_matrices_are_stored_as_asked(kind: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(MODELS["qwen3_moe"], hidden_size=64, moe_intermediate_size=32, head_dim=16)

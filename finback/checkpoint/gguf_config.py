@@ -1,6 +1,7 @@
 """GGUF's metadata as the config.json that it amounts to."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ ROTATIONS = (FREQUENCIES, LONG, SHORT)
 STEPS = {"gemma3": 6, "gpt-oss": 2, "olmo2": 4}
 PARTLY_ROTATED = ("glm4moe", "phi3")
 GEMMA_27B = 62  # layers; its scores are scaled by the width of the hidden state over its heads
+OF_AN_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 
 
@@ -56,6 +58,10 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
         raise UserError("model", str(path), f"a GGUF file that holds no model ({kind})", remedy)
     if embedding is None:
         raise UserError("model", str(path), "has no token_embd.weight", "Use a complete file.")
+    if any(OF_AN_EXPERT.fullmatch(name) for name in tensors):
+        problem = "a GGUF file of 2023, with a tensor for each expert, which llama.cpp does not open any more either"
+        remedy = "Use a newer file of the model, or its safetensors files."
+        raise UserError("model", str(path), problem, remedy)
     raw = {
         "model_type": FAMILIES[arch],
         "vocab_size": int(embedding.shape[1]),
