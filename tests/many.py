@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finback.data.rows import PADDING, Row
 from finback.model.config import CSA, HCA, SLIDING, ModelConfig
+from finback.model.fp4 import Qat
 from finback.model.logprobs import text_logprobs
 from finback.model.recompute import Policy
 from finback.model.transformer import Transformer
@@ -89,6 +90,7 @@ class Way:
     packed: bool = False
     ema_decay: float = 0.0
     compute: Literal["fp32", "fp8"] = "fp32"
+    qat: Qat = "none"
     recompute: Policy = "none"
     compile: bool = False
     # rows in another order, which changes nothing but how sums and FP8's tiles are made

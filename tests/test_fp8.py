@@ -61,7 +61,7 @@ class Exact:
         self.calls.append(("columns", power_of_two, tuple(x.shape)))
         return (x.float().T,)
 
-    def blocks(self, weight: Tensor) -> Operand:
+    def blocks(self, weight: Tensor, power_of_two: bool = False) -> Operand:
         self.weights.append(weight)
         return (weight,)
 

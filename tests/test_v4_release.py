@@ -75,6 +75,11 @@ def test_mxfp4_is_a_plain_reimplementation_to_the_bit() -> None:
         bytes_, powers, numbers = plain_mxfp4(row)
         assert values[i].tolist() == bytes_ and scale[i].tolist() == powers
         assert back[i].view(torch.int32).tolist() == torch.tensor(numbers).view(torch.int32).tolist()
+    assert torch.equal(formats.round_mxfp4(weight).view(torch.int32), back.view(torch.int32))
+    broken = weight.index_fill(
+        1, torch.tensor([3]), torch.nan
+    )  # no number of such a block is finite, all of the next are
+    assert formats.round_mxfp4(broken)[:, :32].isnan().all() and formats.round_mxfp4(broken)[:, 32:].isfinite().all()
     again = formats.mxfp4(back)
     assert torch.equal(formats.from_mxfp4(*again, torch.float32), back)
     assert formats.powers_of_two(torch.tensor([0, 1, 127, 254, 255], dtype=torch.uint8)).tolist()[:4] == [

@@ -103,15 +103,31 @@ def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     As V4's release quantizes: 2^⌈log2(max(largest, 6 · 2^-126) / 6)⌉ brings a block to at most 6, and ties go to even codes.
     """
     assert weight.size(-1) % MXFP4_BLOCK == 0, "blocks of 32 numbers are whole"
-    fp32 = weight.float().unflatten(-1, (-1, MXFP4_BLOCK))
+    level, unit, scale = _nearest_e2m1(weight, MXFP4_BLOCK)
+    codes = (level.to(torch.uint8) | unit.signbit().to(torch.uint8) << 3).flatten(-2)
+    return codes[..., 1::2] << 4 | codes[..., ::2], torch.frexp(scale).exponent.add_(126).to(torch.uint8)
+
+
+def round_mxfp4(x: Tensor, block: int = MXFP4_BLOCK) -> Tensor:
+    """What MXFP4 leaves of x (..., columns), in x's dtype. A block with a number that is not finite has none that is.
+
+    `block` divides the columns; files have blocks of 32. Twin: from_mxfp4(*mxfp4(x)).
+    """
+    level, unit, scale = _nearest_e2m1(x, block)
+    levels = torch.tensor(E2M1, device=x.device)
+    return torch.copysign(levels[level], unit).mul_(scale[..., None]).flatten(-2).to(x.dtype)
+
+
+def _nearest_e2m1(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., columns) -> the index in E2M1 of each number's magnitude and the number in units of its factor, both (...,
+    blocks, block), and the factors (..., blocks)."""
+    fp32 = x.float().unflatten(-1, (-1, block))
     scale = fp8.rounded_up(fp32.abs().amax(dim=-1).clamp(min=6 * 2.0**-126) / 6)
-    levels = torch.tensor(E2M1, device=weight.device)
+    levels = torch.tensor(E2M1, device=x.device)
     middles = (levels[1:] + levels[:-1]) / 2
     middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(()))  # ties above odd codes go up
     unit = fp32 / scale[..., None]
-    codes = torch.bucketize(unit.abs(), middles).to(torch.uint8) | unit.signbit().to(torch.uint8) << 3
-    codes = codes.flatten(-2)
-    return codes[..., 1::2] << 4 | codes[..., ::2], torch.frexp(scale).exponent.add_(126).to(torch.uint8)
+    return torch.bucketize(unit.abs(), middles), unit, scale
 
 
 def from_mxfp4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,9 +38,9 @@ class Products:
         """The transpose of x (k, rows): tiles of 128 x 1 of x."""
         return fp8.quantize_tiles(x.T.contiguous(), power_of_two)
 
-    def blocks(self, weight: Tensor) -> Operand:
+    def blocks(self, weight: Tensor, power_of_two: bool = False) -> Operand:
         """weight (..., rows, k) in blocks of 128 x 128."""
-        return fp8.quantize(weight)
+        return fp8.quantize(weight, power_of_two)
 
     def keep(self, x: Tensor) -> Tensor:
         """What is left of x (rows, k) kept in E5M6, in fp32."""
@@ -68,8 +68,8 @@ class Emulated(Products):
     def columns(self, x: Tensor, power_of_two: bool = False) -> Operand:
         return (round_tiles(x, 0, power_of_two).T,)
 
-    def blocks(self, weight: Tensor) -> Operand:
-        return (fp8.dequantize(*fp8.quantize(weight), torch.float32),)
+    def blocks(self, weight: Tensor, power_of_two: bool = False) -> Operand:
+        return (fp8.dequantize(*fp8.quantize(weight, power_of_two), torch.float32),)
 
     def multiply(self, a: Operand, b: Operand) -> Tensor:
         return a[0] @ b[0].T

@@ -32,6 +32,8 @@ class Numerics:
     gradient_power_of_two: bool = False
     # the input, for Wgrad
     keep_e5m6: bool = False
+    # of a feed-forward's weights, which costs those nothing that are FP4's numbers already (V4)
+    weight_power_of_two: bool = False
     # None: as the device has them
     products: Products | None = None
     # of SwiGLU, as kernels.swiglu has it
@@ -101,7 +103,7 @@ class _Fp8SwiGLU(torch.autograd.Function):
         p, rows = products_for(x, numerics), x.flatten(0, -2)
         tiles = p.tiles(rows, numerics.input_power_of_two)
         ctx.numerics, ctx.blocks = numerics, [(0, 0, len(rows))]
-        y, saved = _feed_forward(p, tiles, (gate_up[None], down[None]), ctx.blocks, x.dtype, numerics.limit)
+        y, saved = _feed_forward(p, tiles, (gate_up[None], down[None]), ctx.blocks, x.dtype, numerics)
         ctx.save_for_backward(*saved)
         return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])  # no view: what is returned may get hooks
 
@@ -122,7 +124,7 @@ class _Fp8Experts(torch.autograd.Function):
         order = torch.empty_like(slots).index_copy_(0, slots, torch.arange(n * k, device=x.device))
         # quantized before they are sent, once for all experts
         tiles = tuple(t[order // k] for t in p.tiles(x, numerics.input_power_of_two))
-        sorted_y, saved = _feed_forward(p, tiles, (gate_up, down), ctx.blocks, x.dtype, numerics.limit)
+        sorted_y, saved = _feed_forward(p, tiles, (gate_up, down), ctx.blocks, x.dtype, numerics)
         ctx.save_for_backward(slots, sorted_y, weight, *saved)
         ctx.numerics = numerics
         return gather(sorted_y, slots, weight, k)
@@ -137,15 +139,15 @@ class _Fp8Experts(torch.autograd.Function):
 
 
 def _feed_forward(
-    p: Products, tiles: Operand, weights: tuple[Tensor, Tensor], blocks: Blocks, dtype: torch.dtype, limit: float | None
+    p: Products, tiles: Operand, weights: tuple[Tensor, Tensor], blocks: Blocks, dtype: torch.dtype, numerics: Numerics
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows, grouped by expert, through gate_up (e, 2m, d) and down (e, d, m) -> (rows, d), and what backward needs.
 
     SwiGLU's input is kept in FP8 and its output not at all (V3 3.3.3); the forward pass uses it as it was.
     """
-    w_in, w_out = (p.blocks(weight) for weight in weights)
+    w_in, w_out = (p.blocks(weight, numerics.weight_power_of_two) for weight in weights)
     hidden = _per_expert(p, tiles, w_in, blocks, dtype)
-    y = _per_expert(p, p.tiles(activation(hidden, limit)), w_out, blocks, dtype)
+    y = _per_expert(p, p.tiles(activation(hidden, numerics.limit)), w_out, blocks, dtype)
     return y, (*tiles, *p.tiles(hidden), *w_in, *w_out)
 
 

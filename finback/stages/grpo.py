@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.engine.request import SamplingParams
+from finback.model.fp4 import Qat
 from finback.model.lora import LoRA
 from finback.model.recompute import Policy, policy_of
 from finback.parallel.layout import Layout
@@ -111,6 +112,8 @@ class GRPO(Stage):
     patience: int = 20
     # precision of trainer and engine; in bf16 the gap between them is about a thousand times as large
     compute: Literal["fp32", "bf16"] = "fp32"
+    # quantization-aware training: routed experts, and the queries and keys of V4's indexers, are rounded to FP4 in every pass
+    qat: Qat = "none"
     # padded tokens per backward pass
     micro_tokens: int = 4096
     # train an adapter on a frozen base instead of all weights; the reference model is then the base

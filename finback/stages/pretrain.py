@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from finback.config import UserError, check_fields, check_not_negative, check_positive, check_share
 from finback.model.config import ModelConfig
+from finback.model.fp4 import Qat
 from finback.model.recompute import Policy
 from finback.parallel.layout import Layout
 from finback.runs.declaration import Declaration
@@ -19,7 +20,7 @@ from finback.stages.pretrain_setup import set_up
 from finback.tasks.task import Task
 from finback.train import loop, rates
 from finback.train.optim import MuonForm
-from finback.train.precision import ExpertKernel
+from finback.train.precision import ExpertKernel, check_qat
 from finback.train.rates import Level, Phase
 
 
@@ -112,6 +113,8 @@ class Pretrain(Stage):
     recompute: Policy = "none"
     # auto: bf16 if the processor multiplies in it natively and hidden_size is at least 128; fp8: DeepSeek's, on Hopper, emulated elsewhere for study
     compute: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    # quantization-aware training: routed experts, and the queries and keys of V4's indexers, are rounded to FP4 in every pass
+    qat: Qat = "none"
     # routed experts: one after another ("loop") or in one grouped call; auto: on a GPU, whichever is faster in a timed pass
     expert_kernel: ExpertKernel = "auto"
     # fuse elementwise operations with torch.compile: faster steps, but the first may take a minute longer
@@ -148,6 +151,7 @@ class Pretrain(Stage):
             self._check_compile()
         if self.layout is not None:
             self.layout.check_length(self.seq_len)
+        check_qat(self.name, self.qat, self.layout)
 
     def _check_numbers(self) -> None:
         counts = ("max_tokens", "batch_size", "seq_len", "checkpoint_steps", "keep", "router_steps", "spike_patience")

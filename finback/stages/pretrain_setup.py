@@ -12,7 +12,7 @@ from finback.checkpoint import models
 from finback.checkpoint.shares import Stored
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
-from finback.model import count
+from finback.model import count, fp4
 from finback.model.config import CSA, ModelConfig
 from finback.model.dsa_training import teach_indexers, with_indexers
 from finback.model.recompute import use_recompute
@@ -50,12 +50,16 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     else:
         start = models.load(_start(stage, run))
         config = stage.adapted(start.config)
+    if stage.qat != "none":
+        fp4.check(config, f"{stage.name}.qat")
     precision = _precision(stage, config, run, world)
     dtype = dtype_of(precision)
     model = _with_values(stage, config, dtype, start, run.seed("weights"))
     model = (use_fp8(model) if precision == "fp8" else model).to(world.device)
     use_recompute(model, stage.recompute).train()
     _use_expert_kernel(stage, run, world, model)
+    if stage.qat != "none":
+        fp4.use_fp4(model)
     if stage.compile:
         _check_compiler(stage, config, run)
         from finback.train import compiling  # seconds of imports that only it needs
@@ -126,6 +130,8 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         had, config = config.index_topk, stage.adapted(config)
         if config.index_topk and not had:
             raise stage.wrong("layout", "the indexers of a model that has none are drawn on one rank", "Leave it out.")
+    if stage.qat != "none":
+        fp4.check(config, f"{stage.name}.qat")
     precision = _precision(stage, config, run, world)
     if stage.compile:
         _check_compiler(stage, config, run)

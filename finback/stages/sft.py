@@ -14,6 +14,7 @@ from finback.data.messages import Lesson
 from finback.data.rows import arrange
 from finback.data.sources import Chitchat, Files, Hub
 from finback.data.tokenizer import Tokenizer
+from finback.model.fp4 import Qat
 from finback.model.lora import LoRA
 from finback.model.recompute import Policy, policy_of
 from finback.parallel.layout import Layout
@@ -75,6 +76,8 @@ class SFT(Stage):
     validation: Validation | None = None
     # precision of matrix products
     compute: Literal["fp32", "bf16"] = "fp32"
+    # quantization-aware training: routed experts, and the queries and keys of V4's indexers, are rounded to FP4 in every pass
+    qat: Qat = "none"
     # train an adapter on a frozen base instead of all weights; MTP modules are then frozen
     adapter: LoRA | None = None
     # how a model too large for one rank is sharded; None: a full copy on each rank

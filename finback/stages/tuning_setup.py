@@ -8,6 +8,8 @@ import torch
 from finback.checkpoint import models
 from finback.config import UserError
 from finback.kernels.formats import FORMATS
+from finback.model import fp4
+from finback.model.fp4 import Qat
 from finback.model.lora import learnt_parameters
 from finback.model.recompute import use_recompute
 from finback.parallel.layout import Layout
@@ -17,7 +19,7 @@ from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
 from finback.train.heap import return_large_blocks
 from finback.train.lean_adam import adam_of
-from finback.train.precision import COMPUTE
+from finback.train.precision import COMPUTE, check_qat
 from finback.train.reference import Reference, reference_of
 from finback.train.trainer import ReplicatedTrainer, Trainer
 
@@ -28,8 +30,11 @@ if TYPE_CHECKING:
 
 
 def check_layout(stage: "SFT | GRPO") -> None:
-    """Raises UserError for layout settings that fine-tuning and RL do not support."""
+    """Raises UserError for settings of layout and precision that fine-tuning and RL do not support."""
     layout, adapter = stage.layout, stage.adapter
+    check_qat(stage.name, stage.qat, layout)
+    if adapter is not None and stage.qat != "none":
+        raise stage.wrong("qat", "rounds weights that learn, and an adapter's base does not", 'Use "none".')
     if layout is None:
         return
     for name, value, usual, remedy in (
@@ -57,6 +62,9 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
         return _sharded(stage, run, layout, weight_decay, frozen)
     model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
     model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
+    if stage.qat != "none":
+        fp4.check(model.config, f"{stage.name}.qat")
+        fp4.use_fp4(model)
     named = [(name, p) for name, p in learnt_parameters(model) if not name.startswith(frozen)]
     return ReplicatedTrainer(model, world, [adam_of(named, weight_decay, stage.moments)], named)
 
@@ -74,12 +82,15 @@ def _sharded(
         optimizer="adamw",
         weight_decay=weight_decay,
         compute=stage.compute,
+        qat=stage.qat,
         recompute=stage.recomputes or "none",
         frozen=frozen,
         base=None if lora is None else lora.base,
         moments=stage.moments,
     )
     config, values = models.stored(base, world.rank, world.size)
+    if stage.qat != "none":
+        fp4.check(config, f"{stage.name}.qat")
     try:
         if lora is None:
             return sharded_tuning.ShardedTuner(config, layout, values, options, world.device.type)
@@ -103,8 +114,10 @@ def _check_merged(stage: Stage, knob: str, adapter: Path | None) -> None:
         raise stage.wrong(knob, problem, "Use the merged model that `finback export` writes, or leave out layout.")
 
 
-def frozen_share(stage: Stage, path: Path, trainer: Trainer, compute: torch.dtype, prefix: str) -> "FrozenShare":
-    """The frozen model at a path, sharded like the trainer's; `prefix` starts its names in a checkpoint."""
+def frozen_share(
+    stage: Stage, path: Path, trainer: Trainer, compute: torch.dtype, prefix: str, qat: Qat = "none"
+) -> "FrozenShare":
+    """The frozen model at a path, sharded like the trainer's; arguments as FrozenShare has them."""
     from finback.train import sharded_tuning
 
     assert isinstance(trainer, sharded_tuning.UnevenRows), "a trainer on a layout"
@@ -112,7 +125,7 @@ def frozen_share(stage: Stage, path: Path, trainer: Trainer, compute: torch.dtyp
     world = trainer.mesh.world
     config, values = models.stored(path, world.rank, world.size)
     try:
-        return sharded_tuning.FrozenShare(config, trainer, values, compute, prefix)
+        return sharded_tuning.FrozenShare(config, trainer, values, compute, prefix, qat)
     except UserError as error:
         raise _of_layout(stage, error, f" of {path}") from None
 
@@ -121,7 +134,7 @@ def reference_model(stage: "GRPO", run: StageRun, trainer: Trainer) -> Reference
     """The reference model of a policy at its start; checkpoints store it with the policy."""
     found: Reference
     if trainer.in_step and stage.adapter is None:
-        found = frozen_share(stage, run.input(stage.start), trainer, COMPUTE[stage.compute], "reference")
+        found = frozen_share(stage, run.input(stage.start), trainer, COMPUTE[stage.compute], "reference", stage.qat)
     else:
         found = reference_of(trainer.model, "reference", World.of(run))
     trainer.extras.append(found)

@@ -13,10 +13,12 @@ from finback.kernels import fp8_train, moe_gemm
 from finback.kernels.fp8_products import Products
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
 from finback.kernels.probe import experts_seconds
+from finback.model.fp4 import Qat
 from finback.model.layers import GeGLU, Linear, SwiGLU
 from finback.model.moe import MoE
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
+from finback.parallel.layout import Layout
 
 ExpertKernel = Literal["auto", "loop", "grouped_mm"]
 MARGIN = 1.15  # required speed-up, so that noise does not decide
@@ -59,6 +61,13 @@ def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens:
             if isinstance(module, MoE) and module.experts is moe_gemm.routed_experts:
                 module.experts = moe_gemm.grouped_experts
     return kernel
+
+
+def check_qat(stage: str, qat: Qat, layout: Layout | None) -> None:
+    """Raises UserError if a layout would round weights before FP4 does."""
+    if qat != "none" and layout is not None and layout.gather != "fp32":
+        problem = f"rounds the weights themselves, and layout.gather rounds them to {layout.gather} before"
+        raise UserError(f"{stage}.qat", qat, problem, 'Use gather="fp32".')
 
 
 def use_fp8(model: Transformer, products: Products | None = None) -> Transformer:

@@ -204,12 +204,12 @@ class ShardedTrainer(Trainer):
         return logp
 
     def gathered(self) -> Transformer:
-        model = self.options.put_on(Transformer(self.config, self.options.dtype)).to(self.mesh.device)
+        model = self.options.whole(self.config).to(self.mesh.device)
         self._gather(model)
         return model
 
     def _gather(self, model: Transformer, fills: bool = True) -> int:
-        held: dict[str, Tensor] = {p.name: p.value for p in self.parts if not p.is_copy}
+        held: dict[str, Tensor] = {p.name: self.options.read(p) for p in self.parts if not p.is_copy}
         return gather(held | self._biases(), self.mesh, model, fills)
 
     @contextmanager
@@ -239,7 +239,8 @@ class ShardedTrainer(Trainer):
     def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
         """Written by all ranks, shard by shard."""
         self.settle()
-        save_shares(self.config, shares(self.models, self.mesh), folder, tokenizer.save)
+        mine = self.options.written(shares(self.models, self.mesh))
+        save_shares(self.config, mine, folder, tokenizer.save)
 
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
         """Restores the newest checkpoint, whatever layout, or single rank, wrote it."""

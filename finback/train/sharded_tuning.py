@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from finback.checkpoint.shares import Values
 from finback.model.config import ModelConfig
+from finback.model.fp4 import Qat, round_indexers, use_fp4
 from finback.model.frozen import BaseFormat, base_dtype, freeze
 from finback.model.logprobs import text_logprobs
 from finback.model.lora import learnt_parameters
@@ -180,8 +181,8 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
 
     def served(self) -> ServedWeights:
         if self._served is None:
-            dtype = self.options.dtype
-            model, fills = whole_copy(self.config, dtype, dtype, self.world)
+            dtype, put_on = self.options.dtype, round_indexers if self.options.qat != "none" else nn.Module.eval
+            model, fills = whole_copy(self.config, dtype, dtype, self.world, put_on)
             self._served = ServedWeights(model, partial(self._gather, fills=fills))
         return self._served
 
@@ -190,11 +191,17 @@ class FrozenShare:
     """A frozen model, sharded like the trained one: a teacher or a reference model."""
 
     def __init__(
-        self, config: ModelConfig, trainer: UnevenRows, values: Values, compute: torch.dtype, prefix: str = "frozen"
+        self,
+        config: ModelConfig,
+        trainer: UnevenRows,
+        values: Values,
+        compute: torch.dtype,
+        prefix: str = "frozen",
+        qat: Qat = "none",
     ) -> None:
-        """prefix: starts its names in a checkpoint."""
+        """prefix: starts its names in a checkpoint. qat: rounds its weights, as ShardedOptions has it."""
         trainer.layout.check(config, trainer.layout.dp * trainer.layout.micro_batches)
-        freezing = lambda model: model.requires_grad_(False)  # noqa: E731
+        freezing = lambda model: (model if qat == "none" else use_fp4(model)).requires_grad_(False)  # noqa: E731
         made = build(config, trainer.layout, trainer.mesh, values, compute, put_on=freezing)
         self.model, self.sharding, self.prefix = made.models[0].eval(), made.sharding, prefix
 

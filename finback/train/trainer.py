@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from finback.checkpoint import models, resharding, store
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
+from finback.kernels.formats import round_mxfp4
+from finback.model.fp4 import is_expert_stack, is_fp4, round_indexers
 from finback.model.logprobs import text_logprobs
 from finback.model.moe import Router
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.parallel.served_weights import ServedWeights
+from finback.parallel.served_weights import ServedWeights, whole_copy
 from finback.runs.folder import StageRun
 from finback.train import router_health
 from finback.train.batch import Batch
@@ -181,6 +183,8 @@ class ReplicatedTrainer(Trainer):
         # routers of a frozen MTP module are not balanced
         frozen = named is not None and not any(n.startswith("mtp.") for n, _ in named)
         self.routers = [m for m in (model.blocks if frozen else model).modules() if isinstance(m, Router)]
+        # what engines and files get where passes round the weights
+        self.rounded = rounded_weights(model) if is_fp4(model) else None
 
     def zero(self) -> None:
         self.gradients.zero()
@@ -199,6 +203,8 @@ class ReplicatedTrainer(Trainer):
     def update(self, *lrs: float) -> None:
         for optimizer, lr in zip(self.optimizers, lrs, strict=True):
             optimizer.step(lr)
+        if self.rounded is not None:
+            self.rounded.learnt()
 
     def balance(self, speed: float) -> Health:
         return router_health.balance(self.routers, self.world, speed)
@@ -233,17 +239,40 @@ class ReplicatedTrainer(Trainer):
         models.restore(self.model, tensors)
         for part in (*self.optimizers, *self.extras):
             part.load_state(tensors)
+        if self.rounded is not None:
+            self.rounded.learnt()
         return step, meta
 
     def text_logprobs(self, tokens: Tensor) -> Tensor:
         return text_logprobs(self.model, tokens)
 
     def gathered(self) -> Transformer:
-        return self.model
+        if self.rounded is None:
+            return self.model
+        self.rounded.learnt()  # whatever has changed them
+        return self.rounded()
+
+    def served(self) -> ServedWeights:
+        return super().served() if self.rounded is None else self.rounded
 
     def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
         if run.is_writer:
-            save(folder, self.model, tokenizer)
+            save(folder, self.gathered(), tokenizer)
+
+
+def rounded_weights(model: Transformer) -> ServedWeights:
+    """A frozen copy of a model trained with rounded weights, with those weights as they are rounded."""
+    copied, _ = whole_copy(model.config, model.compute, torch.float32, World(device=model.embed.device), round_indexers)
+
+    @torch.no_grad()
+    def fill(copy: Transformer) -> int:
+        found = model.state_dict()
+        for name, tensor in copy.state_dict().items():
+            mine = found[name]
+            tensor.copy_(round_mxfp4(mine) if is_expert_stack(name, mine.shape) else mine)
+        return 0
+
+    return ServedWeights(copied, fill)
 
 
 def demand_finite(norm: float, field: str, lr: float, step: int) -> None:
