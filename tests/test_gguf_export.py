@@ -117,6 +117,14 @@ def filled(config: ModelConfig) -> Transformer:
     return model
 
 
+def written(writer: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """A file of the gguf library's own making."""
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.detach().contiguous().numpy())
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+
+
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_what_is_written_is_read_back(config: ModelConfig, tmp_path: Path) -> None:
     model = filled(config)
@@ -150,10 +158,7 @@ def test_other_forms_of_up_projections_and_experts_are_read(tmp_path: Path) -> N
         if c.is_moe(layer):
             del held[f"blk.{layer}.ffn_gate_exps.weight"], held[f"blk.{layer}.ffn_up_exps.weight"]
             held[f"blk.{layer}.ffn_gate_up_exps.weight"] = block.feed_forward.gate_up
-    for name, tensor in held.items():
-        writer.add_tensor(name, tensor.detach().contiguous().numpy())
-    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
-        getattr(writer, step)()
+    written(writer, held)
     back, audit = load_audited(tmp_path / "old.gguf")
     tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -200,10 +205,7 @@ def test_files_that_hold_no_model_or_scale_twice_are_named(tmp_path: Path) -> No
         writer.add_type(kind)
         for key, value in gguf_export._settings(config, "qwen3").items():
             gguf_export._add(writer, key, value)
-        for key, tensor in (held | {"rope_freqs.weight": more}).items():
-            writer.add_tensor(key, tensor.detach().contiguous().numpy())
-        for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
-            getattr(writer, step)()
+        written(writer, held | {"rope_freqs.weight": more})
     back, _ = load_audited(tmp_path / "m.gguf")
     assert isinstance(back.config.rope_scaling, Yarn)  # beside frequencies that are divided by 1
     (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1")
@@ -219,10 +221,8 @@ def test_files_that_hold_no_model_or_scale_twice_are_named(tmp_path: Path) -> No
 def test_files_with_a_tensor_for_each_expert_are_named(tmp_path: Path) -> None:
     """Mixtral's of 2023; llama.cpp's today wants experts in one tensor (check_tensor_dims: ffn_down_exps not found)."""
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    for name, shape in {"token_embd": (8, 4), "blk.0.ffn_gate.0": (6, 4), "blk.0.ffn_down.1": (4, 6)}.items():
-        writer.add_tensor(f"{name}.weight", torch.ones(shape).numpy())
-    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
-        getattr(writer, step)()
+    shapes = {"token_embd": (8, 4), "blk.0.ffn_gate.0": (6, 4), "blk.0.ffn_down.1": (4, 6)}
+    written(writer, {f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()})
     with pytest.raises(UserError, match=r"of 2023, with a tensor for each expert, .* Use a newer file of the model"):
         load_audited(tmp_path / "m.gguf")
 

@@ -60,7 +60,7 @@ def random_blocks(kind: Kind, rows: int, columns: int) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_product_is_that_of_the_numbers_and_a_row_the_same_in_any_company(kind: Kind) -> None:
     stored = random_blocks(kind, 43, 512)
-    matrix, form = quants.numbers(kind, stored), blocks(512, ((kind, 43),))
+    matrix, form = quants.numbers(kind.number, stored.numpy()), blocks(512, ((kind, 43),))
     x = torch.randn(11, 512, generator=torch.Generator().manual_seed(0))
     x[3, 32:64] = 0
     for dtype in (torch.float32, torch.bfloat16):
@@ -82,7 +82,9 @@ def test_matrices_of_several_kinds_are_one_product() -> None:
     """Three matrices over one another, two of them one weight, with biases; none of them fills its last panel."""
     one, two, three = KINDS["Q4_K"], KINDS["Q6_K"], KINDS["Q8_0"]
     stored = [random_blocks(kind, rows, 256) for kind, rows in ((one, 20), (two, 7), (three, 33))]
-    matrix = torch.cat([quants.numbers(kind, s) for kind, s in zip((one, two, three), stored, strict=True)])
+    matrix = torch.cat(
+        [quants.numbers(kind.number, s.numpy()) for kind, s in zip((one, two, three), stored, strict=True)]
+    )
     formats = [blocks(256, ((one, 20), (two, 7))), blocks(256, ((three, 33),))]
     biases = [torch.arange(27.0), torch.arange(33.0)]
     values = [torch.cat([stored[0].flatten(), stored[1].flatten()]), stored[2].flatten()]

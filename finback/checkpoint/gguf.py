@@ -115,12 +115,10 @@ class GGUF(Weights):
 
     def _dequantized(self, name: str, piece: StoredPart | None = None) -> Tensor:
         """A stored tensor, or a part of it."""
-        from gguf import quants
-
         tensor = self.stored[name]
         data = tensor.data if piece is None else piece.of(tensor.data)
         try:
-            return torch.from_numpy(quants.dequantize(data, tensor.tensor_type).copy())
+            return quants.numbers(tensor.tensor_type, data)
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise UserError(

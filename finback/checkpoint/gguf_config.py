@@ -10,25 +10,13 @@ from torch import Tensor
 
 from finback.checkpoint.gguf_keys import ArchitectureKeys as Get
 from finback.checkpoint.gguf_keys import field
+from finback.checkpoint.gguf_names import ARCHITECTURES
 from finback.checkpoint.hf_config import model_config
 from finback.checkpoint.hf_grouped import FULL, SLIDING
 from finback.config import UserError
 from finback.model.rope import inverse_frequencies
 from finback.model.rope_scaling import Yarn
 
-FAMILIES = {
-    "llama": "llama",
-    "smollm3": "smollm3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3moe": "qwen3_moe",
-    "deepseek2": "deepseek_v3",
-    "gemma3": "gemma3_text",
-    "gpt-oss": "gpt_oss",
-    "glm4moe": "glm4_moe",
-    "phi3": "phi3",
-    "olmo2": "olmo2",
-}
 # what rotations are divided by: Llama 3's, and LongRoPE's of long and short rows
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROTATIONS = (FREQUENCIES, LONG, SHORT)
@@ -43,10 +31,10 @@ SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, Any]:
     """The config.json of a file with this metadata and these tensors, by GGUF's names."""
     arch = field(reader, "general.architecture")
-    if arch not in FAMILIES:
-        raise UserError(
-            "model", str(path), f"a GGUF file of the family {arch!r}", f"finback reads GGUF of {', '.join(FAMILIES)}."
-        )
+    families = [family for family, name in ARCHITECTURES.items() if name == arch]
+    if not families:
+        known = ", ".join(dict.fromkeys(ARCHITECTURES.values()))
+        raise UserError("model", str(path), f"a GGUF file of the family {arch!r}", f"finback reads GGUF of {known}.")
     get = Get(reader, arch)
     embedding = tensors.get("token_embd.weight")
     if (kind := field(reader, "general.type", "model")) != "model":
@@ -63,7 +51,7 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
         remedy = "Use a newer file of the model, or its safetensors files."
         raise UserError("model", str(path), problem, remedy)
     raw = {
-        "model_type": FAMILIES[arch],
+        "model_type": families[0],
         "vocab_size": int(embedding.shape[1]),
         "hidden_size": get("embedding_length"),
         "num_hidden_layers": get("block_count"),

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from finback.checkpoint.gguf_config import GEMMA_27B, SIGMOID, SOFTMAX, STEPS
-from finback.checkpoint.gguf_tensors import ARCHITECTURES, tensors
+from finback.checkpoint.gguf_names import ARCHITECTURES
+from finback.checkpoint.gguf_tensors import tensors
 from finback.checkpoint.gguf_types import GgufType, file_type, kind_of, packed
 from finback.checkpoint.hf_export_as import family_of
 from finback.checkpoint.hf_grouped import SLIDING

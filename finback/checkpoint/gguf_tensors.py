@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finback.checkpoint.gguf_config import FREQUENCIES, LONG, SHORT
-from finback.checkpoint.gguf_names import PAIRED
+from finback.checkpoint.gguf_names import ARCHITECTURES, PAIRED
 from finback.checkpoint.hf_export_as import family_of
 from finback.model.biased_experts import BiasedMoE
 from finback.model.config import ModelConfig
@@ -18,26 +18,6 @@ from finback.model.mtp import MTP
 from finback.model.rope import inverse_frequencies, plain_frequencies
 from finback.model.rope_scaling import Llama3Rope, LongRope
 from finback.model.transformer import Block, Transformer
-
-# by transformers' family
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "smollm3": "smollm3",
-    "gemma3_text": "gemma3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "gpt_oss": "gpt-oss",
-    "glm4_moe": "glm4moe",
-    "phi3": "phi3",
-    "olmo2": "olmo2",
-    "olmo3": "olmo2",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-}
-
 
 # of which llama.cpp opens no file without a head, tied or not
 HEADED = ("gpt-oss", "olmo2")

@@ -6,10 +6,10 @@ import numpy as np
 from torch import Tensor
 
 from finback.checkpoint import k_quants
+from finback.kernels.quants import KINDS
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_0", "q4_0", "q4_k_m"]
-BLOCK = 32  # columns of a block of the plain kinds
-FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # where columns are no multiple of 256
+FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # where columns do not fill blocks; F16 for the other kinds
 DIVIDED = ("attn_v.weight", "attn_kv_b.weight", "ffn_down.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight")
 
 
@@ -23,9 +23,9 @@ def kind_of(name: str, shape: tuple[int, ...], asked: GgufType, layers: int, tie
     if len(shape) < 2 or name.endswith(("ffn_gate_inp.weight", ".bias")):
         return "F32"
     wanted = _mixed(name, layers, tied) if asked == "q4_k_m" else asked.upper()
-    if wanted in FALLBACK and shape[-1] % k_quants.BLOCK:
-        wanted = FALLBACK[wanted]
-    return "F16" if wanted.startswith("Q") and shape[-1] % BLOCK else wanted
+    while (kind := KINDS.get(wanted)) is not None and shape[-1] % kind.columns:
+        wanted = FALLBACK.get(wanted, "F16")
+    return wanted
 
 
 def _mixed(name: str, layers: int, tied: bool) -> str:

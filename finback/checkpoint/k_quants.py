@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 256
+from finback.kernels.quants import KINDS
+
 ROWS = 1 << 12  # blocks that are packed at a time
 TINY = 1e-30
 
 
 def quantize(matrix: Tensor, kind: str) -> np.ndarray:
-    """A matrix (..., columns), columns a multiple of BLOCK, as bytes (..., columns / BLOCK · bytes of a block)."""
+    """A matrix (..., columns), columns a multiple of 256, as bytes (..., columns / 256 · bytes of a block)."""
     pack = {"Q4_K": _q4_k, "Q6_K": _q6_k}[kind]
-    blocks = matrix.detach().float().reshape(-1, BLOCK)
+    blocks = matrix.detach().float().reshape(-1, KINDS[kind].columns)
     packed = torch.cat([pack(part) for part in blocks.split(ROWS)])
     return packed.view(*matrix.shape[:-1], -1).numpy()
 

@@ -8,6 +8,7 @@ same as its tokens one by one. Twin: reference.quantized_product.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,19 +69,20 @@ def _dequantize(
     columns: int, parts: tuple[tuple[Kind, int], ...], values: Tensor, factors: Tensor, dtype: torch.dtype
 ) -> Tensor:
     sizes = [rows * kind.row_bytes(columns) for kind, rows in parts]
-    found = [
-        numbers(kind, part.unflatten(-1, (rows, -1)))
-        for (kind, rows), part in zip(parts, values.split(sizes, dim=-1), strict=True)
-    ]
-    return torch.cat(found, dim=-2).to(dtype)
+    found = []
+    for (kind, rows), part in zip(parts, values.detach().cpu().split(sizes, dim=-1), strict=True):
+        found.append(numbers(kind.number, part.unflatten(-1, (rows, -1)).contiguous().numpy()))
+    return torch.cat(found, dim=-2).to(values.device, dtype)
 
 
-def numbers(kind: Kind, rows: Tensor) -> Tensor:
-    """What rows of blocks (..., bytes) stand for: (..., columns) in fp32, by the gguf library."""
+def numbers(number: int, stored: Any) -> Tensor:
+    """Returns the values of a numpy array of ggml's type `number`, for blocks (..., bytes) -> (..., columns), in fp32.
+
+    NotImplementedError for a type that the gguf library does not dequantize.
+    """
     from gguf import GGMLQuantizationType, quants
 
-    data = rows.detach().cpu().contiguous().numpy()
-    return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType(kind.number)).copy()).to(rows.device)
+    return torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType(number)).copy())
 
 
 def available() -> bool:
