@@ -19,6 +19,7 @@ from finback.parallel import launch
 from finback.parallel.experts import Exchange, copies
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh
+from finback.stages.pretrain import Pretrain
 from finback.train.rates import ramp, ramp_sizes
 from tests.many import MANY, on_ranks
 
@@ -60,6 +61,18 @@ def test_layouts_that_can_be() -> None:
             planned.check_trainable(MANY, 8, 2)
     with pytest.raises(UserError, match="only sharded weights travel"):
         Layout(sharding="zero1", gather="bf16")
+    with pytest.raises(UserError, match=r'layout\.offload = True: sharding="zero1" computes with the weights where'):
+        Layout(sharding="zero1", offload=True)
+    with pytest.raises(UserError, match=r"base\.layout\.offload = True: is supported in fine-tuning and RL only"):
+        Pretrain(
+            name="base",
+            data="prepare",
+            model=MANY,
+            max_tokens=1,
+            decay_tokens=0,
+            mixture={},
+            layout=Layout(dp=2, offload=True),
+        )
 
 
 def test_small_steps_have_fewer_micro_batches_or_smaller_ones() -> None:

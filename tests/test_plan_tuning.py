@@ -179,5 +179,29 @@ def test_a_layout_takes_time_for_what_ranks_send() -> None:
     # of 10 passes: gradients in fp32, weights in fp32 twice, of all but the experts that lie here alone
     routed = 59 * 256 * 3 * 7168 * 2048
     assert short - long == pytest.approx(10 * 12 * (parameters(V3) - routed) * 3 / 4 / link, rel=1e-3)
+    assert tuning_time.on_host(stage, site, 0.0) == 0.0
     with pytest.raises(UserError, match=r"--on = 'h800:8': the layout of rl has 4 ranks, not 8\. Use 4 devices"):
         tuning_time.check_ranks(stage, hardware.site("h800:8", ()), "h800:8")
+
+
+def test_what_lies_on_the_host_takes_no_device_memory_but_time() -> None:
+    """By hand: Qwen2.5-7B on 4 ranks, shards fetched from host memory; and moments alone there."""
+    layout, size = Layout(dp=4, offload=True), parameters(QWEN_7B)
+    sft = {"adapter": None, "batch_size": 8, "seq_len": 512, "compute": "bf16", "layout": {"dp": 4, "offload": True}}
+    here, away = (tuning.memory(QWEN_7B, sft, 0.0, teachers=(QWEN_7B,), layout=on) for on in (Layout(dp=4), layout))
+    assert (away.weights, away.gradients, away.optimizer, away.reference) == (0, 0, 0, 0)
+    assert away.total == here.total - 20 * size / 4
+    lora = sft | {"adapter": tuning.ADAPTER}
+    found, learnt = tuning.memory(QWEN_7B, lora, 0.0, layout=layout), tuning.learnt_numbers(QWEN_7B, tuning.ADAPTER)
+    assert (found.weights, found.gradients, found.optimizer) == (4 * learnt, 4 * learnt, 8 * learnt)
+    # five steps of one pass: two times the weights, gradients, and AdamW's 28 bytes; passes that take longer hide what is fetched
+    site, work = hardware.site("h100:4", ("host=1e10",)), Work(tokens_trained=5 * 8 * 512)
+    stage = PlannedStage("sft", "SFT", False, sft, work, QWEN_7B)
+    assert tuning_time.updates(stage) == 5
+    assert tuning_time.on_host(stage, site, 0.0) == pytest.approx(5 * (12 + 28) * size / 4 / 1e10)
+    assert tuning_time.on_host(stage, site, 1e9) == pytest.approx(5 * 28 * size / 4 / 1e10)
+    frozen = PlannedStage("lora", "SFT", False, lora, work, QWEN_7B)
+    fetched = 2 * tuning.frozen_bytes(QWEN_7B, tuning.ADAPTER) / 4
+    assert tuning_time.on_host(frozen, site, 0.0) == pytest.approx(5 * fetched / 1e10)
+    alone = PlannedStage("sft", "SFT", False, sft | {"layout": None, "moments": "host"}, work, QWEN_7B)
+    assert tuning_time.on_host(alone, site, 1e9) == pytest.approx(5 * 16 * size / 1e10)

@@ -44,6 +44,8 @@ LAYOUTS = {
     "experts": Layout(dp=4, ep=2),
     "context": Layout(cp=4),
     "all": Layout(dp=2, cp=2, ep=4),
+    # on CPUs it changes where nothing lies, and must change no number
+    "host": Layout(dp=2, ep=2, offload=True),
 }
 
 
@@ -115,10 +117,6 @@ def test_rows_cut_into_micro_batches_are_those_of_one_pass(ten: Path) -> None:
         (
             {"layout": Layout(dp=2, gather="bf16"), "adapter": LoRA(base="nf4")},
             r"tuned\.layout\.gather = 'bf16': nf4 is gathered as it is stored\. Leave it out\.",
-        ),
-        (
-            {"layout": Layout(dp=2), "adapter": LoRA(base="int8", dora=True, targets=("attention",))},
-            r"tuned\.adapter\.dora = True: DoRA needs the norms of whole rows, .* int8 .* Use base=\"bf16\", or leave out layout\.",
         ),
     ],
 )

@@ -91,6 +91,9 @@ LEARNT = {
     "grpo replayed": Tuned(GRPO, {"routing_replay": True}),
     "lora sft": Tuned(SFT, {"adapter": EXACT, "bias_speed": 0.0}),
     "dora sft": Tuned(SFT, {"adapter": replace(EXACT, dora=True, targets=("attention",)), "bias_speed": 0.0}),
+    "dora sft on nf4": Tuned(
+        SFT, {"adapter": replace(EXACT, dora=True, targets=("attention",), base="nf4"), "bias_speed": 0.0}
+    ),
     "qlora sft": Tuned(SFT, {"adapter": replace(EXACT, base="nf4"), "bias_speed": 0.0}),
     "qlora grpo": Tuned(GRPO, {"adapter": replace(EXACT, base="int8"), "bias_speed": 0.0}),
     "lora distill": Tuned(Distill, {"adapter": EXACT}),

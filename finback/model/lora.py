@@ -21,7 +21,7 @@ from finback.model.frozen import BaseFormat, FrozenLinear, FrozenMoE, thaw, unfr
 from finback.model.layers import Linear
 from finback.model.low_rank import LowRank
 from finback.model.moe import MoE
-from finback.model.quantized import expert_matrix
+from finback.model.quantized import expert_matrix, row_norms
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
 
@@ -205,10 +205,8 @@ def put_on(module: Linear, places: tuple[int, ...], parts: int, rank: int, scale
 def learn_lengths(module: Linear, adapter: LowRank, lengths: Tensor | None = None) -> None:
     """Makes a linear map with an adapter also train its row norms, (n, out); by default starting from the current ones."""
     if lengths is None:
-        assert isinstance(module, LoraLinear), "the adapter must be added first"
-        rows = super(LoraLinear, module).matrix(torch.float32).norm(dim=1)
-        whole = rows.full_tensor() if hasattr(rows, "full_tensor") else rows  # the matrix may be sharded
-        lengths = whole.view(adapter.parts, -1)[torch.tensor(adapter.places, device=whole.device)]
+        rows = row_norms(module)
+        lengths = rows.view(adapter.parts, -1)[torch.tensor(adapter.places, device=rows.device)]
     adapter.m = nn.Parameter(lengths.detach().clone())
     recast(module, DoraLinear)
 

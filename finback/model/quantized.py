@@ -1,6 +1,7 @@
 """Weights that stay quantized: products run in the activations' dtype, dequantizing one matrix at a time."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,24 @@ def expert_matrix(
     if not isinstance(moe, QuantizedMoE):
         return values.to(dtype)
     return moe.format.dequantize(values, here(getattr(moe, name + FACTORS))[expert], dtype)
+
+
+def row_norms(module: Linear) -> Tensor:
+    """Norms of the rows of a stored weight, (out,) in fp32; of one that is sharded by rows each rank computes those of its own."""
+    shards: Any = module.weight
+    weight, scale = module.weight.detach(), getattr(module, "weight_scale", None)
+    is_sharded = hasattr(shards, "full_tensor")
+    if is_sharded:  # formats pack each row separately, and know nothing of DTensors
+        weight, scale = (None if t is None else t.to_local() for t in (shards.detach(), scale))
+    if isinstance(module, QuantizedLinear):
+        weight = module.format.dequantize(weight, scale, torch.float32)
+    norms = weight.float().norm(dim=1)
+    if not is_sharded:
+        return norms
+    size = {"shape": shards.shape[:1], "stride": (1,)}
+    made = type(shards).from_local(norms, shards.device_mesh, shards.placements, run_check=False, **size)
+    whole: Tensor = made.full_tensor()
+    return whole
 
 
 def matrix_names(module: Linear | MoE) -> tuple[str, ...]:

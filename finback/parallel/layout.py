@@ -38,6 +38,8 @@ class Layout:
     sharding: Sharding = "fsdp"
     # dtype in which sharded weights travel; bf16 halves the traffic, and rounds
     gather: Literal["fp32", "bf16"] = "fp32"
+    # whether sharded weights and gradients are stored in host memory, from which each pass fetches a block at a time (FSDP2)
+    offload: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "layout")
@@ -46,6 +48,9 @@ class Layout:
             raise UserError("layout.nodes", self.nodes, f"does not divide ep = {self.ep}", "Use a divisor.")
         if self.gather == "bf16" and self.sharding != "fsdp":
             raise UserError("layout.gather", self.gather, "only sharded weights travel", 'Use sharding="fsdp".')
+        if self.offload and self.sharding != "fsdp":
+            problem = f'sharding="{self.sharding}" computes with the weights where they are stored'
+            raise UserError("layout.offload", True, problem, 'Use sharding="fsdp", or leave it out.')
 
     @property
     def ranks(self) -> int:

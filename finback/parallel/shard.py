@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -72,9 +72,12 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{name}.{leaf}": p for name, moe in layers for leaf, p in moe.named_parameters(recurse=False)}
 
 
-def materialise(root: nn.Module, model: Transformer, device: torch.device) -> None:
+def materialise(root: nn.Module, model: Transformer, device: torch.device, offload: bool = False) -> None:
     """Give a blank model, shared already or not, memory for what this rank holds of it; parameters have no values yet."""
-    root.to_empty(device=device)
+    root.to_empty(device="cpu" if offload else device)
+    for module in root.modules() if offload else ():  # FSDP2 fetches parameters only
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
     if model.config.tie_word_embeddings and "head" in dict(model.named_children()):
         model.head.weight = model.embed  # to_empty parts what is shared
     model.cos, model.sin = (t.to(device) for t in rotation(model.config, model.config.max_position_embeddings))
@@ -111,7 +114,7 @@ class FullyShard(Sharding):
         """roots hold the models, which are blank, and are what is called."""
         for root, model in zip(roots, models, strict=True):
             _fully_shard(root, model, layout, mesh)
-            materialise(root, model, mesh.device)
+            materialise(root, model, mesh.device, layout.offload)
         self.parts = [[ShardedParameter(n, p) for n, p in model.named_parameters()] for model in models]
         self.roots = roots
 
@@ -136,10 +139,11 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
     policy = rounded if layout.gather == "bf16" else exact
     # passes of a pipeline interleave: what one needs, the next needs too
     reshard_after = False if layout.pp > 1 else None
+    stored = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if layout.offload else OffloadPolicy()
 
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, over: str = "dp") -> None:
         axis = mesh.dp if over == "dp" else mesh.edp
-        how = {"mesh": axis, "reshard_after_forward": reshard_after, "mp_policy": policy}
+        how = {"mesh": axis, "reshard_after_forward": reshard_after, "mp_policy": policy, "offload_policy": stored}
         fully_shard(module, **how, shard_placement_fn=lambda p: Shard(_cut(p, axis.size())))  # type: ignore[call-overload]
 
     modules = list(model.modules())

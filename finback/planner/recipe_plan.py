@@ -218,7 +218,7 @@ def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[
         if not values["flops"]:
             return values | {"notes": known[-1:] if "change" in values else []}
         computing = cluster.product_seconds(_trained(stage, stage.model), site)
-        beside = tuning_time.beside_products(stage, site, computing)
+        beside = tuning_time.beside_products(stage, site, computing) + tuning_time.on_host(stage, site, computing)
         rough = cluster.by_flops(values["flops"], site, options, _least(stage, site), beside)
         return values | rough | {"notes": [*known, remarks.ROUGH, *([remarks.HIDDEN] if stage.layout else [])]}
     try:
@@ -247,10 +247,7 @@ def _least(stage: PlannedStage, site: Site) -> float:
     length = sum(limits) or int(knobs.get("max_tokens") or 0)
     steps = int(knobs.get("steps") or 1)
     generating = length * (1 + int(knobs.get("resample") or 0)) if work.tokens_generated else 0
-    rows = int(knobs.get("batch_size") or 0) * stage.length
-    updates = int(knobs.get("updates") or 1) * int(knobs.get("epochs") or 1) * steps
-    if work.tokens_trained and rows and "steps" not in knobs:
-        updates = -(-work.tokens_trained // rows)
+    updates = tuning_time.updates(stage)
     return cost.least_seconds(stage.model, steps * generating + (3 * updates if work.tokens_trained else 0), site)
 
 

@@ -3,8 +3,9 @@
 Bytes per parameter: trained ones need fp32 weights, gradients and AdamW's two moments, 16 in total. A frozen base needs only
 what its format takes. Activations follow the policies of memory.py.
 
-A layout shards all of it except an adapter, of which each rank holds all but other ranks' experts. In addition: what FSDP gathers
-for a pass (both ends of the model throughout, and two layers at a time), and the full copy for generation.
+A layout shards all of it except an adapter, of which each rank holds all but other ranks' experts; with `offload` the shards,
+their gradients and moments are in host memory. In addition: what FSDP gathers for a pass (both ends of the model throughout, and
+two layers at a time), and the full copy for generation.
 """
 
 import dataclasses
@@ -95,12 +96,14 @@ def memory(
     beta = (knobs.get("objective") or {}).get("beta", 0)
     beside = (4.0 * whole if beta and not adapter else 0.0) + 4.0 * sum(map(parameters, teachers))
     tokens = pass_tokens(knobs, layout)
+    stored = 0.0 if layout is not None and layout.offload else 1.0
+    trained = 1.0 if adapter else stored  # an adapter is not sharded, and stays on the device
     activations, again = _activations(c, precision, policy)
     found = TuningMemory(
-        weights=held + 4.0 * learnt,
-        gradients=4.0 * learnt,
-        optimizer=MOMENTS[knobs.get("moments", "fp32")] * learnt,
-        reference=beside / holders,
+        weights=stored * held + trained * 4.0 * learnt,
+        gradients=trained * 4.0 * learnt,
+        optimizer=trained * MOMENTS[knobs.get("moments", "fp32")] * learnt,
+        reference=stored * beside / holders,
         activations=tokens * activations,
         working=working + tokens * again,
         cache=0.0,

@@ -1,6 +1,7 @@
-"""The time that a layout adds to fine-tuning and RL: exposed communication between ranks. Does not import torch."""
+"""The time that a layout and host memory add to fine-tuning and RL: exposed transfers. Does not import torch."""
 
 from finback.config import UserError
+from finback.model.count import parameters
 from finback.planner import traffic, tuning
 from finback.planner.hardware import Site
 from finback.planner.planned_stage import PlannedStage
@@ -12,6 +13,35 @@ def check_ranks(stage: PlannedStage, site: Site, on: str) -> None:
     if stage.layout is not None and stage.layout.ranks != site.devices:
         problem = f"the layout of {stage.name} has {stage.layout.ranks} ranks, not {site.devices}"
         raise UserError("--on", on, problem, f"Use {stage.layout.ranks} devices, or change the layout.")
+
+
+def updates(stage: PlannedStage) -> int:
+    """Number of optimizer steps of a stage."""
+    knobs, work = stage.knobs, stage.work
+    rows = int(knobs.get("batch_size") or 0) * stage.length
+    if work.tokens_trained and rows and "steps" not in knobs:
+        return -(-work.tokens_trained // rows)
+    return int(knobs.get("updates") or 1) * int(knobs.get("epochs") or 1) * int(knobs.get("steps") or 1)
+
+
+def on_host(stage: PlannedStage, site: Site, computing: float) -> float:
+    """Seconds of transfers between device and host beyond `computing` seconds of passes, and of AdamW on the host.
+
+    With `offload` each pass fetches the shard twice and returns its gradients. AdamW reads parameter, gradient and moments
+    and writes all but the gradient, 28 bytes; with moments="host" the moments travel to the device and back, 16 bytes.
+    """
+    layout, knobs, c = stage.layout, stage.knobs, stage.model
+    if c is None or not stage.work.tokens_trained or not tuning.is_tuned(stage):
+        return 0.0
+    adapter, pace, holders = knobs.get("adapter"), site.known["host"].value, layout.holders if layout else 1
+    learnt = tuning.learnt_numbers(c, adapter, layout.ep if layout else 1) if adapter else parameters(c) / holders
+    if layout is None or not layout.offload or layout.ranks == 1:
+        return updates(stage) * 16 * learnt / pace if knobs.get("moments") == "host" else 0.0
+    stored = tuning.frozen_bytes(c, adapter) / holders if adapter else 4.0 * learnt
+    rows = layout.dp * layout.micro_batches * tuning.pass_tokens(knobs, layout) * layout.cp
+    moved = stage.work.tokens_trained / rows * (2 * stored + (0.0 if adapter else 4.0 * learnt))
+    stepped = 0.0 if adapter else updates(stage) * 28 * learnt
+    return max(moved / pace - computing, 0.0) + stepped / pace
 
 
 def beside_products(stage: PlannedStage, site: Site, computing: float) -> float:

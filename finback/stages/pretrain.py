@@ -151,6 +151,9 @@ class Pretrain(Stage):
             self._check_compile()
         if self.layout is not None:
             self.layout.check_length(self.seq_len)
+            if self.layout.offload:
+                problem = "is supported in fine-tuning and RL only: Muon would orthogonalize on the host"
+                raise UserError(f"{self.name}.layout.offload", True, problem, "Leave it out, or use more ranks.")
         check_qat(self.name, self.qat, self.layout)
 
     def _check_numbers(self) -> None:

@@ -43,13 +43,9 @@ def check_layout(stage: "SFT | GRPO") -> None:
     ):
         if value != usual:
             raise UserError(f"{stage.name}.layout.{name}", value, "is supported in pre-training only", remedy)
-    if adapter is not None and adapter.base in FORMATS:
-        if layout.gather != "fp32":
-            problem = f"{adapter.base} is gathered as it is stored"
-            raise UserError(f"{stage.name}.layout.gather", layout.gather, problem, "Leave it out.")
-        if adapter.dora:
-            problem = f"DoRA needs the norms of whole rows, which a sharded {adapter.base} base does not provide"
-            raise UserError(f"{stage.name}.adapter.dora", True, problem, 'Use base="bf16", or leave out layout.')
+    if adapter is not None and adapter.base in FORMATS and layout.gather != "fp32":
+        problem = f"{adapter.base} is gathered as it is stored"
+        raise UserError(f"{stage.name}.layout.gather", layout.gather, problem, "Leave it out.")
 
 
 def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: tuple[str, ...] = ()) -> Trainer:

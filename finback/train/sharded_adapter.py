@@ -101,6 +101,8 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
         digest = peft.digest(base, lambda matrix, step: sampled(share_of("", matrix), step), known)
         model = peft.put_adapter(base, adapter.lora, places, digest, adapter.seed)
         named = adapter_parameters(model)
+        for _, parameter in named:  # it is whole, and not fetched like a base in host memory
+            parameter.data = parameter.data.to(self.mesh.device)
         super().__init__(model, self.mesh.world, [adam_of(named, options.weight_decay, options.moments)], named)
         self.parted = _parted(model)
         if self.parted:
