@@ -10,7 +10,7 @@ from torch import Tensor
 from finback.kernels import moe_gemm, native
 from finback.kernels.attention import causal_attention
 from finback.kernels.documents import masked
-from finback.kernels.heads import parted, turned
+from finback.kernels.heads import rotate_heads, split_heads
 from finback.kernels.norm import add_rms_norm, rms_norm
 from finback.kernels.swiglu import swiglu
 from finback.model.config import TINY
@@ -69,9 +69,9 @@ CASES: dict[str, tuple[Callable[..., Outputs], list[Tensor]]] = {
         lambda q, k, v: causal_attention(q, k, v, 0.3, masked(IDS)),
         [random(2, 3, 9, 20), random(2, 3, 9, 20) + 1, random(2, 3, 9, 16)],
     ),
-    "turned": (lambda q: turned(q, *angles(3), True), [random(2, 9, 4, 14)]),
-    "turned by halves": (lambda q: turned(q, *(t[:1] for t in angles(3)), False), [random(2, 9, 4, 6)]),
-    "parted": (lambda kv, k: parted(kv, k, 8), [random(2, 9, 4, 13), random(2, 9, 6)]),
+    "rotate_heads": (lambda q: rotate_heads(q, *angles(3), True), [random(2, 9, 4, 14)]),
+    "rotate_heads by halves": (lambda q: rotate_heads(q, *(t[:1] for t in angles(3)), False), [random(2, 9, 4, 6)]),
+    "split_heads": (lambda kv, k: split_heads(kv, k, 8), [random(2, 9, 4, 13), random(2, 9, 6)]),
     "cross-entropy": (learnt, [random(300, 16), random(50, 16)]),
     "log-probabilities": (logprobs, [random(30, 16), random(50, 16)]),
 }
@@ -108,7 +108,9 @@ def test_sums_are_the_same_whatever_the_number_of_threads() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            made.append([values(name, torch.float32) for name in ("norm", "add_norm", "swiglu", "turned", "parted")])
+            made.append(
+                [values(name, torch.float32) for name in ("norm", "add_norm", "swiglu", "rotate_heads", "split_heads")]
+            )
     finally:
         torch.set_num_threads(threads)
     for one, two in zip(*made, strict=True):

@@ -1,8 +1,8 @@
-"""Causal attention of training and of prompts; over short rows on a CPU by batched products, forward and backward by hand.
+"""Causal attention for training and prompts; short rows on a CPU use batched products with a hand-written backward pass.
 
-Measured at 128-token rows, one core, against scaled_dot_product_attention: bf16 2 to 5 times faster, fp32 1.2 times
-(docs/log.md). The matrix of scores is stored whole, so this is for rows of at most LONGEST tokens; longer
-ones take the fused kernel. Twin: reference.causal_attention.
+Against scaled_dot_product_attention on rows of 128 tokens and one core, that form is 2 to 5 times faster in bf16 and 1.2
+times in fp32 (docs/log.md). It stores the whole matrix of scores, so it serves rows of at most LONGEST tokens; longer
+rows use the fused kernel. Twin: reference.causal_attention.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from finback.kernels.documents import (
 from finback.kernels.prefixes import prefixed_attention
 
 LONGEST = 512
-WIDER = 8  # dimensions more for sinks: kernels like widths that are multiples of it
-SCORES = 2**24  # of all heads, that a block of queries may have in memory at once
+WIDER = 8  # dimensions added for sinks, of which one is used: kernels are fastest at multiples of 8
+SCORES = 2**24  # most scores, over all heads, that a block of queries holds in memory
 
 # query (b, h, t, d), key (b, kv, t, d), value (b, kv, t, v), scale, mask -> (b, h, t, v)
 Attention = Callable[[Tensor, Tensor, Tensor, float, Mask], Tensor]
@@ -35,7 +35,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, float, Mask], Tensor]
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask = None) -> Tensor:
     """softmax(scale · q k^T, causal) v with query and key (b, h, t, d), value (b, h, t, v) -> (b, h, t, v).
 
-    A mask is for rows of several documents.
+    A mask is needed only for rows of several documents.
     """
     dense = mask is None or isinstance(mask, Tensor)
     if dense and query.device.type == "cpu" and query.size(2) <= LONGEST:
@@ -44,7 +44,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
 
 def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask = None) -> Tensor:
-    """The same by torch's kernels alone; queries may share keys, and a mask (b, t, s) may cover more keys than queries."""
+    """`causal_attention` by torch's kernels alone; heads may share keys, and a mask (b, t, s) may have more keys than queries."""
     if isinstance(mask, Windowed):
         mask = unwindowed(mask, query.size(2), query.device)
     if isinstance(mask, Documents):
@@ -53,14 +53,14 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mas
         return prefixed_attention(query, key, value, scale, mask)
     if mask is None:
         return fused_attention(query, key, value, scale)
-    assert isinstance(mask, Tensor), "a window lies in no other"
+    assert isinstance(mask, Tensor), "windows do not nest"
     return F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=scale, enable_gqa=True)
 
 
 def sink_attention(query: Tensor, entries: Tensor, sink: Tensor, scale: float, seen: Tensor) -> Tensor:
-    """Attention whose softmax has one more score per head, sink (h,), that has no value (V4 2.3.3).
+    """Attention whose softmax has one more score per head, sink (h,), without a value (V4 2.3.3).
 
-    query (b, h, t, c), entries (b, s, c), keys and values of all heads, seen (b, t, s) -> (b, h, t, c).
+    query (b, h, t, c), entries (b, s, c), which are keys and values of all heads, seen (b, t, s) -> (b, h, t, c).
     """
     scores = torch.einsum("bhtc,bsc->bhts", query, entries).float() * scale
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
@@ -72,10 +72,10 @@ def sink_attention(query: Tensor, entries: Tensor, sink: Tensor, scale: float, s
 def with_sinks(
     core: Attention, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask, sink: Tensor
 ) -> Tensor:
-    """Attention of a form `core` whose softmax has one more score per head, sink (h,), that has no value; shapes as above.
+    """Attention by `core` whose softmax has one more score per head, sink (h,), without a value; shapes as in `Attention`.
 
-    A key without a value stands before each document. Its score comes from one more dimension, in which queries have the sink and
-    the other keys 0, so that no form of attention needs to know of it and no matrix of scores is made. Twin: sink_attention.
+    A key with value 0 precedes each document. Its score comes from one more dimension, in which queries hold the sink, this
+    key 1 and all other keys 0. So every form of attention supports sinks without a matrix of scores. Twin: sink_attention.
     """
     if isinstance(mask, Windowed):
         mask = unwindowed(mask, query.size(2), query.device)
@@ -93,7 +93,7 @@ def with_sinks(
 
 
 def _led(key: Tensor, width: int) -> Tensor:
-    """key (b, kv, t, d) with the sinks' before it: 1 in dimension `width`."""
+    """Prepends the sink's key to key (b, kv, t, d): 1 in dimension `width`, 0 elsewhere."""
     first = torch.zeros_like(key[:, :, :1])
     first[..., width] = 1
     return torch.cat([first, key], dim=2)
@@ -102,7 +102,7 @@ def _led(key: Tensor, width: int) -> Tensor:
 def _each_with_sink(
     core: Attention, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...], width: int
 ) -> Tensor:
-    """The same for documents, all of which become one row: each with a key of its own before it."""
+    """`with_sinks` for documents: all of them become one row, each preceded by a sink's key."""
     rows, tokens = query.size(0), sum(lengths)
     sizes = torch.tensor(lengths, device=query.device)
     number = torch.arange(len(lengths), device=query.device).repeat_interleave(sizes)
@@ -144,7 +144,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _causal_softmax(scores: Tensor, heads: int, scale: float, mask: Tensor | None) -> Tensor:
-    """softmax(scale · scores) over what is seen, in the place of scores (b·h, t, t) if a kernel serves them; mask (b, t, t)."""
+    """softmax(scale · scores) over visible keys, scores (b·h, t, t), mask (b, t, t); in place if a C++ kernel applies."""
     rows, length = scores.shape[:2]
     if native.serves(scores):
         seen = None if mask is None else mask.expand(rows // heads, -1, -1).contiguous()
@@ -158,7 +158,7 @@ def _causal_softmax(scores: Tensor, heads: int, scale: float, mask: Tensor | Non
 
 
 def _softmax_backward(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
-    """The gradient of scores from that of `_causal_softmax`, in its place: scale · p ⊙ (dp - Σ dp ⊙ p)."""
+    """The gradient of the scores from that of `_causal_softmax`, in place: scale · p ⊙ (dp - Σ dp ⊙ p)."""
     if native.serves(grad):
         length = grad.size(-1)
         native.call(

@@ -1,7 +1,7 @@
-// What surrounds the matrix products when a CPU reads few tokens at a time: norms, rotation, the cache and attention over
-// it, SwiGLU, routed experts; and the rounding of FP8 training. Each is one pass where the plain form takes a dozen small ones. The plain twins are in
-// reference.py and in the model itself. Compiled by native.py with the machine's own compiler, loaded without any of torch's headers; the
-// OpenMP symbols are resolved to the runtime that torch has loaded, so that there is one pool of threads.
+// The operations around the matrix products when a CPU processes few tokens at a time: norms, rotation, cache writes, attention
+// over the cache, SwiGLU and routed experts; also the rounding of FP8 training. Each is one pass where the plain form takes a
+// dozen. The plain twins are in reference.py and in the model. native.py compiles this file on the user's machine; it uses no
+// torch headers. OpenMP symbols resolve to the runtime that torch has loaded, so that there is one thread pool.
 
 #include <algorithm>
 #include <cmath>
@@ -13,7 +13,7 @@
 
 namespace {
 
-// Several sums side by side: with one, every addition would wait for the one before it.
+// Keeps 64 partial sums: with a single one, every addition would wait for the one before it.
 template <typename T>
 inline float dot(const float* a, const T* b, int64_t n) {
   constexpr int64_t lanes = 64;
@@ -37,13 +37,13 @@ inline void add_scaled(float* out, float factor, const T* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] += factor * to_float(x[i]);
 }
 
-// Sixteen numbers at once; the compiler splits them where registers are narrower.
+// Vectors of sixteen numbers; the compiler splits them if registers are narrower.
 typedef float vector __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(64)));
 constexpr int64_t width = 16;
 
-// Multiplications below which one thread is done before a second one has woken up.
+// Below this many multiplications, one thread finishes before a second one wakes up.
 constexpr int64_t little = 1 << 17;
 
 inline vector load(const float* x) {
@@ -65,7 +65,7 @@ inline float total(vector x) {
   return sum;
 }
 
-// s[q][i] = x[q] . key i, for Q queries and `count` keys: every key is read once for all queries.
+// s[q][i] = x[q] . key i for Q queries and `count` keys; each key is read once for all queries.
 template <int Q, typename T>
 void products(const float* const* x, const T* keys, int64_t stride, int64_t n, int64_t count, float* s, int64_t line) {
   constexpr int64_t K = 4;
@@ -111,7 +111,7 @@ void mix(float* const* y, const float* fade, const T* values, int64_t stride, in
     }
 }
 
-// out = gain * x / sqrt(mean(x^2) + eps), and what x was multiplied by beside the gain
+// out = gain * x / sqrt(mean(x^2) + eps); returns 1 / sqrt(mean(x^2) + eps)
 template <typename T, typename U>
 inline float norm(const T* x, const float* gain, float eps, U* out, int64_t n) {
   float sum = 0;
@@ -139,13 +139,13 @@ struct Attention {
   float* out;              // (rows, new, heads, value)
   const int64_t* table;    // (rows, pages)
   const int64_t* lengths;  // (rows,) entries before the first new one
-  const int64_t* starts;   // (rows,) the first entry that is seen, or null
+  const int64_t* starts;   // (rows,) the first visible entry; null: all are visible
   int64_t rows, new_tokens, heads, groups, key, value, elements, value_at, page, pages;
   float scale;
 };
 
-// Q queries of one row that share keys and values: pages one after the other, softmax in the running form. Queries are
-// numbered over new tokens and, within each, over heads first .. last.
+// Attention of Q queries of one row that share keys and values, page by page with an online softmax. Queries are numbered
+// by new token and, within a token, by head first .. last.
 template <int Q, typename T>
 void attend_queries(const Attention& a, const T* data, int64_t row, int64_t group, int64_t first, int64_t share,
                     int64_t query, std::vector<float>& buffer) {
@@ -158,7 +158,7 @@ void attend_queries(const Attention& a, const T* data, int64_t row, int64_t grou
     x[q] = a.query + ((row * a.new_tokens + token) * a.heads + head) * a.key;
     y[q] = a.out + ((row * a.new_tokens + token) * a.heads + head) * a.value;
     std::fill(y[q], y[q] + a.value, 0.0f);
-    reach[q] = a.lengths[row] + token + 1;  // a new token sees what was there, itself, and the new ones before it
+    reach[q] = a.lengths[row] + token + 1;  // a new token sees the cached entries, earlier new tokens and itself
     end = std::max(end, reach[q]);
     top[q] = -INFINITY, sum[q] = 0;
   }
@@ -204,7 +204,7 @@ void attend_group(const Attention& a, const T* data, int64_t row, int64_t group,
 template <typename T>
 void attend(const Attention& a, const T* data) {
   const int64_t share = a.heads / a.groups;
-  // few rows: heads that share keys are split over the threads, at the price of reading the keys more than once
+  // with few rows, heads that share keys are split over threads, which costs reading the keys more than once
   const int64_t parts = a.rows * a.groups >= 8 ? 1 : std::min<int64_t>(share, 4);
   const int64_t tasks = a.rows * a.groups * parts;
   int64_t entries = 0;
@@ -222,14 +222,14 @@ void attend(const Attention& a, const T* data) {
   }
 }
 
-// What a row of the batch brings along for attention: its place in the cache and its angles.
+// The cache slots and rotation angles of the new tokens.
 struct Place {
   const int64_t* slots;  // (rows * new)
   const float *cosine, *sine;  // (rows * new, rotated / 2)
   bool interleaved;
 };
 
-// Grouped-query attention from the projections on: rotate, store, attend. qkv (tokens, heads + 2 groups, size).
+// Grouped-query attention after the projections: rotates, stores in the cache, attends. qkv (tokens, heads + 2 groups, size).
 template <typename T>
 void grouped_query(Attention a, const Place& at, const T* qkv, const float* query_gain, const float* key_gain, float eps,
                    T* data, T* out) {
@@ -268,12 +268,12 @@ void grouped_query(Attention a, const Place& at, const T* qkv, const float* quer
   for (int64_t i = 0; i < tokens * a.heads * size; ++i) narrow(read[i], out + i);
 }
 
-// Latent attention in absorbed form, from the projections on. q (tokens, heads, nope + rope), kv (tokens, latent + rope),
+// Latent attention in absorbed form, after the projections. q (tokens, heads, nope + rope), kv (tokens, latent + rope),
 // up (heads, nope + value, latent).
 template <typename T>
 void latent(Attention a, const Place& at, const T* q, const T* kv, const float* gain, float eps, const T* up, T* data,
             T* out, int64_t nope, int64_t rope, int64_t value) {
-  const int64_t tokens = a.rows * a.new_tokens, size = a.value, pairs = tokens * a.heads;  // size: of the latent
+  const int64_t tokens = a.rows * a.new_tokens, size = a.value, pairs = tokens * a.heads;  // size: that of the latent
   static thread_local std::vector<float> scratch;
   scratch.resize(pairs * (a.key + size));
   float *query = scratch.data(), *read = query + pairs * a.key;
@@ -306,7 +306,7 @@ void latent(Attention a, const Place& at, const T* q, const T* kv, const float* 
   }
 }
 
-// sum = x + y, where there is a y; out = norm(sum), and inverse (tokens,), which its backward pass needs, unless null
+// sum = x + y unless y is null; out = norm(sum); inverse (tokens,), for the backward pass, unless null
 template <typename T>
 void add_norm(const T* x, const T* y, const float* gain, float eps, T* sum, T* out, float* inverse, int64_t tokens,
               int64_t size) {
@@ -340,7 +340,7 @@ template <typename T>
 void experts(const float* x, const int64_t* index, const float* weight, const T* gate_up, const T* down, float* out,
              float* hidden, int64_t tokens, int64_t choices, int64_t size, int64_t width) {
   const int64_t pairs = tokens * choices;
-  // Token after token within an expert's row: a row of weights is read once for all tokens that chose the expert.
+  // For each row of an expert's weights, loops over the tokens that chose the expert, so that the row is read once.
   std::vector<int64_t> order(pairs);
   for (int64_t i = 0; i < pairs; ++i) order[i] = i;
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return index[a] < index[b]; });
@@ -375,13 +375,13 @@ void experts(const float* x, const int64_t* index, const float* weight, const T*
   }
 }
 
-// FP8 training's tiles: 128 numbers share a factor. See fp8_products.round_tiles.
+// Tiles of FP8 training, in which 128 numbers share a factor. See fp8_products.round_tiles.
 constexpr int64_t tile = 128;
 
-// The bits of magnitudes order as they do, infinity and then NaN at the top.
+// The bits of a magnitude, which compare like the magnitude itself, with infinity and then NaN at the top.
 inline uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffff; }
 
-// What brings a tile with this largest magnitude to at most 448, if asked as a power of two, rounded up.
+// The factor that scales a tile with this largest magnitude to at most 448; optionally rounded up to a power of two.
 inline float factor(uint32_t largest, bool power_of_two) {
   float scale = float_of(largest);
   if (scale < 1e-30f) scale = 1e-30f;
@@ -390,7 +390,7 @@ inline float factor(uint32_t largest, bool power_of_two) {
   return power_of_two && bits < 0x7f800000 ? float_of((bits + 0x7fffff) & 0x7f800000) : scale;
 }
 
-// To the nearest E4M3 number, ties to even; |x| <= 448. Below 2^-6 they lie 2^-9 apart.
+// Rounds to the nearest E4M3 number, ties to even; |x| <= 448. Below 2^-6 these numbers are 2^-9 apart.
 inline float e4m3(float x) {
   const uint32_t bits = bits_of(x);
   const float normal = float_of((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000);
@@ -414,7 +414,7 @@ void round_tiles(const T* x, float* out, int64_t rows, int64_t columns, bool pow
     }
 }
 
-// Tiles along the rows; taken in strips of columns that stay in the cache for the second pass.
+// Tiles along the rows, processed in strips of columns that stay in the processor's cache for the second pass.
 template <typename T>
 void round_columns(const T* x, float* out, int64_t rows, int64_t columns, bool power_of_two) {
   const int64_t bands = (rows + tile - 1) / tile, strips = (columns + tile - 1) / tile;

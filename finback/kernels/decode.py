@@ -1,6 +1,6 @@
-"""Attention of a decoding step in C++, over the pages that hold what is cached. Twin: reference.paged_attention.
+"""Attention of a decoding step in C++, over the pages of the cache. Twin: reference.paged_attention.
 
-The caller asks native.ready first.
+The caller checks native.ready first.
 """
 
 from dataclasses import dataclass
@@ -13,23 +13,24 @@ from finback.kernels import native
 
 @dataclass
 class PagedRows:
-    """The rows of a pass and where one layer keeps their entries: page p is slots p·size … p·size + size - 1."""
+    """The rows of a pass and their entries in one layer's cache: page p holds slots p·size … p·size + size - 1."""
 
     # (slots, elements)
     entries: Tensor
-    # (rows · new,), where the new tokens' entries go
+    # (rows · new,), the slots of the new tokens' entries
     slots: Tensor
     # (rows, pages), each row's pages in order
     table: Tensor
     # (rows,), entries before the first new one
     lengths: Tensor
-    # (rows,), what lies before is not seen
+    # (rows,), the first visible entry; None: all are visible
     starts: Tensor | None
+    # slots per page
     size: int
 
 
 def paged_attention(query: Tensor, rows: PagedRows, groups: int, value_dim: int, value_at: int, scale: float) -> Tensor:
-    """As reference.paged_attention, reading every page once, where it lies; in fp32 inside."""
+    """As reference.paged_attention, but reads each page once and in place; computes in fp32."""
     count, new, heads, key_dim = query.shape
     asked = query.float().contiguous()
     out = asked.new_empty(count, new, heads, value_dim)

@@ -1,8 +1,7 @@
-"""Attention in rows that hold several documents, document by document: no (t x t) matrix is ever made.
+"""Attention in rows of several documents, one document at a time, so that no (t x t) matrix is needed.
 
-One call of the fused kernel for all documents of a length, on a CPU and on a GPU alike. On a GPU torch's variable-length
-kernel does them all at once where a first small trial gives what the calls give. Twin: causal attention with the mask of
-`masked`.
+Documents of equal length share one call of the fused kernel. On a GPU, torch's variable-length kernel takes all documents
+in one call if it agrees with the fused kernel in a small trial. Twin: causal attention with the mask of `masked`.
 """
 
 from dataclasses import dataclass
@@ -12,50 +11,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONGEST_MASKED = 512  # tokens of a row up to which a mask is small, and quicker
+LONGEST_MASKED = 512  # rows of up to this many tokens use a dense mask, which is faster at that size
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of packed rows begin and end."""
+    """The boundaries of the documents in packed rows."""
 
-    # tokens of each, row after row; together they fill the rows
+    # tokens per document, row after row; together they fill the rows
     lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Prefixed:
-    """Rows that begin with a prefix which all documents behind it see."""
+    """Rows that begin with a prefix, which all documents after it see."""
 
-    # of each row: tokens of its prefix, then of each document behind it; together they fill the row
+    # for each row, the tokens of its prefix and of each document after it; together they fill the row
     rows: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Windowed:
-    """A token sees the last `size` tokens, itself included, of those that it would see."""
+    """A sliding window: of the tokens visible under `within`, a token sees only the last `size`, itself included."""
 
-    # what it would see
     within: "Tensor | Documents | Prefixed | None"
     size: int
 
 
-# What a token may look at, besides itself only what stands before it: (b, t, t) True where a query sees a key, or its
-# document's tokens, or those of a prefix too; None: all of them
+# The tokens that a token sees, never later ones than itself: a matrix (b, t, t), True where a query sees a key; those of
+# its document; those of its document and a prefix; those of a window; None: all earlier ones
 Mask = Tensor | Documents | Prefixed | Windowed | None
 
 
 def mask_of(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor | Documents | Prefixed:
-    """What the tokens of packed rows see; document_ids (b, t) numbers the documents of a row, each in one piece.
+    """The mask of packed rows. document_ids (b, t) numbers the documents of a row, each of which is contiguous.
 
-    prefixes (b,): the first so many tokens of a row are document 0, which the others see too.
+    prefixes (b,): that many tokens at the start of a row are document 0, which all other documents see too.
     """
     if document_ids.size(1) <= LONGEST_MASKED:
         return masked(document_ids, prefixes)
     if prefixes is not None:
         rows = zip(document_ids, prefixes.tolist(), strict=True)
         return Prefixed(tuple((n, *_runs(ids[n:])) for ids, n in rows))
-    # all rows at once: a device is waited for once, not row by row
+    # all rows at once, so that the host waits for the device once rather than for every row
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     starts = begins.flatten().nonzero().squeeze(1)
@@ -64,7 +62,7 @@ def mask_of(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor | Do
 
 
 def masked(document_ids: Tensor, prefixes: Tensor | None = None, part: slice = slice(None)) -> Tensor:
-    """The same as a matrix (b, t, t), or its lines of a part of the rows' queries."""
+    """The mask of packed rows as a matrix (b, t, t), or its lines for the queries in `part`."""
     index = torch.arange(document_ids.size(1), device=document_ids.device)
     seen = document_ids[:, part, None] == document_ids[:, None, :]
     if prefixes is not None:
@@ -73,7 +71,7 @@ def masked(document_ids: Tensor, prefixes: Tensor | None = None, part: slice = s
 
 
 def longest(mask: Mask, length: int) -> int:
-    """The most tokens that one token of rows of this length may see."""
+    """The most tokens that any token of rows of this length sees."""
     if isinstance(mask, Documents):
         return max(mask.lengths)
     if isinstance(mask, Prefixed):
@@ -82,8 +80,8 @@ def longest(mask: Mask, length: int) -> int:
 
 
 def visible(mask: Mask, part: slice, keys: int, device: torch.device) -> Tensor:
-    """(b or 1, part, keys) True where the queries of a part of the rows may look."""
-    assert not isinstance(mask, Windowed), "a window is made a matrix before"
+    """(b or 1, part, keys), True where the queries in `part` see a key."""
+    assert not isinstance(mask, Windowed), "windows are expanded to a matrix first"
     if isinstance(mask, Tensor):
         return mask[:, part]
     if mask is None:
@@ -96,14 +94,14 @@ def visible(mask: Mask, part: slice, keys: int, device: torch.device) -> Tensor:
 
 
 def _numbered(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """The number of each token's document."""
+    """The index of each token's document."""
     sizes = torch.tensor(lengths, device=device)
     return torch.arange(len(lengths), device=device).repeat_interleave(sizes)
 
 
 def positions(mask: Mask, length: int, device: torch.device) -> Tensor:
-    """(b or 1, length) The place of each token within its document."""
-    assert not isinstance(mask, Prefixed), "a document behind a prefix is in two pieces"
+    """(b or 1, length), the position of each token within its document."""
+    assert not isinstance(mask, Prefixed), "a document and its prefix are not contiguous in the row"
     index = torch.arange(length, device=device)
     if mask is None:
         return index[None]
@@ -111,7 +109,7 @@ def positions(mask: Mask, length: int, device: torch.device) -> Tensor:
 
 
 def unwindowed(mask: Windowed, length: int, device: torch.device) -> Mask:
-    """What the tokens of rows of this length see, as one of the other masks: a matrix, unless no window ends within a row."""
+    """A window as another mask: `within` itself if no row is longer than the window, otherwise a matrix."""
     if longest(mask.within, length) <= mask.size:
         return mask.within
     index = torch.arange(length, device=device)
@@ -120,7 +118,7 @@ def unwindowed(mask: Windowed, length: int, device: torch.device) -> Mask:
 
 
 def _runs(ids: Tensor) -> list[int]:
-    """Lengths of a row's documents."""
+    """The lengths of a row's documents."""
     return list(torch.unique_consecutive(ids, return_counts=True)[1].tolist())
 
 
@@ -135,9 +133,9 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, 
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Causal attention without a matrix of scores, or attention under a mask (t, s); shapes as above.
+    """Causal attention without a matrix of scores, or attention under a mask (t, s); shapes as in `document_attention`.
 
-    torch's kernel for CPUs wants values as wide as keys, and would make the matrix otherwise.
+    torch's fused CPU kernel requires values as wide as keys; without the padding torch would build the matrix.
     """
     width, missing = value.size(-1), key.size(-1) - value.size(-1)
     if missing > 0 and value.device.type == "cpu":
@@ -147,7 +145,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mas
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...]) -> Tensor:
-    """query (tokens, h, d), key and value (tokens, kv, d) -> (tokens, h, v)."""
+    """One call per document length: query (tokens, h, d), key and value (tokens, kv, d) -> (tokens, h, v)."""
     pieces = [t.split(lengths) for t in (query, key, value)]
     out: list[Tensor] = list(pieces[0])
     for length in dict.fromkeys(lengths):
@@ -159,20 +157,20 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scale: float, lengths
 
 
 def _together(pieces: list[Tensor]) -> Tensor:
-    """Stacked; a single one as it lies in memory, which the backward pass keeps."""
+    """Stacks pieces; a single piece stays a view, so that the backward pass stores no copy."""
     return torch.stack(pieces) if len(pieces) > 1 else pieces[0][None]
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...]) -> Tensor:
-    """The same by flash attention's kernel for rows of variable length."""
-    from torch.nn.attention.varlen import varlen_attn  # a GPU's alone
+    """`_one_by_one` by flash attention's kernel for rows of variable length."""
+    from torch.nn.attention.varlen import varlen_attn  # runs on GPUs only
 
-    width = -(-max(key.size(-1), value.size(-1)) // 8) * 8  # one for all, as the kernel wants it
+    width = -(-max(key.size(-1), value.size(-1)) // 8) * 8  # the kernel requires one width, a multiple of 8
     q, k, v = (F.pad(t, (0, width - t.size(-1))) for t in (query, key, value))
     ends = torch.tensor((0, *lengths), device=q.device).cumsum(0).to(torch.int32)
     most, shared = max(lengths), q.size(1) != k.size(1)
     out = varlen_attn(q, k, v, ends, ends, most, most, window_size=(-1, 0), scale=scale, enable_gqa=shared)
-    assert isinstance(out, Tensor), "nothing but the output was asked for"
+    assert isinstance(out, Tensor), "varlen_attn returns only the output by default"
     return out[..., : value.size(-1)]
 
 
@@ -185,7 +183,7 @@ def _kind(tensor: Tensor) -> _Kind:
 
 @cache
 def _has_varlen(query: _Kind, key: _Kind, value: _Kind) -> bool:
-    """Whether the variable-length kernel runs here on such tensors, and agrees with the plain form, gradients included."""
+    """Whether the variable-length kernel runs on such tensors and agrees with `_one_by_one`, gradients included."""
     if query[0].type != "cuda" or query[1] == torch.float32:
         return False
     lengths, generator = (3, 130, 1, 7), torch.Generator().manual_seed(0)
@@ -193,18 +191,18 @@ def _has_varlen(query: _Kind, key: _Kind, value: _Kind) -> bool:
     try:
         with torch.enable_grad():
             found, expected = (_tried(partial(form, lengths=lengths), given) for form in (_varlen, _one_by_one))
-    except Exception:  # kernels are missing in as many ways as there are machines
+    except Exception:  # an unsupported kernel raises different errors on different machines
         return False
     return all(_near(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def _tried(form: "partial[Tensor]", given: list[Tensor]) -> list[Tensor]:
-    """Its output and gradients."""
+    """The output and gradients of a form of attention."""
     inputs = [t.detach().requires_grad_() for t in given]
     out = form(*inputs, scale=inputs[0].size(-1) ** -0.5)
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
-    """Within what bf16 rounds."""
+    """Whether two tensors agree up to bf16 rounding."""
     return bool((a - b).abs().max() <= 0.02 * b.abs().max())

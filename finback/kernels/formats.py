@@ -1,12 +1,12 @@
-"""Formats of weights that are only read: each packs matrices (..., rows, columns) into values and factors, and back.
+"""Formats of frozen weights: each quantizes matrices (..., rows, columns) to values and factors, and dequantizes them.
 
 fp8   E4M3, a factor per block of 128 x 128 (kernels/fp8.py)
-int8  whole numbers of -127..127, a factor per row
-int4  whole numbers of 0..15, two in a byte; groups of a row's numbers share a factor and a zero
-mxfp4 two E2M1 numbers in a byte, the first in the low half; a power of two per 32 numbers of a row, as its E8M0 byte (OCP
-      MX 1.0; experts of DeepSeek-V4 and gpt-oss)
-nf4   two numbers in a byte: of 16 levels at the quantiles of a normal distribution, a factor per 64 numbers of a row
-      (QLoRA, arXiv 2305.14314; the bytes are bitsandbytes' where rows are whole blocks long)
+int8  integers -127..127, a factor per row
+int4  integers 0..15, two in a byte; groups of a row's numbers share a factor and a zero point
+mxfp4 two E2M1 numbers in a byte, the first in the low half; per 32 numbers of a row a power of two, stored as an E8M0 byte
+      (OCP MX 1.0; experts of DeepSeek-V4 and gpt-oss)
+nf4   two numbers in a byte, each one of 16 levels at the quantiles of a normal distribution; a factor per 64 numbers of a
+      row (QLoRA, arXiv 2305.14314; the bytes equal those of bitsandbytes if rows consist of whole blocks)
 """
 
 from collections.abc import Callable
@@ -31,10 +31,10 @@ NF4_LEVELS = (
 
 @dataclass(frozen=True)
 class Format:
-    """One of them."""
+    """A format's name and its two directions."""
 
     name: str
-    # weight (..., rows, columns) -> values and factors, both with the leading dimensions and rows of the weight or blocks of them
+    # weight (..., rows, columns) -> values and factors, both with the weight's leading dimensions and its rows or row blocks
     quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
     # values, factors and a dtype -> the weight
     dequantize: Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -48,13 +48,13 @@ def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_int8(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `int8` packed."""
+    """Dequantizes what `int8` returns."""
     return values.float().mul_(scale).to(dtype)
 
 
 def int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (..., rows, columns) -> bytes (..., rows, columns / 2), the first number in the high half of each, and factors
-    (..., rows, groups, 2), fp32: the step and the zero of each INT4_GROUP numbers, or of the row where they do not divide it."""
+    (..., rows, groups, 2), fp32: step and zero point per INT4_GROUP numbers, or per row if INT4_GROUP does not divide it."""
     group = INT4_GROUP if weight.size(-1) % INT4_GROUP == 0 else weight.size(-1)
     fp32 = weight.float().unflatten(-1, (-1, group))
     low, high = fp32.amin(-1).clamp(max=0), fp32.amax(-1).clamp(min=0)
@@ -65,7 +65,7 @@ def int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_int4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `int4` packed, whatever its groups are."""
+    """Dequantizes what `int4` returns, for any group size."""
     q = torch.stack([values >> 4, values & 15], dim=-1).flatten(-2).float().unflatten(-1, (scale.size(-2), -1))
     return q.sub_(scale[..., 1:]).mul_(scale[..., :1]).flatten(-2).to(dtype)
 
@@ -79,15 +79,15 @@ def nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = fp32.abs().amax(dim=-1)
     levels = torch.tensor(NF4_LEVELS, device=weight.device)
     unit = (fp32 / scale.clamp(min=1e-30)[..., None]).flatten(-2)[..., :columns].contiguous()
-    # the nearest level, by the middles between them
+    # the nearest level; the midpoints between levels are the boundaries
     codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     return codes[..., ::2] << 4 | codes[..., 1::2], scale
 
 
 def from_nf4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `nf4` packed."""
+    """Dequantizes what `nf4` returns."""
     levels = torch.tensor(NF4_LEVELS, device=values.device)
-    pairs = torch.cartesian_prod(levels, levels)  # of each byte
+    pairs = torch.cartesian_prod(levels, levels)  # the two numbers of each possible byte
     flat = pairs.index_select(0, values.flatten().int())
     numbers = flat.view(*values.shape[:-1], 2 * values.size(-1))
     columns = numbers.size(-1)
@@ -100,16 +100,17 @@ def from_nf4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (..., rows, columns) -> bytes (..., rows, columns / 2) and E8M0 bytes (..., rows, columns / 32).
 
-    As V4's release quantizes: 2^⌈log2(max(largest, 6 · 2^-126) / 6)⌉ brings a block to at most 6, and ties go to even codes.
+    Quantizes as V4's release: the factor 2^⌈log2(max(largest, 6 · 2^-126) / 6)⌉ scales a block to at most 6, and ties go
+    to even codes.
     """
-    assert weight.size(-1) % MXFP4_BLOCK == 0, "blocks of 32 numbers are whole"
+    assert weight.size(-1) % MXFP4_BLOCK == 0, "columns must be a multiple of 32"
     level, unit, scale = _nearest_e2m1(weight, MXFP4_BLOCK)
     codes = (level.to(torch.uint8) | unit.signbit().to(torch.uint8) << 3).flatten(-2)
     return codes[..., 1::2] << 4 | codes[..., ::2], torch.frexp(scale).exponent.add_(126).to(torch.uint8)
 
 
 def round_mxfp4(x: Tensor, block: int = MXFP4_BLOCK) -> Tensor:
-    """What MXFP4 leaves of x (..., columns), in x's dtype. A block with a number that is not finite has none that is.
+    """Rounds x (..., columns) to MXFP4, in x's dtype. A NaN or infinite number makes its whole block NaN or infinite.
 
     `block` divides the columns; files have blocks of 32. Twin: from_mxfp4(*mxfp4(x)).
     """
@@ -131,7 +132,7 @@ def _nearest_e2m1(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def from_mxfp4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `mxfp4` packed; the product with a power of two is exact."""
+    """Dequantizes what `mxfp4` returns; products with a power of two are exact."""
     numbers = e2m1(values).unflatten(-1, (-1, MXFP4_BLOCK))
     return numbers.mul_(powers_of_two(scale)[..., None]).flatten(-2).to(dtype)
 
@@ -143,7 +144,7 @@ def e2m1(values: Tensor) -> Tensor:
 
 
 def powers_of_two(bytes_: Tensor) -> Tensor:
-    """E8M0: bytes -> 2^(byte - 127) in fp32; 255 is NaN."""
+    """E8M0 bytes -> 2^(byte - 127) in fp32; 255 is NaN."""
     return bytes_.view(torch.float8_e8m0fnu).float()
 
 

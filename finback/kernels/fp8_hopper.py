@@ -1,7 +1,7 @@
-"""FP8 products on Hopper's tensor cores: torch's scaled_mm with block scaling, which is cuBLAS's (CUDA 12.9 and later).
+"""FP8 products on Hopper's tensor cores: torch's scaled_mm with block scaling, implemented by cuBLAS (CUDA 12.9 and later).
 
-Twin: reference.fp8_product. Sizes are padded to multiples of 128, and factors laid out as cuBLAS wants them: those of
-tiles with the rows next to one another, those of blocks with k next to one another and padded to a multiple of 4.
+Twin: reference.fp8_product. Sizes are padded to multiples of 128, and factors are laid out as cuBLAS requires: those of
+tiles contiguous along the rows, those of blocks contiguous along k, with k padded to a multiple of 4.
 """
 
 import torch
@@ -12,7 +12,7 @@ from finback.kernels.fp8 import BLOCK, blocks
 
 
 def missing(device: torch.device) -> str | None:
-    """What the device lacks for these products; None if nothing."""
+    """What the device lacks for these products; None if it supports them."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "needs a Hopper GPU"
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
@@ -23,7 +23,7 @@ def missing(device: torch.device) -> str | None:
 
 
 def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """a (m, k) · b (n, k)^T of E4M3 values -> (m, n) in fp32; factors per row of a, per row or per 128 rows of b."""
+    """a (m, k) · b (n, k)^T of E4M3 values -> (m, n) in fp32; factors are per row of a and per row or 128 rows of b."""
     rows, columns = a.size(0), b.size(0)
     in_blocks = b_scale.size(0) != columns
     tile = F.ScalingType.BlockWise1x128
@@ -35,17 +35,17 @@ def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
 
 
 def _padded(values: Tensor) -> Tensor:
-    """Rows and columns to multiples of 128; torch pads no FP8, so its bytes are padded: 0 is 0."""
+    """Pads rows and columns to multiples of 128, as bytes because F.pad does not take FP8; the byte 0 is the number 0."""
     rows, columns = values.shape
     edges = (0, -columns % BLOCK, 0, -rows % BLOCK)
     return F.pad(values.contiguous().view(torch.uint8), edges).view(values.dtype)
 
 
 def _of_tiles(scale: Tensor, rows: int) -> Tensor:
-    """(rows, k / 128) with padded rows, one column after the other in memory."""
+    """(rows, k / 128) -> the same with padded rows, contiguous along the rows."""
     return F.pad(scale, (0, 0, 0, blocks(rows) * BLOCK - rows)).T.contiguous().T
 
 
 def _of_blocks(scale: Tensor) -> Tensor:
-    """(rows / 128, k / 128) -> (k / 128 rounded up to a multiple of 4, rows / 128), k next to one another in memory."""
+    """(rows / 128, k / 128) -> (k / 128 rounded up to a multiple of 4, rows / 128), contiguous along k."""
     return F.pad(scale, (0, -scale.size(1) % 4)).contiguous().T

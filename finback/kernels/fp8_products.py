@@ -1,8 +1,8 @@
-"""How matrices are quantized and multiplied in FP8 training, in forms that agree: by the letter, fast, and on Hopper.
+"""Quantizes and multiplies matrices in FP8 training, in forms that agree: a plain one, a fast emulator, and Hopper's.
 
-An operand is a quantized matrix (rows, k) of a product over k, or a stack of them. Which tiles it has is DeepSeek's
-choice (V3 3.3.2): `tiles` 1 x 128 along k for activations and gradients, `blocks` 128 x 128 for weights. Short edges
-count as padded with zeros, which change neither a largest magnitude nor a sum; so every size works.
+An operand is a quantized matrix (rows, k) of a product over k, or a stack of them. Tiles are DeepSeek's (V3 3.3.2):
+`tiles` of 1 x 128 along k for activations and gradients, `blocks` of 128 x 128 for weights. Any size works: short edges
+count as padded with zeros, which change neither a largest magnitude nor a sum.
 """
 
 from collections.abc import Callable
@@ -23,27 +23,27 @@ Multiply = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Products:
-    """What FP8 training needs of a kind of arithmetic, in the plain form. All forms see the same quantized numbers.
+    """The arithmetic of FP8 training in its plain form. All forms quantize to the same numbers.
 
-    Operands are (E4M3 values, factors); `product` takes two of them, as reference.fp8_product.
+    Operands are (E4M3 values, factors); `product` takes two of them, like reference.fp8_product.
     """
 
     product: Multiply = reference.fp8_product
 
     def tiles(self, x: Tensor, power_of_two: bool = False) -> Operand:
-        """x (rows, k) in tiles of 1 x 128."""
+        """Quantizes x (rows, k) in tiles of 1 x 128."""
         return fp8.quantize_tiles(x, power_of_two)
 
     def columns(self, x: Tensor, power_of_two: bool = False) -> Operand:
-        """The transpose of x (k, rows): tiles of 128 x 1 of x."""
+        """Quantizes the transpose of x (k, rows), in tiles of 128 x 1 of x."""
         return fp8.quantize_tiles(x.T.contiguous(), power_of_two)
 
     def blocks(self, weight: Tensor, power_of_two: bool = False) -> Operand:
-        """weight (..., rows, k) in blocks of 128 x 128."""
+        """Quantizes weight (..., rows, k) in blocks of 128 x 128."""
         return fp8.quantize(weight, power_of_two)
 
     def keep(self, x: Tensor) -> Tensor:
-        """What is left of x (rows, k) kept in E5M6, in fp32."""
+        """Rounds x (rows, k) to E5M6, the format in which it is stored for the backward pass; fp32."""
         return round_e5m6(x)
 
     def multiply(self, a: Operand, b: Operand) -> Tensor:
@@ -51,15 +51,15 @@ class Products:
         return self.product(*a, *b)
 
     def dequantize(self, operand: Operand) -> Tensor:
-        """What a `tiles` operand stands for, (rows, k) in fp32."""
+        """A `tiles` operand as numbers, (rows, k) in fp32."""
         return fp8.dequantize_tiles(*operand)
 
 
 class Emulated(Products):
-    """Operands are (values ⊙ factors,) in fp32, multiplied in one go: fast anywhere.
+    """Operands are (values ⊙ factors,) in fp32 and are multiplied by one fp32 product, which is fast on any device.
 
-    Sums over tiles promoted to fp32 are sums in fp32, so the results are those of the plain form up to the order of
-    summation; the operands are its own, bit for bit. On a GPU fp32 products must not be TF32 (torch's default).
+    Operands equal those of the plain form bit for bit. The plain form promotes partial sums to fp32, so results differ only
+    by the order of summation. On a GPU, fp32 products must not use TF32; torch's default is not to.
     """
 
     def tiles(self, x: Tensor, power_of_two: bool = False) -> Operand:
@@ -79,9 +79,9 @@ class Emulated(Products):
 
 
 def round_tiles(x: Tensor, dim: int, power_of_two: bool = False) -> Tensor:
-    """What E4M3 leaves of x (rows, columns), in tiles of 128 along `dim`; fp32. Twin: quantize_tiles and back."""
+    """Rounds x (rows, columns) to E4M3 in tiles of 128 along `dim`; fp32. Twin: quantize_tiles, then dequantize_tiles."""
     if x.device.type == "cpu" and x.dtype in native.DTYPES and native.library() is not None:
-        out = torch.empty_like(x := x.contiguous(), dtype=torch.float32)  # in one pass instead of a dozen
+        out = torch.empty_like(x := x.contiguous(), dtype=torch.float32)  # one pass over memory instead of a dozen
         native.call("round_tiles", x.dtype == torch.bfloat16, x, out, *x.shape, dim == 0, power_of_two)
         return out
     size = x.size(dim)
@@ -93,9 +93,9 @@ def round_tiles(x: Tensor, dim: int, power_of_two: bool = False) -> Tensor:
 
 
 def round_e5m6(x: Tensor) -> Tensor:
-    """What E5M6 with power-of-two factors per 1 x 128 leaves of x (rows, k); fp32 (V3 3.3.3).
+    """Rounds x (rows, k) to E5M6 with a power-of-two factor per 1 x 128; fp32 (V3 3.3.3).
 
-    The paper names the format only; taken as IEEE's would be, with exponents -14 … 15.
+    The paper only names the format. This one follows IEEE 754, with exponents -14 … 15.
     """
     tiles = F.pad(x.float(), (0, -x.size(1) % BLOCK)).unflatten(1, (-1, BLOCK))
     largest = 2.0**15 * (2 - 2.0**-6)
@@ -104,9 +104,9 @@ def round_e5m6(x: Tensor) -> Tensor:
 
 
 def round_(x: Tensor, fraction: int, exponent: int) -> Tensor:
-    """Round fp32 numbers in place to `fraction` bits, ties to even, with smallest normal exponent `exponent`.
+    """Rounds fp32 numbers in place to `fraction` bits, ties to even, with smallest normal exponent `exponent`.
 
-    Adding and subtracting a number that much larger makes fp32's own rounding do it. Nothing saturates.
+    Adding and then subtracting a suitably larger number makes fp32's own rounding drop the other bits. Nothing saturates.
     """
     leading = x.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)  # 2^⌊log2 |x|⌋
     large = leading.clamp_(min=2.0**exponent).mul_(1.5 * 2.0 ** (23 - fraction))

@@ -1,12 +1,12 @@
-"""Linear maps, SwiGLU and routed experts whose three products run in FP8, as DeepSeek-V3 trains (V3 3.3).
+"""Linear maps, SwiGLU and routed experts whose three products run in FP8, as in the training of DeepSeek-V3 (V3 3.3).
 
               left                       right                     tiles along
   Fprop       activation  1 x 128        weight      128 x 128     inputs
   Dgrad       gradient    1 x 128        weight      128 x 128     outputs
   Wgrad       gradient  128 x 1          activation  128 x 1       tokens
 
-Master weights and their gradients are fp32; what goes from one operator to the next keeps the input's dtype. The
-activation that Wgrad reads is the one that was kept for the backward pass, hence quantized before: in FP8 for most.
+Master weights and their gradients are fp32; results have the input's dtype. Wgrad reads the activation that was stored for
+the backward pass and so is quantized already: in E5M6 after attention, in FP8 elsewhere.
 """
 
 from dataclasses import dataclass
@@ -25,25 +25,27 @@ from finback.kernels.swiglu import swiglu_backward
 
 @dataclass(frozen=True)
 class Numerics:
-    """What the place of a linear map in the model asks of its numbers (V3 3.3.3)."""
+    """Number formats of a linear map, which depend on its place in the model (V3 3.3.3)."""
 
+    # whether the input's factors are powers of two
     input_power_of_two: bool = False
-    # of a feed-forward's output
+    # the same for the gradient of a feed-forward's output
     gradient_power_of_two: bool = False
-    # the input, for Wgrad
+    # whether the input is stored for Wgrad in E5M6 instead of E4M3
     keep_e5m6: bool = False
-    # of a feed-forward's weights, which costs those nothing that are FP4's numbers already (V4)
+    # whether the factors of a feed-forward's weights are powers of two; weights that are FP4 numbers already lose nothing by it (V4)
     weight_power_of_two: bool = False
-    # None: as the device has them
+    # None: the form that suits the device
     products: Products | None = None
-    # of SwiGLU, as kernels.swiglu has it
+    # the clamp of SwiGLU, as in kernels.swiglu
     limit: float | None = None
 
 
 LINEAR = Numerics()
-# Kept in E5M6, since the attention's own backward needs it as well; its factors cost no digits when tiles turn.
+# The input is stored in E5M6 because attention's backward pass reads it too. With factors that are
+# powers of two, requantizing it from 1 x 128 to 128 x 1 tiles only shifts exponents.
 AFTER_ATTENTION = Numerics(input_power_of_two=True, keep_e5m6=True)
-# Inputs travel to their experts in FP8, and so do the gradients of their outputs on the way back.
+# Inputs are sent to their experts in FP8, and the gradients of the outputs are sent back in FP8.
 ROUTED = Numerics(input_power_of_two=True, gradient_power_of_two=True)
 
 
@@ -60,12 +62,12 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics) -> Tens
 def routed_experts(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics
 ) -> Tensor:
-    """As reference.routed_experts. Tiles along tokens begin anew with each expert."""
+    """As reference.routed_experts, in FP8. Tiles along tokens start at each expert's first token."""
     return _Fp8Experts.apply(x, index, weight, gate_up, down, numerics)
 
 
 def products_for(x: Tensor, numerics: Numerics) -> Products:
-    """The arithmetic for a tensor: what is asked for, else Hopper's where there is one, else the emulator."""
+    """The arithmetic for a tensor: the configured one, else that of a Hopper GPU, else the emulator."""
     if numerics.products is not None:
         return numerics.products
     return Products(fp8_hopper.product) if fp8_hopper.missing(x.device) is None else Emulated()
@@ -86,7 +88,7 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, numerics = grads[0], ctx.numerics
         p = products_for(grad, numerics)
-        saved = ctx.saved_tensors  # once: with recomputation a second look is an error
+        saved = ctx.saved_tensors  # read once: under recomputation a second access raises
         saved, blocks = saved[: ctx.split], saved[ctx.split :]
         rows = grad.flatten(0, -2)
         d_x = p.multiply(p.tiles(rows), _transposed(blocks)).to(grad.dtype)
@@ -96,7 +98,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 class _Fp8SwiGLU(torch.autograd.Function):
-    """A feed-forward with a single expert that gets every row."""
+    """A feed-forward as one expert that gets every row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics) -> Tensor:
@@ -105,7 +107,7 @@ class _Fp8SwiGLU(torch.autograd.Function):
         ctx.numerics, ctx.blocks = numerics, [(0, 0, len(rows))]
         y, saved = _feed_forward(p, tiles, (gate_up[None], down[None]), ctx.blocks, x.dtype, numerics)
         ctx.save_for_backward(*saved)
-        return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])  # no view: what is returned may get hooks
+        return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])  # not a view: a returned view cannot take hooks
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,7 +124,7 @@ class _Fp8Experts(torch.autograd.Function):
         p, (n, k) = products_for(x, numerics), index.shape
         slots, ctx.blocks = layout(index, gate_up.size(0), 1)
         order = torch.empty_like(slots).index_copy_(0, slots, torch.arange(n * k, device=x.device))
-        # quantized before they are sent, once for all experts
+        # rows are quantized once, before they are sent to their experts
         tiles = tuple(t[order // k] for t in p.tiles(x, numerics.input_power_of_two))
         sorted_y, saved = _feed_forward(p, tiles, (gate_up, down), ctx.blocks, x.dtype, numerics)
         ctx.save_for_backward(slots, sorted_y, weight, *saved)
@@ -141,9 +143,9 @@ class _Fp8Experts(torch.autograd.Function):
 def _feed_forward(
     p: Products, tiles: Operand, weights: tuple[Tensor, Tensor], blocks: Blocks, dtype: torch.dtype, numerics: Numerics
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Rows, grouped by expert, through gate_up (e, 2m, d) and down (e, d, m) -> (rows, d), and what backward needs.
+    """Applies gate_up (e, 2m, d) and down (e, d, m) to rows grouped by expert -> (rows, d), and the tensors for backward.
 
-    SwiGLU's input is kept in FP8 and its output not at all (V3 3.3.3); the forward pass uses it as it was.
+    SwiGLU's input is stored in FP8 and its output is recomputed from it (V3 3.3.3); the forward pass uses the input unrounded.
     """
     w_in, w_out = (p.blocks(weight, numerics.weight_power_of_two) for weight in weights)
     hidden = _per_expert(p, tiles, w_in, blocks, dtype)
@@ -154,11 +156,11 @@ def _feed_forward(
 def _feed_back(
     p: Products, grad: Tensor, saved: tuple[Tensor, ...] | list[Tensor], blocks: Blocks, numerics: Numerics
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of the rows' outputs to those of the rows, gate_up and down."""
+    """The gradients of the rows, gate_up and down from that of the rows' outputs."""
     each = len(saved) // 4
     tiles, hidden, w_in, w_out = (tuple(saved[i : i + each]) for i in range(0, len(saved), each))
     sent = p.tiles(grad, numerics.gradient_power_of_two)
-    # what travelled in FP8 is all that the expert has of it
+    # the expert receives the gradient in FP8, so Wgrad sees the rounded one too
     seen = p.dequantize(sent) if numerics.gradient_power_of_two else grad
     d_act = _per_expert(p, sent, _transposed(w_out), blocks, grad.dtype)
     d_hidden, act = swiglu_backward(p.dequantize(hidden).to(grad.dtype), d_act, numerics.limit)
@@ -170,7 +172,7 @@ def _feed_back(
 
 
 def _transposed(operand: Operand) -> Operand:
-    """128 x 128 blocks are the same read the other way."""
+    """Transposes values and factors, which suffices because 128 x 128 blocks are square."""
     return tuple(t.transpose(-1, -2) for t in operand)
 
 

@@ -1,7 +1,7 @@
-"""Products with weights that are not learnt, however they are stored.
+"""Products with frozen weights in any storage format.
 
-A backward pass needs of them the gradient of the input alone. So nothing but the weights themselves is kept for it: what is
-dequantized, or cast to the dtype of the arithmetic, is made again, one matrix at a time.
+Their backward pass computes the gradient of the input only, so it needs no activations. It dequantizes or casts the weights
+again, one matrix at a time, instead of storing the result of the forward pass.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from finback.kernels.moe_gemm import Blocks
 from finback.kernels.places import added_up, laid_out
 from finback.kernels.swiglu import swiglu
 
-# a stored weight (out, in) in the dtype of the arithmetic, and that of an expert
+# returns a stored weight (out, in) in the compute dtype; the second takes the index of an expert first
 Matrix = Callable[[torch.dtype], Tensor]
 Matrices = Callable[[int, torch.dtype], Tensor]
 # rows (m, in), laid out by expert in blocks -> (m, out)
@@ -24,12 +24,12 @@ Product = Callable[[Tensor, Blocks], Tensor]
 
 
 def linear(x: Tensor, matrix: Matrix, groups: int | None = None) -> Tensor:
-    """As grouped_linear, of matrix(dtype)."""
+    """`grouped_linear` with the weight matrix(x.dtype)."""
     return _Linear.apply(x, matrix, groups)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, groups: int | None) -> Tensor:
-    """x (..., in) times the transpose of weight (out, in) -> (..., out); x (..., groups, in) each times that of its rows."""
+    """x (..., in) · weight (out, in)^T -> (..., out); with groups, x (..., groups, in) times its group's out / groups rows."""
     if groups is None:
         return F.linear(x, weight)
     return torch.einsum("...gi,goi->...go", x, weight.unflatten(0, (groups, -1))).flatten(-2)
@@ -60,9 +60,9 @@ def routed_experts(
     down: Product,
     activation: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """As reference.routed_experts, by two products of all experts: x (n, d), index and weight (n, k) -> (n, d).
+    """As reference.routed_experts, with two products over all experts: x (n, d), index and weight (n, k) -> (n, d).
 
-    activation makes (m, w) of (m, 2w); None: SwiGLU.
+    `activation` maps (m, 2w) to (m, w); None: SwiGLU.
     """
     by_shape = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     slots, blocks = moe_gemm.layout(index, experts, moe_gemm.BLOCK_MULTIPLE if by_shape else 1)
@@ -71,7 +71,7 @@ def routed_experts(
 
 
 def per_expert(rows: Tensor, blocks: Blocks, width: int, matrices: Matrices) -> Tensor:
-    """rows (m, in) times the transpose of matrices(e, dtype) (width, in) of the expert that owns each block -> (m, width)."""
+    """rows (m, in) · matrices(e, dtype) (width, in)^T with the expert e of each block -> (m, width)."""
     return _PerExpert.apply(rows, blocks, width, matrices)
 
 
@@ -94,7 +94,7 @@ class _PerExpert(torch.autograd.Function):
 
 
 def learnt_per_expert(rows: Tensor, weights: Tensor, blocks: Blocks) -> Tensor:
-    """rows (m, in) times the transpose of weights[e] (experts, out, in), which are learnt: the adapters' two factors."""
+    """rows (m, in) · weights[e]^T with trainable weights (experts, out, in), the factors A and B of adapters -> (m, out)."""
     return _LearntPerExpert.apply(rows, weights, blocks)
 
 

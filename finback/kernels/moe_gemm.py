@@ -1,8 +1,8 @@
-"""Routed experts as contiguous blocks: rows laid out by expert, products per expert, one backward by hand.
+"""Routed experts over contiguous blocks of rows, one block per expert, with a hand-written backward pass.
 
-The element-wise work runs once over all experts' rows instead of once per expert, and nothing is recorded by
-autograd in between. The products are a loop over experts, or torch's grouped_mm, which needs no look at the counts and so
-no wait for a GPU. Twin: reference.routed_experts.
+Element-wise operations run once over the rows of all experts instead of once per expert, and autograd records nothing in
+between. The products are a loop over experts, or torch's grouped_mm, which does not read the counts on the host and so
+does not wait for a GPU. Twin: reference.routed_experts.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from finback.kernels import native
 from finback.kernels.places import gather, gather_backward, spread
 from finback.kernels.swiglu import swiglu, swiglu_backward
 
-# rows to which blocks of experts are rounded up in bf16 on a CPU
+# blocks are rounded up to a multiple of this many rows in bf16 on a CPU; see routed_experts
 BLOCK_MULTIPLE = 32
-FEW = 32  # tokens up to which a product per expert costs more than going through its rows one by one
+FEW = 32  # up to this many tokens, the C++ kernel that takes rows one by one is faster than a product per expert
 # x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Blocks = list[tuple[int, int, int]]  # (expert, first row, last row + 1)
@@ -31,25 +31,25 @@ def routed_experts(
     is_native = limit is None and native.ready(x) and gate_up.dtype == down.dtype and gate_up.dtype in native.DTYPES
     if len(x) <= FEW and is_native:
         return _native(x, index, weight, gate_up, down)
-    # oneDNN compiles a bf16 product anew for every shape it has not met
+    # oneDNN compiles a kernel for every new shape of a bf16 product, so training rounds shapes up
     by_shape = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     return _GroupedExperts.apply(x, index, weight, gate_up, down, BLOCK_MULTIPLE if by_shape else 1, limit)
 
 
 def grouped_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """As routed_experts, all experts' products in one call of grouped_mm; for sizes that `fits_grouped`."""
+    """As routed_experts, with one call of grouped_mm for the products of all experts; `fits_grouped` must hold."""
     if len(x) <= FEW and native.ready(x):
         return routed_experts(x, index, weight, gate_up, down)
     return _GroupedExperts.apply(x, index, weight, gate_up, down, None, None)
 
 
 def fits_grouped(hidden: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether rows of these sizes begin at multiples of 16 bytes, as grouped_mm wants them."""
+    """Whether rows of these sizes start at multiples of 16 bytes, as grouped_mm requires."""
     return all(size * dtype.itemsize % 16 == 0 for size in (hidden, width))
 
 
 def _native(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """For few tokens, in C++: every expert's weights are read once, and no token is moved."""
+    """The C++ form for few tokens: it reads each expert's weights once and moves no rows."""
     tokens, choices = index.shape
     width, size = down.size(2), x.size(1)
     fp32, weight, index = x.float().contiguous(), weight.float().contiguous(), index.contiguous()
@@ -75,13 +75,13 @@ class _GroupedExperts(torch.autograd.Function):
         multiple: int | None,
         limit: float | None,
     ) -> Tensor:
-        """`multiple` is that of the loop's blocks of rows, None has all of them multiplied at once."""
+        """`multiple` rounds the loop's blocks of rows; None uses one grouped product instead of the loop."""
         k = index.size(1)
         blocks: Blocks | Tensor
         if multiple is None:
             rounded = 16 // x.element_size()
             slots, _, ends = _places(index, gate_up.size(0), rounded, least=1)
-            # a number of rows that is surely enough: only the device knows it
+            # an upper bound on the rows: reading the exact number would wait for the device
             blocks, size = ends.int(), index.numel() + gate_up.size(0) * rounded
         else:
             slots, looped = layout(index, gate_up.size(0), multiple)
@@ -107,9 +107,9 @@ class _GroupedExperts(torch.autograd.Function):
 
 
 def layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:
-    """Where each (token, choice) goes when rows are grouped by expert, (n·k,), and each expert's block of rows.
+    """The slot of each (token, choice) when rows are grouped by expert, (n·k,), and each expert's block of rows.
 
-    Needs one look at the counts, hence one wait for the device.
+    Reads the counts on the host and so waits for the device once.
     """
     slots, sizes, ends = _places(index, experts, multiple, least=0)
     blocks = [(e, end - size, end) for e, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist(), strict=True))]
@@ -119,10 +119,11 @@ def layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:
 def _places(index: Tensor, experts: int, multiple: int, least: int) -> tuple[Tensor, Tensor, Tensor]:
     """Slots (n·k,), and size and end of each expert's block of rows (experts,).
 
-    Sizes are multiples of `multiple`. With `least` 1 no block is empty, so that a gradient is zero where nobody asked.
+    Sizes are multiples of `multiple`. With `least` 1 no block is empty, so that grouped_mm writes a zero gradient for an
+    expert without tokens.
     """
     flat = index.flatten()
-    counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for a GPU
+    counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount waits for a GPU
     sizes = (counts.clamp(min=least) + multiple - 1) // multiple * multiple
     ends, first = sizes.cumsum(0), counts.cumsum(0) - counts
     order = flat.argsort(stable=True)
@@ -133,9 +134,10 @@ def _places(index: Tensor, experts: int, multiple: int, least: int) -> tuple[Ten
 
 
 def per_expert(rows: Tensor, weights: Tensor, blocks: Blocks | Tensor) -> Tensor:
-    """rows (m, a) times weights[e] (a, b) of the expert that owns each block of rows -> (m, b).
+    """rows (m, a) · weights[e] (a, b) with the expert e of each block of rows -> (m, b).
 
-    blocks as `layout` gives them, or where each ends for one grouped product, which leaves rows behind the last undefined.
+    `blocks` are those of `layout`, or the end of each block for one grouped product, which leaves rows after the last
+    block undefined.
     """
     if isinstance(blocks, Tensor):
         return F.grouped_mm(rows, weights, offs=blocks)
@@ -146,7 +148,7 @@ def per_expert(rows: Tensor, weights: Tensor, blocks: Blocks | Tensor) -> Tensor
 
 
 def outer_per_expert(left: Tensor, right: Tensor, blocks: Blocks | Tensor, like: Tensor) -> Tensor:
-    """Σ over each expert's rows of left ⊗ right -> (experts, a, b), shaped like the weights; their gradient."""
+    """Σ over each expert's rows of left ⊗ right -> (experts, a, b), the gradient of weights with that shape."""
     if isinstance(blocks, Tensor):
         return F.grouped_mm(left.T, right, offs=blocks)
     out = torch.zeros(like.shape, dtype=left.dtype, device=left.device)

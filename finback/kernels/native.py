@@ -1,8 +1,8 @@
-"""The C++ kernels of cpu.cpp, train.cpp and quants.cpp, compiled once with the machine's own compiler and kept in the user's cache.
+"""Compiles the C++ kernels of cpu.cpp, train.cpp and quants.cpp on first use and stores the library in the user's cache.
 
-Each replaces a dozen small operations, whose own cost would be more than half of a small model's step. `serves` and `ready`
-say whether they take a tensor; where not, plain lines run. Compiling takes some seconds on first use. Without a compiler, or
-with FINBACK_NATIVE=0 in the environment, `library` is None and callers take the plain form.
+Each kernel replaces about a dozen small operations, whose overhead is more than half of a small model's step. `serves` and
+`ready` return whether the kernels take a tensor; otherwise callers run their plain form. Compiling takes some seconds.
+Without a compiler, or with FINBACK_NATIVE=0 in the environment, `library` returns None and every caller uses the plain form.
 """
 
 import ctypes
@@ -24,17 +24,17 @@ from torch import Tensor
 from finback.runs import processor
 
 DTYPES = (torch.float32, torch.bfloat16)
-# not -ffast-math: linked into a library it would change how the whole process rounds
+# not -ffast-math: a library linked with it makes the whole process flush subnormal numbers to zero
 FLAGS = ("-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-c")
 HEADER = Path(__file__).with_name("numbers.h")
-# what is added up in vectors may be reordered in the first two, and must not be in the last
+# the compiler may reorder sums in the first two; quants.cpp relies on their order
 SOURCES = {
     Path(__file__).with_name("cpu.cpp"): ("-O3", "-fassociative-math", "-fno-signed-zeros"),
     Path(__file__).with_name("train.cpp"): ("-O3", "-fassociative-math", "-fno-signed-zeros"),
     Path(__file__).with_name("quants.cpp"): ("-O2", "-ffp-contract=off"),
 }
 
-# what each kernel takes: p pointer, i whole number, f fraction
+# the arguments of each kernel: p pointer, i int64, f double
 SIGNATURES = {
     "attend": "i" + 6 * "p" + 10 * "i" + "f",
     "grouped_query": "i" + 11 * "p" + 7 * "i" + "ff",
@@ -51,9 +51,9 @@ SIGNATURES = {
     "cross_entropy": "ipppii",
     "token_logprobs": "i" + 5 * "p" + "iif",
     "token_logprobs_backward": "i" + 5 * "p" + "iif",
-    "turn_heads": "ipppp" + 8 * "i",
-    "part_heads": "ipppp" + 6 * "i",
-    "part_heads_backward": "ipppp" + 6 * "i",
+    "rotate_heads": "ipppp" + 8 * "i",
+    "split_heads": "ipppp" + 6 * "i",
+    "split_heads_backward": "ipppp" + 6 * "i",
     "experts": "i" + 7 * "p" + 4 * "i",
     "round_tiles": "ipp" + 4 * "i",
     "quant_pack": "ippii",
@@ -66,18 +66,18 @@ KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels take this tensor: on a CPU, fp32 or bf16, and not where torch.compile writes its own."""
+    """Whether the kernels take this tensor: fp32 or bf16 on a CPU, outside torch.compile, which generates its own code."""
     is_usual = x.device.type == "cpu" and x.dtype in DTYPES
     return is_usual and not torch.compiler.is_compiling() and library() is not None
 
 
 def ready(x: Tensor) -> bool:
-    """The same where nothing is recorded for a backward pass."""
+    """Whether the kernels take this tensor and autograd is off; for kernels without a backward pass."""
     return not torch.is_grad_enabled() and serves(x)
 
 
 def call(name: str, *arguments: Tensor | float | None) -> None:
-    """Run a kernel; tensors are passed as their addresses, and have the dtypes and layouts its wrapper made sure of."""
+    """Runs a kernel. Tensors are passed as addresses, so the caller must ensure their dtypes and layouts."""
     _function(name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
@@ -89,7 +89,7 @@ def _function(name: str) -> Callable[..., None]:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None where they cannot be had."""
+    """The loaded kernels, or None if they are disabled or cannot be built."""
     if os.environ.get("FINBACK_NATIVE") == "0" or sys.platform != "linux":
         return None
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
@@ -97,8 +97,8 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
-        print(f"finback: no native kernels ({error}); the plain ones are slower", file=sys.stderr)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
+        print(f"finback: no native kernels ({error}); using the slower plain forms", file=sys.stderr)
         return None
     for name, kinds in SIGNATURES.items():
         function = getattr(loaded, f"finback_{name}")
@@ -107,8 +107,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built(compiler: str) -> Path:
-    """The compiled library for these sources, these flags and this processor."""
-    # -march=native depends on the processor, and a cache folder may be shared by machines that differ
+    """The path of the library for these sources, flags and processor; builds it if the cache lacks it."""
+    # the key names the processor because of -march=native: machines that differ may share a cache folder
     built_of = (
         *(source.read_bytes() for source in (*SOURCES, HEADER)),
         " ".join((compiler, *FLAGS, *(flag for own in SOURCES.values() for flag in own))).encode(),
@@ -131,7 +131,7 @@ def _built(compiler: str) -> Path:
         steps = [[*FLAGS, *own, str(source), "-o"] for source, own in SOURCES.items()]
         with ThreadPoolExecutor() as pool:
             deque(pool.map(run, ([*step, to] for step, to in zip(steps, objects, strict=True))), maxlen=0)
-        # OpenMP's symbols stay open: torch has loaded its own runtime, and two of them fight for the cores
+        # no -fopenmp here: OpenMP's symbols resolve to the runtime that torch has loaded, since two runtimes compete for cores
         run(["-shared", *objects, "-o", str(made)])
-        made.replace(target)  # whole or not at all: several ranks may build at once
+        made.replace(target)  # atomic, since several ranks may build at once
     return target

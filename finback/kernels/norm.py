@@ -1,4 +1,4 @@
-"""RMSNorm with a backward by hand: half the passes over memory that autograd's record of it takes, one in C++.
+"""RMSNorm with a hand-written backward pass: half as many passes over memory as autograd's, or one pass in C++.
 
 Twin: reference.rms_norm.
 """
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from finback.kernels import native
 
-BLOCK = 16  # rows whose part of the gain's gradient is added up in one go
+BLOCK = 16  # rows per partial sum of the gain's gradient
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """gain ⊙ x / sqrt(mean(x²) + eps) over the last dimension, in fp32 inside; x (..., d), gain (d,)."""
+    """gain ⊙ x / sqrt(mean(x²) + eps) over the last dimension, computed in fp32; x (..., d), gain (d,)."""
     if native.serves(x):
         normed: Tensor = (
             _AddNorm.apply(x, None, gain, eps) if torch.is_grad_enabled() else _native(x, None, gain, eps)[1]
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y (..., d) and its norm, in one pass where a kernel serves them."""
+    """x + y (..., d) and its norm, in one pass if a C++ kernel applies."""
     if native.serves(x) and x.dtype == y.dtype:
         both: tuple[Tensor, Tensor] = (
             _AddNorm.apply(x, y, gain, eps) if torch.is_grad_enabled() else _native(x, y, gain, eps)[:2]
@@ -40,7 +40,7 @@ def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor
 def _native(
     x: Tensor, y: Tensor | None, gain: Tensor, eps: float, keeps: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x + y, x itself without a y, its norm, and what rows were multiplied by (..., 1) if that is kept."""
+    """x + y (x itself without y), its norm and, if `keeps`, the inverse root mean squares (..., 1) for the backward pass."""
     x, gain, size = x.contiguous(), gain.float(), x.size(-1)
     total, out = x if y is None else torch.empty_like(x), torch.empty_like(x)
     y = None if y is None else y.contiguous()
@@ -51,7 +51,7 @@ def _native(
 
 
 class _AddNorm(torch.autograd.Function):
-    """The norm of x, or x + y and its norm, by the kernels."""
+    """The norm of x, or x + y and its norm, by the C++ kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor | None, gain: Tensor, eps: float) -> Tensor | tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
         x, gain, inverse = ctx.saved_tensors
         d, grad = x.size(-1), grads[0].float()
         unit = x * inverse
-        product = (grad * unit).reshape(-1, d)  # attention may hand back a gradient that is not in one piece
+        product = (grad * unit).reshape(-1, d)  # not view: gradients from attention may not be contiguous
         d_gain = product.sum(0)
         along = (product @ gain.float()).div_(-d).view(inverse.shape)
         # dx = inverse ⊙ (g ⊙ grad - unit · mean(g ⊙ grad ⊙ unit))

@@ -1,4 +1,4 @@
-// Numbers of 32 and 16 bits, and exp: what the kernels share.
+// fp32, bf16, exp and SiLU, shared by the kernels.
 
 #pragma once
 
@@ -33,7 +33,7 @@ inline void narrow(float x, bf16* y) {  // to nearest, ties to even
   y->bits = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// exp for x <= 0 to about 1e-7 relative (Cephes' polynomial); inline, so that loops over it vectorise.
+// exp for x <= 0 to about 1e-7 relative (Cephes' polynomial); inline, so that loops over it vectorize.
 inline float exp_(float x) {
   x = std::max(x, -87.0f);
   float n = std::nearbyint(x * 1.44269504f);
@@ -55,7 +55,7 @@ inline float silu(float x) {  // sigmoid without overflow
 
 }  // namespace
 
-// Lines for numbers of the type T that a caller names.
+// Instantiates the given lines with T as bf16 or float.
 #define BOTH(is_bf16, T, ...)  \
   if (is_bf16) {               \
     using T = bf16;            \

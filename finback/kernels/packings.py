@@ -1,6 +1,6 @@
-"""Packed weights as other tools write them: whole numbers in words, and what they stand for.
+"""Unpacks weights that other tools have packed as integers in words.
 
-Numbers lie in a word, or a byte, from its low bits on unless a tool has an order of its own.
+The first number is in the lowest bits of a word or byte unless noted otherwise.
 """
 
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the eight columns of an AWQ word lie in it
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the position in an AWQ word of each of its eight columns
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """A matrix whose columns share factors in groups: (q - zero) · scale."""
+    """A matrix (q - zero) · scale, in which groups of columns share scale and zero point."""
 
-    # whole numbers (rows, columns), not negative
+    # integers (rows, columns), not negative
     q: Tensor
     # both fp32, (rows, groups)
     scale: Tensor
     zero: Tensor
-    # the group of each column, where groups are not runs of columns
+    # the group of each column; None: groups are runs of consecutive columns
     group: Tensor | None = None
 
     def matrix(self) -> Tensor:
@@ -34,7 +34,7 @@ class Grouped:
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 words (..., n) -> the numbers of so many bits in them (..., ⌊32 n / bits⌋), int32; numbers may cross words."""
+    """int32 words (..., n) -> the `bits`-bit numbers in them (..., ⌊32 n / bits⌋), int32; numbers may cross words."""
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
         return ((words[..., None] >> shifts) & (1 << bits) - 1).flatten(-2)
@@ -56,7 +56,7 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Grouped:
 def gptq(parts: dict[str, Tensor], bits: int, is_v2: bool) -> Grouped:
     """GPTQ: qweight (in · bits / 32, out), qzeros (groups, out · bits / 32), scales (groups, out), g_idx (in).
 
-    Files of the first version hold each zero less one.
+    Files of version 1 store each zero point minus one.
     """
     q = unpack(parts["qweight"].T.contiguous(), bits)
     zeros = unpack(parts["qzeros"], bits).T
@@ -64,12 +64,12 @@ def gptq(parts: dict[str, Tensor], bits: int, is_v2: bool) -> Grouped:
     scales, index = parts["scales"].float().T, parts.get("g_idx")
     columns, groups = q.size(1), scales.size(1)
     if index is not None and torch.equal(index.long(), torch.arange(columns) // -(-columns // groups)):
-        index = None  # runs of columns after all
+        index = None  # the groups are runs of columns, which `matrix` handles faster
     return Grouped(q, scales, zeros.float(), index)
 
 
 def spread(scale: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Factors of a matrix, of its rows, of groups in them or of blocks, for every number of it; what is given last may be cut."""
+    """Expands factors per matrix, row, group or block to broadcast against `shape`; the last group or block may be shorter."""
     if scale.ndim < 2:
         return scale.view(-1, 1) if scale.numel() == shape[0] else scale
     for dim, size in enumerate(shape):

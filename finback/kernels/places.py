@@ -1,4 +1,4 @@
-"""Rows of tokens laid out by expert, and added up again: one C++ pass each where a kernel serves them, else the plain lines here."""
+"""Scatters tokens to rows grouped by expert and sums them back; one C++ pass each if a kernel applies, else plain torch."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from finback.kernels import native
 
 
 def spread(x: Tensor, slots: Tensor, weight: Tensor | None, size: int, choices: int) -> Tensor:
-    """rows (size, d) with x (n, d) at each of its slots (n·k,), times weight (n, k) if there is one; 0 where nobody is."""
+    """Rows (size, d) with x (n, d) at each of its slots (n·k,), times weight (n, k) if given; 0 in unused slots."""
     rows = x.new_zeros(size, x.size(1)) if size > len(slots) else x.new_empty(size, x.size(1))
     if native.serves(x):
         x, weight = x.contiguous(), None if weight is None else weight.float().contiguous()
@@ -22,19 +22,19 @@ def spread(x: Tensor, slots: Tensor, weight: Tensor | None, size: int, choices: 
 
 
 def gather(rows: Tensor, slots: Tensor, weight: Tensor | None, choices: int) -> Tensor:
-    """Σ_k of the rows (size, d) at each token's slots (n·k,), times weight (n, k) if there is one -> (n, d)."""
+    """Σ_k of the rows (size, d) at each token's slots (n·k,), times weight (n, k) if given -> (n, d)."""
     tokens, d = len(slots) // choices, rows.size(1)
     if native.serves(rows):
         out, weight = rows.new_empty(tokens, d), None if weight is None else weight.float().contiguous()
         native.call("gather", rows.dtype == torch.bfloat16, rows.contiguous(), slots, weight, out, tokens, choices, d)
         return out
     each = rows[slots].view(tokens, choices, d)
-    # not bmm: a product of one row per token costs ten times these two passes
+    # not bmm: a product with one row per token costs ten times as much as these two passes
     return each.sum(1) if weight is None else (each * weight.to(rows.dtype)[:, :, None]).sum(1)
 
 
 def gather_backward(rows: Tensor, slots: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient (n, d) of `gather` those of the rows (size, d) and of the weights (n, k)."""
+    """The gradients of the rows (size, d) and the weights (n, k) from that of `gather` (n, d)."""
     tokens, choices = weight.shape
     d_rows = spread(grad, slots, weight, len(rows), choices)
     if native.serves(rows):
@@ -49,13 +49,13 @@ def gather_backward(rows: Tensor, slots: Tensor, weight: Tensor, grad: Tensor) -
 
 
 def laid_out(x: Tensor, slots: Tensor, size: int, choices: int) -> Tensor:
-    """`spread` without weights, recorded for a backward pass."""
+    """`spread` without weights, differentiable."""
     rows: Tensor = _LaidOut.apply(x, slots, size, choices)
     return rows
 
 
 def added_up(rows: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
-    """`gather` with weights (n, k), recorded for a backward pass."""
+    """`gather` with weights (n, k), differentiable."""
     sums: Tensor = _AddedUp.apply(rows, slots, weight)
     return sums
 

@@ -1,7 +1,7 @@
-"""Attention in rows that begin with a prefix which all documents behind it see: a prompt, and answers to it.
+"""Attention in rows that consist of a prefix and documents that all see it, such as a prompt and several answers to it.
 
-The prefix attends to itself once. Documents of a length take one call, with the prefix's keys and values expanded to each, so
-that autograd adds up their gradients. Twin: causal attention with the matrix that `documents.masked` makes.
+The prefix attends to itself once. Documents of equal length share one call, in which the prefix's keys and values are
+expanded, so that autograd sums their gradients. Twin: causal attention with the matrix of `documents.masked`.
 """
 
 import torch
@@ -32,12 +32,12 @@ def _row(query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple
 
 
 def _like(query: Tensor, value: Tensor) -> Tensor:
-    """Attention of no tokens."""
+    """The result of attention for an empty prefix: no tokens, as wide as the values."""
     return query[..., : value.size(-1)]
 
 
 def _behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last tokens of longer texts: query (b, h, t, d), key (b, kv, s, d), value (b, kv, s, v)."""
+    """Causal attention of the last t of s tokens: query (b, h, t, d), key (b, kv, s, d), value (b, kv, s, v) -> (b, h, t, v)."""
     new, whole = query.size(2), key.size(2)
     seen = torch.ones(new, whole, dtype=torch.bool, device=query.device).tril(whole - new)
     return fused_attention(query, key, value, scale, seen)

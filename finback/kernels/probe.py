@@ -1,4 +1,4 @@
-"""What this machine can do, measured: the GEMM peak that MFU is counted against, and the quicker form of experts."""
+"""Measures this machine: the GEMM peak, which MFU is relative to, and the faster form of routed experts."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,14 +9,14 @@ import torch
 from finback.kernels import moe_gemm
 from finback.kernels.moe_gemm import Experts
 
-LEAST = 8  # products
+LEAST = 8  # fewest products to time
 
 
 def gemm_peak(dtype: torch.dtype, device: torch.device, size: int = 768, budget: float = 0.15) -> float:
-    """FLOP/s of the best of many square products with this process's threads."""
+    """FLOP/s of the fastest of many products of (size, size) matrices, with this process's threads; `budget` in seconds."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, started, done = float("inf"), time.perf_counter(), 0
-    # a program that holds the cores must not leave the first, slow product as the only one
+    # on a busy machine the first product, which is slow, may use up the budget: LEAST products run in any case
     while done < LEAST or time.perf_counter() - started < budget:
         done += 1
         begin = time.perf_counter()
@@ -30,9 +30,9 @@ def gemm_peak(dtype: torch.dtype, device: torch.device, size: int = 768, budget:
 def experts_seconds(
     tokens: int, choices: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
-    """Seconds of forward and backward of both forms of routed experts; the fastest of six turns each.
+    """Seconds of one forward and backward pass by each form of routed experts, the fastest of six.
 
-    shape is (experts, hidden, width); the choices are spread evenly.
+    shape is (experts, hidden, width); tokens choose experts uniformly.
     """
     experts, hidden, width = shape
     x = torch.randn(tokens, hidden, device=device).to(dtype).requires_grad_()
@@ -50,7 +50,7 @@ def experts_seconds(
 
 
 def fastest(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each work in the fastest of six turns, so that another program's burst hits all of them."""
+    """Seconds of the fastest of six runs of each work. Works alternate, so that load from other programs affects all of them."""
     best = dict.fromkeys(works, float("inf"))
     for _ in range(6):
         for name, work in works.items():

@@ -1,14 +1,14 @@
-// Products with matrices whose weights stay as a GGUF file has them, for few rows and for many. Twin: reference.quantized_product.
+// Products with matrices that stay quantized as in a GGUF file, for any number of rows. Twin: reference.quantized_product.
 //
-// A matrix lies in panels of 16 rows: a permutation of the file's bits, as many bytes as there. Each of a panel's records has
-// the factors of 16 rows side by side, then, for 32 columns after the other, the numbers: vectors of 64 bytes, of which row r has
-// four at 4r, neighbouring columns. Of 4 bits, a vector holds the first four of eight columns in its low halves, the others in
-// its high ones. So an instruction that multiplies four pairs of bytes and adds them up has a row's sum in each lane, and no
-// lane has to be added to another.
+// A matrix is stored in panels of 16 rows: a permutation of the file's bits in as many bytes. A record of a panel holds the
+// factors of its 16 rows side by side, followed by the numbers, 32 columns at a time: vectors of 64 bytes in which row r has
+// four adjacent columns at byte 4r. With 4 bits, a vector holds four of eight columns in its low nibbles and the other four in
+// its high nibbles. An instruction that multiplies four pairs of bytes and sums them thus leaves each row's sum in its own
+// lane, so that no sum across lanes is needed.
 //
-// Activations get 8 bits, a factor per 32 numbers, as in llama.cpp. Sums of 32 products are whole numbers, hence exact; those of
-// blocks are added up in one order, whatever the number of rows: a row's result does not depend on its company. Compiled
-// without leave to reorder or contract floating-point operations, for that order holds only then.
+// Activations are quantized to 8 bits with a factor per 32 numbers, as in llama.cpp. Sums of 32 products are integers and so
+// exact; blocks are summed in a fixed order. So a row's result does not depend on the number of rows. The compiler flags forbid
+// reordering and contracting floating-point operations, since either would break that order.
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@
 
 #include "numbers.h"
 
-// so that what loops of few turns keep lies in registers
+// unrolls short loops, so that their arrays live in registers
 #define UNROLL _Pragma("GCC unroll 8")
 
 #if defined(__AVX2__)
@@ -28,7 +28,7 @@
 namespace {
 
 constexpr int64_t panel_rows = 16, group = 32;
-// multiplications below which one thread is done before a second one has woken up
+// below this many multiplications, one thread finishes before a second one wakes up
 constexpr int64_t little = 1 << 18;
 
 inline float half(const uint8_t* at) {
@@ -38,20 +38,20 @@ inline float half(const uint8_t* at) {
   if (exponent == 0) return float_of(sign | bits_of(float(fraction) * (1.0f / (1 << 24))));
   return float_of(sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | fraction << 13);
 }
-// Half of a power of two: MXFP4's levels count halves here.
+// Half the power of two of an E8M0 byte, because mx_levels holds twice the E2M1 numbers.
 inline float power(uint8_t e) { return e ? float_of(uint32_t(e - 1) << 23) : 0.0f; }
 
-// ---- the kinds, by ggml's numbers -----------------------------------------------------------------------------------
+// ---- kinds of blocks, by ggml's numbers -----------------------------------------------------------------------------
 
 enum Factors { one_half, two_halves, one_power, six_bits, signed_bytes };
 
-// What a kind's numbers are: `bits` each, less `zero` (levels of a table, if it has one, are stored above by as much).
+// Numbers of `bits` bits each, from which `zero` is subtracted. Table entries are stored with `zero` added.
 template <int number_, Factors factors_, int bits_, int zero_>
 struct Kind {
   static constexpr int number = number_, bits = bits_, zero = zero_;
   static constexpr Factors factors = factors_;
   static constexpr bool is_nested = factors == six_bits || factors == signed_bytes;
-  static constexpr int64_t columns = is_nested ? 256 : 32;  // of a record
+  static constexpr int64_t columns = is_nested ? 256 : 32;  // per record
   static constexpr int64_t header = factors == one_half     ? 32
                                     : factors == two_halves ? 64
                                     : factors == one_power  ? 16
@@ -80,7 +80,7 @@ constexpr const uint8_t* levels() {
   return K::number == 39 ? mx_levels : iq4_levels;
 }
 
-// Calls f with the kind of this number.
+// Calls f with the kind that has this number.
 template <class F>
 void with_kind(int64_t number, F f) {
   switch (number) {
@@ -97,9 +97,9 @@ void with_kind(int64_t number, F f) {
   }
 }
 
-// ---- from a file's blocks to panels, and back to numbers ----------------------------------------------------------------
+// ---- from blocks of a file to panels, and back to numbers -----------------------------------------------------------
 
-// Column c of 32 of one row of a panel.
+// Stores and reads number q in column c of 32, in one row of a panel.
 template <class K>
 inline void put(uint8_t* part, int64_t row, int64_t c, uint8_t q) {
   const int64_t g = c / 4, at = row * 4 + c % 4;
@@ -127,7 +127,7 @@ constexpr int64_t stored() {
   return K::bytes / panel_rows;
 }
 
-// A block of the file into a row of a panel's record, which is 0.
+// Writes a block of the file to a row of a panel's record, whose bits for that row must be 0.
 template <class K>
 void lay(const uint8_t* block, uint8_t* record, int64_t row) {
   const uint8_t* numbers = block + K::header / panel_rows;
@@ -142,7 +142,7 @@ void lay(const uint8_t* block, uint8_t* record, int64_t row) {
   for (int64_t c = 0; c < K::columns; ++c) {
     uint8_t q = 0;
     if (K::bits == 8) {
-      q = numbers[c] ^ 0x80;  // the bits of a signed number and 128
+      q = numbers[c] ^ 0x80;  // a signed number plus 128
     } else if (K::columns == group) {
       const uint8_t* nibbles = numbers + (K::bits == 5 ? 4 : 0);
       q = nibbles[c % 16] >> (c / 16 * 4) & 15;
@@ -173,7 +173,7 @@ void pack(const uint8_t* file, uint8_t* panels, int64_t rows, int64_t columns) {
   }
 }
 
-// The six-bit factor and depth of 32 columns, of the 16 rows of a record.
+// The six-bit scale and minimum of the j-th 32 columns; b points at a row's first byte of twelve, which are 16 apart.
 inline uint8_t six_bit_scale(const uint8_t* b, int64_t j) {
   return j < 4 ? b[16 * j] & 63 : (b[16 * (j + 4)] & 15) | (b[16 * (j - 4)] >> 6) << 4;
 }
@@ -181,7 +181,7 @@ inline uint8_t six_bit_low(const uint8_t* b, int64_t j) {
   return j < 4 ? b[16 * (j + 4)] & 63 : b[16 * (j + 4)] >> 4 | (b[16 * j] >> 6) << 4;
 }
 
-// One row of a matrix as numbers.
+// Dequantizes one row of a matrix.
 template <class K, typename T>
 void read_row(const uint8_t* panels, int64_t row, int64_t columns, T* out) {
   const int64_t records = columns / K::columns, at = row % panel_rows;
@@ -202,14 +202,14 @@ void read_row(const uint8_t* panels, int64_t row, int64_t columns, T* out) {
     }
 }
 
-// ---- activations of 8 bits ----------------------------------------------------------------------------------------------
+// ---- activations of 8 bits ------------------------------------------------------------------------------------------
 
 struct Rows {
   int64_t count, columns, groups;
   std::vector<int8_t> q;      // (rows, columns)
   std::vector<float> scale;   // (rows, groups)
-  std::vector<float> weight;  // (rows, groups), the sum of a group's numbers times its factor
-  std::vector<int32_t> sums;  // (rows, 2 groups), of 16 numbers each
+  std::vector<float> weight;  // (rows, groups), a group's sum times its factor
+  std::vector<int32_t> sums;  // (rows, 2 groups), sums of 16 numbers
 };
 
 template <typename T>
@@ -218,7 +218,7 @@ void quantize_row(const T* x, Rows& rows, int64_t row) {
     float v[group];
     uint32_t largest = 0;
     for (int64_t i = 0; i < group; ++i) v[i] = to_float(x[g * group + i]);
-    // magnitudes order as their bits do, infinity and then NaN at the top
+    // the bits of magnitudes compare like the magnitudes, with infinity and then NaN at the top
     for (int64_t i = 0; i < group; ++i) largest = std::max(largest, bits_of(v[i]) & 0x7fffffff);
     const float top = float_of(largest), unit = top > 0 ? 127.0f / top : 0.0f, scale = top / 127.0f;
     int8_t* q = rows.q.data() + row * rows.columns + g * group;
@@ -244,12 +244,12 @@ void quantize(const T* x, Rows& rows, int64_t count, int64_t columns) {
   for (int64_t row = 0; row < count; ++row) quantize_row(x + row * columns, rows, row);
 }
 
-// ---- what a processor does at once: some rows of a panel ---------------------------------------------------------------------
+// ---- vector operations of each instruction set, over some rows of a panel -------------------------------------------
 
-// Lanes as plain loops; a compiler makes vectors of them where it can.
+// Plain loops over lanes, which the compiler may vectorize.
 struct Plain {
   static constexpr int64_t lanes = 16;
-  static constexpr int most = 1;  // rows of activations at once
+  static constexpr int most = 1;  // most rows of activations per call
   static constexpr bool takes_signed = false;
   struct Bytes {
     uint8_t v[64];
@@ -303,7 +303,7 @@ struct Plain {
 };
 
 #if defined(__AVX2__)
-// Sixteen or eight bytes, one of each row.
+// Sixteen or eight bytes, one per row.
 struct SmallOfX86 {
   using Small = __m128i;
   template <int shift, int mask>
@@ -319,7 +319,7 @@ struct SmallOfX86 {
 struct Avx2 : SmallOfX86 {
   static constexpr int64_t lanes = 8;
   static constexpr int most = 4;
-  static constexpr bool takes_signed = true;  // sums of two products of eight bits each would not fit
+  static constexpr bool takes_signed = true;  // the sum of two products of unsigned and signed bytes may not fit 16 bits
   using Bytes = __m256i;
   using Ints = __m256i;
   using Floats = __m256;
@@ -407,9 +407,9 @@ struct Avx512 : SmallOfX86 {
 };
 #endif
 
-// ---- the product ------------------------------------------------------------------------------------------------------------------
+// ---- the product ----------------------------------------------------------------------------------------------------
 
-// The factors of a record: those of its j-th 32 columns are `scale` (of 16 columns each for signed bytes: two) and `low`.
+// The factors of a record. Its j-th 32 columns have `scale` (two for signed bytes, of 16 columns each) and `low`, the minimum.
 template <class V, class K>
 struct RecordFactors {
   typename V::Floats d, m;
@@ -440,7 +440,7 @@ struct RecordFactors {
   }
 };
 
-// Numbers of four columns, the g-th four of 32.
+// The numbers of the g-th four of 32 columns.
 template <class V, class K, int g>
 inline typename V::Bytes four_columns(const uint8_t* part, int64_t lane) {
   if (K::bits == 8) return V::load(part + g * 64 + 4 * lane);
@@ -451,7 +451,7 @@ inline typename V::Bytes four_columns(const uint8_t* part, int64_t lane) {
   return K::has_table ? V::lookup(levels<K>(), q) : q;
 }
 
-// sums[i][m] += the g-th four of 32 columns times row m's activations; those of the first and the last 16 apart, if there are two.
+// sums[i][m] += the g-th and later fours of 32 columns times row m's activations; if `two`, i = 1 has the last 16 columns.
 template <class V, class K, int M, int two, int g>
 [[gnu::always_inline]] inline void add_four(const uint8_t* part, int64_t lane, const int8_t* const* a, typename V::Ints (*sums)[M]) {
   constexpr bool is_wide = K::zero == 128;
@@ -463,10 +463,10 @@ template <class V, class K, int M, int two, int g>
   if constexpr (g + 1 < 8) add_four<V, K, M, two, g + 1>(part, lane, a, sums);
 }
 
-// M rows of activations times `lanes` rows of a panel.
+// Multiplies M rows of activations by `lanes` rows of a panel.
 template <class V, class K, int M>
 void few(const uint8_t* panel, const Rows& rows, int64_t row, int64_t lane, float* out) {
-  constexpr int two = K::factors == signed_bytes;  // factors of 16 columns
+  constexpr int two = K::factors == signed_bytes;  // whether factors are per 16 columns
   constexpr int zero = K::zero == 128 && V::takes_signed ? 0 : K::zero;
   typename V::Floats total[M];
   const int8_t* a[M];
@@ -497,7 +497,7 @@ void few(const uint8_t* panel, const Rows& rows, int64_t row, int64_t lane, floa
   UNROLL for (int m = 0; m < M; ++m) V::save(out + m * panel_rows + lane, total[m]);
 }
 
-// Where a product's outputs go: `outputs` a row.
+// The destination of a product, `outputs` numbers per row.
 template <typename T>
 struct Output {
   T* data;
@@ -512,7 +512,7 @@ void some(const uint8_t* panel, const Rows& rows, int64_t row, int64_t count, co
     for (int64_t i = 0; i < count; ++i) narrow(out[m * panel_rows + i], to.data + (row + m) * to.outputs + first + i);
 }
 
-// One matrix of a stack, `size` rows whose outputs begin at `first`; called by all threads of a team.
+// Multiplies by one matrix of a stack, `size` rows whose outputs begin at `first`; all threads of a team must call it.
 template <class V, class K, typename T>
 void multiply(const uint8_t* panels, const Rows& rows, int64_t size, const Output<T>& to, int64_t first) {
   const int64_t count = (size + panel_rows - 1) / panel_rows, bytes = rows.columns / K::columns * K::bytes;
@@ -531,7 +531,7 @@ void multiply(const uint8_t* panels, const Rows& rows, int64_t size, const Outpu
   }
 }
 
-// Matrices over one another with the same columns; parts (n, 3): kind, where its panels begin, its rows.
+// Stacked matrices with equal columns; parts (n, 3): kind, offset of its panels in bytes, rows.
 struct Matrices {
   const uint8_t* panels;
   const int64_t* parts;
@@ -554,7 +554,7 @@ void product(const T* x, const Matrices& w, Output<U> to, int64_t count, int64_t
   }
 }
 
-// down(silu(gate x) * up x), gate and up of `width` rows each; in fp32 between the products.
+// down(silu(gate x) * up x); gate and up have `width` rows each, and values between the products are fp32.
 template <class V, typename T>
 void feed_forward(const T* x, const Matrices& gate_up, const Matrices& down, Output<T> to, int64_t count, int64_t columns,
                   int64_t width) {
@@ -571,7 +571,7 @@ void feed_forward(const T* x, const Matrices& gate_up, const Matrices& down, Out
   product<V>(hidden, down, to, count, width);
 }
 
-// Calls f with the form of this number, or the plain one where this processor lacks it.
+// Calls f with the instruction set of this number, or with the plain loops if the processor lacks it.
 template <class F>
 void with_form(int64_t form, F f) {
 #ifdef HAS_AVX512
@@ -599,7 +599,7 @@ void finback_quant_rows(int64_t is_bf16, int64_t kind, const uint8_t* panels, co
        }))
 }
 
-// Which forms this processor has: plain, AVX2, AVX-512 with VNNI.
+// The instruction sets of this processor: plain, AVX2, AVX-512 with VNNI.
 void finback_quant_forms(int64_t* has) {
   has[0] = 1, has[1] = has[2] = 0;
 #ifdef HAS_AVX2

@@ -1,8 +1,8 @@
-"""Matrices whose weights stay as a GGUF file has them: blocks of few bits and factors of their own, multiplied by quants.cpp.
+"""Products with matrices that stay quantized as in a GGUF file, in blocks of low-bit numbers with factors, by quants.cpp.
 
-Activations get 8 bits, a factor per GROUP numbers, as in llama.cpp. A row's result is the same bits in any company, because
-sums within a block are whole numbers and blocks are added up in one order: a prompt read at once, in pieces or again gives the
-same as its tokens one by one. Twin: reference.quantized_product.
+Activations are quantized to 8 bits with a factor per GROUP numbers, as in llama.cpp. A row's result does not depend on the
+other rows of the batch, to the bit: sums within a block are integers, and blocks are summed in a fixed order. So a prompt
+gives the same result at once, in chunks or token by token. Twin: reference.quantized_product.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from finback.kernels import native
 from finback.kernels.formats import Format
 
-GROUP = 32  # columns that share a factor of activations
-PANEL = 16  # rows that lie side by side
+GROUP = 32  # columns of activations that share a factor
+PANEL = 16  # rows that are interleaved in memory
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of block by ggml's name and number: so many numbers of a row in so many bytes."""
+    """A kind of block, by ggml's name and number: it stores `columns` numbers of a row in `bytes` bytes."""
 
     name: str
     number: int
@@ -30,7 +30,7 @@ class Kind:
     bytes: int
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row with so many columns."""
+        """Bytes of a row of `columns` numbers."""
         return columns // self.columns * self.bytes
 
 
@@ -44,25 +44,25 @@ KINDS = {kind.name: kind for kind in _KINDS}
 
 @dataclass(frozen=True)
 class Blocks(Format):
-    """Matrices over one another, each of one kind: values (..., bytes) are the bytes of all their rows, factors are in them."""
+    """Stacked matrices, each of one kind. Values (..., bytes) are the bytes of all rows and contain the factors."""
 
     columns: int
-    # kind and rows of each
+    # kind and rows of each matrix
     parts: tuple[tuple[Kind, int], ...]
 
     @property
     def rows(self) -> int:
-        """Rows of all of them."""
+        """Rows of all matrices together."""
         return sum(rows for _, rows in self.parts)
 
 
 def blocks(columns: int, parts: tuple[tuple[Kind, int], ...]) -> Blocks:
-    """The format of such matrices."""
+    """The format of stacked matrices with these kinds and rows."""
     return Blocks("gguf", _only_read, partial(_dequantize, columns, parts), columns, parts)
 
 
 def _only_read(weight: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("gguf_types.packed makes blocks")
+    raise NotImplementedError("this format is only read; gguf_types.packed builds its blocks")
 
 
 def _dequantize(
@@ -86,27 +86,27 @@ def numbers(number: int, stored: Any) -> Tensor:
 
 
 def available() -> bool:
-    """Whether the kernels can be had here."""
+    """Whether the C++ kernels are available on this machine."""
     return native.library() is not None
 
 
 @cache
 def forms() -> tuple[str, ...]:
-    """How this processor may multiply, the fastest last."""
+    """The instruction sets that the kernels can use on this processor, the fastest last."""
     has = torch.zeros(3, dtype=torch.long)
     native.call("quant_forms", has)
     return tuple(name for name, there in zip(("plain", "avx2", "avx512"), has.tolist(), strict=True) if there)
 
 
 class BlockLinear(nn.Module):
-    """y = W x (+ b) for matrices over one another that stay as they are in a GGUF file; for inference alone, fp32 or bf16."""
+    """y = W x (+ b) for stacked matrices that stay quantized as in a GGUF file; for inference only, fp32 or bf16."""
 
     def __init__(
         self, formats: Sequence[Blocks], values: Sequence[Tensor], biases: Sequence[Tensor | None], form: str = ""
     ) -> None:
         super().__init__()
         given = [bias for bias in biases if bias is not None]
-        assert len(given) in (0, len(formats)), "all of a stack have a bias, or none has"
+        assert len(given) in (0, len(formats)), "either all maps of a stack have a bias or none has"
         self.bias = torch.cat(given).detach() if given else None
         self.columns, self.outputs = formats[0].columns, [form.rows for form in formats]
         self.height = sum(self.outputs)
@@ -134,11 +134,11 @@ class BlockLinear(nn.Module):
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor, int]:
-        """As the kernels take them."""
+        """The arguments by which kernels take the matrices: bytes, table of parts, number of parts."""
         return self._parameters["weight"], self.table, len(self.parts)  # type: ignore[return-value]
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the first matrix as numbers: index (...) -> (..., in)."""
+        """Dequantized rows of the first matrix: index (...) -> (..., in)."""
         kind, begin, _ = self.parts[0]
         out = torch.empty(*index.shape, self.columns, dtype=dtype)
         index = index.contiguous()
@@ -149,7 +149,7 @@ class BlockLinear(nn.Module):
 
 
 def feed_forward(x: Tensor, gate_up: BlockLinear, down: BlockLinear) -> Tensor:
-    """down(SiLU(gate x) ⊙ up x) for x (..., in) -> (..., out), in one call and in fp32 between the products."""
+    """down(SiLU(gate x) ⊙ up x) for x (..., in) -> (..., out), in one call, with fp32 between the products."""
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], down.height)
     native.call(
@@ -161,12 +161,12 @@ def feed_forward(x: Tensor, gate_up: BlockLinear, down: BlockLinear) -> Tensor:
 
 
 def _panel_rows(rows: int) -> int:
-    """Rows up to which the last panel is filled."""
+    """Rows rounded up to whole panels."""
     return -(-rows // PANEL) * PANEL
 
 
 def _panels(form: Blocks, values: Tensor) -> Tensor:
-    """Values of matrices as the kernels read them, the same bytes in another order."""
+    """The bytes of `values` in the order in which the kernels read them, the last panel padded with zeros."""
     sizes = [rows * kind.row_bytes(form.columns) for kind, rows in form.parts]
     found = []
     for (kind, rows), part in zip(form.parts, values.detach().split(sizes), strict=True):

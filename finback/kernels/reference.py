@@ -1,4 +1,4 @@
-"""Plain twins: the readable form of every fast kernel, used as its test's oracle."""
+"""Plain twins: a readable form of every fast kernel, which is the oracle of its tests."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ from finback.kernels.decode import PagedRows
 def routed_experts(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, limit: float | None = None
 ) -> Tensor:
-    """Σ_k weight[n, k] · SwiGLU_{index[n, k]}(x[n]), one expert after the other (V3 eq. 12).
+    """Σ_k weight[n, k] · SwiGLU_{index[n, k]}(x[n]), one expert after another (V3 eq. 12).
 
-    x (n, d); index and weight (n, k); gate_up (experts, 2m, d), gate rows first; down (experts, d, m). With a limit the gate
-    counts up to it, and what it multiplies between -limit and limit (V4 2.1).
+    x (n, d); index and weight (n, k); gate_up (experts, 2m, d), gate rows first; down (experts, d, m). With a limit, gate is
+    clamped to at most limit, and up to -limit … limit (V4 2.1).
     """
     out = torch.zeros_like(x)
     for expert in range(gate_up.size(0)):
@@ -30,7 +30,7 @@ def routed_experts(
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q k^T, causal) v, spelled out; query and key (b, h, t, d), value (b, h, t, v)."""
+    """softmax(scale · q k^T, causal) v; query and key (b, h, t, d), value (b, h, t, v) -> (b, h, t, v)."""
     length = query.size(2)
     future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     scores = (query @ key.transpose(2, 3)).float() * scale
@@ -44,10 +44,10 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def paged_attention(query: Tensor, rows: PagedRows, groups: int, value_dim: int, value_at: int, scale: float) -> Tensor:
-    """Attention of the newest tokens of each row over all that its pages hold -> (rows, new, heads, value_dim).
+    """Attention of the new tokens of each row over the entries in its pages -> (rows, new, heads, value_dim).
 
-    query (rows, new, heads, key_dim); the new tokens' own entries are stored already. The heads fall into `groups`;
-    group g has its key at g·key_dim of an entry and its value at value_at + g·value_dim.
+    query (rows, new, heads, key_dim); the entries of the new tokens are stored already. Heads form `groups`: the key of
+    group g starts at element g·key_dim of an entry, its value at value_at + g·value_dim.
     """
     new, heads, key_dim = query.shape[1:]
     stored = gather_pages(rows).to(query.dtype)
@@ -64,12 +64,12 @@ def paged_attention(query: Tensor, rows: PagedRows, groups: int, value_dim: int,
 
 
 def gather_pages(rows: PagedRows, start: int = 0) -> Tensor:
-    """The rows' entries in order, each from element `start` on, (rows, pages · size, elements)."""
+    """The rows' entries in order, each from element `start` on: (rows, pages · size, elements - start)."""
     return rows.entries[:, start:].unflatten(0, (-1, rows.size))[rows.table].flatten(1, 2)
 
 
 def exact_sum(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) · b (n, k)^T as fp32 units would: E4M3 products are exact, their sum is fp32's."""
+    """a (m, k) · b (n, k)^T in fp32, in which products of E4M3 numbers are exact and only their sum rounds."""
     return a @ b.T
 
 
@@ -78,8 +78,8 @@ def fp8_product(
 ) -> Tensor:
     """a (m, k) · b (n, k)^T of E4M3 values in fp32, promoted every 128 of k (V3 3.3.2, figure 7b) -> (m, n).
 
-    A factor belongs to 128 of k, and to one row, (m, ⌈k/128⌉), or to 128 rows, (⌈m/128⌉, ⌈k/128⌉). Each partial sum over
-    128 of k is added up by `accumulate`, multiplied by both factors, and added to the total in fp32.
+    Factors are per 128 of k, and per row, (m, ⌈k/128⌉), or per 128 rows, (⌈m/128⌉, ⌈k/128⌉). `accumulate` computes the
+    partial sum over 128 of k, which is multiplied by both factors and added to the total in fp32.
     """
     left, right = _per_row(a_scale, a.size(0)), _per_row(b_scale, b.size(0))
     out = torch.zeros(a.size(0), b.size(0), device=a.device)
@@ -91,7 +91,7 @@ def fp8_product(
 
 
 def quantized_product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (..., k) in 8 bits, a factor for each GROUP numbers, times matrix (n, k)^T -> (..., n) in fp32."""
+    """x (..., k), rounded to 8 bits with a factor per GROUP numbers, · matrix (n, k)^T -> (..., n) in fp32."""
     groups = x.float().unflatten(-1, (-1, quants.GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
     whole = (groups * torch.where(largest > 0, 127 / largest, 0)).round()
@@ -99,5 +99,5 @@ def quantized_product(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _per_row(scale: Tensor, rows: int) -> Tensor:
-    """Factors of rows, given as such or per 128 rows."""
+    """Factors per row, from factors per row or per 128 rows."""
     return scale if scale.size(0) == rows else scale.repeat_interleave(fp8.BLOCK, dim=0)[:rows]

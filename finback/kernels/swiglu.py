@@ -1,4 +1,4 @@
-"""SwiGLU's activation, forward and backward; in one C++ pass where a kernel serves it."""
+"""SwiGLU's activation, forward and backward; one C++ pass each if a kernel applies."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from finback.kernels import native
 
 
 def swiglu(x: Tensor, limit: float | None = None) -> Tensor:
-    """SiLU(gate) ⊙ up for x (..., [gate | up]) -> (..., half); with a limit of what `clamped` makes of x."""
+    """SiLU(gate) ⊙ up for x (..., [gate | up]) -> (..., half); with a limit, x is clamped first (`clamped`)."""
     if limit is None and native.serves(x) and torch.is_grad_enabled():
         recorded: Tensor = _SwiGLU.apply(x)
         return recorded
@@ -27,7 +27,7 @@ def swiglu(x: Tensor, limit: float | None = None) -> Tensor:
 
 
 def swiglu_backward(x: Tensor, grad: Tensor, limit: float | None = None) -> tuple[Tensor, Tensor]:
-    """The gradient of x (..., [gate | up]) from that of `swiglu` (..., half), and the activation once more."""
+    """The gradient of x (..., [gate | up]) from that of `swiglu` (..., half), and the activation, recomputed."""
     inner = x if limit is None else clamped(x, limit)
     d_x = torch.empty_like(x)
     if limit is None and native.serves(x):
@@ -50,7 +50,7 @@ def swiglu_backward(x: Tensor, grad: Tensor, limit: float | None = None) -> tupl
 
 
 def clamped(x: Tensor, limit: float) -> Tensor:
-    """x (..., [gate | up]) with gate up to the limit and up between -limit and limit (V4 2.1)."""
+    """x (..., [gate | up]) with gate clamped to at most limit and up to -limit … limit (V4 2.1)."""
     gate, up = x.chunk(2, dim=-1)
     return torch.cat([gate.clamp(max=limit), up.clamp(min=-limit, max=limit)], dim=-1)
 
@@ -59,7 +59,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return swiglu(x)  # nothing is recorded here
+        return swiglu(x)  # autograd is off inside forward, so this does not recurse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

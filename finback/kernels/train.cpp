@@ -1,7 +1,7 @@
-// What lies between the products of a training step on a CPU: backward passes of norm and SwiGLU, rows laid out by expert and added
-// up again, heads rotated and laid out for attention, the softmax of causal attention and of the vocabulary, each forward and
-// backward in one pass. What is added up is
-// added up in the same order whatever the number of threads. The plain twins stand beside the callers.
+// The operations between the products of a training step on a CPU: backward passes of norm and SwiGLU, scattering rows to
+// experts and summing them back, rotating heads and laying them out for attention, the softmax of causal attention and of the
+// vocabulary; one pass each, forward and backward. The order of sums does not depend on the number of threads. The plain twins
+// are next to the callers.
 
 #include <algorithm>
 #include <cmath>
@@ -18,8 +18,8 @@ inline float sigmoid(float x) {  // without overflow
   return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 
-// From the gradient of out = gain * x * inverse and, unless null, of x itself from elsewhere, that of x; and the gain's,
-// added up over blocks of rows: d_gain (blocks, size).
+// The gradient of x from that of out = gain * x * inverse, plus `other`, a further gradient of x, unless null; and the gain's
+// gradient, summed per block of rows: d_gain (blocks, size).
 template <typename T>
 void norm_backward(const T* x, const float* gain, const float* inverse, const T* grad, const T* other, T* d_x,
                    float* d_gain, int64_t tokens, int64_t size, int64_t block) {
@@ -50,7 +50,7 @@ void norm_backward(const T* x, const float* gain, const float* inverse, const T*
   }
 }
 
-// From the gradient of out = silu(gate) * up (rows, width) that of [gate | up]; and out once more, unless null.
+// The gradient of [gate | up] from that of out = silu(gate) * up (rows, width); also recomputes out unless null.
 template <typename T>
 void swiglu_backward(const T* x, const T* grad, T* d_x, T* out, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)
@@ -124,8 +124,8 @@ void weigh(const T* rows, const int64_t* slots, const T* grad, float* d_weight, 
     }
 }
 
-// Scores (rows, length, length) become softmax(scale * scores) over the tokens that are seen, 0 elsewhere. seen (rows / heads,
-// length, length) says which; null: those up to the one that asks, which all see.
+// Replaces scores (rows, length, length) by softmax(scale * scores) over visible keys, 0 elsewhere. seen (rows / heads, length,
+// length) is the mask; null: causal.
 template <typename T>
 void causal_softmax(T* scores, const uint8_t* seen, float scale, int64_t rows, int64_t heads, int64_t length) {
 #pragma omp parallel
@@ -152,7 +152,7 @@ void causal_softmax(T* scores, const uint8_t* seen, float scale, int64_t rows, i
   }
 }
 
-// From the gradient of the softmax's weights that of its scores, in its place. Both (lines, length).
+// Replaces the gradient of the softmax's weights by that of its scores. Both (lines, length).
 template <typename T>
 void softmax_backward(const T* weights, T* grad, float scale, int64_t lines, int64_t length) {
 #pragma omp parallel for schedule(static)
@@ -167,7 +167,7 @@ void softmax_backward(const T* weights, T* grad, float scale, int64_t lines, int
   }
 }
 
-// Logits (rows, size) become softmax - onehot(label), or 0 where a label is negative; loss (rows,) is -log softmax[label].
+// Replaces logits (rows, size) by softmax - onehot(label), or by 0 if the label is negative; loss (rows,) is -log softmax[label].
 template <typename T>
 void cross_entropy(T* logits, const int64_t* labels, float* loss, int64_t rows, int64_t size) {
 #pragma omp parallel
@@ -197,7 +197,7 @@ void cross_entropy(T* logits, const int64_t* labels, float* loss, int64_t rows, 
   }
 }
 
-// Of logits (rows, size) at a temperature: log softmax of the ids, the entropy, and log of the sum of exponentials, (rows,) each.
+// For logits (rows, size) at a temperature: the log softmax of the ids, the entropy, and log sum exp, (rows,) each.
 template <typename T>
 void token_logprobs(const T* logits, const int64_t* ids, float inverse_temperature, float* logp, float* entropy, float* sums,
                     int64_t rows, int64_t size) {
@@ -224,7 +224,7 @@ void token_logprobs(const T* logits, const int64_t* ids, float inverse_temperatu
   }
 }
 
-// From the gradient of the ids' log-probabilities that of the logits.
+// The gradient of the logits from that of the ids' log-probabilities.
 template <typename T>
 void token_logprobs_backward(const T* logits, const int64_t* ids, float inverse_temperature, const float* sums,
                              const float* grad, T* d_logits, int64_t rows, int64_t size) {
@@ -244,13 +244,13 @@ struct Heads {
   int64_t rows, tokens, heads, plain, rotated, value;
   bool interleaved;
   const float *cosine, *sine;  // (rows or 1, tokens, rotated / 2)
-  int64_t angles;              // of a row, 0 where all rows have the same
+  int64_t angles;              // numbers per row of cosine and sine; 0 if all rows share them
 };
 
-// Queries (rows, tokens, heads, plain + rotated) to (rows, heads, tokens, plain + rotated), the end of each rotated; or, backwards,
-// the gradient of these to that of those.
+// Queries (rows, tokens, heads, plain + rotated) -> (rows, heads, tokens, plain + rotated) with the last dimensions rotated;
+// backward: the gradient of the former from that of the latter.
 template <typename T, bool backward>
-void turn_heads(const Heads& a, const T* from, T* to) {
+void rotate_heads(const Heads& a, const T* from, T* to) {
   const int64_t size = a.plain + a.rotated, half = a.rotated / 2;
 #pragma omp parallel for collapse(2) schedule(static)
   for (int64_t row = 0; row < a.rows; ++row)
@@ -278,9 +278,9 @@ void turn_heads(const Heads& a, const T* from, T* to) {
       }
 }
 
-// kv (rows, tokens, heads, plain + value) and the rotated key of all heads (rows, tokens, rotated) to keys and values by head.
+// kv (rows, tokens, heads, plain + value) and the rotated key that heads share (rows, tokens, rotated) -> keys, values by head.
 template <typename T>
-void part_heads(const Heads& a, const T* kv, const T* shared, T* key, T* value) {
+void split_heads(const Heads& a, const T* kv, const T* shared, T* key, T* value) {
   const int64_t line = a.plain + a.value, size = a.plain + a.rotated;
 #pragma omp parallel for collapse(2) schedule(static)
   for (int64_t row = 0; row < a.rows; ++row)
@@ -295,7 +295,7 @@ void part_heads(const Heads& a, const T* kv, const T* shared, T* key, T* value) 
 }
 
 template <typename T>
-void part_heads_backward(const Heads& a, const T* d_key, const T* d_value, T* d_kv, T* d_shared) {
+void split_heads_backward(const Heads& a, const T* d_key, const T* d_value, T* d_kv, T* d_shared) {
   const int64_t line = a.plain + a.value, size = a.plain + a.rotated;
 #pragma omp parallel
   {
@@ -380,30 +380,30 @@ void finback_token_logprobs_backward(int64_t is_bf16, const void* logits, const 
                                static_cast<T*>(d_logits), rows, size))
 }
 
-void finback_turn_heads(int64_t is_bf16, const void* from, void* to, const float* cosine, const float* sine,
+void finback_rotate_heads(int64_t is_bf16, const void* from, void* to, const float* cosine, const float* sine,
                         int64_t rows, int64_t tokens, int64_t heads, int64_t plain, int64_t rotated, int64_t angles,
                         int64_t interleaved, int64_t backward) {
   const Heads a{rows, tokens, heads, plain, rotated, 0, interleaved != 0, cosine, sine, angles};
   if (backward) {
-    BOTH(is_bf16, T, turn_heads<T, true>(a, static_cast<const T*>(from), static_cast<T*>(to)))
+    BOTH(is_bf16, T, rotate_heads<T, true>(a, static_cast<const T*>(from), static_cast<T*>(to)))
   } else {
-    BOTH(is_bf16, T, turn_heads<T, false>(a, static_cast<const T*>(from), static_cast<T*>(to)))
+    BOTH(is_bf16, T, rotate_heads<T, false>(a, static_cast<const T*>(from), static_cast<T*>(to)))
   }
 }
 
-void finback_part_heads(int64_t is_bf16, const void* kv, const void* shared, void* key, void* value, int64_t rows,
+void finback_split_heads(int64_t is_bf16, const void* kv, const void* shared, void* key, void* value, int64_t rows,
                         int64_t tokens, int64_t heads, int64_t plain, int64_t rotated, int64_t width) {
   const Heads a{rows, tokens, heads, plain, rotated, width, false, nullptr, nullptr, 0};
   BOTH(is_bf16, T,
-       part_heads(a, static_cast<const T*>(kv), static_cast<const T*>(shared), static_cast<T*>(key), static_cast<T*>(value)))
+       split_heads(a, static_cast<const T*>(kv), static_cast<const T*>(shared), static_cast<T*>(key), static_cast<T*>(value)))
 }
 
-void finback_part_heads_backward(int64_t is_bf16, const void* d_key, const void* d_value, void* d_kv, void* d_shared,
+void finback_split_heads_backward(int64_t is_bf16, const void* d_key, const void* d_value, void* d_kv, void* d_shared,
                                  int64_t rows, int64_t tokens, int64_t heads, int64_t plain, int64_t rotated,
                                  int64_t width) {
   const Heads a{rows, tokens, heads, plain, rotated, width, false, nullptr, nullptr, 0};
   BOTH(is_bf16, T,
-       part_heads_backward(a, static_cast<const T*>(d_key), static_cast<const T*>(d_value), static_cast<T*>(d_kv),
+       split_heads_backward(a, static_cast<const T*>(d_key), static_cast<const T*>(d_value), static_cast<T*>(d_kv),
                            static_cast<T*>(d_shared)))
 }
 }

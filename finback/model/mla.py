@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finback.kernels.attention import Attention, causal_attention, torch_attention
 from finback.kernels.documents import Mask
-from finback.kernels.heads import parted, rotate_half, rotate_interleaved, turned
+from finback.kernels.heads import rotate_half, rotate_heads, rotate_interleaved, split_heads
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
@@ -95,7 +95,9 @@ class MLA(nn.Module):
 
     def heads(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """q (b, t, h·(n + r)) -> rotated queries (b, h, t, n + r)."""
-        return turned(q.unflatten(-1, (self.config.num_attention_heads, -1)), cos, sin, self.config.rope_interleaved)
+        return rotate_heads(
+            q.unflatten(-1, (self.config.num_attention_heads, -1)), cos, sin, self.config.rope_interleaved
+        )
 
     def attend_expanded(
         self, query: Tensor, latent: Tensor, k_rope: Tensor, core: Attention, mask: Mask = None
@@ -107,7 +109,7 @@ class MLA(nn.Module):
     def expanded(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """latent (b, s, c), rotary key (b, s, r) -> keys (b, h, s, n + r) and values (b, h, s, v)."""
         kv = self.kv_up(latent).unflatten(-1, (self.config.num_attention_heads, -1))
-        return parted(kv, k_rope, self.config.qk_nope_head_dim)
+        return split_heads(kv, k_rope, self.config.qk_nope_head_dim)
 
     def attend_stored(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cache: LayerCache
