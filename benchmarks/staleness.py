@@ -4,7 +4,8 @@
 
 Each seed pre-trains the small mixture of experts with latent attention of benchmarks/vllm_rollouts.py on short sums, then runs the same RL four times
 from it, one after the other, with answers by `Fleet(2)`. `--engine vllm --python /path/to/python` has vLLM answer. Needs Ray (`.venv/scale` of
-`make test-scale`). Continues where it was interrupted, as every run does; the result file is written after each seed.
+`make test-scale`). Continues where it was interrupted, as every run does; the result file is written after each seed,
+and seeds that it already has are not run again.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from record import header, write
+from record import header, rows, write
 from vllm_rollouts import ENVIRONMENT, FLAGS, SUMS, learning
 
 import finback
@@ -108,8 +109,10 @@ def main() -> None:
     options = parser.parse_args()
     knobs = {name: getattr(options, name) for name in ("engine", "steps", "prompts", "problems", "tokens")}
     results = header("staleness", knobs)
-    results["seeds"] = []
+    results["seeds"] = rows(options.out, knobs)
     for seed in options.seeds:
+        if any(row["seed"] == seed for row in results["seeds"]):
+            continue
         results["seeds"].append(measure(seed, options))
         results["does_not_hold"] = verdicts(results["seeds"])
         write(results, options.out)
