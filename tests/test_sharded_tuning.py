@@ -92,10 +92,12 @@ SHAPES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SHAPES)
 def test_every_family_learns_on_two_ranks_as_on_one(family: str, tmp_path: Path) -> None:
-    """SFT, and RL of an adapter; some also on a base that is quantized but for what is fp32 everywhere."""
+    """SFT, and RL of an adapter; some also on a base that is quantized but for what is fp32 everywhere, and RL that replays what
+    indexers select."""
     root = prepared(tmp_path / "runs", SHAPES[family])
     is_sparse = family.startswith("deepseek")
     names = (*FAST, "qlora sft") if is_sparse or family == "gpt_oss" else FAST
+    names += ("grpo indexed",) if is_sparse else ()
     alone(root, names, 2)
     layout = Layout(cp=2, ep=2) if SHAPES[family].n_routed_experts else Layout(cp=2)
     if is_sparse:  # an indexer is of all heads

@@ -89,6 +89,7 @@ LEARNT = {
     "grpo shared": Tuned(GRPO, {"share_prompts": True, "objective": Objective(beta=0.1), "top_k": 20}),
     "grpo shared and replayed": Tuned(GRPO, {"share_prompts": True, "routing_replay": True}),
     "grpo replayed": Tuned(GRPO, {"routing_replay": True}),
+    "grpo indexed": Tuned(GRPO, {"routing_replay": True, "indexer_replay": True}),
     "lora sft": Tuned(SFT, {"adapter": EXACT, "bias_speed": 0.0}),
     "dora sft": Tuned(SFT, {"adapter": replace(EXACT, dora=True, targets=("attention",)), "bias_speed": 0.0}),
     "dora sft on nf4": Tuned(
@@ -101,8 +102,8 @@ LEARNT = {
     "lora on lora": Tuned(SFT, {"adapter": EXACT, "start": "moved", "bias_speed": 0.0}),
     "lora grpo": Tuned(GRPO, {"adapter": EXACT, "objective": Objective(beta=0.1), "bias_speed": 0.0}),
 }
-# those that begin with the base
-STEPWISE = tuple(name for name in LEARNT if name != "lora on lora")
+# those that begin with the base, whose model has no indexers
+STEPWISE = tuple(name for name in LEARNT if name not in ("lora on lora", "grpo indexed"))
 
 
 def prepared(root: Path, config: ModelConfig = SPREAD) -> Path:

@@ -27,8 +27,8 @@ from finback.model.compressed_cache import pool_of
 from finback.model.config import ModelConfig
 from finback.model.multi_lora import MultiLoraTransformer
 from finback.model.native import use_native
+from finback.model.picking import follow
 from finback.model.rope_scaling import LongRope
-from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 
 
@@ -48,6 +48,13 @@ class EngineConfig:
     speculate: bool = False
     # record the experts that each token is routed to
     return_routed_experts: bool = False
+    # record the entries that each token's indexers select: index_topk integers per indexer
+    return_indexer_topk: bool = False
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The kinds of choices that are recorded."""
+        return ("experts",) * self.return_routed_experts + ("entries",) * self.return_indexer_topk
 
 
 class Engine:
@@ -68,26 +75,23 @@ class Engine:
         self.speculation = Speculation() if config.speculate and len(model.mtp) else None
         self.grammars = Grammars(tokenizer, model.config.vocab_size) if tokenizer else None
         self.sampler = Sampler(self.stops, tokenizer)
-        if config.return_routed_experts and not model.config.n_routed_experts:
-            raise UserError("return_routed_experts", True, "the model has no routed experts", "Leave it out.")
-        self.routing = trace_routers(model) if config.return_routed_experts else None
         self._weights = self._version()
         self._set_up(config.tokens or 0)
 
     def _set_up(self, tokens: int) -> None:
         """Creates a cache for this many tokens; no request may be running."""
-        model, device = self.model, self.model.embed.device
+        model, device, choices = self.model, self.model.embed.device, self.config.choices
         self.pages = Pages(-(-tokens // PAGE), PAGE)
         drafts = self.speculation is not None
-        routes = self.routing is not None
         rows, count = self.config.rows, self.pages.count + 1
-        pool = pool_of(model.config, count, rows, model.compute, device, drafts=drafts, routes=routes)
+        pool = pool_of(model.config, count, rows, model.compute, device, drafts=drafts, choices=choices)
         # serving admits new requests at once; a large batch of prompts is better read together
         patience = max(1, self.config.rows // 8) if self.config.tokens is None else 1
         reuse = self.config.reuse and pool.reusable
         self.scheduler = Scheduler(self.pages, rows, self.capacity + PAGE, reuse, patience, pool.lined)
         chunk = self.config.chunk
-        self.runner = Runner(model, self.scheduler, pool, self.sampler, chunk, self.speculation, self.routing)
+        followed = follow(model, choices)
+        self.runner = Runner(model, self.scheduler, pool, self.sampler, chunk, self.speculation, followed)
 
     # ---- one request at a time -------------------------------------------------------------------------------------------
 
@@ -130,8 +134,7 @@ class Engine:
         """Switches to other weights of the same model. Running requests keep cache entries made with the old weights."""
         assert model.config == self.model.config and model.compute == self.model.compute, "another model"
         self.model = use_native(model)
-        self.routing = trace_routers(model) if self.config.return_routed_experts else None
-        self.runner = replace(self.runner, model=model, routing=self.routing)
+        self.runner = replace(self.runner, model=model, choices=follow(model, self.config.choices))
         self.pages.forget()
         self._weights = self._version()
 
@@ -285,7 +288,7 @@ class Engine:
         if self.config.tokens is None and not self.busy:
             wanted = sum(-(-(n + 1) // PAGE) + 1 for n in sorted(lengths)[-self.config.rows :]) * PAGE
             if wanted > self.pages.count * PAGE:
-                self._set_up(max(min(wanted, affordable(self.model, 2)), max(lengths) + PAGE))
+                self._set_up(max(min(wanted, affordable(self.model, 2, self.config.choices)), max(lengths) + PAGE))
 
     def _version(self) -> int:
         """A number that changes whenever a weight does."""

@@ -43,7 +43,11 @@ def open_engine(
     model, tokenizer = load(path, dtype, adapters)
     if config.tokens is None:
         window = model.config.max_position_embeddings
-        room = max(1024, min(window, affordable(model, 2)), min(config.rows * window, affordable(model, 4)))
+        room = max(
+            1024,
+            min(window, affordable(model, 2, config.choices)),
+            min(config.rows * window, affordable(model, 4, config.choices)),
+        )
         config = replace(config, tokens=room)
     return Engine(model, stops_of(tokenizer), config, tokenizer), tokenizer
 

@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import psutil
 import torch
@@ -114,9 +114,9 @@ def digest(before: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(array("q", tokens).tobytes(), key=before, digest_size=16).digest()
 
 
-def affordable(model: Transformer, parts: int) -> int:
-    """Number of cached tokens that fit into 1 / `parts` of the free memory."""
+def affordable(model: Transformer, parts: int, choices: Collection[str] = ()) -> int:
+    """Number of cached tokens, with these recorded choices, that fit into 1 / `parts` of the free memory."""
     config, device = model.config, model.embed.device
-    each = pool_of(config, 1, 0, model.compute, torch.device("meta")).bytes_per_token
+    each = pool_of(config, 1, 0, model.compute, torch.device("meta"), choices=choices).bytes_per_token
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return int(free / parts / max(each, 1))  # V4 layers with only a window store nothing for distant tokens

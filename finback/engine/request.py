@@ -112,6 +112,9 @@ class Completion:
     sampling_mask: list[np.ndarray] | None = None
     # (version, start, end): tokens start..end-1 were generated with the weights after `version` updates; () if unknown
     versions: tuple[tuple[int, int, int], ...] = ()
+    # entries that each token's indexers selected, (prompt + answer - 1, indexers, index_topk), see model/picking.py; None if not
+    # recorded
+    indexer_topk: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +193,8 @@ class Request:
     preempted: int = 0
     # whether it has outgrown the window within which cached keys are scaled differently (LongRoPE)
     outgrown: bool = False
-    # (tokens, layers, k) experts recorded before it was preempted or finished
-    routes: Tensor | None = None
+    # choices of its tokens (tokens, modules, k), by kind, recorded before it was preempted or finished
+    choices: dict[str, Tensor] = field(default_factory=dict)
     submitted: float = field(default_factory=time.perf_counter)
     # time at which it first entered the batch
     started: float = 0.0
@@ -268,12 +271,14 @@ class Request:
     def completion(self) -> Completion:
         """The result of a finished request."""
         assert self.finish_reason is not None, "still running"
-        routes, last = None, self.length - 1
-        if self.routes is not None and len(self.routes) >= last:  # missing if it was cancelled before all was read
-            ids = self.routes[:last].cpu().numpy()
-            routes = ids.view(np.uint16) if ids.dtype == np.int16 else ids
-        mask = self.sampling_mask if self.sampling.return_sampling_mask else None
-        return Completion(self.tokens, self.logprobs, self.finish_reason, routes, mask)
+        last = self.length - 1
+        # missing if it was cancelled before all was read
+        made = {name: ids[:last].cpu().numpy() for name, ids in self.choices.items() if len(ids) >= last}
+        experts, mask = made.get("experts"), self.sampling_mask if self.sampling.return_sampling_mask else None
+        if experts is not None and experts.dtype == np.int16:
+            experts = experts.view(np.uint16)
+        done = self.tokens, self.logprobs, self.finish_reason, experts, mask
+        return Completion(*done, indexer_topk=made.get("entries"))
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Cache, Pool
 from finback.model.compressed_cache import CompressedCache, CompressedPool
 from finback.model.multi_lora import adapters_of_rows
-from finback.model.routing import Routing
+from finback.model.picking import Choices
 from finback.model.transformer import Transformer
 
 
@@ -21,7 +21,8 @@ from finback.model.transformer import Transformer
 class Runner:
     """Runs the scheduler's requests through the model; `chunk` is the maximal number of prompt tokens per pass.
 
-    With `routing` the pool stores each token's experts next to its cache entries, so cached prefixes have them too.
+    With `choices` the pool stores each token's experts or selected entries next to its cache entries, so cached prefixes have
+    them too.
     """
 
     model: Transformer
@@ -30,10 +31,10 @@ class Runner:
     sampler: Sampler
     chunk: int
     speculation: Speculation | None
-    routing: Routing | None = None
+    choices: Choices | None = None
 
     def __post_init__(self) -> None:
-        self.scheduler.on_preempt = self.keep_routes
+        self.scheduler.on_preempt = self.keep_choices
         self.scheduler.on_continue = lambda request, line: self.pool.continue_from(request.slot, line)
 
     def read_prompts(self) -> list[Request]:
@@ -175,35 +176,35 @@ class Runner:
         cache = self._cache(rows, [r.computed for r in rows], tokens.size(1), counts)
         tokens = tokens.to(self.model.embed.device)
         with adapters_of_rows(self.model, [r.adapter for r in rows]):
-            if self.routing is None or self.pool.routes is None:
+            if self.choices is None:
                 hidden = self.model(tokens, cache)
             else:
-                known = self._known_routes(rows, tokens.size(1), counts)
-                with self.routing.recording(self.pool.routes, cache.slots, known):
+                known = self._known_choices(rows, tokens.size(1), counts)
+                with self.choices.recording(self.pool, cache.slots, known):
                     hidden = self.model(tokens, cache)
         return hidden, self.model.carried(hidden) if self.speculation else hidden
 
-    def _known_routes(self, rows: list[Request], new: int, counts: list[int]) -> Tensor | None:
-        """(rows, new, layers, k) experts of tokens that are read again after preemption, so that routing is repeated; -1
-        elsewhere."""
-        again = [(i, r) for i, r in enumerate(rows) if r.routes is not None and r.computed < len(r.routes)]
-        if not again:
-            return None
-        assert self.pool.routes is not None, "routes are recorded"
-        shape = len(rows), new, *self.pool.routes.shape[1:]
-        given = torch.full(shape, -1, dtype=torch.int16, device=self.pool.routes.device)
-        for line, r in again:
-            assert r.routes is not None, "routes were recorded when it was read before"
-            known = r.routes[r.computed : r.computed + counts[line]]
-            given[line, : len(known)] = known.to(given.dtype)
-        return given
+    def _known_choices(self, rows: list[Request], new: int, counts: list[int]) -> dict[str, Tensor]:
+        """(rows, new, modules, k) choices, by kind, of tokens that are read again after preemption, so that they are repeated;
+        -1 elsewhere."""
+        found = {}
+        for name, store in self.pool.choices.items():
+            again = [(i, r) for i, r in enumerate(rows) if name in r.choices and r.computed < len(r.choices[name])]
+            if again:
+                given = torch.full((len(rows), new, *store.shape[1:]), -1, dtype=torch.int32, device=store.device)
+                for line, r in again:
+                    known = r.choices[name][r.computed : r.computed + counts[line]]
+                    given[line, : len(known)] = known.to(given.dtype)
+                found[name] = given
+        return found
 
-    def keep_routes(self, r: Request) -> None:
-        """Copies the experts of a request's computed tokens from its pages, before they are released."""
-        # routes of tokens being read again after preemption are already complete
-        if self.pool.routes is not None and (r.routes is None or len(r.routes) < r.computed):
-            pages = torch.tensor(r.pages, dtype=torch.long, device=self.pool.routes.device)
-            r.routes = self.pool.routes.unflatten(0, (-1, self.pool.size))[pages].flatten(0, 1)[: r.computed]
+    def keep_choices(self, r: Request) -> None:
+        """Copies the choices of a request's computed tokens from its pages, before they are released."""
+        for name, store in self.pool.choices.items():
+            # those of tokens being read again after preemption are already complete
+            if name not in r.choices or len(r.choices[name]) < r.computed:
+                pages = torch.tensor(r.pages, dtype=torch.long, device=store.device)
+                r.choices[name] = store.unflatten(0, (-1, self.pool.size))[pages].flatten(0, 1)[: r.computed]
 
     def _cache(
         self, rows: list[Request], lengths: list[int], new: int, counts: list[int], starts: list[int] | None = None
@@ -253,7 +254,7 @@ class Runner:
             self._end_with(r, reason)
 
     def _end_with(self, r: Request, reason: FinishReason) -> None:
-        self.keep_routes(r)
+        self.keep_choices(r)
         self.scheduler.publish(r)
         self.scheduler.keep_line(r, self.pool.line)
         self.scheduler.finish(r, reason)

@@ -4,7 +4,7 @@ A page holds the entries of `size` consecutive tokens, at the same place for eve
 to which request; attention layers read and extend them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +22,8 @@ FEW = 8  # up to this many new tokens per row, pages are read in place instead o
 class Pool:
     """Storage of all layers, (layers, pages · size, elements); for the last dimension see ModelConfig.cache_elements.
 
-    Page 0 is for the entries of padding. `drafts` adds a layer for the first MTP module; `routes` stores the experts that each
-    token is routed to.
+    Page 0 is for the entries of padding. `drafts` adds a layer for the first MTP module; `choices` names what is stored of each
+    token besides: the "experts" that it is routed to, the "entries" that its indexers select.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Pool:
         dtype: torch.dtype,
         device: torch.device,
         drafts: bool = False,
-        routes: bool = False,
+        choices: Collection[str] = (),
     ) -> None:
         layers, self.size = config.num_hidden_layers + drafts, PAGE
         self.drafts = drafts
@@ -42,12 +42,12 @@ class Pool:
         self.reusable = not isinstance(config.rope_scaling, LongRope)
         # the system allocates memory when it is first touched, so a large pool costs nothing until it is used
         self.data = torch.zeros(layers, pages * self.size, config.cache_elements, dtype=dtype, device=device)
-        # (pages · size, layers, k), 0 in dense layers
-        self.routes: Tensor | None = None
-        if routes:
-            shape = pages * self.size, config.num_hidden_layers, config.num_experts_per_tok
-            ids = torch.uint8 if config.n_routed_experts <= 256 else torch.int16
-            self.routes = torch.zeros(shape, dtype=ids, device=device)
+        # (pages · size, modules, k) each; see choice_shapes
+        self.choices = {
+            name: torch.zeros(pages * self.size, *shape, dtype=ids, device=device)
+            for name, (shape, ids) in choice_shapes(config).items()
+            if name in choices
+        }
 
     def copy(self, pages: Sequence[int], to: Sequence[int]) -> None:
         """Copies the contents of some pages to others."""
@@ -55,9 +55,9 @@ class Pool:
         source, target = (torch.tensor(list(numbers), device=device) for numbers in (pages, to))
         stored = self.data.unflatten(1, (-1, self.size))
         stored[:, target] = stored[:, source]
-        if self.routes is not None:
-            routes = self.routes.unflatten(0, (-1, self.size))
-            routes[target] = routes[source]
+        for chosen in self.choices.values():
+            of_pages = chosen.unflatten(0, (-1, self.size))
+            of_pages[target] = of_pages[source]
 
     def line(self, row: int) -> list[Tensor]:
         """A copy of a running row's state besides its pages, for `continue_from`: here none."""
@@ -68,8 +68,24 @@ class Pool:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes per token over all layers (70,272 for V3 in bf16 without drafts)."""
-        return self.data.size(0) * self.data.size(2) * self.data.element_size()
+        """Bytes per token over all layers, choices included (70,272 for V3 in bf16 without drafts and choices)."""
+        return self.data.size(0) * self.data.size(2) * self.data.element_size() + self.choice_bytes
+
+    @property
+    def choice_bytes(self) -> int:
+        """Bytes of recorded choices per token."""
+        return sum(chosen[0].numel() * chosen.element_size() for chosen in self.choices.values())
+
+
+def choice_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    """Shape (modules, k) and dtype of a token's choices, by kind.
+
+    experts: of all layers, 0 in dense ones. entries: of the layers with indexers, see picking.py.
+    """
+    ids = torch.uint8 if config.n_routed_experts <= 256 else torch.int16
+    places = torch.int16 if config.max_position_embeddings <= 1 << 15 else torch.int32
+    experts, entries = (config.num_hidden_layers, config.num_experts_per_tok), (config.indexers, config.index_topk)
+    return {"experts": (experts, ids), "entries": (entries, places)}
 
 
 class Cache:

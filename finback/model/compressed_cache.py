@@ -8,8 +8,9 @@ prompt gets a copy.
 Letters: b row, t new token, w width, n compressed entry.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +47,9 @@ class CompressedPool(Pool):
         dtype: torch.dtype,
         device: torch.device,
         drafts: bool = False,
-        routes: bool = False,
+        choices: Collection[str] = (),
     ) -> None:
-        super().__init__(config, pages, dtype, device, drafts, routes)
+        super().__init__(config, pages, dtype, device, drafts, choices)
         assert config.sliding_window is not None, "compressed attention has a sliding window"
         self.lined = True
         self.rates, self.windows, self.records, self.far = [], [], [], []
@@ -76,12 +77,12 @@ class CompressedPool(Pool):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of compressed entries per token over all layers, without rings."""
-        return sum(entries[0].numel() * entries.element_size() for entries in self.far) // PAGE
+        """Bytes of compressed entries and choices per token over all layers, without rings."""
+        return sum(entries[0].numel() * entries.element_size() for entries in self.far) // PAGE + self.choice_bytes
 
 
-def pool_of(config: ModelConfig, pages: int, rows: int, dtype: torch.dtype, device: torch.device, **more: bool) -> Pool:
-    """The pool for a config's attention, for `rows` running rows; drafts and routes as in Pool."""
+def pool_of(config: ModelConfig, pages: int, rows: int, dtype: torch.dtype, device: torch.device, **more: Any) -> Pool:
+    """The pool for a config's attention, for `rows` running rows; drafts and choices as in Pool."""
     if config.attention != "compressed":
         return Pool(config, pages, dtype, device, **more)
     return CompressedPool(config, pages, rows, dtype, device, **more)

@@ -247,6 +247,15 @@ class ModelConfig:
         return self.sliding_window if is_sliding else None
 
     @property
+    def indexers(self) -> int:
+        """Number of layers that have an indexer, without MTP modules."""
+        return sum(map(self.has_indexer, range(self.num_hidden_layers)))
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether layer `layer` has an indexer of its own."""
+        return self.index_topk > 0 and (self.attention == "mla" or self.layer_type(layer) == CSA)
+
+    @property
     def cache_elements(self) -> int:
         """Cached elements per token and layer: latent + rotary key for MLA (V2 2.1.4), plus DSA's key; keys + values for GQA.
 

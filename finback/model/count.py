@@ -255,3 +255,10 @@ def cache_bytes(c: ModelConfig, bytes_per_element: float = 2) -> float:
         csa = kinds.count(CSA) * (c.head_dim + c.index_head_dim) / c.compress_rate_csa
         return (csa + kinds.count(HCA) * c.head_dim / c.compress_rate_hca) * bytes_per_element
     return c.num_hidden_layers * c.cache_elements * bytes_per_element
+
+
+def choice_bytes(c: ModelConfig, experts: bool, entries: bool) -> int:
+    """Bytes per token of choices that the engine records for RL to replay: experts of all layers, entries of all indexers."""
+    routed = c.num_hidden_layers * c.num_experts_per_tok * (1 if c.n_routed_experts <= 256 else 2)
+    selected = c.indexers * c.index_topk * (2 if c.max_position_embeddings <= 1 << 15 else 4)
+    return experts * routed + entries * selected

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
-from finback.model.dsa import IndexerQueries, pick
+from finback.model.dsa import IndexerQueries
 from finback.model.hca import HCA, Compressor
 from finback.model.layers import Linear
 from finback.model.rope import rotate_last
@@ -104,6 +104,6 @@ class CSA(HCA):
         @torch.no_grad()
         def picked(part: slice) -> Tensor:
             scores = self.indexer.scores(query[:, part], weight[:, part], keys)
-            return pick(scores, seen(part), self.config.index_topk)
+            return self.indexer.select(scores, seen(part), part)
 
         return picked

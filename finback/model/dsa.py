@@ -40,6 +40,10 @@ class IndexerQueries(nn.Module, ABC):
         scale = (c.index_n_heads * c.index_head_dim) ** -0.5
         return self.rotated(query, cos[:, :, None], sin[:, :, None]), self.weight(x).float() * scale
 
+    def select(self, scores: Tensor, seen: Tensor, part: slice) -> Tensor:
+        """The entries that a part of the tokens attends to: scores (b, part, s) and visibility -> (b, part, s) bool; see `pick`."""
+        return pick(scores, seen, self.config.index_topk)
+
     @abstractmethod
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates a part of the last dimension and leaves the rest."""
@@ -133,7 +137,7 @@ class DSA(MLA):
             seen = visible(mask, part, latent.size(1), query.device)
             with torch.no_grad():
                 scores = self.indexer.scores(asked[:, part], weight[:, part], indexer_key)
-                picked = pick(scores, seen, self.config.index_topk)
+                picked = self.indexer.select(scores, seen, part)
             read.append(torch_attention(query[:, :, part], key, value, self.scale, picked))
         return torch.cat(read, dim=2).transpose(1, 2).flatten(2)
 
@@ -144,7 +148,7 @@ class DSA(MLA):
         c, entry = self.config, self.config.kv_lora_rank + q_rope.size(-1)
         with torch.no_grad():
             scores = self.indexer.scores(asked, weight, cache.stored(entry).to(q_nope.dtype))
-            picked = pick(scores, cache.mask(), c.index_topk)
+            picked = self.indexer.select(scores, cache.mask(), slice(None))
             counts, place = picked.to(torch.int8).sort(dim=-1, descending=True, stable=True)
             most = min(c.index_topk, picked.size(-1))
             counts, place = counts[..., :most].bool(), place[..., :most]

@@ -20,7 +20,7 @@ from finback.model.cache import LayerCache
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
 from finback.model.csa import CSA
-from finback.model.dsa import DSA, pick
+from finback.model.dsa import DSA
 from finback.model.replace import recast
 from finback.model.swa import Far, Seen
 from finback.model.transformer import Transformer
@@ -105,7 +105,7 @@ class TaughtDSA(Taught, DSA):
         for part in self.parts(query.size(2), key.size(2), len(query)):
             seen = visible(attention_mask, part, key.size(2), x.device)
             scores = self.indexer.scores(asked[:, part], weight[:, part], indexer_key)
-            looked = seen if self.dense else pick(scores.detach(), seen, self.config.index_topk)
+            looked = seen if self.dense else self.indexer.select(scores.detach(), seen, part)
             read.append(torch_attention(query[:, :, part], key, value, self.scale, looked))
             total = total + divergences(self._target(query[:, :, part], key, looked), scores, looked).sum()
         self.leave(total, len(query) * query.size(2))

@@ -16,7 +16,7 @@ from typing import Any
 
 from finback.model.adaptable import adaptable, adapter_size
 from finback.model.config import ModelConfig
-from finback.model.count import cache_bytes, layer_parameters, parameters
+from finback.model.count import cache_bytes, choice_bytes, layer_parameters, parameters
 from finback.parallel.layout import Layout
 from finback.planner.hardware import Fact
 from finback.planner.memory import layer_activation
@@ -111,7 +111,9 @@ def memory(
         gathered=0.0 if layout is None else _gathered(c, layout, adapter),
         served=_served(c, knobs, layout) if layout is not None and generates(knobs) else 0.0,
     )
-    each, states = int(knobs.get("max_tokens") or 0) * cache_bytes(c, width), found.total - activations * tokens
+    replayed = choice_bytes(c, bool(knobs.get("routing_replay")), bool(knobs.get("indexer_replay")))
+    each = int(knobs.get("max_tokens") or 0) * (cache_bytes(c, width) + replayed)
+    states = found.total - activations * tokens
     answers = -(-_answers(knobs) // (layout.ranks if layout else 1))
     return dataclasses.replace(found, cache=_cache(answers, each, room - states + found.working))
 

@@ -91,24 +91,29 @@ def _step(path: Path) -> int:
 
 
 def _written(completion: Completion) -> dict[str, Any]:
-    routes, mask = completion.routed_experts, completion.sampling_mask
+    mask = completion.sampling_mask
+    choices = {"routed_experts": completion.routed_experts, "indexer_topk": completion.indexer_topk}
     return {
         "tokens": completion.tokens,
         "logprobs": completion.logprobs,
         "finish": completion.finish_reason,
         "versions": completion.versions,
-        **({} if routes is None else {"routed_experts": npy.to_text(routes)}),
+        **{name: npy.to_text(ids) for name, ids in choices.items() if ids is not None},
         **({} if mask is None else {"sampling_mask": [ids.tolist() for ids in mask]}),
     }
 
 
 def _read(line: dict[str, Any]) -> Completion:
-    routes, mask = line.get("routed_experts"), line.get("sampling_mask")
+    mask = line.get("sampling_mask")
+    routes, entries = (
+        npy.from_text(line[name]) if name in line else None for name in ("routed_experts", "indexer_topk")
+    )
     return Completion(
         line["tokens"],
         line["logprobs"],
         line["finish"],
-        None if routes is None else npy.from_text(routes),
+        routes,
         None if mask is None else [np.array(ids, dtype=np.int32) for ids in mask],
         tuple((int(v), int(first), int(end)) for v, first, end in line["versions"]),
+        entries,
     )

@@ -47,6 +47,8 @@ class PolicyModel:
     learns: bool = True
     # record the experts that each token is routed to
     return_routed_experts: bool = False
+    # record the entries that each token's indexers select
+    return_indexer_topk: bool = False
     # what happens to answers in progress when the weights change; none: nobody generates at that time
     in_flight: InFlight = "none"
 

@@ -22,7 +22,8 @@ class Here(Backend):
     """Each rank's own engine generates, alternating with learning, or in parallel on a copy of the weights."""
 
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
-        engine = EngineConfig(return_routed_experts=policy.return_routed_experts)
+        recorded = policy.return_routed_experts, policy.return_indexer_topk
+        engine = EngineConfig(return_routed_experts=recorded[0], return_indexer_topk=recorded[1])
         if policy.in_flight != "none":
             return LiveRollouts(policy, engine)
         return EngineRollouts(policy.weights, policy.config, policy.tokenizer, engine)

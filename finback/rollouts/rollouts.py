@@ -86,7 +86,9 @@ def batches(rows: Sequence[tuple[Rollout, float]], micro_tokens: int) -> list[Ba
     made = []
     for part in in_parts(rows, lambda pair: pair[0].length, micro_tokens):
         batch = padded(part)
-        made.append(replace(batch, routed_experts=_routes([r for r, _ in part], batch.seq_len)))
+        rows_of = [r for r, _ in part]
+        routes, entries = (_aligned([of(r) for r in rows_of], batch.seq_len) for of in (routes_of, entries_of))
+        made.append(replace(batch, routed_experts=routes, indexer_topk=entries))
     return made
 
 
@@ -100,7 +102,7 @@ def in_parts(rows: Sequence[T], width: Callable[[T], int], micro_tokens: int) ->
 
 
 def padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
-    """A batch with one row per answer, prompt included, without routed experts."""
+    """A batch with one row per answer, prompt included, without what is to be replayed."""
     shape = len(rows), max(r.length for r, _ in rows)
     tokens, padding_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     labels, logprobs = torch.full(shape, IGNORE), torch.zeros(shape)
@@ -128,15 +130,15 @@ def kept_ids(masks: Sequence[np.ndarray]) -> Tensor | None:
     return kept
 
 
-def _routes(rows: Sequence[Rollout], seq_len: int) -> Tensor | None:
-    """(rows, seq_len, layers, k) experts of all tokens that are read, -1 for padding; None if any row lacks them."""
-    known = [ids for r in rows if (ids := routes_of(r)) is not None]
-    if len(known) < len(rows):
+def _aligned(choices: Sequence[Tensor | None], seq_len: int) -> Tensor | None:
+    """(rows, seq_len, modules, k) choices of all tokens that are read, -1 for padding; None if any row lacks them."""
+    known = [ids for ids in choices if ids is not None]
+    if len(known) < len(choices):
         return None
-    routes = torch.full((len(rows), seq_len, *known[0].shape[1:]), -1, dtype=torch.int16)
+    whole = torch.full((len(known), seq_len, *known[0].shape[1:]), -1, dtype=known[0].dtype)
     for row, ids in enumerate(known):
-        routes[row, : len(ids)] = ids
-    return routes
+        whole[row, : len(ids)] = ids
+    return whole
 
 
 def routes_of(r: Rollout) -> Tensor | None:
@@ -144,3 +146,10 @@ def routes_of(r: Rollout) -> Tensor | None:
     ids = r.completion.routed_experts
     assert ids is None or len(ids) == r.length - 1, "experts for all tokens but the last"
     return None if ids is None else torch.from_numpy(ids.astype("int16"))
+
+
+def entries_of(r: Rollout) -> Tensor | None:
+    """(tokens, indexers, index_topk) entries selected for all tokens but the last, which is never read; None if unknown."""
+    ids = r.completion.indexer_topk
+    assert ids is None or len(ids) == r.length - 1, "entries for all tokens but the last"
+    return None if ids is None else torch.from_numpy(ids)

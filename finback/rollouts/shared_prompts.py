@@ -3,7 +3,7 @@
 A row holds the prompt without its last token, then each answer preceded by a copy of that token, which predicts its first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
-from finback.rollouts.rollouts import Rollout, in_parts, padded, routes_of
+from finback.rollouts.rollouts import Rollout, entries_of, in_parts, padded, routes_of
 from finback.train.batch import Batch, SharedRows
 
 Pair = tuple[Rollout, float]
@@ -75,26 +75,42 @@ def _batch(lines: Sequence[list[Pair]]) -> Batch:
     shape = len(lines), _width(lines[0])
     tokens, document_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     padding_mask, places = torch.zeros(shape, dtype=torch.bool), list[Tensor]()
-    known = [[routes_of(r) for r, _ in line] for line in lines]
-    routes: Tensor | None = None
-    if (first := known[0][0]) is not None:
-        routes = torch.full((*shape, *first.shape[1:]), -1, dtype=torch.int16)
     for row, line in enumerate(lines):
         prompt = line[0][0].prompt
         end = len(prompt) - 1
         tokens[row, :end] = torch.tensor(prompt[:-1])
-        if routes is not None and (ids := known[row][0]) is not None:
-            routes[row, :end] = ids[:end]
-        for document, ((r, _), ids) in enumerate(zip(line, known[row], strict=True), start=1):
+        for document, (r, _) in enumerate(line, start=1):
             start, end = end, end + len(r.completion.tokens)
             tokens[row, start:end] = torch.tensor([prompt[-1], *r.completion.tokens[:-1]])
             document_ids[row, start:end] = document
             places.append(torch.arange(start, end) + row * shape[1])
-            if routes is not None and ids is not None:
-                routes[row, start:end] = ids[len(prompt) - 1 :]
         padding_mask[row, :end] = True
         document_ids[row, end:] = len(line) + 1
     prefixes = torch.tensor([len(line[0][0].prompt) - 1 for line in lines])
     answers = torch.tensor([len(line) for line in lines])
-    shared = SharedRows(tokens, padding_mask, document_ids, prefixes, answers, torch.cat(places), routes)
+    routes, entries = _choices(lines, shape, routes_of), _choices(lines, shape, entries_of, moved=True)
+    shared = SharedRows(tokens, padding_mask, document_ids, prefixes, answers, torch.cat(places), routes, entries)
     return replace(batch, shared=shared)
+
+
+def _choices(
+    lines: Sequence[list[Pair]], shape: tuple[int, int], of: Callable[[Rollout], Tensor | None], moved: bool = False
+) -> Tensor | None:
+    """(rows, tokens, modules, k) choices of rows that share prompts, -1 for padding; None if they are unknown.
+
+    moved: they are entries, counted from the start of prompt and answer, and an answer's own tokens are further on in its row.
+    """
+    first = of(lines[0][0][0])
+    if first is None:
+        return None
+    whole = torch.full((*shape, *first.shape[1:]), -1, dtype=torch.int32 if moved else first.dtype)
+    for row, line in enumerate(lines):
+        prefix = end = len(line[0][0].prompt) - 1
+        for r, _ in line:
+            ids = of(r)
+            assert ids is not None, "answers that lack choices are not learned from"
+            whole[row, :prefix] = ids[:prefix]
+            start, end = end, end + len(r.completion.tokens)
+            own = ids[prefix:].to(whole.dtype)
+            whole[row, start:end] = torch.where(own >= prefix, own + (start - prefix), own) if moved else own
+    return whole

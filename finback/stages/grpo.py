@@ -96,6 +96,8 @@ class GRPO(Stage):
     share_prompts: bool = False
     # route each token in the update to the experts that the engine chose (R3, V3.2's "keep routing")
     routing_replay: bool = False
+    # attend in the update to the entries that the engine's indexers selected (DSA, V4's CSA); needs rollouts=Here()
+    indexer_replay: bool = False
     # update speed of the routers' biases; 0: they stay as they are
     bias_speed: float = 0.0
     # where answers are generated: by an engine in each rank, or by servers
@@ -145,6 +147,9 @@ class GRPO(Stage):
         if self.layout is not None and self.layout.micro_batches > 1:
             problem = "answers are split by micro_tokens"
             raise UserError(f"{self.name}.layout.micro_batches", self.layout.micro_batches, problem, "Use 1.")
+        if self.indexer_replay and not isinstance(self.rollouts, Here):
+            problem = "only the engine in the training process reports what its indexers select"
+            raise self.wrong("indexer_replay", problem, "Use rollouts=Here(), or leave it out.")
         self.rollouts.check_ahead(f"{self.name}.rollouts", self.max_staleness)
         if not 0 < self.top_p <= 1:
             raise self.wrong("top_p", "not above 0 and up to 1", "Use 1 for all tokens.")

@@ -103,10 +103,11 @@ class GroupSampler:
         return [Group(group, self.rewarded(group), [self.counts(r) for r in group]) for group in answers]
 
     def counts(self, r: Rollout) -> bool:
-        """Whether an answer is learned from: truncated ones may be masked; answers with unknown experts must be."""
-        stage = self.stage
-        cut = stage.mask_truncated and r.completion.finish_reason == "length"
-        return not cut and (r.completion.routed_experts is not None or not stage.routing_replay)
+        """Whether an answer is learned from: truncated ones may be masked; answers with unknown choices must be."""
+        stage, done = self.stage, r.completion
+        cut = stage.mask_truncated and done.finish_reason == "length"
+        routed = done.routed_experts is not None or not stage.routing_replay
+        return not cut and routed and (done.indexer_topk is not None or not stage.indexer_replay)
 
     def rewarded(self, group: list[Rollout]) -> list[dict[str, float]]:
         """Rewards of each answer to one question, by part."""

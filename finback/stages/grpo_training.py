@@ -10,7 +10,6 @@ from torch import Tensor
 
 from finback.data.tokenizer import Tokenizer
 from finback.model.count import forward_flops_of, recomputed_flops_of, training_flops_of
-from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.generation import PolicyModel
@@ -23,7 +22,7 @@ from finback.stages.generation_costs import generation_costs
 from finback.stages.grpo_ahead import AheadSampler
 from finback.stages.grpo_sampling import Group, GroupSampler
 from finback.stages.grpo_stopping import Stopping
-from finback.stages.tuning_setup import reference_model, trainer_of
+from finback.stages.tuning_setup import followed, reference_model, trainer_of
 from finback.train import grpo_loss
 from finback.train.batch import Batch, idle
 from finback.train.correction import mismatch
@@ -59,10 +58,8 @@ class Reinforcement(Training):
         super().__init__(run, trainer, stage.steps, stage.checkpoint_steps, COMPUTE[stage.compute])
         # ranks that read the same answers
         self.same = world.size // trainer.data_ranks
-        if stage.routing_replay and not self.model.config.n_routed_experts:
-            raise stage.wrong("routing_replay", "the model has no routed experts", "Leave it out.")
-        # replays the experts that the answers were routed to
-        self.routing = trace_routers(self.model) if stage.routing_replay else None
+        # replays the experts that the answers were routed to, and the entries that their tokens attended to
+        self.choices = followed(stage, self.model)
         policy = PolicyModel(
             trainer.served(),
             self.model.config,
@@ -70,6 +67,7 @@ class Reinforcement(Training):
             run,
             stage.compute,
             return_routed_experts=stage.routing_replay,
+            return_indexer_topk=stage.indexer_replay,
             in_flight=stage.in_flight if stage.max_staleness else "none",
         )
         self.rollouts = stage.rollouts.open(policy, stage.sampling)
@@ -182,16 +180,17 @@ class Reinforcement(Training):
         return logprobs, entropy[batch.learnt]
 
     def _replayed_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`logprobs` of the trained model, routed as the engine routed."""
+        """`logprobs` of the trained model, with the engine's choices."""
         with self._replaying(batch):
             return self.logprobs(self.model, batch)
 
-    def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
-        """A context in which forward and backward passes use the engine's experts."""
-        if self.routing is None:
+    def _replaying(self, batch: Batch) -> AbstractContextManager[object]:
+        """A context in which forward and backward passes use the engine's experts and entries."""
+        if self.choices is None:
             return nullcontext()
         part = self.trainer.part(batch)
-        return self.routing.replaying((part.shared or part).routed_experts)
+        rows = part.shared or part
+        return self.choices.replaying(rows.routed_experts, rows.indexer_topk)
 
     # ---- updates ---------------------------------------------------------------------------------------------------
 

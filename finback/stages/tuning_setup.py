@@ -11,7 +11,9 @@ from finback.kernels.formats import FORMATS
 from finback.model import fp4
 from finback.model.fp4 import Qat
 from finback.model.lora import learnt_parameters
+from finback.model.picking import Choices, follow
 from finback.model.recompute import use_recompute
+from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
 from finback.runs import adapters
@@ -124,6 +126,18 @@ def frozen_share(
         return sharded_tuning.FrozenShare(config, trainer, values, compute, prefix, qat)
     except UserError as error:
         raise _of_layout(stage, error, f" of {path}") from None
+
+
+def followed(stage: "GRPO", model: Transformer) -> Choices | None:
+    """The choices that RL replays; UserError if the model makes no such choices."""
+    kinds = {"routing_replay": ("experts", "routed experts"), "indexer_replay": ("entries", "indexers")}
+    has = {"experts": model.config.n_routed_experts, "entries": model.config.indexers}
+    asked = [name for name in kinds if getattr(stage, name)]
+    for name in asked:
+        kind, modules = kinds[name]
+        if not has[kind]:
+            raise stage.wrong(name, f"the model has no {modules}", "Leave it out.")
+    return follow(model, [kinds[name][0] for name in asked])
 
 
 def reference_model(stage: "GRPO", run: StageRun, trainer: Trainer) -> Reference:

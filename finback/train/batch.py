@@ -26,8 +26,9 @@ class SharedRows:
     answers: Tensor
     # indices, into the flattened rows, at which the batch's labels are predicted, answer by answer
     places: Tensor
-    # (rows, tokens, layers, k), as in the batch
+    # (rows, tokens, modules, k), as in the batch; entries are counted in these rows
     routed_experts: Tensor | None
+    indexer_topk: Tensor | None
     # (places,) indices of the batch's labels that this part predicts, if rows are split; None: all
     predicted: Tensor | None = None
 
@@ -49,6 +50,7 @@ class SharedRows:
             document_ids=cut(self.document_ids, int(self.document_ids.max()) + 1),
             places=(rows * length + columns - start)[here],
             routed_experts=None if self.routed_experts is None else cut(self.routed_experts, -1),
+            indexer_topk=None if self.indexer_topk is None else cut(self.indexer_topk, -1),
             predicted=here,
         )
 
@@ -86,6 +88,8 @@ class Batch:
     teachers: Tensor | None = None
     # (rows, seq_len, layers, k): experts that the engine chose for each token, -1 where the router chooses itself
     routed_experts: Tensor | None = None
+    # (rows, seq_len, indexers, index_topk): entries that its indexers selected for each token, -1 where they select themselves
+    indexer_topk: Tensor | None = None
     # (labels with loss, any), padded with -1: the token ids that top-k and top-p left at each label; None: all
     kept: Tensor | None = None
     # the same answers in rows that share prompts; if given, the trunk reads these
@@ -137,7 +141,7 @@ class Batch:
         more = -self.seq_len % members
         if not more or self.shared is not None:
             return self
-        fill: dict[str, Any] = {"labels": IGNORE, "padding_mask": False, "routed_experts": -1}
+        fill: dict[str, Any] = {"labels": IGNORE, "padding_mask": False, "routed_experts": -1, "indexer_topk": -1}
         parts = self.tensors()
         if self.padding_mask is None:
             parts["padding_mask"] = torch.ones_like(self.tokens, dtype=torch.bool)
