@@ -647,6 +647,40 @@ def test_fields_count_as_transformers_counts_them(changes: dict[str, Any], messa
     assert config.partial_rotary_factor == 1.0 and isinstance(config.rope_scaling, LongRope | None)
 
 
+ODD: tuple[Any, ...] = ("x", "2", -1, 0, 1.5, True, None, [], [1], {}, {"a": 1}, 10**12, float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize("family", FAMILY_OF)
+def test_a_field_of_any_type_is_read_or_named(family: str) -> None:
+    """Every field that a config of the family has, and what lies within an object, as something else."""
+    raw = GQA_SIZES | FAMILY_OF[family].defaults
+    if family in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k2", "glm4_moe_lite"):
+        raw = raw_config(SMALL, "float32") | {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 8}
+    raw |= {"model_type": family, "rope_theta": 300.0}
+    if family == "deepseek_v2":
+        raw |= {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+    within = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "rope_theta": 300.0}
+    long = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "attention_factor": 1.0}
+    low = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    kinds = ("full_attention", "sliding_attention", "main", "compress")
+    both = {kind: {"rope_type": "default", "rope_theta": 300.0} for kind in kinds}
+    changes = [{name: odd} for name in (*raw, "rope_scaling", "rope_parameters") if name != "model_type" for odd in ODD]
+    for place, whole in (
+        ("rope_scaling", within),
+        ("rope_scaling", long),
+        ("rope_scaling", low),
+        ("rope_parameters", both),
+    ):
+        changes += [{place: whole | {name: odd}} for name in whole for odd in ODD]
+    named = 0
+    for change in changes:
+        try:
+            model_config(raw | change)
+        except UserError:
+            named += 1
+    assert len(changes) / 3 < named < len(changes)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
 def test_a_list_of_dense_layers_counts_before_their_number(family: str) -> None:
     raw = json.loads(json.dumps(raw_config(dataclasses.replace(SMALL, num_nextn_predict_layers=0), "float32")))

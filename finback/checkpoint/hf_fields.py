@@ -38,6 +38,13 @@ class Fields:
             self.refuse(name, "not a list of whole numbers")
         return value
 
+    def object(self, name: str) -> dict[str, Any]:
+        """An object; an empty one where there is none."""
+        value = self.raw.get(name) or {}
+        if not isinstance(value, dict):
+            self.refuse(name, "not an object")
+        return value
+
     def words(self, name: str, known: tuple[str, ...]) -> list[str]:
         """A list of known words; empty where there is none."""
         value = self._value(name, [])

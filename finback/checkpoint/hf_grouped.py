@@ -119,13 +119,10 @@ def olmo2(fields: Fields) -> Found:
 
 def _two_rotations(fields: Fields, kinds: list[str], local_theta: float) -> Found:
     """Bases of full and of sliding layers, and scaling, which is of the full ones alone."""
-    raw = fields.raw
-    nested = raw.get("rope_parameters") or {}
-    if not isinstance(nested, dict):
-        fields.refuse("rope_parameters", "not an object")
-    full = (nested.get(FULL) or {}) | (raw.get("rope_scaling") or {})
+    nested = fields.object("rope_parameters")
+    full = Fields(nested).object(FULL) | fields.object("rope_scaling")
     full |= {"truncate": nested.get("truncate", True)}  # which transformers looks for beside the kinds of layers alone
-    local = nested.get(SLIDING) or {}
+    local = Fields(nested).object(SLIDING)
     if (local.get("rope_type") or "default") != "default":
         fields.refuse("rope_parameters", "scales the sliding layers too", "Use another checkpoint.")
     rope = read_rope(fields, full | {"partial_rotary_factor": full.get("partial_rotary_factor") or 1.0})
@@ -189,7 +186,7 @@ def gpt_oss(fields: Fields) -> Found:
     kinds = fields.words("layer_types", (FULL, SLIDING)) or [FULL if i % 2 else SLIDING for i in range(layers)]
     window = fields.raw.get("sliding_window", 128)
     raw = fields.raw
-    rope = read_rope(fields, raw.get("rope_scaling") or raw.get("rope_parameters") or _OSS_ROPE)
+    rope = read_rope(fields, fields.object("rope_scaling") or fields.object("rope_parameters") or _OSS_ROPE)
     if rope.pop("partial_rotary_factor") != 1.0:
         fields.refuse("partial_rotary_factor", "gpt_oss rotates whole heads", "Use another checkpoint.")
     return (

@@ -17,9 +17,7 @@ def read_rope(fields: Fields, given: dict[str, Any] | None = None) -> dict[str, 
     """Base, scaling and rotated share, as ModelConfig has them; `given` is what the config says of one kind of layers."""
     raw = fields.raw
     if given is None:
-        given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        fields.refuse("rope_scaling", "not an object")
+        given = fields.object("rope_scaling") or fields.object("rope_parameters")
     beside = {name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     rope = Fields(beside | {name: value for name, value in given.items() if value is not None}, fields.defaults)
     theta = rope.number("rope_theta", 10000.0)
@@ -53,7 +51,7 @@ def _scaling(fields: Fields, given: dict[str, Any]) -> RopeScaling | None:
                 return _yarn(given, int(window))
             case "longrope" | "su":
                 return _long(fields, given, int(window))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError("config.json rope_scaling", given, f"bad or missing {error}", "Correct it.") from None
     problem = "not a scaling that finback knows"
     raise UserError("config.json rope_scaling", given, problem, f"It knows {', '.join(KINDS)}.")

@@ -86,9 +86,7 @@ def _layers(fields: Fields, layers: int) -> tuple[tuple[str, ...], dict[str, int
     if len(words) < layers:
         name = "layer_types" if fields.raw.get("layer_types") else "compress_ratios"
         fields.refuse(name, f"not one for each of {layers} layers")
-    named = fields.raw.get("compress_rates") or {}
-    if not isinstance(named, dict):
-        fields.refuse("compress_rates", "not an object")
+    named = fields.object("compress_rates")
     old = {CSA: fields.raw.get("compress_rate_csa"), HCA: fields.raw.get("compress_rate_hca")}
     rates = {kind: Fields({kind: old[kind] or named.get(kind)}).integer(kind, rate) for kind, rate in RATES.items()}
     return tuple(words[:layers]), rates
@@ -114,14 +112,13 @@ def _rotated(fields: Fields) -> int:
 
 def _rope(fields: Fields) -> dict[str, Any]:
     """The base of sliding layers; base and YaRN of the others, whose cos and sin have no gain unless one is given."""
-    nested = fields.raw.get("rope_parameters")
-    nested = nested if isinstance(nested, dict) and "compress" in nested else {}
-    flat = fields.raw.get("rope_scaling") or (not nested and fields.raw.get("rope_parameters")) or {}
-    if not isinstance(flat, dict):
-        fields.refuse("rope_scaling", "not an object")
-    local = Fields(nested.get("main") or {"rope_theta": fields.raw.get("rope_theta")}).number("rope_theta", 10000.0)
+    given = fields.object("rope_parameters")
+    nested = Fields(given if "compress" in given else {})
+    flat = fields.object("rope_scaling") or ({} if nested.raw else given)
+    main = nested.object("main") or {"rope_theta": fields.raw.get("rope_theta")}
+    local = Fields(main).number("rope_theta", 10000.0)
     base = fields.number("compress_rope_theta", 160000.0)
-    given = {"rope_theta": base} | dict(nested.get("compress") or flat | {"rope_theta": base})
+    given = {"rope_theta": base} | (nested.object("compress") or flat | {"rope_theta": base})
     if (given.get("rope_type") or given.get("type")) == "yarn":
         given = {"attention_factor": 1.0} | given
     rope = read_rope(fields, given)
