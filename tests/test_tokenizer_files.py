@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 from finback.checkpoint.export import export
+from finback.config import UserError
 from finback.data import tokenizer
 from finback.data.messages import encode_prompt
 from finback.data.tokenizer import Tokenizer
@@ -126,6 +127,28 @@ def test_a_damaged_table_of_tokens_is_named(decoder: Any, trained: Path, tmp_pat
     folder_of(trained, tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
     with pytest.raises(tokenizer.UserError, match=r"added_tokens_decoder = .*not a table of ids and tokens"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config": []}, r"tokenizer_config.json = .*: not a JSON object"),
+        ({"special_tokens_map": None}, r"special_tokens_map.json = .*: not a JSON object"),
+        ({"tokenizer_config": {"eos_token": 5}}, "eos_token = .*: 5 is neither a token's text nor an object with it"),
+        ({"special_tokens_map": {"pad_token": ["<pad>"]}}, r"pad_token = .*: \['<pad>'\] is neither"),
+        ({"tokenizer_config": {"image_token": {"text": "<i>"}}}, "image_token = .*: {'text': '<i>'} is neither"),
+        ({"tokenizer_config": {"extra_special_tokens": "<tool>"}}, "extra_special_tokens = .* is neither"),
+        ({"tokenizer_config": {"additional_special_tokens": [5]}}, "additional_special_tokens = .*: 5 is neither"),
+        ({"tokenizer_config": {"chat_template": [{"name": [], "template": "x"}]}}, "chat_template = .* named texts"),
+        ({"tokenizer_config": {"chat_template": [{"template": "x"}]}}, "chat_template = .* list of named texts"),
+        ({"generation_config": {"eos_token_id": "2"}}, "eos_token_id = '2': neither a token's id nor a list of them"),
+        ({"config": {"model_type": "llama", "eos_token_id": [[2]]}}, r"eos_token_id = \[\[2\]\]: neither"),
+    ],
+)
+def test_files_of_another_shape_are_named(files: dict[str, Any], message: str, trained: Path, tmp_path: Path) -> None:
+    """What was passed over left a model without its end or its template, where transformers fails."""
+    with pytest.raises(UserError, match=message):
+        Tokenizer(folder_of(trained, tmp_path, **files))
 
 
 def test_named_templates(trained: Path, tmp_path: Path) -> None:

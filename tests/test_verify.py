@@ -191,7 +191,7 @@ def test_what_stands_in_a_tokenizers_files_is_taken_with_care(folder: Path) -> N
         with pytest.raises(UserError, match=message):
             Tokenizer(folder)
     several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ 1 // 0 }}"}]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several, "eos_token": 7}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several}))
     words = Tokenizer(folder)
     with pytest.raises(UserError, match="the model's chat template rejects them"):
         encode_prompt([Message("user", "x")], words)

@@ -78,7 +78,7 @@ def _add_legacy(folder: Path, settings: dict[str, Any]) -> None:
             had = settings.get(name) or []
             value = [*had, *(each for each in value if each not in had)]
         settings[name] = value
-    special = {content(token) for token in _named(settings)}
+    special = {content(token) for _, token in _named(settings)}
     found = {
         str(number): {"content": text, "normalized": text not in special, "special": text in special}
         for text, number in read_json(folder / "added_tokens.json").items()
@@ -106,11 +106,13 @@ def add_templates(folder: Path, settings: dict[str, Any]) -> None:
 def templates(settings: dict[str, Any], path: Path) -> tuple[str | None, str | None]:
     """The template for dialogues (the only one, or the default of several), and that for dialogues with tools."""
     given = settings.get("chat_template")
-    if isinstance(given, list):
-        given = {t["name"]: t.get("template") for t in given if isinstance(t, dict) and "name" in t}
+    entries = given if isinstance(given, list) else []
+    is_named = all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in entries)
+    if isinstance(given, list) and is_named:
+        given = {t["name"]: t.get("template") for t in entries}
     named = given if isinstance(given, dict) else {"default": given}
     found = named.get("default"), named.get("tool_use")
-    if not all(isinstance(text, str | None) for text in found):
+    if not is_named or not all(isinstance(text, str | None) for text in found):
         problem = "neither a text nor a list of named texts"
         raise UserError("chat_template", str(path), problem, f"Correct {CONFIG}.")
     return found
@@ -130,8 +132,11 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], path: 
     known = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
     new = [token for token in listed if repr(token) not in known]
     texts = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *new)}
-    for given in _named(settings):
+    for name, given in _named(settings):
         text = content(given)
+        if text is None and given is not None:
+            problem = f"{given!r} is neither a token's text nor an object with it"
+            raise UserError(name, str(path), problem, f"Correct {CONFIG} or special_tokens_map.json.")
         if text and text not in texts:
             texts.add(text)
             new.append(_token({**(given if isinstance(given, dict) else {"content": text}), "special": True}))
@@ -140,13 +145,16 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], path: 
     return bool(new)
 
 
-def _named(settings: dict[str, Any]) -> Iterator[Any]:
-    """Special tokens in the settings: the usual ones, a model's own, and extra ones."""
-    yield from (settings.get(name) for name in STANDARD)
-    yield from (value for name, value in settings.items() if name.endswith("_token") and name not in STANDARD)
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    if isinstance(extra, dict | list):
-        yield from extra.values() if isinstance(extra, dict) else extra
+def _named(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Special tokens in the settings with the fields that name them: the usual ones, a model's own, and extra ones."""
+    yield from ((name, settings.get(name)) for name in STANDARD)
+    own = (name for name in settings if name.endswith("_token") and not name.startswith("add_"))
+    yield from ((name, settings[name]) for name in own if name not in STANDARD)
+    for field in ("extra_special_tokens", "additional_special_tokens"):
+        if extra := settings.get(field):
+            listed = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else [{}]
+            yield from ((field, token) for token in listed)
+            return
 
 
 def _token(given: dict[str, Any]) -> AddedToken:
@@ -161,21 +169,26 @@ def content(token: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def ids(given: Any) -> tuple[int, ...]:
-    """Token ids in a config: one, a list, or none."""
-    listed = given if isinstance(given, list) else [given]
-    return tuple(n for n in listed if isinstance(n, int) and not isinstance(n, bool) and n >= 0)
+def ids(given: Any, field: str = "eos_token_id") -> tuple[int, ...]:
+    """Token ids in a config: one, a list, or none; negative ones mean none. UserError for anything else."""
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in listed):
+        problem = "neither a token's id nor a list of them"
+        raise UserError(field, given, problem, f"Correct config.json or {GENERATION}.")
+    return tuple(n for n in listed if n >= 0)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} if the file does not exist or has no object."""
+    """A JSON object; {} if the file does not exist."""
     if not path.is_file():
         return {}
     try:
         found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(path.name, str(path), f"not JSON ({error})", "Download it again, or delete it.") from None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise UserError(path.name, str(path), "not a JSON object", "Download it again, or delete it.")
+    return found
 
 
 def read_text(path: Path) -> str:

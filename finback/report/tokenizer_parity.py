@@ -150,7 +150,7 @@ def remarks(tokenizer: Tokenizer, raw: dict[str, Any]) -> list[str]:
         if n not in said
     ]
     for name, own in (("bos", tokenizer.bos), ("eos", tokenizer.eos)):
-        listed = ids(raw.get(f"{name}_token_id"))
+        listed = ids(raw.get(f"{name}_token_id"), f"{name}_token_id")
         if own >= 0 and listed and own not in listed and not (name == "eos" and listed == tokenizer.ends["generation"]):
             found.append(f"config.json has {name}_token_id {list(listed)}, the tokenizer {own}")
     return found
