@@ -18,7 +18,7 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.train import rates
 from finback.train.loss import cross_entropy
-from finback.train.optim import MUON_FORMS, Adam, Gradients, Muon, exact_norm, is_matrix, newton_schulz
+from finback.train.optim import MUON_FORMS, Adam, Gradients, Muon, clip_scale, exact_norm, is_matrix, newton_schulz
 from tests.many import IMPORTED
 from tests.toy import CONFIG, backward, toy_model
 
@@ -213,14 +213,18 @@ def test_who_goes_to_muon() -> None:
     assert not {"embed", "head.weight", "blocks.1.feed_forward.router.weight", "norm.weight"} & names
 
 
-def test_gradients_are_clipped_to_the_global_norm() -> None:
+def test_updates_clip_gradients_to_the_global_norm() -> None:
     a, b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))
     gradients = Gradients([a, b])
     (a.sum() * 3 + b.sum() * 4).backward()
-    norm = gradients.finish(World(), 1.0)
+    norm = gradients.summed(World())
     assert norm == pytest.approx(math.sqrt(3 * 9 + 4 * 16))
-    assert gradients.flat.norm().item() == pytest.approx(1.0)
-    assert a.grad[0].item() == pytest.approx(3 / norm)
+    assert clip_scale(norm, 1.0) == 1 / norm and clip_scale(norm, 99.0) == clip_scale(math.inf, 1.0) == 1
+    adam, muon = Adam([("a", a)], (0.9, 0.95), 0.0), Muon([("b", b)], World())
+    for optimizer in (adam, muon):
+        optimizer.step(0.1, clip_scale(norm, 1.0))
+    assert adam.moments["a"][1].tolist() == pytest.approx(3 * [0.1 * 3 / norm])
+    assert muon.buffers["b"].flatten().tolist() == pytest.approx(4 * [4 / norm])
 
 
 def test_schedules() -> None:
@@ -260,9 +264,9 @@ def _steps(rank: int, size: int, port: int, out: str) -> None:
     for batch in tokens:
         gradients.zero()
         backward(model, batch[rank::size], parts=size)
-        gradients.finish(world, 1.0)
-        muon.step(1e-2)
-        adam.step(1e-2)
+        scale = clip_scale(gradients.summed(world), 1.0)
+        muon.step(1e-2, scale)
+        adam.step(1e-2, scale)
         for router in model.routers():
             world.sum_(router.load)
             router.update_bias(0.01)

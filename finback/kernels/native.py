@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels of cpu.cpp, train.cpp and quants.cpp on first use and stores the library in the user's cache.
+"""Compiles the C++ kernels of cpu.cpp, train.cpp, updates.cpp and quants.cpp on first use, into the user's cache.
 
 Each kernel replaces about a dozen small operations, whose overhead is more than half of a small model's step. `serves` and
 `ready` return whether the kernels take a tensor; otherwise callers run their plain form. Compiling takes some seconds.
@@ -27,10 +27,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 # not -ffast-math: a library linked with it makes the whole process flush subnormal numbers to zero
 FLAGS = ("-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-c")
 HEADER = Path(__file__).with_name("numbers.h")
-# the compiler may reorder sums in the first two; quants.cpp relies on their order
+# the compiler may reorder sums in the first two; the others rely on their order
 SOURCES = {
     Path(__file__).with_name("cpu.cpp"): ("-O3", "-fassociative-math", "-fno-signed-zeros"),
     Path(__file__).with_name("train.cpp"): ("-O3", "-fassociative-math", "-fno-signed-zeros"),
+    Path(__file__).with_name("updates.cpp"): ("-O3", "-ffp-contract=off"),
     Path(__file__).with_name("quants.cpp"): ("-O2", "-ffp-contract=off"),
 }
 
@@ -54,6 +55,9 @@ SIGNATURES = {
     "rotate_heads": "ipppp" + 8 * "i",
     "split_heads": "ipppp" + 6 * "i",
     "split_heads_backward": "ipppp" + 6 * "i",
+    "adamw": "ppi" + 5 * "f",
+    "momentum": "piff",
+    "along": "ppiff",
     "experts": "i" + 7 * "p" + 4 * "i",
     "round_tiles": "ipp" + 4 * "i",
     "quant_pack": "ippii",

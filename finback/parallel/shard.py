@@ -246,16 +246,12 @@ def _view(parameter: nn.Parameter, mesh: Mesh, is_of_experts: bool) -> nn.Parame
 
 
 @torch.no_grad()
-def finish(parts: list[ShardedParameter], max_norm: float) -> float:
-    """Clip gradients to the global norm `max_norm` over all ranks; the norm before clipping."""
+def global_norm(parts: list[ShardedParameter]) -> float:
+    """The norm of the gradients over all ranks."""
     gradients = [local(part.value.grad) for part in parts if part.value.grad is not None]
     square = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     for part, gradient in zip(parts, gradients, strict=True):
         if not part.is_copy:
             square += gradient.double().square().sum()
     dist.all_reduce(square)
-    norm = math.sqrt(square.item())
-    if math.isfinite(norm) and norm > max_norm:
-        for gradient in gradients:
-            gradient.mul_(max_norm / norm)
-    return norm
+    return math.sqrt(square.item())

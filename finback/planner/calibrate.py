@@ -34,7 +34,7 @@ from finback.runs.files import write_json
 from finback.stages import pretrain  # noqa: F401 - its libraries belong to what a rank's process takes
 from finback.train.batch import of_windows
 from finback.train.loss import LossTerms, training_losses
-from finback.train.optim import Adam, Gradients, Muon, is_matrix
+from finback.train.optim import Adam, Gradients, Muon, clip_scale, is_matrix
 from finback.train.precision import COMPUTE
 
 GEMM_SIZES = (64, 128, 256, 512, 1024)
@@ -186,9 +186,9 @@ def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.
         gradients.zero()
         training_losses(model, batch, terms).total(terms).backward()  # type: ignore[no-untyped-call]
         middle = time.perf_counter()
-        gradients.finish(alone, 1.0)
-        muon.step(0.0)
-        adam.step(0.0)
+        scale = clip_scale(gradients.summed(alone), 1.0)
+        muon.step(0.0, scale)
+        adam.step(0.0, scale)
         if round_:
             taken["passes"].append(middle - begin)
             taken["update"].append(time.perf_counter() - middle)

@@ -8,13 +8,13 @@ block with gradients of very different sizes would then make unbounded steps.
 
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from finback.train.optim import BETAS, Adam, Named
+from finback.kernels.updates import AdamPart, adamw
+from finback.train.optim import BETAS, Adam, Named, seed_of
 
 # storage of the moments: fp32 or 8 bits on the device, or fp32 in the host's memory
 Moments = Literal["fp32", "int8", "host"]
@@ -79,10 +79,13 @@ class EightBits(Kept):
 
 
 class LeanAdam:
-    """torch's AdamW with other storage of its moments; the state is saved under parameter names."""
+    """AdamW with other storage of its moments; the state is saved under parameter names. `seed` as for Adam."""
 
-    def __init__(self, named: Named, betas: tuple[float, float], weight_decay: float, moments: Moments) -> None:
+    def __init__(
+        self, named: Named, betas: tuple[float, float], weight_decay: float, moments: Moments, seed: int = 0
+    ) -> None:
         self.named, self.betas, self.weight_decay = named, betas, weight_decay
+        self.seeds = {name: seed_of(name, seed) for name, _ in named}
         # steps taken so far; a tensor, so that a checkpoint can be loaded into it
         self.steps = torch.zeros(())
         self.kept = {name: tuple(self._kept(p, kind, moments) for kind in KINDS) for name, p in named}
@@ -102,22 +105,18 @@ class LeanAdam:
         return kept
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Updates all parameters from their gradients."""
-        settings: dict[str, Any] = {
-            **{"lr": lr, "beta1": self.betas[0], "beta2": self.betas[1], "weight_decay": self.weight_decay},
-            **{"eps": 1e-8, "amsgrad": False, "maximize": False, "fused": True},
-        }
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """Updates all parameters from their gradients, which are multiplied by `scale`."""
         for name, p in self.named:
             if p.grad is None:
                 continue
             values, gradient, kept = _rows(self.share(p)), _rows(self.share(p.grad)), self.kept[name]
             for part in _parts(values):
-                moments = [moment.read(part, p.device) for moment in kept]
-                done = self.steps.to(p.device, copy=True)
-                first, second = ([moment] for moment in moments)
-                adamw([values[part]], [gradient[part]], first, second, [], [done], **settings)
-                for moment, changed in zip(kept, moments, strict=True):
+                first, second = (moment.read(part, p.device) for moment in kept)
+                done, before = self.steps.to(p.device, copy=True), part.start * values.size(1)
+                rows = AdamPart(values[part], gradient[part], first, second, done, self.seeds[name], before)
+                adamw([rows], lr, self.betas, self.weight_decay, scale)
+                for moment, changed in zip(kept, (first, second), strict=True):
                     moment.write(part, changed)
         self.steps += 1
 
@@ -136,11 +135,11 @@ class LeanAdam:
             mine.copy_(tensors[name].view(mine.shape))
 
 
-def adam_of(named: Named, weight_decay: float, moments: Moments) -> Adam | LeanAdam:
-    """The AdamW of fine-tuning and RL."""
+def adam_of(named: Named, weight_decay: float, moments: Moments, seed: int = 0) -> Adam | LeanAdam:
+    """The AdamW of fine-tuning and RL; `seed`: of the rounding of bf16 parameters."""
     if moments == "fp32":
-        return Adam(named, BETAS, weight_decay)
-    return LeanAdam(named, BETAS, weight_decay, moments)
+        return Adam(named, BETAS, weight_decay, seed)
+    return LeanAdam(named, BETAS, weight_decay, moments, seed)
 
 
 def _rows(tensor: Tensor) -> Tensor:

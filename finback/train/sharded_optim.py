@@ -4,9 +4,10 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from finback.kernels.updates import Along, MuonPart, momentum, step_along
 from finback.parallel.owners import Owners
 from finback.parallel.shard import like, local
 from finback.train.lean_adam import LeanAdam
@@ -59,25 +60,31 @@ class ShardedMuon:
         return [(p.size(-2), p.size(-1)) for p, mine in parts for _ in range(len(mine) if p.ndim == 3 else 1)]
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Updates this rank's shard of all matrices from its shard of their gradients."""
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """Updates this rank's shard of all matrices from its shard of their gradients, multiplied by `scale`."""
         for indices, owners in self.batches:
-            directions = [self._direction(i) for i in indices]
+            directions = self._directions(indices, scale)
             stacks = [direction.reshape(-1, *direction.shape[-2:]) for direction in directions]
             matrices = [matrix for stack in stacks for matrix in stack]
             updates = iter(self._updates(matrices) if owners is None else owners.apply(self._updates, matrices))
+            along = []
             for i, stack in zip(indices, stacks, strict=True):
                 mine = local(self.named[i][1].detach())
                 update = torch.stack([next(updates) for _ in stack]) if len(stack) else stack
-                mine.mul_(1 - lr * self.weight_decay).add_(update.view_as(mine), alpha=-lr)
+                along.append(Along(mine, update.view_as(mine), 1.0))
+            step_along(along, lr, self.weight_decay)
 
-    def _direction(self, index: int) -> Tensor:
-        """Nesterov momentum of this rank's shard of a parameter; also advances the momentum by the gradient."""
-        name, p = self.named[index]
-        assert p.grad is not None, f"{name} has no gradient"
-        gradient = local(p.grad)
-        buffer = self.buffers[index].mul_(MOMENTUM).add_(gradient)
-        return gradient.add(buffer, alpha=MOMENTUM)
+    def _directions(self, indices: list[int], scale: float) -> list[Tensor]:
+        """Nesterov momentum of this rank's shards of some parameters; also advances the momentum by the gradients."""
+        parts, directions = [], []
+        for index in indices:
+            name, p = self.named[index]
+            assert p.grad is not None, f"{name} has no gradient"
+            gradient = local(p.grad)
+            directions.append(torch.empty_like(gradient, memory_format=torch.contiguous_format))
+            parts.append(MuonPart(gradient, self.buffers[index], directions[-1]))
+        momentum(parts, MOMENTUM, scale)
+        return directions
 
     def _updates(self, matrices: list[Tensor]) -> list[Tensor]:
         """Orthogonalized and scaled updates; equal shapes are computed as one batch."""
@@ -106,31 +113,14 @@ def _cut_among(parameter: Tensor) -> dist.ProcessGroup | None:
 
 
 class ShardedAdam(Adam):
-    """AdamW is elementwise, so it updates this rank's shard of each parameter."""
+    """AdamW is elementwise, so it updates this rank's shard of each parameter. A checkpoint is loaded into its state in place."""
 
     def __init__(self, named: Named, betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(named, betas, weight_decay)
         self.begin()
 
-    def share(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's shard, a view of the parameter's memory."""
-        return local(parameter.detach()) if isinstance(parameter, DTensor) else parameter
-
-    def step(self, lr: float) -> None:
-        """Updates this rank's shards from their gradients."""
-        for (_, p), mine in zip(self.named, self.mine, strict=True):
-            if mine is not p and p.grad is not None:
-                mine.grad = local(p.grad)
-        super().step(lr)
-        for (_, p), mine in zip(self.named, self.mine, strict=True):
-            if mine is not p:  # else it would stay in memory during the next step
-                mine.grad = None
-
-    def begin(self) -> None:
-        """Creates the state that the first step would create, so that a checkpoint can be loaded into it."""
-        for p in self.mine:
-            entry = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.inner.state[p] = {"step": torch.zeros((), device=p.device), **entry}
+    def share(self, tensor: Tensor) -> Tensor:
+        return local(tensor.detach())
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint, sharded like the parameters."""

@@ -27,13 +27,13 @@ from finback.parallel.gather import gather
 from finback.parallel.layout import Layout, split_layers
 from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline import Pipeline, PipelineStage, Rows, is_twice, sum_copies
-from finback.parallel.shard import ShardedParameter, finish, like, local, share_of
+from finback.parallel.shard import ShardedParameter, global_norm, like, local, share_of
 from finback.runs.folder import StageRun
 from finback.train.batch import Batch
 from finback.train.ema import EMA
 from finback.train.heap import return_large_blocks
 from finback.train.loss import Losses, LossTerms, token_losses, training_losses
-from finback.train.optim import BETAS, is_matrix
+from finback.train.optim import BETAS, clip_scale, is_matrix
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam, ShardedLeanAdam, ShardedMuon
 from finback.train.sharded_options import ShardedOptions
@@ -149,13 +149,15 @@ class ShardedTrainer(Trainer):
         self.sharding.reduce()
         if self.layout.pp > 1 and is_twice(self.config):
             sum_copies(self.parts, self.mesh, self.layout)
-        return finish(self._learnt(self.parts), max_norm)
+        norm = global_norm(self._learnt(self.parts))
+        self.scale = clip_scale(norm, max_norm)
+        return norm
 
     def update(self, *lrs: float) -> None:
         """lrs: learning rates of the hidden matrices and of the rest."""
         for stage in self.optimizers:
             for optimizer, lr in zip(stage, lrs, strict=True):
-                optimizer.step(lr)
+                optimizer.step(lr, self.scale)
         self.sharding.publish()
 
     def balance(self, speed: float) -> Health:

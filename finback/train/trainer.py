@@ -25,7 +25,7 @@ from finback.train import router_health
 from finback.train.batch import Batch
 from finback.train.ema import EMA
 from finback.train.loss import LossTerms, training_losses
-from finback.train.optim import Gradients
+from finback.train.optim import Gradients, clip_scale
 from finback.train.router_health import Health
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Stateful(Protocol):
 class Optimizer(Stateful, Protocol):
     """Updates its parameters from their gradients."""
 
-    def step(self, lr: float) -> None: ...
+    def step(self, lr: float, scale: float = 1.0) -> None: ...
 
 
 class Trainer(ABC):
@@ -63,6 +63,8 @@ class Trainer(ABC):
     averages: Sequence[EMA] = ()
     # further state for checkpoints
     extras: list[Stateful]
+    # what an update multiplies the step's gradients by
+    scale: float = 1.0
     # whether all ranks must make the same number of passes
     in_step: bool = False
 
@@ -77,7 +79,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def finish(self, max_norm: float) -> float:
-        """Sums gradients over ranks and clips them to the global norm `max_norm`. Returns the norm before clipping."""
+        """Sums gradients over ranks; `update` clips them to the global norm `max_norm`. Returns the norm before clipping."""
 
     @abstractmethod
     def update(self, *lrs: float) -> None:
@@ -198,11 +200,13 @@ class ReplicatedTrainer(Trainer):
         return self.world.sum_(parts).cpu()
 
     def finish(self, max_norm: float) -> float:
-        return self.gradients.finish(self.world, max_norm)
+        norm = self.gradients.summed(self.world)
+        self.scale = clip_scale(norm, max_norm)
+        return norm
 
     def update(self, *lrs: float) -> None:
         for optimizer, lr in zip(self.optimizers, lrs, strict=True):
-            optimizer.step(lr)
+            optimizer.step(lr, self.scale)
         if self.rounded is not None:
             self.rounded.learnt()
 
