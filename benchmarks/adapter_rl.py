@@ -33,7 +33,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         if isinstance(stage, SFT):
             stage = replace(stage, start=str(options.weights.absolute()))
         elif isinstance(stage, Evaluate):
-            after = stage = replace(stage, exams=tuple(replace(e, problems=options.problems) for e in stage.exams))
+            stage = after = replace(stage, exams=tuple(replace(e, problems=options.problems) for e in stage.exams))
         elif isinstance(stage, GRPO):
             stage = replace(stage, steps=options.steps or stage.steps)
             full = stage

@@ -95,14 +95,14 @@ def expert_matrix(
 
 def row_norms(module: Linear) -> Tensor:
     """Norms of the rows of a stored weight, (out,) in fp32; of one that is sharded by rows each rank computes those of its own."""
-    shards: Any = module.weight
-    weight, scale = module.weight.detach(), getattr(module, "weight_scale", None)
+    shards: Any = module.weight.detach()
     is_sharded = hasattr(shards, "full_tensor")
-    if is_sharded:  # formats pack each row separately, and know nothing of DTensors
-        weight, scale = (None if t is None else t.to_local() for t in (shards.detach(), scale))
+    # formats pack each row separately, and know nothing of DTensors
+    local: Callable[[Any], Tensor] = (lambda t: t.to_local()) if is_sharded else lambda t: t
     if isinstance(module, QuantizedLinear):
-        weight = module.format.dequantize(weight, scale, torch.float32)
-    norms = weight.float().norm(dim=1)
+        norms = module.format.dequantize(local(shards), local(module.weight_scale), torch.float32).norm(dim=1)
+    else:
+        norms = local(shards).float().norm(dim=1)
     if not is_sharded:
         return norms
     size = {"shape": shards.shape[:1], "stride": (1,)}

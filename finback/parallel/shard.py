@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -143,8 +144,13 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
 
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, over: str = "dp") -> None:
         axis = mesh.dp if over == "dp" else mesh.edp
-        how = {"mesh": axis, "reshard_after_forward": reshard_after, "mp_policy": policy, "offload_policy": stored}
-        fully_shard(module, **how, shard_placement_fn=lambda p: Shard(_cut(p, axis.size())))  # type: ignore[call-overload]
+        how: dict[str, Any] = {
+            "mesh": axis,
+            "reshard_after_forward": reshard_after,
+            "mp_policy": policy,
+            "offload_policy": stored,
+        }
+        fully_shard(module, **how, shard_placement_fn=lambda p: Shard(_cut(p, axis.size())))
 
     modules = list(model.modules())
     for moe in [m for m in modules if isinstance(m, MoE)]:  # the inner modules first
