@@ -362,9 +362,15 @@ def test_a_run_that_only_rewinds_ends(prepared: Path, monkeypatch: pytest.Monkey
         loop.run(begin(prepared, pretrain(name="early")))
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all that a checkpoint has to remember: a ramp, an average, a rewind, levels, validation, the best model."""
+@pytest.mark.parametrize("steps", [0, 6], ids=["plain", "anticipatory"])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    steps: int, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that a checkpoint has to remember: a ramp, an average, a rewind, levels, validation, the best model, choices."""
+    names = f"whole-{steps}", f"parts-{steps}"
     knobs: dict[str, Any] = {
+        "anticipatory_steps": steps,
+        "anticipatory_delay": 2,
         "batch_size": 8,
         "batch_size_start": 2,
         "ramp_tokens": 640,
@@ -376,9 +382,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(prepared: Path, monkeypatch:
         "checkpoint_steps": 3,
     }
     broken_at(monkeypatch, 8, 9, 10)
-    _, whole, one = trained(prepared, "whole", **knobs)
+    _, whole, one = trained(prepared, names[0], **knobs)
     broken_at(monkeypatch, 8, 9, 10)
-    stage = pretrain(name="parts", **knobs)
+    stage = pretrain(name=names[1], **knobs)
     for stops in (2, 5, 4):  # steps of each sitting
         training = begin(prepared, stage)
         seen = iter(range(1, 100))
@@ -386,7 +392,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(prepared: Path, monkeypatch:
         with pytest.raises(Interrupted):
             loop.run(training)
     loop.run(begin(prepared, stage))
-    parts, other = read_lines(prepared / "parts" / "metrics.jsonl"), prepared / "parts"
+    parts, other = read_lines(prepared / names[1] / "metrics.jsonl"), prepared / names[1]
     timed = ("seconds", "tokens_per_second", "mfu")
 
     def numbers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

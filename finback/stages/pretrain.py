@@ -107,6 +107,10 @@ class Pretrain(Stage):
     spike_sigma: float = 8.0
     # after so many skipped steps in a row, return to the last checkpoint and continue with the data that follow
     spike_patience: int = 3
+    # then choose experts with older weights for so many steps (V4's anticipatory routing); 0: with the present ones
+    anticipatory_steps: int = 0
+    # how many updates older; V4's number is not published
+    anticipatory_delay: int = 4
     # how a model too large for one rank is sharded; None: a full copy on each rank
     layout: Layout | None = None
     # activation recomputation in the backward pass
@@ -149,6 +153,9 @@ class Pretrain(Stage):
             raise self.wrong("expert_kernel", problem, "Use auto or loop.")
         if self.compile:
             self._check_compile()
+        if self.anticipatory_steps and (self.layout is not None or self.compile):
+            problem = "is for whole copies on each rank, whose routers are not compiled"
+            raise self.wrong("anticipatory_steps", problem, "Leave out layout and compile, or use 0.")
         if self.layout is not None:
             self.layout.check_length(self.seq_len)
             if self.layout.offload:
@@ -158,8 +165,15 @@ class Pretrain(Stage):
 
     def _check_numbers(self) -> None:
         counts = ("max_tokens", "batch_size", "seq_len", "checkpoint_steps", "keep", "router_steps", "spike_patience")
-        check_positive(self, self.name, *counts, "muon_lr", "adam_lr", "max_grad_norm")
-        names = ("decay_tokens", "warmup_tokens", "ramp_tokens", "batch_size_start", "valid_tokens")
+        check_positive(self, self.name, *counts, "anticipatory_delay", "muon_lr", "adam_lr", "max_grad_norm")
+        names = (
+            "decay_tokens",
+            "warmup_tokens",
+            "ramp_tokens",
+            "batch_size_start",
+            "valid_tokens",
+            "anticipatory_steps",
+        )
         check_not_negative(self, self.name, *names, "weight_decay", "balance_alpha", "spike_sigma")
         check_share(self, self.name, "final_lr", "ema_decay")
         rates.check_levels(self, self.name, "mtp_weight", "bias_speed")
@@ -208,10 +222,12 @@ class Pretrain(Stage):
     def declaration(self) -> Declaration:
         probed = "probe_reached", "probe_best", "probe_passed_at_tokens"
         results = "tokens", "steps", "precision", *probed, "tokens_by_source", "router_last_100_steps", "bits_per_byte"
+        spent: tuple[str, ...] = ("tokens_trained", "flops", "flops_training", "flops_recomputed", "flops_evaluation")
+        spent += ("flops_auxiliary",) if self.anticipatory_steps else ()
         return Declaration(
             "pre-training",
             objective="next token and multi-token prediction",
-            ledger=("tokens_trained", "flops", "flops_training", "flops_recomputed", "flops_evaluation"),
+            ledger=spent,
             results=(*results, "skipped_steps", "rewinds"),
             curves={"loss": ("loss", "mtp_loss"), "router health: max violation": ("max_violation",)},
             length="max_tokens",

@@ -1,5 +1,6 @@
 """A pre-training run: one step top to bottom, probes and validation, loss spikes, and the final output."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from finback.rollouts.drawing import Window
 from finback.rollouts.here import EngineRollouts
 from finback.runs.files import METRICS, ROUTER, read_lines
 from finback.runs.folder import StageRun
+from finback.stages.anticipation import Anticipation
 from finback.stages.compress import bits_by_source
 from finback.stages.exam_questions import askable
 from finback.stages.validation import answered
@@ -49,6 +51,13 @@ class Pretraining(Training):
         extra, order = 1 + self.depths, run.seed("order")
         self.loader = Loader(self.folder, stage.mixture, stage.seq_len, extra, order, stage.packing)
         self.spikes = Spikes(stage.spike_sigma, stage.spike_patience)
+        self.anticipation: Anticipation | None = None
+        if stage.anticipatory_steps:
+            if not self.config.n_routed_experts:
+                raise stage.wrong("anticipatory_steps", "the model has no routed experts", "Use 0.")
+            ahead = Loader(self.folder, stage.mixture, stage.seq_len, extra, order, stage.packing)
+            self.anticipation = Anticipation(self, ahead)
+            trainer.extras = [*trainer.extras, self.anticipation]
         self.tokens = 0
         self.decay_start: int | None = None
         # tokens at which the probe was passed
@@ -73,11 +82,13 @@ class Pretraining(Training):
         """One step on the next rows; if it is skipped, `skipped` says why."""
         stage, trainer = self.stage, self.trainer
         rows = stage.batch_size_at(self.tokens)
+        routed = nullcontext() if self.anticipation is None else self.anticipation.routed(loop)
         self.tokens += rows * stage.seq_len
         batch, counts = self._batch(rows, loop)
         mtp_weight, share = rates.level(stage.mtp_weight, self.tokens), len(batch.tokens) / rows
         trainer.zero()
-        losses = trainer.backward(batch, LossTerms(counts, mtp_weight, stage.balance_alpha, share))
+        with routed:
+            losses = trainer.backward(batch, LossTerms(counts, mtp_weight, stage.balance_alpha, share))
         norm = trainer.finish(stage.max_grad_norm)
         loss, mtp, balance = losses.tolist()
         metrics = {"tokens": self.tokens, "batch_size": rows, "loss": loss, "mtp_loss": mtp, "balance": balance}
@@ -200,13 +211,16 @@ class Pretraining(Training):
 
     def state(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in STATE}
-        return {"loader": self.loader.state(), "spikes": self.spikes.state(), **numbers}
+        found = {"loader": self.loader.state(), "spikes": self.spikes.state(), **numbers}
+        return found if self.anticipation is None else found | {"anticipation": {"left": self.anticipation.left}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.loader.load_state(state["loader"])
         self.spikes.load_state(state["spikes"])
         for name in STATE:
             setattr(self, name, state[name])
+        if self.anticipation is not None:
+            self.anticipation.resume(state["anticipation"])
 
     def _rewind(self, loop: Loop) -> None:
         """Returns to the weights of the last checkpoint and continues with the data that follow; logged and saved at once."""
@@ -221,6 +235,10 @@ class Pretraining(Training):
         for name in ("tokens", "decay_start", "passed_at"):
             setattr(self, name, state[name])
         self.rewinds += 1
+        if self.anticipation is not None:
+            self.anticipation.start()
+            how = f"by weights that are {stage.anticipatory_delay} updates old"
+            run.say(f"{stage.name:10} experts are chosen {how} for {stage.anticipatory_steps} steps")
         self.world.barrier()  # every rank has read the checkpoint before it is replaced
         run.rewind(loop.step + 1)
         run.log(loop.step, tokens=self.tokens, rewound_from=here)
