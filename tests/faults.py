@@ -254,7 +254,7 @@ class Trial:
         is_damaged = kind in ("flip shard", "cut manifest", "drop manifest")
         if step < expected or (is_damaged and step != expected):
             self.wrong.append(f"{kind}: gone on from step {step}, not {expected}")
-        if is_damaged and "the checkpoint before it is used" not in self.cluster.text(mark):
+        if is_damaged and "falling back to the previous checkpoint" not in self.cluster.text(mark):
             self.wrong.append(f"{kind}: passed over without a word")
 
     def _advance(self, step: int) -> bool:

@@ -523,25 +523,25 @@ def tensors_edit(change: Any) -> Any:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (edit(model_type="qwen3_next"), "config.json model_type = 'qwen3_next': not run: three of its four layers are"),
-        (damage_truncate, "weights = .*model.safetensors': not a whole safetensors file .*Download it again"),
-        (damage_header, "weights = .*model.safetensors': not a whole safetensors file"),
+        (edit(model_type="qwen3_next"), "config.json model_type = 'qwen3_next': not run: three of four layers are"),
+        (damage_truncate, "weights = .*model.safetensors': not a complete safetensors file .*Download it again"),
+        (damage_header, "weights = .*model.safetensors': not a complete safetensors file"),
         (damage_index, "weights = .*gone.safetensors': the file is missing"),
         (damage_index_path, "index.json = .*not an index: it must map tensor names to file names in this folder"),
-        (damage_index_name, "index.json = .*names 1 tensors that its files lack, more.weight first"),
-        (damage_pickle, "weights = .*pytorch_model.bin': a pickle, which can run any program"),
+        (damage_index_name, "index.json = .*names 1 tensors that its files lack, such as more.weight"),
+        (damage_pickle, "weights = .*pytorch_model.bin': a pickle, which can run arbitrary code"),
         (damage_nothing_left, "weights = .*: no .safetensors file there"),
-        (edit(model_type="gpt_neox"), "config.json model_type = 'gpt_neox': not a family"),
+        (edit(model_type="gpt_neox"), "config.json model_type = 'gpt_neox': not a supported family"),
         (edit(model_type="deepseek_v33"), "Did you mean 'deepseek_v3'"),
         (edit(model_type="own", auto_map={"x": "y"}), "brings its own code, which finback never runs"),
-        (edit(hidden_act="gelu"), "config.json hidden_act = 'gelu': finback runs 'silu' only"),
+        (edit(hidden_act="gelu"), "config.json hidden_act = 'gelu': finback supports 'silu' only"),
         (edit(hidden_size=...), "config.json hidden_size = None: missing"),
         (edit(hidden_size="big"), "config.json hidden_size = 'big': not a whole number"),
         (
             edit(num_hidden_layers=3, num_nextn_predict_layers=0),
             "model.layers.2.eh_proj.weight = .*unexpected, with 5 more: the weights are not those of config",
         ),
-        (edit(moe_intermediate_size=64), "shape .* where config.json calls for"),
+        (edit(moe_intermediate_size=64), "shape .*, but config.json requires"),
         (edit(routed_scaling_factor=...), "config.json routed_scaling_factor = None: missing"),
         (edit(n_group=...), "config.json n_group = None: missing"),
         (edit(n_group=0), "n_group = 0: not above 0"),
@@ -551,7 +551,7 @@ def tensors_edit(change: Any) -> Any:
         (edit(vocab_size=10**20), "config.json vocab_size = .*: not a whole number up to"),
         (edit(rope_scaling={"type": "linear", "factor": 0}), "rope_scaling.factor = 0.0: not above 0"),
         (edit(rope_scaling={"type": "yarn", "factor": 2, "original_max_position_embeddings": -5}), "not above 0"),
-        (edit(rope_scaling={"type": "ntk"}), "config.json rope_scaling = .*not a scaling that finback knows"),
+        (edit(rope_scaling={"type": "ntk"}), "config.json rope_scaling = .*not a supported scaling"),
         (edit(rope_scaling={"type": "yarn"}), "config.json rope_scaling = .*bad or missing 'factor'"),
         (edit(quantization_config={"quant_method": "quark"}), "quantization_config = .*finback reads fp8"),
         (tensors_edit(lambda t: t.update({"model.extra": torch.ones(1)})), "model.extra = .*: unexpected"),
@@ -598,7 +598,7 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         ({"scoring_func": "softmax"}, "DeepSeek-V2 has neither normalised weights nor MTP"),
         (
             {"attention": "gqa", "num_key_value_heads": 1, "head_dim": 8, "scoring_func": "softmax"},
-            "n_shared_experts = 1: the family of such experts has 0",
+            "n_shared_experts = 1: the family with such experts has 0",
         ),
     ],
 )
@@ -623,14 +623,17 @@ LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     ("changes", "message"),
     [
         # what transformers computes by
-        ({"model_type": "qwen3", "is_causal": False}, "is_causal = False: finback runs True only"),
-        ({"model_type": "mistral", "layer_types": KINDS}, "one sliding_window for all layers, or none"),
-        ({"model_type": "mixtral", "layer_types": KINDS}, "one sliding_window for all layers, or none"),
-        ({"model_type": "deepseek_v2", "rope_interleave": False}, "rope_interleave = False: finback runs True only"),
+        ({"model_type": "qwen3", "is_causal": False}, "is_causal = False: finback supports True only"),
+        ({"model_type": "mistral", "layer_types": KINDS}, "this family has a window in all layers or in none"),
+        ({"model_type": "mixtral", "layer_types": KINDS}, "this family has a window in all layers or in none"),
+        (
+            {"model_type": "deepseek_v2", "rope_interleave": False},
+            "rope_interleave = False: finback supports True only",
+        ),
         ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "phi3 has longrope or none"),
         (
             {"model_type": "olmo3", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
-            "rotates parts of heads, which this family does not",
+            "rotates parts of heads, but this family rotates whole heads",
         ),
         # and by what not
         ({"model_type": "olmo3", "partial_rotary_factor": 0.5}, ""),
@@ -694,6 +697,6 @@ def test_a_list_of_dense_layers_counts_before_their_number(family: str) -> None:
 def test_sliding_layers_that_are_scaled_go_out_as_no_family() -> None:
     for family in ("olmo3", "gemma3_text"):
         config = model_config(GQA_SIZES | {"model_type": family, "rope_scaling": {"type": "linear", "factor": 2.0}})
-        with pytest.raises(UserError, match="sliding layers are not scaled in a family of this shape"):
+        with pytest.raises(UserError, match="families of this shape do not scale sliding layers"):
             raw_config(dataclasses.replace(config, local_rope_theta=None), "float32")
         assert model_config(raw_config(config, "float32")) == config

@@ -212,7 +212,7 @@ def test_files_that_hold_no_model_or_scale_twice_are_named(tmp_path: Path) -> No
     for name, problem in (
         ("twice", "scales its rotation in 2 ways at once"),
         ("lora", r"holds no model \(adapter\). Name the model's file; adapters are read as PEFT folders"),
-        ("pointer", "git's pointer to the file"),
+        ("pointer", "a Git LFS pointer"),
     ):
         with pytest.raises(UserError, match=problem):
             load_audited(tmp_path / f"{name}.gguf")

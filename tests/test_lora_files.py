@@ -93,15 +93,15 @@ def test_experts_one_by_one_are_the_fused_ones(folders: tuple[Path, Path]) -> No
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        ({"use_dora": True}, "lacks a lora_magnitude_vector, or it is of another size"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing or has another size"),
         ({"use_qalora": True}, "adapter use_qalora = True: .* does more than LoRA. Merge it"),
         ({"bias": "all"}, "adapter bias = 'all'"),
         ({"lora_bias": True}, "adapter lora_bias"),
         ({"modules_to_save": ["lm_head"]}, r"adapter modules_to_save = \['lm_head'\]"),
-        ({"init_lora_weights": "pissa"}, "'pissa': .* has changed its base"),
+        ({"init_lora_weights": "pissa"}, "'pissa': .* changed the weights of its base"),
         ({"peft_type": "LOHA"}, "LOHA, not LoRA"),
         ({"r": 0}, "adapter.rank = 0: not above 0"),
-        ({"r": None}, "not LoRA's settings"),
+        ({"r": None}, "not valid LoRA settings"),
         (
             {"base_model_name_or_path": "meta/elsewhere"},
             "base_model_name_or_path = 'meta/elsewhere': the base of .* is not here",
@@ -130,10 +130,12 @@ def test_adapters_of_another_base_are_refused(folders: tuple[Path, Path], tmp_pa
         {n: t[:, :-1].contiguous() if "q_a_proj.lora_A" in n else t for n, t in tensors.items()}, folder / FILES[1]
     )
     change(folder, base_model_name_or_path="hf")
-    with pytest.raises(UserError, match=r"q_a_proj: lora_B \(24, 4\) · lora_A \(4, 31\) is not of the base's 24 x 32"):
+    with pytest.raises(
+        UserError, match=r"q_a_proj: lora_B \(24, 4\) · lora_A \(4, 31\) does not fit the base's 24 x 32 matrix"
+    ):
         models.load(Path(f"{base}+{folder}"))
     save_file({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)} | tensors, folder / FILES[1])
-    with pytest.raises(UserError, match="adapters of embeddings, head and routers are not supported"):
+    with pytest.raises(UserError, match="adapters of embedding, head and routers are not supported"):
         models.load(Path(f"{base}+{folder}"))
     (folder / FILES[1]).write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be read"):

@@ -203,11 +203,11 @@ def test_what_is_no_adapter_of_the_model_is_refused_before_serving(
     bad = change(whole, tmp_path / "bad")
     save_file(torn, bad / WEIGHTS_FILE)
     for path, folder, text in (
-        (tmp_path / "other", whole, r"base = '.*other': its weights are not those that .*whole was made for"),
+        (tmp_path / "other", whole, r"base = '.*other': its weights differ from those that .*whole was made for"),
         (base, change(whole, tmp_path / "zero", r=0), r"adapter\.rank = 0: not above 0"),
         (base, change(whole, tmp_path / "dora", use_dora=True), r"adapter use_dora = True"),
-        (base, bad, r"lora_B .* is not of the base's"),
-        (whole, found["mlp"], r"MODEL = '.*whole': has an adapter in it already\. Name its base"),
+        (base, bad, r"lora_B .* does not fit the base's"),
+        (whole, found["mlp"], r"MODEL = '.*whole': already includes an adapter\. Name its base"),
     ):
         with pytest.raises(UserError, match=text):
             load_for_inference(path, "fp32", {"a": folder})

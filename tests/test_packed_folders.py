@@ -327,7 +327,7 @@ def test_experts_of_gpt_oss_in_mxfp4_are_what_transformers_makes_of_them(tmp_pat
     with torch.no_grad():
         assert torch.equal(kept.logits(kept(tokens)), plain.logits(plain(tokens)))
     (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": BNB}))
-    with pytest.raises(UserError, match="of this family finback reads bf16 and mxfp4"):
+    with pytest.raises(UserError, match="finback reads this family in bf16 and mxfp4"):
         load(tmp_path)
 
 
@@ -351,7 +351,7 @@ def test_int4_packs_what_it_reads() -> None:
         ),
         ({"quant_method": "gptq", "bits": 3, "format": "gptq_p"}, "packed as 'gptq_p'"),
         ({"quant_method": "gptq", "bits": 5.5}, r"5\.5 bits"),
-        (BNB, "no tensor of the files is packed as bitsandbytes packs"),
+        (BNB, "no tensor in the files is packed by bitsandbytes"),
     ],
 )
 def test_other_packings_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

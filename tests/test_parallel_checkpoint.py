@@ -102,7 +102,9 @@ def _damaged(folder: str) -> None:
         victim.write_bytes(content)
     dist.barrier()
     assert steps.load_newest(many.state()) == (1, {"step": 1}), "a flipped bit: the one before is taken"
-    assert said == [f"{folder}/step-00000002: its files do not match their digests; the checkpoint before it is used"]
+    assert said == [
+        f"{folder}/step-00000002: its files do not match their digests; falling back to the previous checkpoint"
+    ]
     manifest, wrong = Path(folder) / "step-00000002" / MANIFEST, "its manifest.json is missing or damaged"
     whole = manifest.read_text()
     for text in ("", "[]", whole[:-20], whole.replace('"step": 2', '"step": 3'), whole.replace('"digest"', '"digesu"')):

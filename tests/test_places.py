@@ -99,7 +99,7 @@ def test_a_single_file_counts_before_an_index(tmp_path: Path) -> None:
         assert same(load(tmp_path / "out"), second)
     raw = json.loads((tmp_path / "out/config.json").read_text()) | {"transformers_weights": "other.safetensors"}
     (tmp_path / "out/config.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=r"transformers_weights = 'other\.safetensors': finback takes"):
+    with pytest.raises(UserError, match=r"transformers_weights = 'other\.safetensors': finback reads"):
         load(tmp_path / "out")
 
 
@@ -173,9 +173,9 @@ def weights_alone(folder: Path) -> None:
     [
         (adapter, "holds an adapter, not a model. Name it where a model runs or trains"),
         (files_of_gguf, r"holds 2 GGUF file\(s\) and no config.json. Name the file: .*/a.Q4_K_M.gguf"),
-        (cache, "a repository in the hub's cache, not a model's folder. Name the snapshot: .*/snapshots/abc"),
-        (within, "holds no model itself, but a folder in it does. Name the folder: .*/hf"),
-        (weights_alone, "holds weights but no config.json. Put the model's config.json beside them."),
+        (cache, "is a repository in the hub's cache, not a model's folder. Name the snapshot: .*/snapshots/abc"),
+        (within, "holds no model itself, but one of its folders does. Name the folder: .*/hf"),
+        (weights_alone, "holds weights but no config.json. Add the model's config.json."),
         (lambda folder: None, "neither a Hugging Face folder nor a .gguf file. Stages' models go out with"),
     ],
 )
@@ -205,9 +205,9 @@ def test_the_command_line_sends_people_the_right_way(
             (sentencepiece, "chat out", "the folder has its tokenizer only as tokenizer.model. With sentencepiece or"),
             (adapter, "verify .", "holds an adapter, not a model. Name it where a model runs or trains"),
             (files_of_gguf, "export . new", "holds 2 GGUF file(s) and no config.json. Name the file: "),
-            (cache, "verify .", "a repository in the hub's cache, not a model's folder. Name the snapshot: "),
-            (within, "export . new", "holds no model itself, but a folder in it does. Name the folder: "),
-            (unreadable, "verify out", "config.json': cannot be read (Is a directory). Give yourself the right"),
+            (cache, "verify .", "is a repository in the hub's cache, not a model's folder. Name the snapshot: "),
+            (within, "export . new", "holds no model itself, but one of its folders does. Name the folder: "),
+            (unreadable, "verify out", "config.json': cannot be read (Is a directory). Check the file's permissions"),
         )
     ):
         folder = tmp_path / str(number)
@@ -242,7 +242,7 @@ def test_files_that_cannot_be_read_are_not_missing(tmp_path: Path, monkeypatch: 
             patch.setattr(Path, "open", closed(file))
             load(find_model(tmp_path / "out"))
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(UserError, match=r"git's pointer to the file, not the file. Run `git lfs pull`"):
+    with pytest.raises(UserError, match=r"a Git LFS pointer, not the file itself. Run `git lfs pull`"):
         load(tmp_path / "out")
     weights.unlink()
     with pytest.raises(UserError, match=r"no \.safetensors file there"):

@@ -159,5 +159,5 @@ def test_without_a_compiler_matrices_are_dequantized(file: Path, monkeypatch: py
 
 
 def test_adapters_do_not_know_a_file_by_its_blocks(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="adapters know a GGUF file by its weights in bf16"):
+    with pytest.raises(UserError, match="adapters identify a GGUF base by its bf16 weights"):
         load_for_inference(tmp_path / "m.gguf", "kept", {"mine": tmp_path})

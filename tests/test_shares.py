@@ -96,7 +96,7 @@ def test_files_give_every_share_what_one_rank_reads(tmp_path: Path, fmt: Format)
     raw = json.loads((tmp_path / "out/config.json").read_text())
     for field, value, words in (
         ("num_nextn_predict_layers", 2, r"missing, with \d+ more: the weights are not those of config.json"),
-        ("intermediate_size", 304, r"shape \[300, 160\] where config.json calls for \[304, 160\]"),
+        ("intermediate_size", 304, r"shape \[300, 160\], but config.json requires \[304, 160\]"),
     ):
         (tmp_path / "out/config.json").write_text(json.dumps(raw | {field: value}))
         with pytest.raises(UserError, match=words):
@@ -117,7 +117,7 @@ def test_a_stages_own_file_gives_shares_and_is_checked(tmp_path: Path) -> None:
         models.stored(tmp_path)
     models.save(tmp_path / "..", model(dataclasses.replace(TIED, vocab_size=320)))
     file.write_bytes((tmp_path / "../model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"embed = .*\(320, 32\), where model.json calls for \(327, 32\)"):
+    with pytest.raises(UserError, match=r"embed = .*\(320, 32\), but model.json requires \(327, 32\)"):
         models.stored(tmp_path)
 
 

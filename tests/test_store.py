@@ -19,7 +19,7 @@ from finback.model.transformer import Transformer
 from finback.runs.files import read_json, write_json
 
 META = {"step": 3, "loader": {"drawn": {"chitchat": 7}}, "best": 0.25, "start": None, "word": "é\n"}
-REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
+REMEDY = "Delete it: the run continues from the previous checkpoint, or from the start of the stage."
 SMALL = ModelConfig(
     vocab_size=20,
     hidden_size=8,

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a Hugging Face checkpoint, decided from names and shapes before anything is read."""
+"""Audits a Hugging Face checkpoint: decides from names and shapes what to do with each tensor; reads no values."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -24,26 +24,26 @@ from finback.runs.files import is_gguf
 
 @dataclass
 class Audit:
-    """Every tensor is in exactly one of loaded, skipped and unexpected; `missing` and `wrong` are what should be there."""
+    """Every stored tensor is in exactly one of loaded, skipped and unexpected; `missing` lists absent tensors."""
 
-    # as the weights have it: without MTP where the files lack the declared layers
+    # as the weights are: without MTP where the files lack the declared layers
     config: ModelConfig
     loaded: list[str] = field(default_factory=list)
-    # name -> why
+    # name -> reason
     skipped: dict[str, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    # name -> what is wrong with its shape or dtype
+    # name of a loaded tensor -> what is wrong with its shape, dtype or factors
     wrong: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
-        """Whether the weights are those of the config, nothing more and nothing less."""
+        """Whether the weights are exactly those of the config."""
         return not (self.missing or self.unexpected or self.wrong)
 
     def demand(self, where: str) -> None:
-        """UserError naming the first tensor that is wrong, missing or unexpected."""
+        """Raises UserError for the first tensor that is wrong, missing or unexpected."""
         for name, problem in self.wrong.items():
             raise UserError(name, where, problem, "config.json and weights belong to different models.")
         for kind, found in (("missing", self.missing), ("unexpected", self.unexpected)):
@@ -53,7 +53,7 @@ class Audit:
 
 
 def shapes(config: ModelConfig, biases: bool = False) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors that a model consists of (see names.table), and their shapes; builds no weights."""
+    """Returns the shapes of a model's Hugging Face tensors (see names.table) without allocating weights."""
     with torch.device("meta"):
         model = Transformer(config)
     found = {}
@@ -69,7 +69,7 @@ def shapes(config: ModelConfig, biases: bool = False) -> dict[str, tuple[int, ..
 
 
 def examine(path: Path) -> tuple[Weights, Audit]:
-    """The weights at a path and what would become of each of their tensors; reads no values."""
+    """Opens the weights at a path and audits them; reads no values."""
     if is_gguf(path):
         file = GGUF(path)
         result = audit(model_config(file.raw), file, quantized=False)
@@ -77,8 +77,8 @@ def examine(path: Path) -> tuple[Weights, Audit]:
         return file, result
     raw = read_config(path)
     if (named := raw.get("transformers_weights")) is not None:
-        remedy = f"Leave {named} alone in the folder, as model.safetensors, and remove this field."
-        raise UserError("config.json transformers_weights", named, "finback takes the usual files", remedy)
+        remedy = f"Rename {named} to model.safetensors, remove other weights from the folder, and remove this field."
+        raise UserError("config.json transformers_weights", named, "finback reads the default files only", remedy)
     config, files = model_config(raw), Shards(path)
     if config.swiglu_alpha is not None:
         return _stacked(config, files, raw)
@@ -94,21 +94,21 @@ def examine(path: Path) -> tuple[Weights, Audit]:
 
 
 def _stacked(config: ModelConfig, files: Shards, raw: dict[str, Any]) -> tuple[Weights, Audit]:
-    """The same of a family whose experts lie in stacks of their own."""
+    """As `examine`, for the family whose experts are stored in transposed stacks."""
     files.specs = as_named(files.specs, config)
     shards = StackedExperts(files, raw.get("quantization_config"))
     return shards, audit(config, shards, quantized=False)
 
 
 def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:
-    """Compare a folder's tensors with what the config calls for."""
+    """Compares stored tensors with those that the config requires."""
     wanted = shapes(config)
     mtp = [n for n in wanted if _layer(n) >= config.num_hidden_layers or n.startswith(v4_names.MTP)]
     result = Audit(config)
     if mtp and not any(n in shards.specs for n in mtp):
         result.notes.append(
             f"config.json declares {config.num_nextn_predict_layers} MTP layer(s) that the files lack; "
-            "the model runs without (transformers drops them when it saves)"
+            "the model runs without them (transformers drops them on saving)"
         )
         result.config = config = dataclasses.replace(config, num_nextn_predict_layers=0)
         wanted = shapes(config)
@@ -120,7 +120,7 @@ def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:
             if problem:
                 result.wrong[name] = problem
         elif name.endswith(SCALE) and name.removesuffix(SCALE) in shards.specs:
-            result.skipped[name] = "factors of an FP8 tensor, used with it"
+            result.skipped[name] = "factors of an FP8 tensor, read with it"
         elif name in copies:
             result.skipped[name] = f"a copy of {copies[name]}"
         elif name.endswith("rotary_emb.inv_freq"):
@@ -132,15 +132,15 @@ def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:
 
 
 def _layer(name: str) -> int:
-    """The layer number in a Hugging Face name; -1 for what belongs to none."""
+    """Returns the layer number in a Hugging Face name; -1 if the tensor belongs to no layer."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
 
 
 def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantized: bool) -> str:
-    """What is wrong with a tensor's shape, dtype or factors; empty when nothing is."""
+    """Returns what is wrong with a tensor's shape, dtype or factors; an empty string if nothing is."""
     spec = shards.specs[name]
     if spec.shape != shape:
-        return f"shape {list(spec.shape)} where config.json calls for {list(shape)}"
+        return f"shape {list(spec.shape)}, but config.json requires {list(shape)}"
     dtype = element_type(spec.dtype)
     if dtype is None or spec.dtype == E8M0 or dtype.is_floating_point == name.endswith(v4_names.TABLE):
         return f"dtype {spec.dtype}, which no weight of these families has"
@@ -156,7 +156,7 @@ def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantized: bool
 
 
 def differing_copies(weights: Weights, result: Audit) -> Iterator[tuple[str, str]]:
-    """Tensors that were skipped as copies and are not, with what they should repeat."""
+    """Yields tensors that were skipped as copies but differ from their originals, with the originals' names."""
     originals = names.copies(result.config)
     for name, original in originals.items():
         if name not in result.skipped or original not in weights.specs or original in result.wrong:
@@ -166,13 +166,13 @@ def differing_copies(weights: Weights, result: Audit) -> Iterator[tuple[str, str
 
 
 def differs(weights: Weights, name: str, original: str) -> bool:
-    """Whether a copy's values are not those of its original."""
+    """Whether a copy's values differ from its original's."""
     one, other = weights.read(name), weights.read(original)
     return one.shape != other.shape or not torch.equal(one, other.to(one.dtype))
 
 
 def is_fp8(raw: dict[str, Any]) -> bool:
-    """Whether the weights are in DeepSeek's FP8 format; UserError for a quantization that is not read."""
+    """Whether the weights are in DeepSeek's FP8 format; UserError for an unsupported quantization."""
     q = raw.get("quantization_config")
     if q is None:
         return False

@@ -1,8 +1,8 @@
-"""Checkpoints that many ranks write together (torch's DCP) and any other number of ranks can read.
+"""Distributed checkpoints: many ranks write one together through torch's DCP, and any number of ranks can read it.
 
-Each rank writes one safetensors file with its shares and where they lie in the whole; nothing is pickled. A checkpoint
-is a folder step-<n> that gets its name when it is whole: until then it is called step-<n>.part, and `manifest.json`, with
-the digest of every file and of itself, is written last. All ranks must see the same file system.
+Each rank writes one safetensors file with its shares and their offsets in the whole tensors; nothing is pickled. A
+checkpoint is a folder step-<n>. While it is written it is called step-<n>.part; `manifest.json`, with the digests of
+all files and of itself, is written last, and then the folder is renamed. All ranks must share a file system.
 """
 
 import hashlib
@@ -35,30 +35,30 @@ Result = TypeVar("Result")
 
 
 class Steps:
-    """The checkpoints of one run; every method is for all ranks at once, and takes what each of them holds.
+    """A stage's checkpoints. Every method is collective: all ranks call it, each with its own tensors.
 
-    Tensors are DTensors, or plain where all ranks that name them hold the same.
+    Tensors are DTensors, or plain tensors that are equal on all ranks that pass them.
     """
 
     def __init__(self, folder: Path, keep: int = KEEP, say: Callable[[str], None] = lambda _: None) -> None:
-        """say: where a damaged checkpoint is reported that another stands in for."""
+        """say: receives a message when a damaged checkpoint is passed over."""
         self.folder, self.keep, self.say = folder, keep, say
-        # its own group: a checkpoint is written while the ranks exchange other tensors
+        # a separate group, because ranks exchange other tensors while a checkpoint is written
         self.group = dist.new_group(backend="gloo")
         self.pending: tuple[int, dict[str, Any], Future[Any]] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Write a checkpoint; whole on the disk when this returns."""
+        """Writes a checkpoint, which is complete on disk when this returns."""
         self.begin(step, tensors, meta)
         self.finish()
 
     def begin(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Start writing: tensors are copied before this returns, and may change afterwards. `finish` makes it whole."""
+        """Starts writing a checkpoint and returns once the tensors are copied; `finish` completes it."""
         self.finish()
         part = _part(self.folder, step)
 
         def clear() -> None:
-            for old in self.folder.glob("step-*.part"):  # of a run that was killed
+            for old in self.folder.glob("step-*.part"):  # left by a run that was killed
                 shutil.rmtree(old, ignore_errors=True)
             part.mkdir(parents=True)
 
@@ -66,11 +66,11 @@ class Steps:
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
         apart = {name: _apart(t.detach()) for name, t in tensors.items()}
         written = state_dict_saver.async_save(apart, storage_writer=writer, process_group=self.group)
-        assert isinstance(written, Future), "DCP answers with a future unless it has to stage apart"
+        assert isinstance(written, Future), "DCP returns a Future unless staging is asynchronous too"
         self.pending = step, meta, written
 
     def finish(self) -> None:
-        """Wait for what `begin` started, if anything, and give it its name; all but the newest `keep` are dropped."""
+        """Completes the checkpoint that `begin` started, if any, and deletes all but the newest `keep`."""
         if self.pending is None:
             return
         step, meta, written = self.pending
@@ -85,7 +85,7 @@ class Steps:
             raise _disk_error(error, part) from None
 
     def _complete(self, part: Path, meta: dict[str, Any]) -> None:
-        """Write the manifest of a checkpoint whose tensors are on the disk, and give it its name."""
+        """Writes the manifest of a checkpoint whose tensors are on disk, and renames its folder."""
         digests = self._digests(part, sorted(path.name for path in part.glob("*.safetensors")))
 
         def name() -> None:
@@ -100,10 +100,10 @@ class Steps:
         on_first(name, self.group)
 
     def load_newest(self, *tensors: dict[str, Tensor]) -> tuple[int, dict[str, Any]] | None:
-        """Read the newest whole checkpoint into tensors, in place; its step and meta, or None where there is none.
+        """Reads the newest intact checkpoint into tensors, in place; returns its step and meta, None if there is none.
 
-        Several sets of tensors may name the same. A damaged checkpoint is reported and passed over; UserError when all
-        are damaged, or when it is of another model.
+        The sets of tensors may overlap in names. A damaged checkpoint is reported and passed over; UserError when all
+        are damaged, or when shapes differ from the model's.
         """
         there = on_first(lambda: _found(self.folder), self.group)
         first = ""
@@ -114,25 +114,25 @@ class Steps:
                 return int(path.name.removeprefix("step-")), metas[0]
             first = first or trouble
             if path != there[-1]:
-                self.say(f"{path}: {trouble}; the checkpoint before it is used")
+                self.say(f"{path}: {trouble}; falling back to the previous checkpoint")
         if there:
             raise UserError("checkpoint", str(there[0]), first, "Delete it to start the stage again.")
         return None
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Read some or all tensors of a checkpoint, in place, however they were shared when it was written."""
+        """Reads some or all tensors of a checkpoint, in place, whatever layout wrote it; returns its meta."""
         reader = HuggingFaceStorageReader(str(path))
         known = _tensors(reader)
         for name, tensor in tensors.items():
             size = known[name].size if name in known else None
             if size != tensor.shape:
                 problem = f"{name} is {'missing' if size is None else tuple(size)}, not {tuple(tensor.shape)}"
-                raise UserError("checkpoint", str(path), problem, "Continue it with the model that it is of.")
+                raise UserError("checkpoint", str(path), problem, "Continue with the model that wrote it.")
         state_dict_loader.load(dict(tensors), storage_reader=reader, process_group=self.group)
         return dict(read_json(path / MANIFEST)["meta"])
 
     def _trouble(self, path: Path) -> str:
-        """What is wrong with a checkpoint, the same on every rank; empty where nothing is."""
+        """Returns what is wrong with a checkpoint, the same on every rank; an empty string if nothing is."""
         declared = on_first(lambda: _declared(path), self.group)
         if declared is None:
             return f"its {MANIFEST} is missing or damaged"
@@ -142,7 +142,7 @@ class Steps:
         return "its files do not match their digests"
 
     def _digests(self, folder: Path, names: list[str]) -> dict[str, str]:
-        """SHA-256 of each file, the work shared among ranks."""
+        """Returns the SHA-256 of each file; ranks share the work."""
         rank, size = dist.get_rank(), dist.get_world_size()
         mine = {name: sha256(folder / name) for name in names[rank::size]}
         all_of_them: list[dict[str, str]] = [{} for _ in range(size)]
@@ -151,7 +151,7 @@ class Steps:
 
 
 def on_first(work: Callable[[], Result], group: dist.ProcessGroup) -> Result:
-    """Do something on rank 0 while the others wait; its result, or its UserError or OSError, on all of them."""
+    """Runs work on rank 0 while the others wait; all ranks return its result or raise its UserError or OSError."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -166,14 +166,14 @@ def on_first(work: Callable[[], Result], group: dist.ProcessGroup) -> Result:
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint of a run and its meta, verified by one process. UserError where all are damaged."""
+    """Returns the newest intact checkpoint and its meta, verified by this process; UserError if all are damaged."""
     found = _found(folder)
     for path in found:
         declared = _declared(path)
         if declared is not None and all(_is_intact(path / name, digest) for name, digest in declared.items()):
             return path, dict(read_json(path / MANIFEST)["meta"])
         if path != found[-1]:
-            say(f"{path}: its files do not match their digests; the checkpoint before it is used")
+            say(f"{path}: its files do not match their digests; falling back to the previous checkpoint")
     problem = "its files do not match their digests"
     raise UserError("checkpoint", str(found[0]), problem, "Delete it to start the stage again.")
 
@@ -183,16 +183,16 @@ def _is_intact(file: Path, digest: str) -> bool:
 
 
 def whole_model(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The model of a checkpoint as one rank has it, ready for Transformer.load_state_dict; needs no process group.
+    """Returns a checkpoint's model as a whole state dict for Transformer.load_state_dict; needs no process group.
 
-    Only the model is read. Whoever writes a checkpoint puts "model." before its names.
+    Reads only the tensors whose names begin with "model.".
     """
     model = {name.removeprefix("model."): tensor for name, tensor in read_whole(path, "model.").items()}
     return model | {"head.weight": model["embed"]} if config.tie_word_embeddings else model
 
 
 def read_whole(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose names begin so, as one rank has them; needs no process group."""
+    """Returns the whole tensors of a checkpoint whose names begin with `prefix`; needs no process group."""
     reader = HuggingFaceStorageReader(str(path))
     tensors = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
@@ -200,14 +200,14 @@ def read_whole(path: Path, prefix: str = "") -> dict[str, Tensor]:
         if name.startswith(prefix)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended
         state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
-    # DCP's safetensors have no tensors without a dimension
+    # DCP's safetensors files store scalars with shape (1,)
     return {n: t.view(()) if n.startswith("adam.") and n.endswith(".step") else t for n, t in tensors.items()}
 
 
 def _apart(tensor: Tensor) -> Tensor:
-    """A tensor that begins its memory and fills it in order: DCP can copy no others."""
+    """Copies a tensor unless it is contiguous from the start of its storage, because DCP cannot copy others."""
     mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if mine.storage_offset() == 0 and mine.is_contiguous():
         return tensor
@@ -219,7 +219,7 @@ def _apart(tensor: Tensor) -> Tensor:
 
 
 def _tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
-    """What a checkpoint holds, by name."""
+    """Returns the metadata of a checkpoint's tensors, by name."""
     about = reader.read_metadata().state_dict_metadata.items()
     return {name: entry for name, entry in about if isinstance(entry, TensorStorageMetadata)}
 
@@ -229,18 +229,18 @@ def _part(folder: Path, step: int) -> Path:
 
 
 def _found(folder: Path) -> list[Path]:
-    """Checkpoints that were whole when they got their names, newest first."""
+    """Returns the completed checkpoints of a folder, newest first."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir() and not p.suffix), reverse=True)
 
 
 def _declared(path: Path) -> dict[str, str] | None:
-    """The digests of a checkpoint's files by its manifest; None where that is damaged."""
+    """Returns the digests of a checkpoint's files from its manifest; None if the manifest is missing or damaged."""
     try:
         found = read_object(path / MANIFEST)
     except (UserError, OSError):
         return None
     meta, digests = found.get("meta"), found.get("sha256")
-    older = set(found) == {"meta", "sha256"}  # manifests had no digest of their own at first
+    older = set(found) == {"meta", "sha256"}  # early manifests do not contain their own digest
     if not isinstance(meta, dict) or not isinstance(digests, dict):
         return None
     return digests if older or found.get("digest") == _own_digest(meta, digests) else None
@@ -251,7 +251,7 @@ def _own_digest(meta: dict[str, Any], digests: dict[str, str]) -> str:
 
 
 def _disk_error(error: BaseException, path: Path) -> BaseException:
-    """The OSError behind a failure of DCP, which every rank gets, with the path; any other error as it is."""
+    """Returns the OSError behind a DCP failure, with the path, on every rank; any other error unchanged."""
     if not isinstance(error, CheckpointException):
         return error
     for rank, (cause, _) in sorted(error.failures.items()):
@@ -262,7 +262,7 @@ def _disk_error(error: BaseException, path: Path) -> BaseException:
 
 
 def _sync(folder: Path) -> None:
-    """Make renames in a folder last."""
+    """Syncs renames in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

@@ -1,4 +1,4 @@
-"""A Transformer out to a Hugging Face folder: what transformers, vLLM and SGLang load, in fp32, bf16 or DeepSeek's FP8."""
+"""Exports a Transformer as a Hugging Face folder for transformers, vLLM and SGLang, in fp32, bf16 or DeepSeek's FP8."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from finback.model.transformer import Transformer
 
 Format = Literal["bf16", "fp32", "fp8"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-# transformers ignores the MTP layers of the released models by their numbers, and calls any other unexpected
+# transformers ignores the MTP layers of released models, by layer number, and calls all others unexpected
 RELEASED_MTP_LAYERS = {
     "deepseek_v3": (61,),
     "deepseek_v32": (61,),
@@ -37,8 +37,8 @@ RELEASED_MTP_LAYERS = {
     "glm4_moe_lite": (47,),
     "glm_moe_dsa": (78,),
 }
-V4_SCALE = "scale"  # in V4's files in the place of "weight"
-SHARD_BYTES = 5_000_000_000  # of a file at most
+V4_SCALE = "scale"  # the ending of factors' names in V4's files, in place of "weight"
+SHARD_BYTES = 5_000_000_000  # the largest size of a file
 
 
 def export(
@@ -49,10 +49,10 @@ def export(
     settings: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
-    """Write weights and config.json; `extras` adds tokenizer, card and the like. The folder appears when complete.
+    """Writes weights and config.json and returns the paths of all files. The folder appears when it is complete.
 
-    `settings` go into config.json beside what follows from the model. Returns the files. UserError when the folder
-    exists with something in it or the disk is too small.
+    `extras` adds files such as tokenizer and model card; `settings` are added to config.json. UserError when the folder
+    exists and is not empty, or the disk is too small.
     """
     folder = check_target(folder)
     unfinished = begin(folder, model.config, fmt)
@@ -68,7 +68,7 @@ def export(
 
 
 def config_json(config: ModelConfig, fmt: Format, settings: dict[str, Any] | None) -> dict[str, Any]:
-    """What config.json holds."""
+    """Returns the contents of config.json."""
     raw = raw_config(config, "float32" if fmt == "fp32" else "bfloat16") | (settings or {})
     if fmt == "fp8":
         raw["quantization_config"] = {
@@ -83,9 +83,9 @@ def config_json(config: ModelConfig, fmt: Format, settings: dict[str, Any] | Non
 
 
 def begin(folder: Path, config: ModelConfig, fmt: Format) -> Path:
-    """A new folder beside the one that is to be; UserError when the disk is too small."""
+    """Creates a temporary folder next to the target; UserError if the disk is too small or fp8 is impossible."""
     if fmt == "fp8" and fused(config):
-        raise UserError("format", fmt, "this family joins matrices that have factors of their own", "Use bf16.")
+        raise UserError("format", fmt, "this family fuses matrices whose FP8 factors are separate", "Use bf16.")
     if fmt == "fp8" and config.attention == "compressed":
         for name in ("hidden_size", "moe_intermediate_size"):
             if (width := getattr(config, name)) % formats.MXFP4_BLOCK:
@@ -102,35 +102,35 @@ def begin(folder: Path, config: ModelConfig, fmt: Format) -> Path:
 
 
 def complete(unfinished: Path, folder: Path, raw: dict[str, Any], extras: Callable[[Path], None] | None) -> None:
-    """Add what belongs beside the weights, and give the folder its name."""
+    """Adds config.json and the extras, and renames the folder to its target."""
     (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     if extras:
         extras(unfinished)
-    unfinished.chmod(0o755)  # mkdtemp's own is for its owner alone
+    unfinished.chmod(0o755)  # mkdtemp creates a folder that only its owner can read
     if folder.exists():
         folder.rmdir()
     unfinished.rename(folder)
 
 
 def check_target(folder: Path) -> Path:
-    """The absolute form of a folder that an export may create; UserError when it may not."""
+    """Returns the absolute path of an export's target; UserError unless it is a new or empty folder."""
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("folder", str(folder), "exists and is not empty", "Name a new folder.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError("folder", str(folder), "lies within something that is no folder", "Name another.") from None
+        raise UserError("folder", str(folder), "a parent of this path is a file", "Name another folder.") from None
     return folder
 
 
 def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and tensors, one at a time, FP8 factors before their tensors and MTP's copies at the end."""
+    """Yields Hugging Face names and tensors one at a time: FP8 factors before their tensors, MTP's copies last."""
     yield from fuse(_apart(model, fmt), model.config)
 
 
 def _apart(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
-    """The same by the table of names."""
+    """As `tensors`, before fusing: under the name table's names."""
     config, state = model.config, model.state_dict()
     for ours, theirs in names.table(config).items():
         factors = state.get(scale_name(ours))
@@ -140,23 +140,23 @@ def _apart(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
                 yield from cast(name, piece, fmt)
                 continue
             scale = part(factors, index, len(theirs))
-            if fmt == "fp8":  # kept in FP8: the same values go out again
+            if fmt == "fp8":  # the model holds FP8: the stored values are written unchanged
                 yield factors_name(name), scale.to(_factors_dtype(name)).contiguous()
                 yield name, piece.contiguous()
             else:
                 yield name, fp8.dequantize(piece, scale, _DTYPES[fmt])
     for copy, original in copies(config).items():
         tensor = state["embed" if original == "model.embed_tokens.weight" else "head.weight"]
-        yield from cast(copy, tensor.clone(), fmt)  # safetensors refuses two names for one memory
+        yield from cast(copy, tensor.clone(), fmt)  # safetensors refuses tensors that share memory
 
 
 def copies(config: ModelConfig) -> dict[str, str]:
-    """The copies that go into a file: MTP's, which other engines read; a tied head does not."""
+    """Returns the duplicate tensors to write: MTP's, which other engines read, but not a tied head."""
     return {copy: original for copy, original in names.copies(config).items() if copy != "lm_head.weight"}
 
 
 def cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]]:
-    """What is stored of a tensor, as `stored_as` announces it."""
+    """Yields the stored tensors of one tensor, as `stored_as` announces them: itself, and its factors if quantized."""
     if (kept := _own_dtype(name)) is not None:
         yield name, tensor.to(kept).contiguous()
     elif fmt == "fp8" and v4_names.is_fp4(name):
@@ -172,14 +172,14 @@ def cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]]
 
 
 def _own_dtype(name: str) -> torch.dtype | None:
-    """The dtype that a tensor has in files of any format; None for most."""
+    """Returns the dtype of a tensor that has the same dtype in every format; None for most tensors."""
     if name.endswith(v4_names.TABLE):
         return torch.int64
     return torch.float32 if name.endswith((*names.BIASES, *v4_names.PRECISE)) else None
 
 
 def is_quantized(name: str) -> bool:
-    """Whether DeepSeek keeps this tensor in FP8: projections, not norms, router, embeddings, head, eh_proj or weights of heads."""
+    """Whether DeepSeek stores this tensor in FP8: projections, but not head, eh_proj or the indexer's weights_proj."""
     if v4_names.is_fp8(name):
         return True
     is_plain = name.endswith(("eh_proj.weight", "weights_proj.weight"))
@@ -188,7 +188,7 @@ def is_quantized(name: str) -> bool:
 
 
 def factors_name(name: str) -> str:
-    """That of the factors of a tensor that is quantized; V4's files have another word for them."""
+    """Returns the name of a quantized tensor's factors; V4's files name them differently."""
     if v4_names.is_fp8(name) or v4_names.is_fp4(name):
         return name.removesuffix("weight") + V4_SCALE
     return name + SCALE
@@ -199,14 +199,14 @@ def _factors_dtype(name: str) -> torch.dtype:
 
 
 def _owner(name: str) -> str:
-    """The tensor that a file's tensor belongs to: itself, or that which it has factors of."""
+    """Returns the weight that a stored tensor belongs to: itself, or the weight whose factors it holds."""
     if name.endswith(f".{V4_SCALE}"):
         return name.removesuffix(V4_SCALE) + "weight"
     return name.removesuffix(SCALE)
 
 
 def stored_as(name: str, shape: tuple[int, ...], fmt: Format) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtypes and shapes that a file has of a tensor: its own, and in FP8 those of its factors."""
+    """Returns dtype and shape of a tensor in a file, and of its factors if it is quantized."""
     if (kept := _own_dtype(name)) is not None:
         return {name: (kept, shape)}
     if fmt == "fp8" and v4_names.is_fp4(name):
@@ -219,7 +219,7 @@ def stored_as(name: str, shape: tuple[int, ...], fmt: Format) -> dict[str, tuple
 
 
 def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
-    """Bytes of each tensor of an export, in the order of `tensors`."""
+    """Yields the bytes of each tensor of an export, in the order of `tensors`."""
     found = fused_shapes(shapes(config), config)
     found |= {copy: found[original] for copy, original in copies(config).items()}
     for name, shape in found.items():
@@ -227,19 +227,19 @@ def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
 
 
 def size(name: str, shape: tuple[int, ...], fmt: Format) -> int:
-    """Bytes of a tensor in a file, factors included."""
+    """Returns the bytes of a tensor in a file, factors included."""
     return sum(math.prod(s) * dtype.itemsize for dtype, s in stored_as(name, shape, fmt).values())
 
 
 def lies_beside(config: ModelConfig) -> tuple[str, ...]:
-    """How the names begin of what transformers would call unexpected: MTP layers, whose files no index names."""
+    """Returns the name prefixes of MTP layers that transformers calls unexpected; their files are not in the index."""
     layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
     known = RELEASED_MTP_LAYERS.get(family_of(config), ()) if layers else ()
     return tuple(f"model.layers.{layer}." for layer in layers if layer not in known)
 
 
 def _plan(config: ModelConfig, fmt: Format, shard_bytes: int) -> dict[str, str]:
-    """Which file each tensor goes into: one, or numbered shards; MTP layers beside them unless transformers lets them be."""
+    """Assigns each tensor to a file: one or numbered shards, and a separate one for the MTP layers of `lies_beside`."""
     apart = lies_beside(config)
     groups: list[list[str]] = [[]]
     beside, filled = [], 0
@@ -259,7 +259,7 @@ def _plan(config: ModelConfig, fmt: Format, shard_bytes: int) -> dict[str, str]:
 
 
 def _write_weights(model: Transformer, folder: Path, fmt: Format, shard_bytes: int) -> None:
-    """Write each file of the plan as soon as its tensors are there, and an index when there are shards."""
+    """Writes each file of the plan as soon as its tensors are complete, and an index if there are several."""
     plan = _plan(model.config, fmt, shard_bytes)
     left = Counter(plan.values())
     pending: dict[str, dict[str, Tensor]] = {file: {} for file in left}
@@ -277,7 +277,7 @@ def _write_weights(model: Transformer, folder: Path, fmt: Format, shard_bytes: i
 
 
 def write_index(folder: Path, weight_map: dict[str, str], **about: Any) -> None:
-    """Which file has which tensor."""
+    """Writes the index, which maps each tensor to its file."""
     total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
     index = {"metadata": {"total_size": total, **about}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

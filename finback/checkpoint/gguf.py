@@ -35,14 +35,14 @@ def open_gguf(path: Path) -> Any:
         raise UserError("model", str(path), "no such file", "Name a .gguf file.")
     try:
         if is_pointer(path):
-            problem = "git's pointer to the file, not the file"
+            problem = "a Git LFS pointer, not the file itself"
             raise UserError("model", str(path), problem, "Run `git lfs pull` in its folder.")
         return gguf.GGUFReader(path)
     except UserError:
         raise
     except PermissionError as error:
         problem = f"cannot be read ({error.strerror})"
-        raise UserError("model", str(path), problem, "Give yourself the right to read it.") from None
+        raise UserError("model", str(path), problem, "Check the file's permissions.") from None
     except Exception as error:  # the library raises whatever numpy raises on a short file
         raise UserError("model", str(path), f"not a whole GGUF file ({error})", "Download it again.") from None
 

@@ -1,6 +1,6 @@
-"""Hugging Face `config.json` to ModelConfig and back, for the families finback runs. Does not import torch.
+"""Hugging Face `config.json` to ModelConfig and back, for the supported families. Does not import torch.
 
-What finback would have to guess or could not run is refused with the field's name.
+A field that finback would have to guess or cannot run is refused by name.
 """
 
 import json
@@ -17,7 +17,7 @@ from finback.checkpoint.hf_v4 import raw_v4
 from finback.config import UserError, did_you_mean
 from finback.model.config import ModelConfig
 
-# fields that are called alike in a config.json and in ModelConfig
+# fields with the same name in config.json and ModelConfig
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 COMMON = (*SIZES, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range")
 GATE = (*GROUPS, "scoring_func", "norm_topk_prob", "routed_scaling_factor")
@@ -26,7 +26,7 @@ PARTLY_ROTATED = ("glm4_moe", "phi3")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The raw config.json of a folder."""
+    """Reads the raw config.json of a folder."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError("model", str(folder), "has no config.json", "Name the folder that holds config.json.") from None
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-        raise UserError("config.json", str(path), problem, "Give yourself the right to read it.") from None
+        raise UserError("config.json", str(path), problem, "Check the file's permissions.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError("config.json", str(path), f"not JSON ({error})", "Download the file again.") from None
     if not isinstance(raw, dict):
@@ -43,12 +43,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_config(raw: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig that a raw config.json describes; UserError for what finback does not run."""
+    """Returns the ModelConfig that a raw config.json describes; UserError for what finback does not run."""
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise _unknown(raw, name)
     family = FAMILIES[name]
-    if name == "deepseek_v4":  # which has no dense layers
+    if name == "deepseek_v4":  # it has no dense layers, and no intermediate_size
         raw = {"intermediate_size": raw.get("moe_intermediate_size", family.defaults["moe_intermediate_size"])} | raw
     fields = Fields(raw, family.defaults)
     if name != "gemma3_text":
@@ -68,17 +68,17 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _unknown(raw: dict[str, Any], name: Any) -> UserError:
-    """The error of a family that finback does not run, with the reason where it is known."""
+    """Returns the error for a family that finback does not run, with the reason where it is known."""
     reason = REFUSED.get(name) if isinstance(name, str) else None
     if reason is not None:
         return UserError("config.json model_type", name, f"not run: {reason}", f"finback runs {', '.join(FAMILIES)}.")
     own_code = " and brings its own code, which finback never runs" if "auto_map" in raw else ""
-    problem = f"not a family that finback knows{own_code}"
+    problem = f"not a supported family{own_code}"
     return UserError("config.json model_type", name, problem, did_you_mean(str(name), FAMILIES))
 
 
 def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of a model, in the releases' spelling; `model_config` reads it back to the same ModelConfig."""
+    """Returns a model's config.json in the releases' spelling; `model_config` reads it back to the same ModelConfig."""
     family = family_of(config)
     raw: dict[str, Any] = {
         "architectures": [FAMILIES[family].architecture],
@@ -112,7 +112,7 @@ def _raw_latent(config: ModelConfig, family: str) -> dict[str, Any]:
         layers = range(config.num_hidden_layers)
         raw["mlp_layer_types"] = ["sparse" if config.is_moe(layer) else "dense" for layer in layers]
     if not config.n_routed_experts:
-        # the format has no dense models: every layer is among the dense first ones
+        # the format has no dense models: all layers count as first dense layers
         every = config.num_hidden_layers + config.num_nextn_predict_layers
         raw |= {"first_k_dense_replace": every, "n_routed_experts": 1, "num_experts_per_tok": 1}
         raw |= {"moe_intermediate_size": config.intermediate_size, "n_shared_experts": 1}
@@ -122,7 +122,7 @@ def _raw_latent(config: ModelConfig, family: str) -> dict[str, Any]:
 def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
     layers = range(config.num_hidden_layers)
     raw: dict[str, Any] = {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
-    if family in ("smollm3", "olmo2", "olmo3"):  # whose classes have ids of their own vocabularies as defaults
+    if family in ("smollm3", "olmo2", "olmo3"):  # their config classes default to token ids of their own vocabularies
         raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if family not in ("qwen2", "mistral"):
         raw["attention_bias"] = config.attention_bias != "none"
@@ -143,7 +143,7 @@ def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
     if family in ("gpt_oss", "gemma3_text"):
         kinds: list[str] = list(config.layer_types)
         raw["layer_types"] = kinds or [FULL if config.sliding_window is None else SLIDING] * len(layers)
-    if family == "gpt_oss" and config.rope_scaling is None:  # which its class would take for YaRN
+    if family == "gpt_oss" and config.rope_scaling is None:  # its config class would default to YaRN
         raw["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if family == "gemma3_text":
         asked = config.query_pre_attn_scalar
@@ -161,7 +161,7 @@ def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
 
 
 def _raw_experts(config: ModelConfig, family: str) -> dict[str, Any]:
-    """Numbers and sizes of experts behind grouped-query attention, as each family calls them."""
+    """Returns counts and sizes of experts in models with grouped-query attention, under the family's field names."""
     c, dense = config, [layer for layer in range(config.num_hidden_layers) if not config.is_moe(layer)]
     if family == "glm4_moe":
         names = (*MOE, *GATE, *LAYERS, "partial_rotary_factor")

@@ -1,4 +1,4 @@
-"""Which of transformers' families a model goes out as, or why as none. Does not import torch."""
+"""Chooses the transformers family that a model is exported as, or says why none fits. Does not import torch."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ from finback.model.rope_scaling import LongRope
 
 
 def family_of(config: ModelConfig) -> str:
-    """The model_type under which transformers knows such a model; UserError when it knows none."""
+    """Returns transformers' model_type for such a model; UserError when none fits."""
     if config.attention == "compressed":
         return check_v4(config)
     if config.attention_sinks or config.swiglu_alpha is not None:
         return _gpt_oss_family(config)
     for name, plain in (("hc_mult", 0), ("swiglu_limit", None), ("num_hash_layers", 0)):
         if getattr(config, name) != plain:
-            raise _no_family(config, name, "V4 alone has it, with compressed attention")
+            raise _no_family(config, name, "only V4 has it, with compressed attention")
     if config.n_routed_experts and config.scoring_func == "sqrtsoftplus":
-        raise _no_family(config, "scoring_func", "V4 alone has it, with compressed attention")
+        raise _no_family(config, "scoring_func", "only V4 has it, with compressed attention")
     if config.attention == "mla":
         return _latent_family(config)
     if config.norms == "both" or config.norm_offset or config.scale_embeddings or config.activation != "silu":
         return _gemma_family(config)
     if config.query_pre_attn_scalar is not None:
-        raise _no_family(config, "query_pre_attn_scalar", "Gemma alone has it")
+        raise _no_family(config, "query_pre_attn_scalar", "only Gemma has it")
     if config.n_routed_experts:
         return _experts_family(config)
     for name, is_plain in (
@@ -42,7 +42,7 @@ def family_of(config: ModelConfig) -> str:
         raise _no_family(config, "local_rope_theta", "no family has it with norms before attention")
     if config.nope_layers:
         if config.qk_norm or config.attention_bias == "qkv":
-            raise _no_family(config, "nope_layers", "no family has them with qk_norm or biases of queries alone")
+            raise _no_family(config, "nope_layers", "no family has them with qk_norm or attention_bias 'qkv'")
         return "smollm3"
     if config.qk_norm:
         if config.attention_bias == "qkv":
@@ -55,7 +55,7 @@ def family_of(config: ModelConfig) -> str:
     if config.sliding_window is None:
         return "llama"
     if config.layer_types or config.attention_bias != "none":
-        raise _no_family(config, "sliding_window", "no family has it in some layers, or with biases")
+        raise _no_family(config, "sliding_window", "no such family has it in some layers only, or with biases")
     return "mistral"
 
 
@@ -67,7 +67,7 @@ def _latent_family(config: ModelConfig) -> str:
     if softmax and not config.rope_interleaved:
         raise UserError("model.rope_interleaved", False, "DeepSeek-V2 is interleaved", "Use sigmoid affinities.")
     if config.norms != "pre":
-        raise _no_family(config, "norms", "DeepSeek's stand before attention")
+        raise _no_family(config, "norms", "DeepSeek's families normalise before attention and feed-forward")
     if config.index_topk:
         if softmax:
             raise UserError("model.scoring_func", "softmax", "models with an indexer use sigmoid", "Use it.")
@@ -82,7 +82,7 @@ def _latent_family(config: ModelConfig) -> str:
 
 
 def _experts_family(config: ModelConfig) -> str:
-    """Of experts with grouped-query attention."""
+    """The family of a model with experts and grouped-query attention."""
     if names.is_mixtral(config):
         return _mixtral_family(config)
     softmax = config.scoring_func == "softmax"
@@ -92,9 +92,9 @@ def _experts_family(config: ModelConfig) -> str:
         absent |= {"num_nextn_predict_layers": 0, "qk_norm": True, "layer_types": ()}
     else:
         absent |= {"sliding_window": None, "dense_layers": ()}
-    _demand(config, absent, "the family of such experts")
+    _demand(config, absent, "the family with such experts")
     if config.attention_bias == ("qkv" if softmax else "all"):
-        raise _no_family(config, "attention_bias", "the family of such experts has another")
+        raise _no_family(config, "attention_bias", "the family with such experts has other biases")
     return "qwen3_moe" if softmax else "glm4_moe"
 
 
@@ -102,7 +102,7 @@ def _mixtral_family(config: ModelConfig) -> str:
     plain: dict[str, Any] = {"n_shared_experts": 0, "n_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True}
     plain |= {"partial_rotary_factor": 1.0, "num_nextn_predict_layers": 0, "layer_types": (), "nope_layers": ()}
     plain |= {"first_k_dense_replace": 0, "dense_layers": (), "local_rope_theta": None, "attention_bias": "none"}
-    _demand(config, plain, "the family of such experts")
+    _demand(config, plain, "the family with such experts")
     return "mixtral"
 
 
@@ -112,10 +112,10 @@ def _gpt_oss_family(config: ModelConfig) -> str:
     wanted |= {"local_rope_theta": None, "first_k_dense_replace": 0, "dense_layers": (), "n_group": 1, "hc_mult": 0}
     wanted |= {"routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "num_hash_layers": 0}
     wanted |= {"query_pre_attn_scalar": None, "scale_embeddings": False}
-    _demand(config, wanted, "gpt-oss, whose other parts it has,")
+    _demand(config, wanted, "the closest family, gpt-oss,")
     if config.swiglu_alpha is None or config.attention_bias == "qkv":
         name = "swiglu_alpha" if config.swiglu_alpha is None else "attention_bias"
-        raise _no_family(config, name, "gpt-oss, whose sinks it has, has another")
+        raise _no_family(config, name, "the closest family, gpt-oss, has another value")
     return "gpt_oss"
 
 
@@ -123,7 +123,7 @@ def _gemma_family(config: ModelConfig) -> str:
     wanted: dict[str, Any] = {"norms": "both", "norm_offset": True, "scale_embeddings": True, "activation": "gelu_tanh"}
     wanted |= {"qk_norm": True, "qk_norm_over": "head", "partial_rotary_factor": 1.0, "nope_layers": ()}
     wanted |= {"n_routed_experts": 0, "num_nextn_predict_layers": 0}
-    _demand(config, wanted, "Gemma 3, whose other parts it has,")
+    _demand(config, wanted, "the closest family, Gemma 3,")
     if config.attention_bias == "qkv":
         raise _no_family(config, "attention_bias", "Gemma 3 has none or all")
     _demand_bases(config)
@@ -131,12 +131,12 @@ def _gemma_family(config: ModelConfig) -> str:
 
 
 def _long_family(config: ModelConfig) -> str:
-    """Of dense models with partial rotation or LongRoPE."""
+    """The family of a dense model with partial rotation or LongRoPE."""
     plain: dict[str, Any] = {"norms": "pre", "nope_layers": (), "local_rope_theta": None, "qk_norm": False}
     plain |= {"layer_types": (), "attention_bias": "none"}
-    _demand(config, plain, "Phi-3, whose rotation this is,")
+    _demand(config, plain, "the only family with this rotation, Phi-3,")
     if not isinstance(config.rope_scaling, LongRope | None):
-        raise _no_family(config, "rope_scaling", "Phi-3, whose partial rotation this is, has LongRoPE or none")
+        raise _no_family(config, "rope_scaling", "the only family with partial rotation, Phi-3, has LongRoPE or none")
     return "phi3"
 
 
@@ -152,13 +152,13 @@ def _post_norm_family(config: ModelConfig) -> str:
 
 
 def _demand_bases(config: ModelConfig) -> None:
-    """UserError where sliding layers are scaled as the full ones are, which no family has whose layers differ in their base."""
+    """Raises UserError where sliding layers are scaled as the full ones are: no such family scales sliding layers."""
     if config.rope_scaling is not None and config.sliding_window is not None and config.local_rope_theta is None:
-        raise _no_family(config, "local_rope_theta", "sliding layers are not scaled in a family of this shape")
+        raise _no_family(config, "local_rope_theta", "families of this shape do not scale sliding layers")
 
 
 def _demand(config: ModelConfig, wanted: dict[str, Any], who: str) -> None:
-    """UserError for the first field that is not what a family has."""
+    """Raises UserError for the first field whose value is not the family's."""
     for name, value in wanted.items():
         if getattr(config, name) != value:
             raise _no_family(config, name, f"{who} has {value!r}")

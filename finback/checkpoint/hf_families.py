@@ -1,6 +1,6 @@
-"""The families of open checkpoints by `model_type`: who reads their configs, and transformers' defaults. Does not import torch.
+"""The families of open checkpoints by `model_type`: config readers and transformers' defaults. Does not import torch.
 
-Defaults are those of transformers' classes, which count where a file says nothing.
+Defaults are those of transformers' config classes, for fields that a file omits.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from finback.checkpoint.hf_v4 import read_v4
 
 @dataclass(frozen=True)
 class Family:
-    """A `model_type`: transformers' class for it, what its config says beyond the common fields, and its defaults."""
+    """A `model_type`: transformers' model class, a reader of the fields beyond the common ones, and defaults."""
 
     architecture: str
     read: Callable[[Fields], Found]
     defaults: dict[str, Any] = field(default_factory=dict)
-    # its `read` looks for rotations itself, one for each kind of layers
+    # `read` reads the rotary settings itself, one set for each kind of layer
     reads_rope: bool = False
 
 
@@ -32,7 +32,7 @@ FAMILIES: dict[str, Family] = {
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", lambda f: sparse(f, interleaved=True)),
     "deepseek_v4": Family("DeepseekV4ForCausalLM", read_v4, V4_DEFAULTS, reads_rope=True),
     "kimi_k2": Family("DeepseekV3ForCausalLM", lambda f: latent(f, v3_gate, mtp=True)),
-    # GLM-4.7-Flash, of which the first layer is dense
+    # GLM-4.7-Flash, whose first layer is dense
     "glm4_moe_lite": Family(
         "Glm4MoeLiteForCausalLM",
         lambda f: latent(f, lambda g, found: listed_gate(g, found, [0]), mtp=True),
@@ -97,13 +97,13 @@ FAMILIES: dict[str, Family] = {
         reads_rope=True,
     ),
 }
-# families that people ask for, and what of them is missing here
+# families that users ask for, and why finback does not run them
 REFUSED = {
-    "qwen3_next": "three of its four layers are gated delta nets, which keep a state and no keys",
-    "qwen3_5": "three of its four layers are gated delta nets, which keep a state and no keys",
-    "qwen3_5_text": "three of its four layers are gated delta nets, which keep a state and no keys",
-    "qwen3_5_moe": "three of its four layers are gated delta nets, which keep a state and no keys",
-    "qwen2_moe": "its shared expert has a gate of its own",
-    "gemma3": "it also reads pictures; its text part alone, gemma3_text, is run",
-    "gemma2": "its attention caps scores, and its norms add 1 to their gains",
+    "qwen3_next": "three of four layers are gated delta nets, whose cache is a state instead of keys",
+    "qwen3_5": "three of four layers are gated delta nets, whose cache is a state instead of keys",
+    "qwen3_5_text": "three of four layers are gated delta nets, whose cache is a state instead of keys",
+    "qwen3_5_moe": "three of four layers are gated delta nets, whose cache is a state instead of keys",
+    "qwen2_moe": "its shared expert has its own gate",
+    "gemma3": "it also reads images; finback runs its text model alone, gemma3_text",
+    "gemma2": "it caps attention scores and logits (softcapping)",
 }

@@ -1,15 +1,15 @@
-"""A raw config.json whose values are checked as they are taken. Does not import torch."""
+"""Reads fields of a raw config.json and checks each value. Does not import torch."""
 
 import math
 from typing import Any, NoReturn
 
 from finback.config import UserError
 
-LARGEST = 1_000_000_000  # of any whole number in a config; beyond it is damage
+LARGEST = 1_000_000_000  # the largest whole number that a valid config holds
 
 
 class Fields:
-    """A raw config; `defaults` are what transformers' class for it takes where config.json says nothing."""
+    """A raw config; `defaults` are those of transformers' config class, for fields that config.json omits."""
 
     def __init__(self, raw: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
         self.raw, self.defaults = raw, defaults or {}
@@ -46,16 +46,16 @@ class Fields:
         return value
 
     def words(self, name: str, known: tuple[str, ...]) -> list[str]:
-        """A list of known words; empty where there is none."""
+        """Returns a list of known words; an absent field is an empty list."""
         value = self._value(name, [])
         if not isinstance(value, list) or not all(word in known for word in value):
             self.refuse(name, f"not a list of {', '.join(known)}", "Use another checkpoint.")
         return value
 
     def demand(self, name: str, wanted: Any) -> None:
-        """Refuse any value but the one that finback implements, which need not be said."""
+        """Raises UserError for any value but the one that finback implements; the field may be absent."""
         if self._value(name, wanted) != wanted:
-            self.refuse(name, f"finback runs {wanted!r} only", "Use another checkpoint.")
+            self.refuse(name, f"finback supports {wanted!r} only", "Use another checkpoint.")
 
     def refuse(self, name: str, problem: str, remedy: str = "Correct config.json.") -> NoReturn:
         raise UserError(f"config.json {name}", self.raw.get(name), problem, remedy)

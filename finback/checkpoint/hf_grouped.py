@@ -1,4 +1,4 @@
-"""What configs of grouped-query attention say beyond the common fields: windows, norms, bases, experts. Does not import torch."""
+"""Config fields of families with grouped-query attention: windows, norms, bases, experts. Does not import torch."""
 
 from finback.checkpoint.hf_fields import Fields
 from finback.checkpoint.hf_latent import Found, first_run, mtp_depth, v3_gate
@@ -20,12 +20,12 @@ def grouped(fields: Fields) -> Found:
 
 
 def _windows(fields: Fields) -> Found:
-    """Qwen's: off unless use_sliding_window, then in the layers from max_window_layers on, or in those that are listed."""
+    """Reads Qwen's windows: with use_sliding_window, as layer_types lists, or from layer max_window_layers on."""
     kinds = fields.words("layer_types", (FULL, SLIDING))
     if not fields.flag("use_sliding_window", False) or fields.raw.get("sliding_window", 4096) is None:
         if SLIDING in kinds:
             fields.refuse(
-                "layer_types", "names sliding layers while use_sliding_window is off", "Set one of them right."
+                "layer_types", "names sliding layers while use_sliding_window is off", "Correct one of the two."
             )
         return {}
     layers = fields.integer("num_hidden_layers")
@@ -35,19 +35,17 @@ def _windows(fields: Fields) -> Found:
 
 
 def _slide(window: int, kinds: list[str]) -> Found:
-    """Windows of some layers, of all, or none."""
+    """Returns the window of some layers or of all; empty if no layer slides."""
     if SLIDING not in kinds:
         return {}
     return {"sliding_window": window, "layer_types": () if FULL not in kinds else tuple(kinds)}
 
 
 def window_of_all(fields: Fields, default: int | None) -> Found:
-    """A window of every layer; null means none, and a missing field what the class takes."""
+    """Reads a window that all layers share; null means none, an absent field the class's default."""
     window = fields.raw.get("sliding_window", default)
     if (SLIDING if window is None else FULL) in fields.words("layer_types", (FULL, SLIDING)):
-        fields.refuse(
-            "layer_types", "this family has one sliding_window for all layers, or none", "Use another checkpoint."
-        )
+        fields.refuse("layer_types", "this family has a window in all layers or in none", "Use another checkpoint.")
     return {} if window is None else {"sliding_window": fields.integer("sliding_window", default)}
 
 
@@ -60,7 +58,7 @@ def qwen3(fields: Fields) -> Found:
 
 
 def qwen3_moe(fields: Fields) -> Found:
-    """Softmax over all experts, then the best ones; a window is of every layer."""
+    """Softmax over all experts, then top-k; a window covers every layer."""
     found = grouped(fields) | {"qk_norm": True}
     if fields.flag("use_sliding_window", False):
         found |= window_of_all(fields, 4096)
@@ -83,7 +81,7 @@ def qwen3_moe(fields: Fields) -> Found:
 
 
 def smollm3(fields: Fields) -> Found:
-    """Some layers, every fourth by default, are not rotated; these alone may have windows."""
+    """Some layers, by default every fourth, have no rotary embedding; by default these are the sliding ones."""
     layers, step = fields.integer("num_hidden_layers"), max(1, fields.integer("no_rope_layer_interval", 4))
     rotated = fields.integers("no_rope_layers", [int((i + 1) % step != 0) for i in range(layers)])
     if len(rotated) < layers:
@@ -98,7 +96,7 @@ def smollm3(fields: Fields) -> Found:
 
 
 def glm4_moe(fields: Fields) -> Found:
-    """V3's gate on grouped-query attention of which half of each head is rotated."""
+    """V3's gate with grouped-query attention; half of each head is rotated by default."""
     found = grouped(fields) | {"qk_norm": fields.flag("use_qk_norm", False)}
     found["attention_bias"] = "qkv" if found["attention_bias"] == "all" else "none"
     found["num_nextn_predict_layers"] = mtp_depth(fields)
@@ -106,7 +104,7 @@ def glm4_moe(fields: Fields) -> Found:
 
 
 def phi3(fields: Fields) -> Found:
-    """Its files have queries, keys and values in one matrix, gate and up in another; see stored_names.py."""
+    """Its files fuse queries, keys and values into one matrix, gate and up into another; see stored_names.py."""
     fields.demand("attention_bias", False)
     if not isinstance(read_rope(fields)["rope_scaling"], LongRope | None):
         fields.refuse("rope_scaling", "phi3 has longrope or none")
@@ -118,17 +116,17 @@ def olmo2(fields: Fields) -> Found:
 
 
 def _two_rotations(fields: Fields, kinds: list[str], local_theta: float) -> Found:
-    """Bases of full and of sliding layers, and scaling, which is of the full ones alone."""
+    """Reads the bases of full and sliding layers, and the scaling, which applies to full layers only."""
     nested = fields.object("rope_parameters")
     full = Fields(nested).object(FULL) | fields.object("rope_scaling")
-    full |= {"truncate": nested.get("truncate", True)}  # which transformers looks for beside the kinds of layers alone
+    full |= {"truncate": nested.get("truncate", True)}  # transformers reads it from this level only
     local = Fields(nested).object(SLIDING)
     if (local.get("rope_type") or "default") != "default":
         fields.refuse("rope_parameters", "scales the sliding layers too", "Use another checkpoint.")
     rope = read_rope(fields, full | {"partial_rotary_factor": full.get("partial_rotary_factor") or 1.0})
     if rope["partial_rotary_factor"] != 1.0:
         fields.refuse(
-            "rope_parameters", "rotates parts of heads, which this family does not", "Use another checkpoint."
+            "rope_parameters", "rotates parts of heads, but this family rotates whole heads", "Use another checkpoint."
         )
     theta = Fields(local, fields.defaults | {"rope_theta": local_theta}).number("rope_theta")
     is_one = rope["rope_scaling"] is None and theta == rope["rope_theta"]
@@ -137,17 +135,17 @@ def _two_rotations(fields: Fields, kinds: list[str], local_theta: float) -> Foun
 
 
 def olmo3(fields: Fields) -> Found:
-    """OLMo 2 with three sliding layers to a full one."""
+    """OLMo 2 with three sliding layers for each full one."""
     layers = fields.integer("num_hidden_layers")
     kinds = fields.words("layer_types", (FULL, SLIDING)) or [SLIDING if (i + 1) % 4 else FULL for i in range(layers)]
     return olmo2(fields) | _two_rotations(fields, kinds, 500000.0)
 
 
 def gemma3(fields: Fields) -> Found:
-    """Norms before and behind, their gains stored less 1; GeGLU; five sliding layers to a full one, of two bases."""
+    """Norms before and after, gains stored minus 1; GeGLU; five sliding layers for each full one, with other bases."""
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if fields.raw.get(name) is not None:
-            fields.refuse(name, "finback caps no scores and no logits", "Use another checkpoint.")
+            fields.refuse(name, "finback does not support softcapping", "Use another checkpoint.")
     fields.demand("use_bidirectional_attention", False)
     fields.demand("hidden_activation", "gelu_pytorch_tanh")
     layers, step = fields.integer("num_hidden_layers"), max(1, fields.integer("sliding_window_pattern", 6))
@@ -162,7 +160,7 @@ def gemma3(fields: Fields) -> Found:
 
 
 def mixtral(fields: Fields) -> Found:
-    """Softmax over all experts, the best of which share 1."""
+    """Softmax over all experts, then top-k with weights normalised to sum to 1."""
     return (
         grouped(fields)
         | window_of_all(fields, None)
@@ -176,12 +174,12 @@ def mixtral(fields: Fields) -> Found:
     )
 
 
-# of gpt-oss, where a config says nothing of rotation
+# gpt-oss's default, for configs without rotary settings
 _OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
 
 def gpt_oss(fields: Fields) -> Found:
-    """Sinks, a window in every other layer, experts with biases whose gates are clamped; their matrices lie as stacked_experts.py says."""
+    """Sinks, a window in every other layer, biased experts with clamped SwiGLU; stacked_experts.py has their layout."""
     layers = fields.integer("num_hidden_layers")
     kinds = fields.words("layer_types", (FULL, SLIDING)) or [FULL if i % 2 else SLIDING for i in range(layers)]
     window = fields.raw.get("sliding_window", 128)

@@ -1,4 +1,4 @@
-"""What configs of latent attention say beyond the common fields, and of DeepSeek's gates. Does not import torch."""
+"""Config fields of latent attention (MLA) and of DeepSeek's gates. Does not import torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ Found = dict[str, Any]
 
 
 def latent(fields: Fields, is_moe: Callable[[Fields, Found], Found], mtp: bool, halves: bool = True) -> Found:
-    """DeepSeek's fields; is_moe reads those of the experts, unless all layers are dense. halves: heads may be rotated so."""
+    """Reads DeepSeek's fields; `is_moe` reads the experts' fields. halves: rope_interleave may be false."""
     if not halves:
         fields.demand("rope_interleave", True)
     fields.demand("attention_bias", False)
@@ -29,12 +29,12 @@ def latent(fields: Fields, is_moe: Callable[[Fields, Found], Found], mtp: bool, 
 
 
 def mtp_depth(fields: Fields) -> int:
-    """Layers of multi-token prediction, by either name."""
+    """Returns the number of multi-token prediction layers, under either of its names."""
     return fields.integer("num_nextn_predict_layers", fields.raw.get("num_mtp_layers") or 0)
 
 
 def _experts(fields: Fields, dense: int, found: Found) -> Found:
-    """The experts' numbers and sizes; nothing where every layer is among the `dense` first ones."""
+    """Reads the experts' counts and sizes; empty where the first `dense` layers are all layers."""
     every = fields.integer("num_hidden_layers") + found.get("num_nextn_predict_layers", 0)
     if not fields.raw.get("n_routed_experts") or dense >= every:
         return {}
@@ -43,7 +43,7 @@ def _experts(fields: Fields, dense: int, found: Found) -> Found:
 
 
 def v2_gate(fields: Fields, found: Found) -> Found:
-    """Softmax affinities, chosen greedily or within the best groups; weights are not normalised."""
+    """Reads V2's gate: softmax affinities, greedy or group-limited top-k, weights not normalised."""
     experts = _experts(fields, fields.integer("first_k_dense_replace"), found)
     if not experts:
         return {}
@@ -51,13 +51,13 @@ def v2_gate(fields: Fields, found: Found) -> Found:
     fields.demand("norm_topk_prob", False)
     method = fields.raw.get("topk_method", "greedy")
     if method not in ("greedy", "group_limited_greedy"):
-        fields.refuse("topk_method", "V2 has greedy and group_limited_greedy")
+        fields.refuse("topk_method", "V2 knows greedy and group_limited_greedy")
     groups = {"n_group": 1, "topk_group": 1} if method == "greedy" else {n: fields.integer(n) for n in GROUPS}
     return experts | {"scoring_func": "softmax", "norm_topk_prob": False} | groups
 
 
 def v3_gate(fields: Fields, found: Found, dense: int | None = None) -> Found:
-    """Sigmoid affinities with a selection bias."""
+    """Reads V3's gate: sigmoid affinities with a selection bias."""
     first = fields.integer("first_k_dense_replace") if dense is None else dense
     experts = _experts(fields, first, found)
     if not experts:
@@ -70,8 +70,8 @@ def v3_gate(fields: Fields, found: Found, dense: int | None = None) -> Found:
 
 
 def sparse(fields: Fields, interleaved: bool) -> Found:
-    """DSA's indexer, one for each layer, beside V3's fields."""
-    # GLM-5 may give several layers one indexer, by any of three fields
+    """Reads DSA's indexer, one for each layer, and V3's fields."""
+    # GLM-5 may share one indexer among several layers, by any of three fields
     for name, shared in (("indexer_types", "shared"), ("index_topk_pattern", "S")):
         if shared in (fields.raw.get(name) or ()):
             fields.refuse(name, "finback gives each layer an indexer of its own", "Use another checkpoint.")
@@ -82,13 +82,13 @@ def sparse(fields: Fields, interleaved: bool) -> Found:
 
 
 def listed_gate(fields: Fields, found: Found, dense: list[int]) -> Found:
-    """V3's gate, and a list of the layers that have experts; where there is none, those layers have not that are `dense`."""
+    """Reads V3's gate with a list of each layer's kind; without a list, the layers in `dense` have no experts."""
     kinds = fields.words("mlp_layer_types", ("dense", "sparse"))
     first, further = first_run([i for i, kind in enumerate(kinds) if kind == "dense"] if kinds else dense)
     return v3_gate(fields, found, first) | {"dense_layers": further}
 
 
 def first_run(dense: list[int]) -> tuple[int, tuple[int, ...]]:
-    """How many dense layers are at the bottom, and which are further up."""
+    """Returns how many of the first layers are dense, and the indices of the other dense layers."""
     first = next((i for i, layer in enumerate(sorted(dense)) if i != layer), len(dense))
     return first, tuple(sorted(dense)[first:])

@@ -1,7 +1,8 @@
-"""Rotary settings of a config.json, in and out: `rope_theta` and `rope_scaling`, or `rope_parameters`. Does not import torch.
+"""Rotary settings of config.json: `rope_theta` and `rope_scaling`, or `rope_parameters`. Does not import torch.
 
-Which wins is transformers 5's rule (RotaryEmbeddingConfigMixin): `rope_scaling` over `rope_parameters`, as a whole; within it
-`rope_theta` and `partial_rotary_factor` over the ones beside it; a window of pre-training that stands beside it over that within.
+Precedence follows transformers 5 (RotaryEmbeddingConfigMixin): `rope_scaling` replaces `rope_parameters` as a whole;
+its `rope_theta` and `partial_rotary_factor` override the top-level ones; but a top-level
+`original_max_position_embeddings` overrides its own.
 """
 
 import math
@@ -14,7 +15,7 @@ from finback.model.rope_scaling import KINDS, DynamicRope, LinearRope, Llama3Rop
 
 
 def read_rope(fields: Fields, given: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Base, scaling and rotated share, as ModelConfig has them; `given` is what the config says of one kind of layers."""
+    """Returns ModelConfig's base, scaling and partial_rotary_factor; `given` holds one kind of layer's settings."""
     raw = fields.raw
     if given is None:
         given = fields.object("rope_scaling") or fields.object("rope_parameters")
@@ -29,7 +30,7 @@ def read_rope(fields: Fields, given: dict[str, Any] | None = None) -> dict[str, 
 
 def _scaling(fields: Fields, given: dict[str, Any]) -> RopeScaling | None:
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind == "yarn" and "short_factor" in given:  # which Phi-3 called so once
+    if kind == "yarn" and "short_factor" in given:  # early Phi-3 configs call LongRoPE yarn
         kind = "longrope"
     window = (
         fields.raw.get("original_max_position_embeddings")
@@ -53,12 +54,12 @@ def _scaling(fields: Fields, given: dict[str, Any]) -> RopeScaling | None:
                 return _long(fields, given, int(window))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError("config.json rope_scaling", given, f"bad or missing {error}", "Correct it.") from None
-    problem = "not a scaling that finback knows"
-    raise UserError("config.json rope_scaling", given, problem, f"It knows {', '.join(KINDS)}.")
+    problem = "not a supported scaling"
+    raise UserError("config.json rope_scaling", given, problem, f"finback supports {', '.join(KINDS)}.")
 
 
 def _yarn(given: dict[str, Any], window: int) -> Yarn:
-    """mscale and mscale_all_dim count for cos and sin only when both are there (transformers' rule)."""
+    """mscale and mscale_all_dim scale cos and sin only if both are present (transformers' rule)."""
     both = given.get("mscale") and given.get("mscale_all_dim")
     factor = given.get("attention_factor")
     all_dim = float(given.get("mscale_all_dim") or 0.0)
@@ -77,7 +78,7 @@ def _yarn(given: dict[str, Any], window: int) -> Yarn:
 
 
 def _long(fields: Fields, given: dict[str, Any], window: int) -> LongRope:
-    """Its gain, unless it is given, is sqrt(1 + ln(s) / ln(original window)) for a window that is s times as long."""
+    """Without attention_factor the gain is sqrt(1 + ln(s) / ln(original window)), s = window / original window."""
     stretch = float(given.get("factor") or fields.integer("max_position_embeddings", 4096) / window)
     gain = given.get("attention_factor")
     if gain is None:
@@ -87,7 +88,7 @@ def _long(fields: Fields, given: dict[str, Any], window: int) -> LongRope:
 
 
 def raw_rope(scaling: RopeScaling) -> dict[str, Any]:
-    """`rope_scaling` of a config.json."""
+    """Returns config.json's `rope_scaling`."""
     raw: dict[str, Any] = asdict(scaling)
     kind = next(name for name, cls in KINDS.items() if type(scaling) is cls)
     if isinstance(scaling, LongRope):

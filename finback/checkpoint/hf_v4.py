@@ -1,6 +1,6 @@
 """DeepSeek-V4's config.json to ModelConfig and back, in the release's spelling or transformers'. Does not import torch.
 
-The release says `compress_ratios`, one for each layer and a 0 for the MTP module's; transformers makes lists of words of them.
+The release lists `compress_ratios`, one for each layer and a 0 for the MTP module; transformers lists `layer_types`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from finback.config import UserError
 from finback.model.config import CSA, HCA, SLIDING, ModelConfig
 from finback.model.rope_scaling import Yarn
 
-DEFAULTS = {  # of transformers' class, which are V4-Flash's
+DEFAULTS = {  # those of transformers' config class, which are V4-Flash's
     "head_dim": 512,
     "q_lora_rank": 1024,
     "n_routed_experts": 256,
@@ -38,7 +38,7 @@ EXPERTS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_i
 INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
 NUMBERS = ("routed_scaling_factor", "hc_eps", "swiglu_limit")
 RATES = {CSA: 4, HCA: 128}
-# what the other families have and V4 has not, as it must be for a config to be V4's
+# fields that vary in other families, with the values that V4 requires
 _V4 = {
     "scoring_func": "sqrtsoftplus",
     "norm_topk_prob": True,
@@ -51,11 +51,11 @@ _V4 = {
 
 
 def read_v4(fields: Fields) -> dict[str, Any]:
-    """What a V4 config says beyond the common fields."""
+    """Reads the fields of a V4 config beyond the common ones."""
     for name, wanted in (("attention_bias", False), ("scoring_func", "sqrtsoftplus"), ("norm_topk_prob", True)):
         fields.demand(name, wanted)
     fields.demand("num_key_value_heads", 1)
-    fields.demand("n_shared_experts", 1)  # transformers has one, whatever the file says
+    fields.demand("n_shared_experts", 1)  # transformers builds one, whatever the file says
     layers = fields.integer("num_hidden_layers")
     kinds, rates = _layers(fields, layers)
     found: dict[str, Any] = {name: fields.integer(name) for name in (*SIZES, *EXPERTS, *INDEXER)}
@@ -74,7 +74,7 @@ def read_v4(fields: Fields) -> dict[str, Any]:
 
 
 def _layers(fields: Fields, layers: int) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Each layer's kind, in V4-Pro's order where nothing is said; and how many tokens an entry of each kind stands for."""
+    """Returns each layer's kind, by default in V4-Pro's order, and how many tokens an entry of each kind compresses."""
     words = fields.words("layer_types", (SLIDING, CSA, HCA))
     if not words:
         ratios = {0: SLIDING} | {rate: kind for kind, rate in RATES.items()}
@@ -93,7 +93,7 @@ def _layers(fields: Fields, layers: int) -> tuple[tuple[str, ...], dict[str, int
 
 
 def _hashed(fields: Fields, layers: int) -> int:
-    """How many layers at the bottom go by the token's id."""
+    """Returns how many of the first layers route by hashed token ids."""
     words = fields.words("mlp_layer_types", ("hash_moe", "moe"))
     if not words:
         return min(layers, fields.integer("num_hash_layers"))
@@ -104,14 +104,14 @@ def _hashed(fields: Fields, layers: int) -> int:
 
 
 def _rotated(fields: Fields) -> int:
-    """How many dimensions of a head are rotated, said as a number or as a share."""
+    """Returns how many dimensions of a head are rotated, given as a number or as a fraction."""
     if fields.raw.get("qk_rope_head_dim") is not None:
         return fields.integer("qk_rope_head_dim")
     return int(fields.integer("head_dim") * fields.number("partial_rotary_factor", 64 / 512))
 
 
 def _rope(fields: Fields) -> dict[str, Any]:
-    """The base of sliding layers; base and YaRN of the others, whose cos and sin have no gain unless one is given."""
+    """Returns the sliding layers' base, and the others' base and YaRN, whose gain is 1 unless the config sets it."""
     given = fields.object("rope_parameters")
     nested = Fields(given if "compress" in given else {})
     flat = fields.object("rope_scaling") or ({} if nested.raw else given)
@@ -126,7 +126,7 @@ def _rope(fields: Fields) -> dict[str, Any]:
 
 
 def raw_v4(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a V4 config.json beyond the common ones, as the release spells them."""
+    """Returns the fields of a V4 config.json beyond the common ones, in the release's spelling."""
     c = config
     raw: dict[str, Any] = {name: getattr(c, name) for name in (*SIZES, *EXPERTS, *INDEXER, *NUMBERS)}
     raw |= {
@@ -157,13 +157,13 @@ def raw_v4(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_v4(config: ModelConfig) -> str:
-    """The model_type of compressed attention; UserError where the config is not V4's otherwise."""
+    """Returns the model_type of compressed attention; UserError where another field differs from V4's."""
     for name, wanted in _V4.items():
         if getattr(config, name) != wanted:
-            problem = f"V4, whose attention this is, has {wanted!r}"
+            problem = f"the only family with compressed attention, V4, has {wanted!r}"
             raise UserError(f"model.{name}", getattr(config, name), problem, "Export a model of another shape.")
     for name in ("n_routed_experts", "hc_mult", "swiglu_limit"):
         if not getattr(config, name):
-            problem = "V4, whose attention this is, has it in every layer"
+            problem = "the only family with compressed attention, V4, has it in every layer"
             raise UserError(f"model.{name}", getattr(config, name), problem, "Export a model of another shape.")
     return "deepseek_v4"

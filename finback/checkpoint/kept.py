@@ -1,4 +1,4 @@
-"""Matrices that stay in a model as their files have them: packed folders' and GGUF's, none of them widened on the way."""
+"""Keeps a model's matrices in their stored format, as packed folders and GGUF files have them, without dequantizing."""
 
 from collections.abc import Sequence
 
@@ -16,17 +16,17 @@ from finback.model.moe import MoE
 from finback.model.quantized import keep_embedding, matrix_names, store
 from finback.model.transformer import Transformer
 
-# a format, values and factors
+# format, values, factors
 Stored = tuple[Format, Tensor, Tensor]
 
 
 def keep(model: Transformer, shards: Weights) -> set[str]:
-    """Give modules their matrices as they are stored, where all parts of all their matrices can be joined; their names."""
+    """Gives modules their matrices as stored, where the parts of each can be joined; returns these matrices' names."""
     table, done = names.table(model.config), set[str]()
     for prefix, module in model.named_modules():
         if not isinstance(module, Linear | MoE):
             continue
-        # what attention absorbs is read by kernels of its own
+        # not experts in GGUF blocks, nor kv_up, which absorbed attention reads by kernels of its own
         if isinstance(shards, GGUF) and (isinstance(module, MoE) or prefix.endswith("kv_up")):
             continue
         matrices = {}
@@ -52,7 +52,7 @@ def keep(model: Transformer, shards: Weights) -> set[str]:
 
 
 def _joined(parts: Sequence[Stored]) -> Stored | None:
-    """Matrices over one another as one: in blocks whatever their kinds, in another format where it is that of all."""
+    """Stacks matrices row-wise into one: GGUF blocks of any kinds, other formats if all parts share one; else None."""
     values, factors = (torch.cat([part[i] for part in parts]) for i in (1, 2))  # type: ignore[misc]
     formats = [form for form, _, _ in parts]
     kept = [form for form in formats if isinstance(form, Blocks)]

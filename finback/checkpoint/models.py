@@ -1,6 +1,6 @@
-"""Models in files: a finished stage's folder, a Hugging Face folder or a GGUF file into a Transformer, and out again.
+"""Loads a Transformer from a finished stage's folder, a Hugging Face folder or a GGUF file, and saves it to a stage's.
 
-Tensors are read one by one: the model plus one shard is in memory.
+Hugging Face and GGUF tensors are read one at a time per thread, so that memory holds little more than the model.
 """
 
 import os
@@ -37,24 +37,24 @@ from finback.runs.reader import finished_stages
 
 NAME_A_MODEL = "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
 READERS = min(4, os.cpu_count() or 1)
-# fp8: FP8 matrices stay as they are, kept: those of packed folders and GGUF files too; the rest is bf16
+# fp8 leaves FP8 matrices as stored; kept does so for packed folders and GGUF files too; all other weights are bf16
 WeightDtype = Literal["fp32", "bf16", "fp8", "kept"]
 
 
 def save(folder: Path, model: Transformer) -> None:
-    """Write a model with its config into a stage's folder; the tokenizer is the stage's to add."""
+    """Writes a model, or its adapter, and its config into a stage's folder; the stage adds the tokenizer."""
     if isinstance(model, AdaptedTransformer):
         peft_export.save(folder, model)
     else:
         store.save(folder / SINGLE, dict(model.state_dict()), {})
     write_json(folder / "model.json", to_json(model.config))
-    (folder / INDEX).unlink(missing_ok=True)  # of what many ranks wrote there before
+    (folder / INDEX).unlink(missing_ok=True)  # left if many ranks wrote here before
 
 
 def tensors_of(model: Transformer) -> dict[str, Tensor]:
-    """A model's part of a step checkpoint, apart from the optimisers' by prefix; `restore` takes it back.
+    """Returns a model's part of a step checkpoint, under the prefix "model."; `restore` loads it.
 
-    Of a model with an adapter that is the adapter: its base is where it was.
+    For a model with an adapter this is the adapter alone: its base does not change.
     """
     learnt = dict(adapter_parameters(model)) if isinstance(model, AdaptedTransformer) else model.state_dict()
     return {f"model.{name}": tensor for name, tensor in learnt.items()}
@@ -62,7 +62,7 @@ def tensors_of(model: Transformer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(model: Transformer, tensors: dict[str, Tensor]) -> None:
-    """Load what `tensors_of` put into a step checkpoint; other tensors in it are ignored."""
+    """Loads the tensors that `tensors_of` returned for a step checkpoint; ignores others."""
     mine = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     if not isinstance(model, AdaptedTransformer):
         model.load_state_dict(mine)
@@ -72,10 +72,10 @@ def restore(model: Transformer, tensors: dict[str, Tensor]) -> None:
 
 
 def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype = "fp32") -> Transformer:
-    """Read the model at a path, whatever wrote it; UserError when there is none.
+    """Reads the model at a path, in any supported format; UserError when there is none.
 
-    `compute` is the dtype of activations, `weights` that of parameters; training wants fp32 for both. An adapter is merged
-    into its base, as that was when the adapter learnt.
+    `compute` is the dtype of activations, `weights` that of parameters; full training needs fp32 weights. An adapter is
+    merged into its base, which is first quantized as it was when the adapter was trained.
     """
     base, adapter = adapters.places(path)
     if adapter is not None:
@@ -98,7 +98,7 @@ def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype 
 
 
 def load_for_training(path: Path, lora: LoRA | None, compute: torch.dtype, seed: int) -> Transformer:
-    """The model at a path, whole in fp32, or frozen with an adapter: a new one, or its own to go on with."""
+    """Reads a model to train: in fp32, or with `lora` frozen, with a new adapter or with its own to continue."""
     if lora is None:
         return load(path, compute)
     base, adapter = adapters.places(path)
@@ -112,7 +112,7 @@ def load_for_training(path: Path, lora: LoRA | None, compute: torch.dtype, seed:
 
 
 def find_model(path: Path) -> Path:
-    """The model that a path means: `path` itself, the hub's of that name, or the newest finished stage in it that made one."""
+    """Resolves a path to a model: itself, the hub model of that name, or the newest finished stage with a model."""
     is_named = bool(adapters.split(str(path))[1])
     base, adapter = adapters.places(path)
     if adapter is not None:
@@ -130,7 +130,7 @@ def find_model(path: Path) -> Path:
 def load_audited(
     path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype = "fp32"
 ) -> tuple[Transformer, Audit]:
-    """Read a folder or a .gguf file; UserError unless its weights are exactly those of its config."""
+    """Reads a folder or a .gguf file; UserError unless its weights are exactly those of its config."""
     shards, result = _audited(path)
     model = Transformer(result.config, compute, torch.float32 if weights == "fp32" else torch.bfloat16)
     if weights in ("fp8", "kept"):
@@ -141,20 +141,20 @@ def load_audited(
 
 
 def _audited(path: Path) -> tuple[Weights, Audit]:
-    """The weights at a path, whose values are not read; UserError unless they are those of its config."""
+    """Opens the weights at a path; UserError unless they are those of its config. Reads values only of a tied head."""
     shards, result = examine(path)
     result.demand(str(path))
     if "lm_head.weight" in result.skipped and differs(shards, "lm_head.weight", "model.embed_tokens.weight"):
         problem = "config.json ties it to model.embed_tokens.weight, but its values differ"
-        remedy = "Set tie_word_embeddings to false if the head is its own; otherwise download the file again."
+        remedy = "Set tie_word_embeddings to false if the head is separate; otherwise download the file again."
         raise UserError("lm_head.weight", str(path), problem, remedy)
     return shards, result
 
 
 def stored(path: Path, rank: int = 0, size: int = 1) -> tuple[ModelConfig, Stored]:
-    """The model at a path, to be read share by share, whatever wrote it; UserError as for `load`.
+    """Opens the model at a path, in any supported format, to be read share by share; UserError as for `load`.
 
-    Of many files with digests a rank verifies its part.
+    Where many ranks wrote the model, rank `rank` of `size` verifies the digests of its part of the files.
     """
     if not (path / "model.json").is_file():
         demand_checkpoint(path, "model", NAME_A_MODEL)
@@ -169,21 +169,23 @@ def stored(path: Path, rank: int = 0, size: int = 1) -> tuple[ModelConfig, Store
     for name, shape in wanted.items():
         found = shards.specs[name].shape if name in shards.specs else "missing"
         if found != shape:
-            problem = f"{found}, where model.json calls for {shape}"
+            problem = f"{found}, but model.json requires {shape}"
             raise UserError(name, str(path), problem, "Run the stage that made it again.")
     store.verify(path / SINGLE, shards.specs, shards.read)
     return config, Stored(shards, {name: (name,) for name in wanted})
 
 
 def _own_shards(path: Path, config: ModelConfig, rank: int = 0, size: int = 1) -> Shards:
-    """What many ranks wrote as a stage's own form; UserError where tensors are lacking, or a file of this rank's part is
-    not what its digest says."""
+    """Opens a stage's model that many ranks wrote.
+
+    UserError if a tensor is missing or has another shape, or a file in this rank's part does not match its digest.
+    """
     shards, wanted = Shards(path), shapes(config, biases=True)
     found = {name: spec.shape for name, spec in shards.specs.items()}
     remedy = "Run the stage that made it again."
     if found != wanted:
         name = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))[0]
-        problem = f"{found.get(name, 'missing')}, where model.json calls for {wanted.get(name, 'none')}"
+        problem = f"{found.get(name, 'missing')}, but model.json requires {wanted.get(name, 'none')}"
         raise UserError(name, str(path), problem, remedy)
     digests = read_json(path / INDEX)["metadata"]["sha256"]
     for file in shards.files[rank::size]:
@@ -193,7 +195,7 @@ def _own_shards(path: Path, config: ModelConfig, rank: int = 0, size: int = 1) -
 
 
 def fill(model: Transformer, shards: Weights, biases: bool = False, kept: Collection[str] = ()) -> None:
-    """Copy every tensor of the name table but the `kept` ones into the model, in the order in which the files hold them."""
+    """Copies every tensor of the name table except the `kept` ones into the model, in the order of the files."""
     targets: dict[str, tuple[str, int, int]] = {}
     for ours, theirs in names.table(model.config, biases).items():
         if ours in kept:
@@ -201,7 +203,7 @@ def fill(model: Transformer, shards: Weights, biases: bool = False, kept: Collec
         for index, name in enumerate(theirs):
             targets[name] = ours, index, len(theirs)
     state = model.state_dict(keep_vars=True)
-    # Half the time goes into first touches of the model's pages: several threads make them, each computing alone.
+    # Half the time goes into page faults on the model's memory, so several threads read, each with one compute thread.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -214,7 +216,7 @@ def fill(model: Transformer, shards: Weights, biases: bool = False, kept: Collec
 
 @torch.no_grad()
 def _copy(state: dict[str, Tensor], target: tuple[str, int, int], name: str, weights: Weights) -> None:
-    """Put a stored tensor into its part of ours; FP8 is dequantized a few rows at a time unless ours is FP8 too."""
+    """Copies a stored tensor into its part of ours; dequantizes FP8 a few rows at a time unless ours is FP8 too."""
     ours, index, parts = target
     into, scale = part(state[ours], index, parts), weights.scale(name)
     if scale is None:
@@ -231,19 +233,19 @@ def _copy(state: dict[str, Tensor], target: tuple[str, int, int], name: str, wei
 
 
 def part(whole: Tensor, index: int, parts: int) -> Tensor:
-    """The view of equal part `index` of a tensor's rows; experts' matrices count as stacked rows."""
+    """Returns a view of the rows of part `index` of `parts` equal parts; experts' matrices count as stacked rows."""
     flat = whole.flatten(0, -2) if whole.ndim > 2 else whole
     height = len(flat) // parts
     return flat[index * height : (index + 1) * height]
 
 
 def scale_name(ours: str) -> str:
-    """Our name of the factors of an FP8 tensor."""
+    """Returns our name of an FP8 tensor's factors."""
     return ours + "_scale"  # see model/quantized.py
 
 
 def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
-    """Turn matrices whose parts are FP8 in the files into FP8 parameters with a buffer for their factors."""
+    """Replaces matrices whose stored parts are all FP8 with FP8 parameters and a buffer for their factors."""
     stored = {
         ours: [shards.specs[n] for n in theirs]
         for ours, theirs in names.table(model.config).items()
@@ -254,7 +256,7 @@ def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
             continue
         kinds = matrix_names(module)
         found = [k for k in kinds if f"{prefix}.{k}" in stored]
-        # blocks of parts that share a matrix line up only when each part is a whole number of blocks high
+        # the blocks of parts that share a matrix are aligned only if each part's height is a multiple of the block's
         matrices = len(module.gate_up) if isinstance(module, MoE) else 1
         aligned = all(
             len(stored[f"{prefix}.{k}"]) == matrices or stored[f"{prefix}.{k}"][0].shape[0] % fp8.BLOCK == 0

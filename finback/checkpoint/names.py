@@ -1,7 +1,7 @@
-"""One table between our parameter names and Hugging Face's: DeepSeek-V2, V3 and the dense students; both directions.
+"""The name table: our parameter names and Hugging Face's, used in both directions; V4's is in v4_names.py.
 
-Ours are the paper's words; theirs fix the file format. Fused tensors of ours list their parts in row order, all parts
-of a tensor being equally high.
+Our names are the papers' terms; Hugging Face's define the file format. A fused tensor of ours lists its parts in row
+order; all its parts have the same number of rows.
 """
 
 from finback.checkpoint import v4_names
@@ -10,7 +10,7 @@ from finback.model.config import ModelConfig
 
 _Names = dict[str, tuple[str, ...]]
 
-BIASES = ("e_score_correction_bias", v4_names.BIAS)  # how the names of routers' biases end
+BIASES = ("e_score_correction_bias", v4_names.BIAS)  # the endings of router biases' names
 
 _MLA: _Names = {
     "q_down.weight": ("self_attn.q_a_proj.weight",),
@@ -34,7 +34,7 @@ _GQA: _Names = {
     "out.weight": ("self_attn.o_proj.weight",),
 }
 
-# of experts: where they are, and their matrices gate, up and down
+# the experts' module, and the names of gate, up and down in it
 EXPERTS = "mlp", "gate_proj", "up_proj", "down_proj"
 MIXTRAL = "block_sparse_moe", "w1", "w3", "w2"
 
@@ -55,9 +55,9 @@ _POST_NORMS: _Names = {
 
 
 def table(config: ModelConfig, biases: bool = False) -> dict[str, tuple[str, ...]]:
-    """Every tensor of a model, buffers included: our name -> the Hugging Face tensors it is made of, in row order.
+    """Maps every tensor of a model, buffers included, to the Hugging Face tensors that it consists of, in row order.
 
-    biases: of all routers; published files of softmax gates have none, a model of ours that trained so has.
+    biases: include all router biases. Published files of softmax gates have none; models trained here do.
     """
     if config.attention == "compressed":
         return v4_names.table(config)
@@ -80,22 +80,22 @@ def table(config: ModelConfig, biases: bool = False) -> dict[str, tuple[str, ...
 
 
 def modules(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """The table by the names of transformers' modules, which PEFT goes by: V4's alone differ from its files'."""
+    """The table with the names of transformers' modules, which PEFT uses; only V4's differ from those in its files."""
     if config.attention != "compressed":
         return table(config)
     return {ours: tuple(map(v4_names.of_modules, theirs)) for ours, theirs in v4_names.table(config).items()}
 
 
 def is_mixtral(config: ModelConfig) -> bool:
-    """Whether a model's experts are Mixtral's: chosen by softmax, behind attention without norms of queries and keys."""
+    """Whether a model has Mixtral's experts: a softmax gate, and attention without query and key norms."""
     by_softmax = config.n_routed_experts > 0 and config.scoring_func == "softmax"
     return config.attention == "gqa" and by_softmax and not config.qk_norm and config.swiglu_alpha is None
 
 
 def copies(config: ModelConfig) -> dict[str, str]:
-    """Hugging Face names of tensors that only repeat another one -> the name of that other one.
+    """Maps Hugging Face names of duplicate tensors to the names of their originals.
 
-    DeepSeek's MTP layers carry the trunk's embedding and head once more; some tied models carry their head.
+    DeepSeek's MTP layers repeat the trunk's embedding and head; some tied models store their head as well.
     """
     if config.attention == "compressed":
         return {"head.weight": "embed.weight"} if config.tie_word_embeddings else {}

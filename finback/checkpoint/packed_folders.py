@@ -1,7 +1,7 @@
-"""Folders quantized by AWQ, GPTQ, compressed-tensors or bitsandbytes: their packed tensors as the matrices that they stand for.
+"""Folders packed by AWQ, GPTQ, compressed-tensors or bitsandbytes: unpacks the tensors into the matrices they encode.
 
-What each writes into a folder is in docs/guides/open-checkpoints.md; `quantization_config` says which of them it was. A matrix
-that has no packed parts is as it is, whatever lists of exceptions the config holds.
+docs/guides/open-checkpoints.md lists what each tool writes; `quantization_config` names the tool. A matrix without
+packed parts is read as it is, whatever exceptions the config lists.
 """
 
 import json
@@ -32,7 +32,7 @@ from finback.kernels.packings import Grouped
 from finback.model.config import ModelConfig
 
 METHODS = ("awq", "gptq", "compressed-tensors", "bitsandbytes")
-# of a packed matrix, by the ending of its name behind the layer's
+# the tensors of a packed matrix, by their names after the layer's
 _PARTS = {
     "awq": ("qweight", "qzeros", "scales"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
@@ -44,9 +44,9 @@ _PARTS = {
         *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
         *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "SCB", "weight_format"),
     ),
-    "fp8": ("weight", "scale"),  # of V4's experts, which are FP4
+    "fp8": ("weight", "scale"),  # V4's experts, which are FP4
 }
-_MARKS = {  # a layer that has one of these is packed
+_MARKS = {  # a layer with one of these tensors is packed
     "awq": ("qweight",),
     "gptq": ("qweight",),
     "compressed-tensors": ("weight_scale",),
@@ -58,7 +58,7 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _Layer:
-    """A packed matrix: its shape and the specs of its parts; of several that are stored as one, these rows."""
+    """A packed matrix: its shape and the specs of its parts; `rows` selects one of several fused matrices."""
 
     shape: tuple[int, int]
     parts: dict[str, Spec]
@@ -67,14 +67,14 @@ class _Layer:
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """A matrix in the format MXFP4, as formats.mxfp4 packs one."""
+    """A matrix in MXFP4, packed as by formats.mxfp4."""
 
     values: Tensor
     scale: Tensor
 
 
 class PackedShards(Weights):
-    """A folder's tensors, packed ones dequantized to fp32 as they are read, or as they are by `packed`."""
+    """A folder's tensors; `read` dequantizes packed ones to fp32, `packed` returns them as stored."""
 
     def __init__(self, shards: Shards, quantization: dict[str, Any], config: ModelConfig) -> None:
         self.shards, self.settings = shards, quantization
@@ -93,9 +93,9 @@ class PackedShards(Weights):
                 rows = slice(start, start := start + spec.shape[0])
                 self.layers[name], self.specs[name] = _Layer(shape, parts, rows), spec
         if not self.layers:
-            problem = f"no tensor of the files is packed as {self.method} packs"
+            problem = f"no tensor in the files is packed by {self.method}"
             raise UserError(
-                "config.json quantization_config", self.method, problem, "Remove it, if the weights are plain."
+                "config.json quantization_config", self.method, problem, "Remove it if the weights are not quantized."
             )
 
     def _stems(self) -> set[str]:
@@ -103,7 +103,7 @@ class PackedShards(Weights):
         return {name.removesuffix(mark) for name in self.shards.specs for mark in marks if name.endswith(mark)}
 
     def note(self) -> str:
-        """What a card says of it."""
+        """Returns the audit's note on the packed matrices."""
         method = MXFP4.name if self.method == "fp8" else self.method
         return f"{method}: {len(self.layers):,} matrices are packed; activations are not quantized here"
 
@@ -149,13 +149,11 @@ class PackedShards(Weights):
             if self.method == "fp8":
                 shape = (shape[0], 2 * shape[1])
         if len(shape) != 2:
-            raise UserError(
-                stem, str(next(iter(parts.values())).file), "packed in a way that finback does not know", _REMEDY
-            )
+            raise UserError(stem, str(next(iter(parts.values())).file), "packed in an unknown layout", _REMEDY)
         return shape[0], shape[1]
 
     def _bits(self) -> int:
-        """Of each number; UserError unless the config names one count."""
+        """Returns the bits of each number; UserError unless the config names a single, supported width."""
         found = {self.settings.get("bits")}
         if self.method == "compressed-tensors":
             groups = (self.settings.get("config_groups") or {}).values()
@@ -166,7 +164,7 @@ class PackedShards(Weights):
         return int(bits)
 
     def _contents(self, layer: _Layer) -> Grouped | Mxfp4 | tuple[Tensor, Tensor] | Parts:
-        """What the parts of a matrix say: whole numbers in groups, values and their factors, or bitsandbytes' parts."""
+        """Decodes a matrix's parts: integers in groups, MXFP4, values and their factors, or bitsandbytes' own parts."""
         parts = {part: self.shards.read_spec(spec) for part, spec in layer.parts.items()}
         if self.method == "awq":
             return packings.awq(parts["qweight"], parts["qzeros"], parts["scales"])
@@ -202,7 +200,7 @@ class PackedShards(Weights):
 
 
 def _integers(parts: Parts, shape: tuple[int, int], bits: int) -> Grouped:
-    """compressed-tensors' pack-quantized: numbers and zeros are stored 2^(bits - 1) above what they are, zeros packed by rows."""
+    """compressed-tensors' pack-quantized: numbers and zeros are offset by 2^(bits - 1); zeros are packed along rows."""
     scale = parts["weight_scale"].float().view(shape[0], -1)
     zero = torch.full_like(scale, 1 << bits - 1)
     if (words := parts.get("weight_zero_point")) is not None:
@@ -213,7 +211,7 @@ def _integers(parts: Parts, shape: tuple[int, int], bits: int) -> Grouped:
 
 
 def _bitsandbytes(parts: Parts, shape: tuple[int, int]) -> Tensor:
-    """4 bits: the high half of a byte first, each an entry of `quant_map`, in blocks that share a largest magnitude."""
+    """bitsandbytes' 4 bits: indices into `quant_map`, high half of a byte first, in blocks with one absmax each."""
     levels, (scale, block) = parts["weight.quant_map"].float(), _largest(parts)
     packed = parts["weight"].flatten()
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten()
@@ -222,7 +220,7 @@ def _bitsandbytes(parts: Parts, shape: tuple[int, int]) -> Tensor:
 
 
 def _largest(parts: Parts) -> tuple[Tensor, int]:
-    """The largest magnitude of each block, itself quantized perhaps, and how long blocks are."""
+    """Returns each block's absmax, which may itself be quantized, and the block size."""
     state = next(parts[part] for part in parts if "quant_state" in part)
     says = json.loads(state.numpy().tobytes())
     absmax = parts["weight.absmax"]
@@ -263,7 +261,7 @@ def _wrong(settings: dict[str, Any], problem: str) -> UserError:
 
 
 def check(settings: dict[str, Any]) -> None:
-    """UserError for a way of packing that is not read."""
+    """Raises UserError for an unsupported packing."""
     method = settings.get("quant_method")
     if method not in METHODS:
         problem = f"finback reads fp8 with weight_block_size [128, 128], {', '.join(METHODS)}"
@@ -276,13 +274,13 @@ def check(settings: dict[str, Any]) -> None:
 
 
 def _form(settings: dict[str, Any]) -> str:
-    """How words are laid out: AWQ calls it version and GPTQ checkpoint_format, and newer writers of both format."""
+    """Returns the packing's layout: `version` in AWQ configs, `checkpoint_format` in GPTQ's, `format` in newer ones."""
     name, usual = {"awq": ("version", "gemm"), "gptq": ("checkpoint_format", "gptq")}[settings["quant_method"]]
     return str(settings.get(name) or settings.get("format") or usual).lower()
 
 
 def factored(specs: dict[str, Spec]) -> dict[str, Spec]:
-    """The specs of V4's release with the factors of FP8 tensors called as the other families call them; FP4's stay `scale`."""
+    """Renames FP8 factors in the specs of V4's release to the other families' names; FP4's factors stay `scale`."""
     return {
         f"{stem}.weight{SCALE}" if name.endswith(".scale") and _is_fp8(specs.get(f"{stem}.weight")) else name: spec
         for name, spec in specs.items()
@@ -291,7 +289,7 @@ def factored(specs: dict[str, Spec]) -> dict[str, Spec]:
 
 
 def has_fp4(specs: dict[str, Spec]) -> bool:
-    """Whether experts are stored as FP4, two numbers in a byte."""
+    """Whether experts are stored in FP4, two numbers a byte."""
     named = (name.removesuffix(".scale") for name in specs if name.endswith(".scale"))
     return any(spec.dtype in ("I8", "U8") for name in named if (spec := specs.get(f"{name}.weight")) is not None)
 

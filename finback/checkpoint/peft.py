@@ -1,7 +1,7 @@
-"""Adapters out of PEFT's files, adapter_config.json and adapter_model.safetensors, onto their base.
+"""Reads adapters from PEFT's files, adapter_config.json and adapter_model.safetensors, and attaches them to their base.
 
-Of fused experts PEFT lays A out with the expert slowest, (E · rank, in), and B with the expert fastest, (out, E · rank).
-Read both alike and every expert but the first is wrong, without an error.
+For fused experts PEFT stores A with the expert as the slowest index, (E · rank, in), and B with the expert as the
+fastest, (out, E · rank). Reading both the same way would silently garble every expert but the first.
 """
 
 import hashlib
@@ -45,15 +45,15 @@ from finback.runs.files import read_object
 from finback.runs.hub_models import model_name
 
 PREFIX, LENGTHS = "base_model.model.", "lora_magnitude_vector"
-# what changes a model otherwise than LoRA does, and its value where it does not
+# settings that change a model beyond LoRA, with the values that have no effect
 REFUSED: dict[str, Any] = {
     **{"lora_bias": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False},
     **{"use_qalora": False, "use_bdlora": None, "layer_replication": None, "trainable_token_indices": None},
     **{"alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None},
 }
-# ways of drawing A and B that leave the base as it is
+# initialisations of A and B that leave the base unchanged
 INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga", "mica")
-REMEDY = "Merge it into its base where it was made, and name the merged model."
+REMEDY = "Merge it into its base with the tool that made it, and name the merged model."
 Pair = tuple[Tensor, Tensor]  # A (rank, in), B (out, rank)
 Some = Callable[[Tensor, int], Tensor]
 
@@ -64,49 +64,49 @@ def _every_nth(matrix: Tensor, step: int) -> Tensor:
 
 @dataclass
 class StoredAdapter:
-    """An adapter's files: its config, and its pairs by PEFT's name of the matrix; pairs are taken out as they are used."""
+    """The contents of an adapter's files: config, and A and B by PEFT's names; tensors are removed as they are used."""
 
     folder: Path
     lora: LoRA
     raw: dict[str, Any]
-    # digest of the base's weights; empty where PEFT wrote it
+    # digest of the base's weights; empty in adapters that PEFT wrote
     base_digest: str
     tensors: dict[str, Tensor] = field(repr=False)
 
     def check_base(self, base: Path, base_digest: str) -> None:
-        """UserError where the adapter was made for another base than this: by its weights, or by its name if PEFT made it."""
+        """Raises UserError if the adapter was made for another base, judged by digest, or without one by name."""
         made_for = str(self.raw.get(adapters.BASE) or "")
         if self.base_digest:
             if self.base_digest != base_digest:
-                problem = f"its weights are not those that {self.folder} was made for"
-                raise UserError("base", str(base), problem, f"Name {made_for or 'that one'}.")
+                problem = f"its weights differ from those that {self.folder} was made for"
+                raise UserError("base", str(base), problem, f"Name {made_for or 'its base'}.")
         elif made_for and Path(made_for).name.lower() != model_name(base).lower():
             problem = f"{self.folder} was made for {made_for}"
-            remedy = f"Name that one, or correct {adapters.BASE} in {CONFIG_FILE} if they are the same."
+            remedy = f"Name that base, or correct {adapters.BASE} in {CONFIG_FILE} if they are the same model."
             raise UserError("base", str(base), problem, remedy)
 
     def take(self, name: str) -> Pair | None:
-        """The pair of a matrix; A with the true scale over the adapter's own in it."""
+        """Removes and returns the pair of a matrix in fp32; None if it has none. UserError if A or B is missing."""
         a, b = (self.tensors.pop(f"{PREFIX}{name}.lora_{each}.weight", None) for each in "AB")
         if (a is None) != (b is None):
             raise self.wrong(name, "lacks one of lora_A and lora_B")
         return None if a is None or b is None else (a.float(), b.float())
 
     def correction(self, name: str, rank: int) -> float:
-        """The scale of a matrix by the patterns of the config, over the adapter's own."""
+        """Returns the scale of a matrix, by the config's patterns, divided by the adapter's scale."""
         patterns = self.raw.get("alpha_pattern") or {}
         found = [v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name)]
         alpha = float(found[0]) if found else self.lora.alpha
         return alpha / (math.sqrt(rank) if self.lora.rs else rank) / self.lora.scale
 
     def wrong(self, name: str, problem: str) -> UserError:
-        """The error of an adapter that does not belong to the base."""
+        """Returns the error for an adapter that does not fit the base."""
         base = self.raw.get(adapters.BASE) or "a base that it does not name"
-        return UserError("adapter", str(self.folder), f"{name}: {problem}", f"It was made for {base}: name that one.")
+        return UserError("adapter", str(self.folder), f"{name}: {problem}", f"It was made for {base}: name that base.")
 
 
 def read(folder: Path) -> StoredAdapter:
-    """An adapter's files; UserError where it does more than LoRA does."""
+    """Reads an adapter's files; UserError if it changes the model beyond LoRA."""
     raw = read_object(folder / CONFIG_FILE)
     if raw.get("peft_type", "LORA") != "LORA":
         raise UserError("adapter", str(folder), f"{raw['peft_type']}, not LoRA", REMEDY)
@@ -114,7 +114,7 @@ def read(folder: Path) -> StoredAdapter:
         if (value := raw.get(key, harmless)) not in (harmless, [], {}):
             raise UserError(f"adapter {key}", value, f"{folder} does more than LoRA", REMEDY)
     if (init := raw.get("init_lora_weights", True)) not in INITS:
-        raise UserError("adapter init_lora_weights", init, f"{folder} has changed its base", REMEDY)
+        raise UserError("adapter init_lora_weights", init, f"{folder} changed the weights of its base", REMEDY)
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as handle:
             meta = handle.metadata() or {}
@@ -128,7 +128,7 @@ def read(folder: Path) -> StoredAdapter:
         rs, dora = bool(raw.get("use_rslora")), bool(raw.get("use_dora"))
         lora = LoRA(int(raw["r"]), float(raw["lora_alpha"]), rs, targets, dora, base)
     except (KeyError, TypeError, ValueError) as error:
-        problem = f"not LoRA's settings ({error})"
+        problem = f"not valid LoRA settings ({error})"
         raise UserError("adapter", str(folder / CONFIG_FILE), problem, "Copy it again.") from None
     return StoredAdapter(folder, lora, raw, meta.get("base_digest", ""), tensors)
 
@@ -136,9 +136,9 @@ def read(folder: Path) -> StoredAdapter:
 def put_adapter(
     model: Transformer, lora: LoRA, places: tuple[Path, Path | None], base_digest: str, seed: int
 ) -> AdaptedTransformer:
-    """Put a new adapter, or a stored one that goes on learning, on its base, which is frozen, in place.
+    """Attaches a new adapter, or a stored one to continue training, to its frozen base, in place.
 
-    places: of the base, and of the stored adapter; UserError where that belongs to another base or is of another shape.
+    places: the paths of base and stored adapter; UserError if the latter has another base or shape.
     """
     base, adapter = places
     if adapter is None:
@@ -147,7 +147,7 @@ def put_adapter(
         stored = read(adapter)
         stored.check_base(base, base_digest)
         if stored.lora.shape != lora.shape:
-            remedy = "Use the same to go on with it, or start from the merged model that `finback export` writes."
+            remedy = "Use its settings to continue it, or start from the merged model that `finback export` writes."
             raise UserError("adapter", lora.shape, f"{adapter} has {stored.lora.shape}", remedy)
         found = attach(model, stored)
         found.lora = lora
@@ -156,7 +156,7 @@ def put_adapter(
 
 
 def attach(model: Transformer, stored: StoredAdapter) -> AdaptedTransformer:
-    """Put a stored adapter on its base, which is frozen, in place; UserError where it belongs to another one."""
+    """Attaches a stored adapter to its frozen base, in place; UserError if it was made for another base."""
     if not stored.tensors:
         raise UserError("adapter", str(stored.folder), "holds no weights", "Copy it again.")
     for name, module, _, _ in matrices(model):
@@ -168,24 +168,21 @@ def attach(model: Transformer, stored: StoredAdapter) -> AdaptedTransformer:
         left = next(iter(stored.tensors)).removeprefix(PREFIX)
         known = {"embed_tokens", "lm_head", "gate"} & set(left.split("."))
         problem = (
-            "adapters of embeddings, head and routers are not supported" if known else "the base has no such matrix"
+            "adapters of embedding, head and routers are not supported" if known else "the base has no such matrix"
         )
         raise stored.wrong(left, problem)
     return adapted(model, stored.lora)
 
 
 def attach_all(model: Transformer, base: Path, digest: str, folders: Mapping[str, Path]) -> MultiLoraTransformer:
-    """Put the adapters in some folders, by name, on their base, which only answers, in place; errors as of `attach`.
-
-    base and digest: its path, and `digest` of its weights.
-    """
+    """Attaches named adapters to the model at path `base`, with this digest, for inference; errors as of `attach`."""
     found: dict[str, AdaptedTransformer] = {}
     for name, folder in folders.items():
         stored = read(folder)
         stored.check_base(base, digest)
         if stored.lora.dora:
-            problem = f"{folder} is DoRA, and several at a time are plain LoRA"
-            raise UserError("adapter use_dora", True, problem, f"Serve {base}+{folder}, with --also if beside others.")
+            problem = f"{folder} is DoRA, but adapters served together must be plain LoRA"
+            raise UserError("adapter use_dora", True, problem, f"Serve {base}+{folder}; --also adds other models.")
         with torch.device("meta"):
             bare = Transformer(model.config)
         found[name] = attach(bare, stored)
@@ -205,7 +202,7 @@ def _attach_linear(module: Linear, name: str, config: ModelConfig, stored: Store
     if stored.lora.dora:
         lengths = [stored.tensors.pop(f"{PREFIX}{theirs[p].removesuffix('.weight')}.{LENGTHS}", None) for p in pairs]
         if any(each is None or each.shape != adapter.b[0, :, 0].shape for each in lengths):
-            raise stored.wrong(name, f"lacks a {LENGTHS}, or it is of another size")
+            raise stored.wrong(name, f"{LENGTHS} is missing or has another size")
         learn_lengths(module, adapter, torch.stack([each.float() for each in lengths if each is not None]))
 
 
@@ -214,7 +211,7 @@ def _attach_experts(module: MoE, name: str, config: ModelConfig, stored: StoredA
     inner, outer = stored.take(f"{stem}.base_layer"), stored.take(stem)
     if inner is None and outer is not None and _targets_only(stored.raw, "gate_up_proj"):
         inner, outer = outer, None
-    in_turn = config.swiglu_alpha is not None  # rows of gate and up
+    in_turn = config.swiglu_alpha is not None  # gate and up rows are interleaved
     gate_up = None if inner is None else _unpacked(inner, experts, f"{stem}.gate_up_proj", stored, in_turn)
     down = None if outer is None else _unpacked(outer, experts, f"{stem}.down_proj", stored)
     single = [[stored.take(f"{stem}.{e}.{part}_proj") for part in ("gate", "up", "down")] for e in range(experts)]
@@ -231,23 +228,23 @@ def _attach_experts(module: MoE, name: str, config: ModelConfig, stored: StoredA
 
 
 def _targets_only(raw: dict[str, Any], parameter: str) -> bool:
-    """Whether of fused experts this parameter alone has an adapter: its name is then that of down's."""
+    """Whether only this parameter of fused experts has an adapter, which is then stored under the name of down's."""
     targets = [str(t).rpartition(".")[2] for t in raw.get("target_parameters") or ()]
     return parameter in targets and "down_proj" not in targets
 
 
 def _unpacked(pair: Pair, experts: int, name: str, stored: StoredAdapter, in_turn: bool = False) -> Pair:
-    """A (E · r, in) and B (out, E · r) -> (E, r, in) and (E, out, r), B with the correction of its scale."""
+    """Reshapes A (E · r, in) and B (out, E · r) to (E, r, in) and (E, out, r), with B times its scale's correction."""
     a, b = pair[0], parted(pair[1]) if in_turn else pair[1]
     if len(a) % experts or b.size(1) != len(a):
-        raise stored.wrong(name, f"{tuple(a.shape)} and {tuple(b.shape)} are not those of {experts} experts")
+        raise stored.wrong(name, f"shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit {experts} experts")
     rank = len(a) // experts
     b = b.reshape(len(b), rank, experts).permute(2, 0, 1) * stored.correction(name, rank)
     return a.reshape(experts, rank, -1), b
 
 
 def _of_single(single: list[list[Pair | None]], stem: str, stored: StoredAdapter) -> tuple[Pair, Pair]:
-    """Adapters of gate, up and down apart, expert by expert -> stacks for gate_up, of the ranks' sum, and down."""
+    """Joins each expert's adapters of gate, up and down into stacks for gate_up, whose ranks add up, and for down."""
     stacks: list[list[Tensor]] = [[], [], [], []]
     for e, pairs in enumerate(single):
         scaled: list[Pair] = []
@@ -264,19 +261,19 @@ def _of_single(single: list[list[Pair | None]], stem: str, stored: StoredAdapter
 
 
 def _fill(adapter: LowRank, place: int, a: Tensor, b: Tensor, name: str, stored: StoredAdapter) -> None:
-    """One pair into its place; a smaller rank is filled up with zeros."""
+    """Copies one pair into its place; a smaller rank is padded with zeros."""
     into_a, into_b, rank = adapter.a.data[place], adapter.b.data[place], len(a)
     if (a.size(-1), len(b), b.size(-1)) != (into_a.size(-1), len(into_b), rank):
         shapes = f"lora_B {tuple(b.shape)} · lora_A {tuple(a.shape)}"
-        raise stored.wrong(name, f"{shapes} is not of the base's {len(into_b)} x {into_a.size(-1)}")
+        raise stored.wrong(name, f"{shapes} does not fit the base's {len(into_b)} x {into_a.size(-1)} matrix")
     into_a[:rank].copy_(a)
     into_b[:, :rank].copy_(b)
 
 
 def digest(model: Transformer, some: Some = _every_nth, known: Mapping[str, bytes] | None = None) -> str:
-    """Tells one base from another: of some of each matrix's values, in bf16, before it is quantized.
+    """Identifies a base: a digest of samples of each matrix in bf16, taken before quantization.
 
-    some(matrix, step) is every step-th of its numbers, row by row. known: `samples` of modules that are quantized, by name.
+    some(matrix, step) returns every step-th number in row-major order. known: `samples` of quantized modules, by name.
     """
     known = known or {}
     found = (known[name] if name in known else samples(name, module, some) for name, module, _, _ in matrices(model))
@@ -284,17 +281,17 @@ def digest(model: Transformer, some: Some = _every_nth, known: Mapping[str, byte
 
 
 def samples(name: str, module: Linear | MoE, some: Some = _every_nth) -> bytes:
-    """What a digest has of a module's matrices."""
+    """Returns the samples of a module's matrices that enter a digest."""
     matrices = [getattr(module, each).detach() for each in matrix_names(module)]
     return b"".join(sample(name, matrix.numel(), partial(some, matrix)) for matrix in matrices)
 
 
 def sample(name: str, size: int, every: Callable[[int], Tensor]) -> bytes:
-    """What a digest has of a matrix of so many numbers; every(step) are every step-th of them."""
+    """Returns the samples of a matrix of `size` numbers that enter a digest; every(step) is every step-th number."""
     values = every(max(1, size // 256)).to(torch.bfloat16).view(torch.int16)
     return name.encode() + values.cpu().numpy().tobytes()
 
 
 def experts_of(table: dict[str, tuple[str, ...]], name: str) -> str:
-    """Their name of the routed experts of a layer: model.layers.L.mlp.experts."""
+    """Returns the stored name of a layer's routed experts: model.layers.L.mlp.experts."""
     return table[f"{name}.gate_up"][0].rpartition(".0.")[0]

@@ -1,4 +1,4 @@
-"""Adapters into PEFT's files: what they are called there, how experts are packed (peft.py), and what they are put on."""
+"""Writes adapters as PEFT's files: tensor names, the layout of experts (see peft.py) and target modules."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from finback.runs.files import write_json
 
 
 def save(folder: Path, model: AdaptedTransformer) -> None:
-    """Write a model's adapter into a folder: PEFT's two files, the same bytes for the same adapter."""
+    """Writes a model's adapter into a folder as PEFT's two files; the same adapter gives the same bytes."""
     lora, targets, ranks = model.lora, Targets(model), dict[str, int]()
     tensors: dict[str, Tensor] = {}
     for name, a, b in pairs(model):
@@ -53,7 +53,7 @@ def save(folder: Path, model: AdaptedTransformer) -> None:
 
 
 def pairs(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """PEFT's name of each adapted matrix, A and B as its files have them."""
+    """Yields PEFT's name of each adapted matrix, with A and B in the layout of its files."""
     table = names.modules(model.config)
     for name, module, _, _ in matrices(model):
         if isinstance(module, LoraLinear):
@@ -70,7 +70,7 @@ def pairs(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def row_lengths(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor]]:
-    """PEFT's name of each matrix whose rows' lengths are learnt (DoRA), and these."""
+    """Yields PEFT's name of each matrix with learnt magnitudes (DoRA), and these magnitudes, one a row."""
     table = names.modules(model.config)
     for name, module, _, _ in matrices(model):
         if isinstance(module, LoraLinear) and module.adapter.m is not None:
@@ -79,16 +79,16 @@ def row_lengths(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor]]:
 
 
 class Targets:
-    """What PEFT must be told to put an adapter on, so that it makes this one's matrices and no others.
+    """PEFT's `target_modules` and `target_parameters`, which make it create this adapter's matrices and no others.
 
-    In a model with experts PEFT takes a module called gate_proj for the routed experts' matrix of old, wherever it is. So
-    there feed-forwards are named by their parameters, and so is what else is called so, and a map of several groups, which
-    PEFT would multiply as one.
+    In a model with experts PEFT mistakes any module called gate_proj for a routed expert's matrix in the old layout.
+    There this class targets feed-forwards, and other matrices of that name, by their parameters. It does the same with
+    grouped linear maps, whose groups PEFT would multiply as one matrix.
     """
 
     def __init__(self, model: AdaptedTransformer) -> None:
         table, is_moe = names.modules(model.config), bool(model.config.n_routed_experts)
-        # every matrix by its full name, and its adapter if it has one; an indexer's never has
+        # every matrix by its full name, and its adapter if it has one; matrices of an indexer never have
         indexers = [theirs for ours, (theirs, *_) in table.items() if ".indexer." in ours]
         found: list[tuple[str, LowRank | None]] = [(name.removesuffix(".weight"), None) for name in indexers]
         for name, module, group, parts in matrices(model):
@@ -109,7 +109,7 @@ class Targets:
         self.adapters = [(name, adapter) for name, adapter in found if adapter is not None]
         taken = {name for name, _ in self.adapters}
         left = {_leaf(name) for name, adapter in found if adapter is None}
-        # by the end of a name, where all of that name have an adapter
+        # by the last part of the name, where all matrices of that name have an adapter
         short = sorted({name if _leaf(name) in left else _leaf(name) for name in taken})
         self.modules = [name for name in short if not self._is_parameter(name)]
         self.parameters = [name for name in short if self._is_parameter(name)]
@@ -120,7 +120,7 @@ class Targets:
 
 
 def _leaf(name: str) -> str:
-    """The end of a name by which PEFT knows it: q_proj; mlp.gate_proj.weight and mlp.experts.down_proj of parameters."""
+    """Returns the ending that PEFT matches: q_proj; for parameters mlp.gate_proj.weight and mlp.experts.down_proj."""
     words = name.split(".")
     if name.endswith(".weight"):
         return ".".join(words[-3:])

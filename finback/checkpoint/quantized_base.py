@@ -1,4 +1,4 @@
-"""The base of an adapter, quantized while it is read: no more than one module of it lies in bf16 at a time."""
+"""Reads an adapter's base and quantizes it module by module: at most one module is in memory in bf16 at a time."""
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ from finback.model.transformer import Transformer
 def load_quantized(
     config: ModelConfig, values: Values, form: BaseFormat, compute: torch.dtype
 ) -> tuple[Transformer, str]:
-    """A frozen model, and the digest of its weights before they were quantized."""
-    model = Transformer(config, compute, base_dtype(form))  # memory that nothing has been written to takes no room
+    """Returns the frozen model and the digest of its weights before quantization."""
+    model = Transformer(config, compute, base_dtype(form))  # pages that nothing has written to take no memory yet
     left = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied head is the embedding
     known: dict[str, bytes] = {}
 

@@ -1,6 +1,7 @@
-"""A half-finished stage whose layout changes: what one rank wrote is read share by share, what many wrote by one rank whole.
+"""Resumes a half-finished stage under another layout: many ranks read shares of one rank's checkpoint, or one rank
+reads many ranks' checkpoint whole.
 
-Both kinds of checkpoint have the same names, those of one rank. From layout to layout DCP reshards (distributed.py).
+Both kinds of checkpoint use the tensor names of one rank. DCP reshards between layouts of many ranks (distributed.py).
 """
 
 import re
@@ -16,11 +17,11 @@ from finback.checkpoint.shards import Shards
 from finback.checkpoint.shares import Share, Stored
 from finback.config import UserError
 
-SHARDED = "sharded"  # the folder of many ranks' checkpoints within a stage's
+SHARDED = "sharded"  # the subfolder of a stage's checkpoints that holds those of many ranks
 
 
 def newest(folder: Path) -> tuple[int, int]:
-    """The steps of a stage's newest checkpoints of one rank and of many; -1 where there are none."""
+    """Returns the steps of a stage's newest one-rank and many-rank checkpoints; -1 where there is none."""
     return _last(folder, r"step-(\d+)\.safetensors"), _last(folder / SHARDED, r"step-(\d+)")
 
 
@@ -32,7 +33,7 @@ def _last(folder: Path, pattern: str) -> int:
 def fill(
     folder: Path, shares: Sequence[Share], say: Callable[[str], None] = lambda _: None
 ) -> tuple[int, dict[str, Any]] | None:
-    """Take shares of all that the newest of one rank's checkpoints holds; its step and meta. As store.load_newest."""
+    """Fills shares from the newest one-rank checkpoint; returns its step and meta. Otherwise as store.load_newest."""
     found = store.newest(folder, say, _opened)
     if found is None:
         return None
@@ -41,7 +42,7 @@ def fill(
         there = shards.specs[share.name].shape if share.name in shards.specs else None
         if there != share.shape and (there != () or share.shape != (1,)):
             problem = f"{share.name} is {there or 'missing'}, not {share.shape}"
-            raise UserError("checkpoint", str(shards.files[0]), problem, "Continue it with the model that it is of.")
+            raise UserError("checkpoint", str(shards.files[0]), problem, "Continue with the model that wrote it.")
     apart = [replace(share, local=share.local.detach().contiguous()) for share in shares]
     Stored(shards, {name: (name,) for name in shards.specs}).fill(apart)
     for share, copy in zip(shares, apart, strict=True):
@@ -51,7 +52,7 @@ def fill(
 
 
 def _opened(path: Path) -> tuple[Shards, dict[str, Any]]:
-    """A checkpoint of one rank, verified tensor by tensor."""
+    """Opens a one-rank checkpoint and verifies its digest, reading one tensor at a time."""
     try:
         shards = Shards(path)
     except UserError as error:
@@ -60,7 +61,7 @@ def _opened(path: Path) -> tuple[Shards, dict[str, Any]]:
 
 
 def read(folder: Path, say: Callable[[str], None] = lambda _: None) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-    """All tensors of the newest of many ranks' checkpoints, whole; its step and meta. Needs no process group."""
+    """Returns step, whole tensors and meta of the newest many-rank checkpoint. Needs no process group."""
     from finback.checkpoint import distributed  # seconds of imports
 
     path, meta = distributed.newest(folder / SHARDED, say)

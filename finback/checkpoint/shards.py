@@ -1,7 +1,7 @@
-"""The tensors of a Hugging Face folder: found through its index or in its one file, read one at a time.
+"""Reads the tensors of a Hugging Face folder, found through its index or in its single file, one at a time.
 
-Values are read straight into the model where dtypes agree. Mapped files would be copied through page faults, which
-took several times as long (docs/log.md), and would count as memory.
+Values are read directly into the model where dtypes agree. Memory-mapped files took several times as long because of
+page faults (docs/log.md), and would count as memory.
 """
 
 import io
@@ -20,16 +20,16 @@ from finback.config import UserError
 from finback.kernels.formats import Format
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-BESIDE = "model-mtp.safetensors"  # MTP layers of exports whose layer number transformers does not ignore
+BESIDE = "model-mtp.safetensors"  # exported MTP layers whose layer numbers transformers does not ignore
 ALL_BESIDE = "model-mtp*.safetensors"  # many ranks write several
-PIECE = 1 << 20  # numbers that are converted at a time
-E8M0 = "F8_E8M0"  # powers of two, of factors alone
-SCALE = "_scale_inv"  # an FP8 tensor's factors carry its name and this ending
+PIECE = 1 << 20  # numbers converted at a time
+E8M0 = "F8_E8M0"  # powers of two, used for factors only
+SCALE = "_scale_inv"  # the ending that a tensor's name gets for its FP8 factors
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a file says of a tensor: safetensors' word for its dtype, its shape, its file and where it starts there."""
+    """A tensor's entry in a file: safetensors' name of the dtype, shape, file and start there in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,41 +38,41 @@ class Spec:
 
 
 class Weights(Protocol):
-    """Tensors under Hugging Face's names, wherever they come from: Shards, or a GGUF file."""
+    """Tensors under Hugging Face's names from any source: a folder's files, packed or not, or a GGUF file."""
 
     specs: dict[str, Spec]
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored."""
+        """Returns one tensor as it is stored; GGUF and packed tensors are dequantized to fp32."""
         ...
 
     def read_into(self, name: str, into: Tensor) -> None:
-        """One tensor's values into a contiguous tensor of its shape."""
+        """Reads one tensor into a contiguous tensor of the same shape."""
         into.copy_(self.read(name))
 
     def read_range(self, name: str, start: int, into: Tensor) -> None:
-        """The numbers of one tensor from number `start` on, counted row by row, into a flat tensor."""
+        """Reads len(into) numbers of one tensor, from flat position `start`, into a flat tensor."""
         into.copy_(self.read(name).flatten()[start : start + len(into)])
 
     def scale(self, name: str) -> Tensor | None:
-        """The factors of an FP8 tensor; None for a plain tensor."""
+        """Returns the factors of an FP8 tensor in fp32; None for any other tensor."""
         return self.read(name + SCALE).float() if name + SCALE in self.specs else None
 
     def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
-        """Values and factors of a matrix in one of our formats, exactly as they are stored; None where it is in none."""
+        """Returns format, values and factors of a matrix as stored; None unless it is in one of our formats."""
         return None
 
     def by_file(self) -> Iterator[str]:
-        """All names, in the order in which they are read fastest."""
+        """Yields all names in the order in which they are read fastest."""
         yield from self.specs
 
 
 class Shards(Weights):
-    """All tensors of a folder, or of one file, by name. Opening it reads every header, so a torn file is found before anything loads."""
+    """All tensors of a folder or of one file, by name; opening reads every header, so a truncated file fails early."""
 
     def __init__(self, folder: Path) -> None:
         self.specs: dict[str, Spec] = {}
-        # a single file counts before an index, whichever is newer, as in transformers
+        # as in transformers, a single file takes precedence over an index, whichever is newer
         is_indexed = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
         indexed = _read_index(folder / INDEX) if is_indexed else {}
         if folder.is_file():
@@ -90,7 +90,7 @@ class Shards(Weights):
             self._read_header(file)
         lost = sorted(set(indexed) - set(self.specs))
         if lost:
-            problem = f"names {len(lost)} tensors that its files lack, {lost[0]} first"
+            problem = f"names {len(lost)} tensors that its files lack, such as {lost[0]}"
             raise UserError(INDEX, str(folder), problem, "Download the folder again.")
 
     def _read_header(self, file: Path) -> None:
@@ -112,15 +112,15 @@ class Shards(Weights):
         return self.read_spec(self.specs[name])
 
     def read_spec(self, spec: Spec) -> Tensor:
-        """The tensor that a spec is of, whatever it is called."""
+        """Reads the tensor that a spec describes."""
         dtype = element_type(spec.dtype)
-        assert dtype is not None, f"the audit lets no {spec.dtype} pass"
+        assert dtype is not None, f"the audit refuses {spec.dtype}"
         tensor = torch.empty(spec.shape, dtype=dtype)
         self._read_bytes(spec, tensor)
         return tensor
 
     def read_into(self, name: str, into: Tensor) -> None:
-        """Straight from the file where the dtypes agree."""
+        """Reads directly from the file where the dtypes agree."""
         spec = self.specs[name]
         if element_type(spec.dtype) == into.dtype:
             self._read_bytes(spec, into)
@@ -128,10 +128,10 @@ class Shards(Weights):
             super().read_into(name, into)
 
     def read_range(self, name: str, start: int, into: Tensor) -> None:
-        """Straight from the file where the dtypes agree, else PIECE numbers at a time."""
+        """Reads directly from the file where the dtypes agree, otherwise PIECE numbers at a time."""
         spec = self.specs[name]
         dtype = element_type(spec.dtype)
-        assert dtype is not None, f"{name}: the audit lets no {spec.dtype} pass"
+        assert dtype is not None, f"{name}: the audit refuses {spec.dtype}"
         if dtype == into.dtype and into.device.type == "cpu":
             self._read_bytes(spec, into, start * dtype.itemsize)
             return
@@ -143,9 +143,9 @@ class Shards(Weights):
 
     @staticmethod
     def _read_bytes(spec: Spec, into: Tensor, skip: int = 0) -> None:
-        """Fill a contiguous tensor with the bytes of a stored one from byte `skip` on."""
+        """Fills a contiguous tensor with the bytes of a stored one, from byte `skip`."""
         view = memoryview(into.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        with io.FileIO(str(spec.file)) as file:  # one of its own, so that several threads may read
+        with io.FileIO(str(spec.file)) as file:  # a separate handle, so that several threads may read
             file.seek(spec.start + skip)
             done = 0
             while done < len(view):
@@ -155,16 +155,16 @@ class Shards(Weights):
                 done += count
 
     def by_file(self) -> Iterator[str]:
-        """All names, file after file and from front to back, so that each file is read in one go."""
+        """Yields all names file by file, front to back, so that each file is read sequentially."""
         order = {file: number for number, file in enumerate(self.files)}
         yield from sorted(self.specs, key=lambda n: (order[self.specs[n].file], self.specs[n].start))
 
 
 def _check(file: Path) -> None:
-    """Let the safetensors library judge a file: its header, its length, and that the tensors cover it exactly."""
+    """Has the safetensors library check a file: its header, its length, and that the tensors cover it exactly."""
     try:
         if is_pointer(file):
-            problem = "git's pointer to the file, not the file"
+            problem = "a Git LFS pointer, not the file itself"
             raise UserError("weights", str(file), problem, "Run `git lfs pull` in the folder.")
         with safe_open(file, framework="pt"):
             pass
@@ -172,9 +172,11 @@ def _check(file: Path) -> None:
         raise UserError("weights", str(file), "the file is missing", "Download it again.") from None
     except PermissionError as error:
         problem = f"cannot be read ({error.strerror or error})"
-        raise UserError("weights", str(file), problem, "Give yourself the right to read it.") from None
+        raise UserError("weights", str(file), problem, "Check the file's permissions.") from None
     except (SafetensorError, OSError) as error:
-        raise UserError("weights", str(file), f"not a whole safetensors file ({error})", "Download it again.") from None
+        raise UserError(
+            "weights", str(file), f"not a complete safetensors file ({error})", "Download it again."
+        ) from None
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -188,15 +190,15 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _refuse(folder: Path) -> NoReturn:
-    """The UserError of a folder that has no weights that finback reads."""
+    """Raises the UserError for a folder without weights that finback reads."""
     if pickles := sorted(p for kind in ("bin", "pt", "pth") for p in folder.glob(f"*.{kind}")):
-        remedy = "Use the .safetensors files of the same model, or convert it where you trust it."
-        raise UserError("weights", str(pickles[0]), "a pickle, which can run any program when it is opened", remedy)
+        remedy = "Use the model's .safetensors files, or convert this file if you trust it."
+        raise UserError("weights", str(pickles[0]), "a pickle, which can run arbitrary code when opened", remedy)
     raise UserError("weights", str(folder), "no .safetensors file there", "Download the weights into the folder.")
 
 
 def element_type(dtype: str) -> torch.dtype | None:
-    """torch's dtype for safetensors' word, None for what neither weights, packed or not, nor tables are kept in."""
+    """Returns torch's dtype for safetensors' name of it; None for dtypes in which no weights or tables are stored."""
     plain = {E8M0: torch.float8_e8m0fnu}
     plain |= {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return (

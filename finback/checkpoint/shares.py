@@ -1,6 +1,6 @@
-"""Values for shares of a model, drawn from a seed or read out of files, so that no rank ever holds more than is its own.
+"""Fills shares of a model from a seed or from files, so that no rank ever holds more than its own share.
 
-A share says where its numbers lie in the whole tensor. What fills it knows nothing of ranks or of how they share.
+A share records its position in the whole tensor. The code that fills it knows nothing of ranks or layouts.
 """
 
 import itertools
@@ -18,27 +18,27 @@ from finback.model.config import ModelConfig
 from finback.model.layers import OwnStart, first_value
 from finback.model.transformer import Transformer
 
-# Numbers that are drawn at a time. A multiple of 16: torch draws normal numbers in blocks of 16, so that pieces are drawn
-# as the whole would be.
+# Numbers drawn at a time. torch draws normal numbers in blocks of 16, so pieces of a multiple of 16 are drawn as the
+# whole would be.
 DRAWN = 1 << 20
-SLICE = 8 * fp8.BLOCK  # rows of an FP8 matrix that are dequantized at once
+SLICE = 8 * fp8.BLOCK  # rows of an FP8 matrix dequantized at a time
 
 
 @dataclass(frozen=True)
 class Share:
-    """A box of a tensor: what of it lies here, and where that is in the whole."""
+    """A rectangular part of a tensor that this rank holds, and its position in the whole."""
 
-    # as Transformer.state_dict has it
+    # the tensor's name in Transformer.state_dict
     name: str
-    # of the whole
+    # shape of the whole tensor
     shape: tuple[int, ...]
-    # where the box begins, in each dimension
+    # start of the part in each dimension
     offset: tuple[int, ...]
-    # the box, contiguous; filling it changes what it is a view of
+    # the part itself, contiguous; a view, so that filling it fills the tensor
     local: Tensor
 
     def runs(self) -> Iterator[tuple[int, Tensor]]:
-        """The pieces of the box that are contiguous in the whole: where each begins there, flat, and a flat view of it."""
+        """Yields each piece that is contiguous in the whole tensor: its flat start there, and a flat view of it."""
         flat = self.local.detach().view(-1)
         done = 0
         for start, length in runs(self.shape, self.offset, tuple(self.local.shape)):
@@ -47,12 +47,12 @@ class Share:
 
 
 def whole(name: str, tensor: Tensor) -> Share:
-    """All of a tensor."""
+    """Returns a share that is the whole tensor."""
     return Share(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
 
 
 def runs(shape: tuple[int, ...], offset: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Where a box of these sizes lies in a tensor that is stored row by row: (start, length) of its pieces, in order."""
+    """Yields (start, length) of the contiguous pieces of a box of these sizes in a row-major tensor, in order."""
     cut = max((d for d, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole), default=0)
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     length = math.prod(sizes[cut:])
@@ -63,17 +63,17 @@ def runs(shape: tuple[int, ...], offset: tuple[int, ...], sizes: tuple[int, ...]
 
 
 class Values(Protocol):
-    """Where the numbers of a model come from."""
+    """A source of a model's values."""
 
     def fill(self, shares: Sequence[Share]) -> None:
-        """Give all these shares their numbers; of one tensor there may be several."""
+        """Fills all shares in place; several may belong to one tensor."""
         ...
 
 
 class Seeded(Values):
-    """The weights that Transformer.initialise(seed) gives, to the bit; router biases are 0.
+    """The initial weights of Transformer.initialise(seed), bit for bit; router biases are 0.
 
-    Every rank draws all numbers and keeps its own: a generator cannot skip.
+    Every rank draws all numbers and keeps its own, because a generator cannot skip.
     """
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
@@ -107,7 +107,7 @@ class Seeded(Values):
 
 
 def own_starts(model: Transformer, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    """What parts of a blank model start with of their own, by name, in the order of `initialise`."""
+    """Yields names and initial values of tensors that modules initialise themselves, in the order of `initialise`."""
     for name, part in list(model.named_modules()):
         if isinstance(part, OwnStart):
             part.to_empty(device="cpu", recurse=False)
@@ -116,18 +116,18 @@ def own_starts(model: Transformer, generator: torch.Generator) -> Iterator[tuple
 
 
 def drawn(count: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """`count` normal numbers in pieces, each with where it begins; in all the same numbers as in one piece."""
+    """Yields `count` normal numbers in pieces with their starts: the same numbers as if drawn at once."""
     begin = 0
     while begin < count:
         length = min(DRAWN, count - begin)
-        if count - begin - length < 16:  # the last block must not be torn
+        if count - begin - length < 16:  # a last piece below 16 would be drawn differently
             length = count - begin
         yield begin, torch.empty(length).normal_(0.0, std, generator=generator)
         begin += length
 
 
 def _take(targets: Iterable[tuple[int, Tensor]], begin: int, numbers: Tensor) -> None:
-    """Copy what of numbers, which begin at `begin`, belongs into each target."""
+    """Copies into each target its overlap with `numbers`, which start at flat position `begin`."""
     end = begin + len(numbers)
     for start, view in targets:
         first, last = max(start, begin), min(start + len(view), end)
@@ -136,10 +136,10 @@ def _take(targets: Iterable[tuple[int, Tensor]], begin: int, numbers: Tensor) ->
 
 
 class Stored(Values):
-    """Out of files, of each tensor only the bytes that are asked for; FP8 is dequantized a few rows at a time."""
+    """Stored weights: reads only the bytes that shares need, and dequantizes FP8 a few rows at a time."""
 
     def __init__(self, weights: Weights, names: Mapping[str, tuple[str, ...]]) -> None:
-        """names: of each of our tensors the stored ones that it is made of, equal parts in the order of its rows."""
+        """names: for each of our tensors the stored tensors that it consists of: equal parts, in row order."""
         self.weights, self.names = weights, names
 
     @torch.no_grad()
@@ -172,7 +172,7 @@ class Stored(Values):
                 self._dequantize(name, scale, start, into)
 
     def _dequantize(self, name: str, scale: Tensor, start: int, into: Tensor) -> None:
-        """Rows of an FP8 matrix; those that share a block with the first are read as well."""
+        """Dequantizes rows of an FP8 matrix; also reads earlier rows in the block of the first."""
         columns = self.weights.specs[name].shape[1]
         assert start % columns == 0 and len(into) % columns == 0, "whole rows"
         out = into.view(-1, columns)

@@ -1,9 +1,10 @@
-"""gpt-oss's experts in files: stacks of all of a layer, transposed, gate and up columns in turn, or MXFP4 blocks of the rows.
+"""gpt-oss's experts in files: one stack per layer, with gate and up interleaved, transposed or in MXFP4 blocks of rows.
 
-    experts.gate_up_proj (e, d, 2m), .down_proj (e, m, d)       with biases `_bias` (e, 2m) and (e, d)
-    experts.gate_up_proj_blocks (e, 2m, d / 32, 16), .down_proj_blocks (e, d, m / 32, 16)     bytes of two numbers, with `_scales`
+    experts.gate_up_proj (e, d, 2m), .down_proj (e, m, d)       biases: `_bias` (e, 2m) and (e, d)
+    experts.gate_up_proj_blocks (e, 2m, d / 32, 16), .down_proj_blocks (e, d, m / 32, 16)  two numbers a byte; `_scales`
 
-Reading shows each expert's matrices by the table of names; writing joins them.
+e experts, d hidden_size, m moe_intermediate_size. Reading splits stacks into each expert's matrices under the name
+table's names; writing joins them.
 """
 
 import re
@@ -23,12 +24,12 @@ _ONE = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
 
 
 class StackedExperts(Weights):
-    """A folder's tensors with every expert's matrices apart, MXFP4 dequantized to fp32 or as it is by `packed`."""
+    """A folder's tensors with each expert's matrices separate. `read` dequantizes MXFP4 to fp32; `packed` does not."""
 
     def __init__(self, shards: Shards, quantization: dict[str, Any] | None) -> None:
         if (quantization or {}).get("quant_method", "mxfp4") != "mxfp4":
-            problem = "of this family finback reads bf16 and mxfp4"
-            raise UserError("config.json quantization_config", quantization, problem, "Use one of these weights.")
+            problem = "finback reads this family in bf16 and mxfp4"
+            raise UserError("config.json quantization_config", quantization, problem, "Use weights in one of these.")
         self.shards, self.specs = shards, dict[str, Spec]()
         for name, spec in shards.specs.items():
             stack = _STACK.fullmatch(name)
@@ -38,7 +39,7 @@ class StackedExperts(Weights):
                 self.specs[name] = spec
 
     def _experts(self, stack: re.Match[str], spec: Spec) -> Iterator[tuple[str, Spec]]:
-        """Each expert's parts of a stack; a part's place is that of its expert's whole."""
+        """Yields each expert's parts of a stack; the start of a part is that of its expert's entry."""
         kind = "bias" if stack[3] == "_bias" else "weight"
         parts = ("gate", "up") if stack[2] == "gate_up_proj" else ("down",)
         shape = spec.shape[1:]
@@ -55,7 +56,7 @@ class StackedExperts(Weights):
 
     @staticmethod
     def _row(spec: Spec, index: int) -> Spec:
-        """One entry of the first dimension of a stored tensor."""
+        """Returns the spec of one entry along the first dimension of a stored tensor."""
         shape = spec.shape[1:]
         size = WIDTHS[spec.dtype] * torch.Size(shape).numel()
         return Spec(spec.dtype, shape, spec.file, spec.start + index * size)
@@ -84,32 +85,32 @@ class StackedExperts(Weights):
         return MXFP4, values.flatten(1), scales.contiguous()
 
     def _stored(self, ending: str, one: re.Match[str]) -> Tensor:
-        """An expert's entry of the stack with this ending."""
+        """Reads an expert's entry of the stack with this ending."""
         return self.shards.read_spec(self._row(self.shards.specs[_stack_of(one) + ending], int(one[2])))
 
     @staticmethod
     def _part(one: re.Match[str], rows: Tensor) -> Tensor:
-        """Of gate and up in turn the one that is asked for."""
+        """Picks the requested one of interleaved gate and up rows; down is returned whole."""
         return rows if one[3] == "down" else rows[int(one[3] == "up") :: 2]
 
 
 def _stack_of(one: re.Match[str]) -> str:
-    """The name of the stack that a matrix or a bias of an expert is in, but for its ending."""
+    """Returns the name of the stack that holds an expert's matrix or bias, without its ending."""
     return f"{one[1]}.{'down' if one[3] == 'down' else 'gate_up'}_proj"
 
 
 def interleaved(rows: Tensor, dim: int = 0) -> Tensor:
-    """[gate | up] rows along a dimension as gate and up in turn."""
+    """Interleaves [gate | up] rows along a dimension: gate, up, gate, up, ..."""
     return torch.stack(rows.chunk(2, dim=dim), dim=dim + 1).flatten(dim, dim + 1)
 
 
 def parted(rows: Tensor, dim: int = 0) -> Tensor:
-    """The inverse of `interleaved`."""
+    """Inverts `interleaved`."""
     return rows.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def stack_names(stem: str, experts: int) -> dict[str, tuple[str, ...]]:
-    """The stacks of a layer's experts: their names -> the names of their parts, in the table's order."""
+    """Maps each stack of a layer's experts to the names of its parts, in the table's order."""
     parts = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
     return {
         f"{stem}.{stack}{ending}": tuple(
@@ -121,7 +122,7 @@ def stack_names(stem: str, experts: int) -> dict[str, tuple[str, ...]]:
 
 
 def stacked(name: str, parts: list[Tensor], experts: int) -> Tensor:
-    """The stack of this name out of its parts."""
+    """Joins parts into the stack of this name."""
     rows = torch.stack(parts).unflatten(0, (experts, -1)).flatten(1, 2)
     if "gate_up_proj" in name:
         rows = interleaved(rows, 1)

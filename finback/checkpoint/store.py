@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: one safetensors file, its digest inside, the last two kept."""
+"""Atomic checkpoints of one rank: one safetensors file that contains its digest; the last two are kept."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ KEEP = 2
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and JSON-able meta to one file, atomically; a kill at any moment leaves the old file or the new."""
+    """Writes tensors and JSON-serialisable meta to one file, atomically: a kill leaves the old file or the new."""
     tensors, text = _apart(tensors), json.dumps(meta)
     write(path, tensors, {"meta": text, "digest": _digest(sorted(tensors.items()), text)})
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file whose header has these metadata, atomically; equal ones have equal bytes."""
+    """Writes a safetensors file with these metadata, atomically; equal contents give equal bytes."""
     temporary = path.with_name(path.name + ".part")
     try:
         save_file(tensors, temporary, metadata=header)
@@ -41,7 +41,7 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Non
 
 
 def _sort_metadata(handle: BinaryIO) -> None:
-    """Put the header's metadata in order: safetensors writes them in a random one, so equal runs would differ in bytes."""
+    """Sorts the header's metadata: safetensors writes them in random order, and equal runs would differ in bytes."""
     size = int.from_bytes(handle.read(8), "little")
     header = json.loads(handle.read(size))
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -52,13 +52,13 @@ def _sort_metadata(handle: BinaryIO) -> None:
 
 
 def as_os_error(error: Exception, path: Path) -> Exception:
-    """The OSError that safetensors reports only as text, a full disk for one; any other error as it is."""
+    """Returns the OSError that safetensors reports only as text, such as a full disk; any other error unchanged."""
     reason = re.search(r"os error (\d+)", str(error))
     return OSError(int(reason[1]), os.strerror(int(reason[1])), str(path)) if reason else error
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint and verify its digest; UserError when it is torn or changed."""
+    """Reads a checkpoint and verifies its digest; UserError when it is truncated or changed."""
     try:
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata() or {}
@@ -69,7 +69,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def verify(path: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Any]:
-    """The meta of a file; UserError unless its tensors, of which `read` gives one at a time, are what `save` wrote."""
+    """Returns a file's meta; UserError unless its tensors, which `read` returns one by one, are what `save` wrote."""
     try:
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata() or {}
@@ -79,20 +79,20 @@ def verify(path: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> d
 
 
 def _meta(path: Path, header: dict[str, str], tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """What a header holds beside the digest; UserError where that is of other tensors than these, in order."""
+    """Returns the header's meta; UserError unless its digest is that of these tensors, given in name order."""
     text = header.get("meta", "")
     if header.get("digest") != _digest(tensors, text):
         raise UserError("checkpoint", str(path), "its content does not match its digest", REMEDY)
     return dict(json.loads(text))
 
 
-REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
+REMEDY = "Delete it: the run continues from the previous checkpoint, or from the start of the stage."
 
 
 def save_step(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = KEEP) -> None:
-    """Save step-<step>.safetensors and drop all but the newest `keep`.
+    """Saves step-<step>.safetensors and deletes all but the newest `keep`.
 
-    The folder has one writer: what safetensors had not finished when that was killed is dropped first, to make room.
+    The folder has one writer: temporary files of a killed one are deleted first, to make room.
     """
     for torn in folder.glob(".tmp*"):
         torn.unlink()
@@ -104,10 +104,9 @@ def save_step(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[st
 def load_newest(
     folder: Path, say: Callable[[str], None] = lambda _: None
 ) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """The newest readable step of a stage, or None when there is none.
+    """Returns step, tensors and meta of a stage's newest intact checkpoint; None where the stage has no checkpoints.
 
-    A damaged newest file falls back to the one before, which `say` reports; if none is whole, the error of the newest
-    is raised.
+    Damaged files are reported through `say` and passed over; if all are damaged, raises the newest one's error.
     """
     return newest(folder, say, load)
 
@@ -115,14 +114,14 @@ def load_newest(
 def newest(
     folder: Path, say: Callable[[str], None], load: Callable[[Path], tuple[Content, dict[str, Any]]]
 ) -> tuple[int, Content, dict[str, Any]] | None:
-    """The same with whatever `load` makes of a file; UserError from it says that the file is damaged."""
+    """As `load_newest`, with the contents that `load` returns; its UserError means that the file is damaged."""
     trouble: UserError | None = None
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
             content, meta = load(path)
         except UserError as error:
             trouble = trouble or error
-            say(f"{path} {error.problem}: the checkpoint before it is used")
+            say(f"{path} {error.problem}: falling back to the previous checkpoint")
             continue
         return int(path.stem.removeprefix("step-")), content, meta
     if trouble is not None:
@@ -131,7 +130,7 @@ def newest(
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values on the CPU, contiguous, and none in another's memory as tied weights are."""
+    """Returns the tensors on the CPU, contiguous, and without shared memory: tied weights are copied."""
     apart, taken = {}, set[int]()
     for name, t in tensors.items():
         t = t.detach().cpu().contiguous()

@@ -1,7 +1,7 @@
-"""Tensors as folders of other habits store them, under the names and in the parts that the table of names has.
+"""Maps differently named or fused tensors of a folder to the names and parts of the name table, and back.
 
-A view of the files' headers: nothing is read or copied. What transformers does on loading is its rule: the prefix `model.` may be
-missing, experts, queries and gates may be fused, and of a tied pair either may be the one that is stored.
+Reading only rewrites the files' headers: no values are read or copied. The rules are those by which transformers loads:
+the prefix `model.` may be missing; experts, queries and gates may be fused; either tensor of a tied pair may be stored.
 """
 
 import math
@@ -23,7 +23,7 @@ _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
 def as_named(specs: dict[str, Spec], config: ModelConfig) -> dict[str, Spec]:
-    """The specs of a folder by the table's names; names that are nobody's habit stay as they are."""
+    """Returns a folder's specs under the table's names; unknown names are left as they are."""
     found: dict[str, Spec] = {}
     if config.attention == "compressed":
         named = (pair for name, spec in specs.items() for pair in parts_of(name, spec, config))
@@ -38,15 +38,15 @@ def as_named(specs: dict[str, Spec], config: ModelConfig) -> dict[str, Spec]:
 
 
 def _untied(found: dict[str, Spec], config: ModelConfig, embedding: str, head: str) -> dict[str, Spec]:
-    """The specs with the embedding of a tied pair of which the head alone is stored."""
+    """Renames the head to the embedding in the specs of a tied model that stores its head alone."""
     if config.tie_word_embeddings and embedding not in found and head in found:
         found[embedding] = found.pop(head)
     return found
 
 
 def parts_of(name: str, spec: Spec, config: ModelConfig) -> Iterator[tuple[str, Spec]]:
-    """The tensors that a fused one is made of, each a range of its rows; any other as it is."""
-    is_plain = config.swiglu_alpha is None  # see stacked_experts.py
+    """Yields the tensors that a fused one consists of, each a range of its rows; any other tensor unchanged."""
+    is_plain = config.swiglu_alpha is None  # gpt-oss's stacks are transposed: see stacked_experts.py
     if is_plain and (fused := _EXPERTS.fullmatch(name)) and len(spec.shape) == 3 and spec.dtype in WIDTHS:
         kinds = ("gate", "up") if fused[2] == "gate_up_proj" else ("down",)
         height = spec.shape[1] // len(kinds)
@@ -73,7 +73,7 @@ def parts_of(name: str, spec: Spec, config: ModelConfig) -> Iterator[tuple[str, 
 
 
 def fused(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Tensors that a model's family keeps in one: its name -> the names of its parts, in row order."""
+    """Returns the tensors that a model's family fuses: name -> the names of the parts, in row order."""
     family, layers = family_of(config), range(config.num_hidden_layers)
     found: dict[str, tuple[str, ...]] = {}
     if family == "gpt_oss":
@@ -87,7 +87,7 @@ def fused(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def fuse(tensors: Iterator[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Tensors as a model's family keeps them; the parts of one come one after the other."""
+    """Fuses tensors as a model's family stores them; the parts of a fused tensor must follow one another."""
     whole = fused(config)
     place = {part: name for name, parts in whole.items() for part in parts}
     held: list[Tensor] = []
@@ -103,7 +103,7 @@ def fuse(tensors: Iterator[tuple[str, Tensor]], config: ModelConfig) -> Iterator
 
 
 def fused_shapes(shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of such tensors, in the order in which `fuse` gives them."""
+    """Returns the shapes of the tensors that `fuse` yields, in its order."""
     found = dict(shapes)
     for name, parts in fused(config).items():
         rows = [found.pop(part) for part in parts]
@@ -115,7 +115,7 @@ def fused_shapes(shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> dic
 
 
 def _rows(spec: Spec, start: int, height: int) -> Spec:
-    """`height` rows of a stored tensor from row `start` on, leading dimensions counted as rows."""
+    """Returns the spec of `height` rows of a stored tensor from row `start`; leading dimensions count as rows."""
     columns = math.prod(spec.shape[-1:]) if len(spec.shape) > 1 else 1
     shape = (height, spec.shape[-1]) if len(spec.shape) > 1 else (height,)
     return Spec(spec.dtype, shape, spec.file, spec.start + start * columns * WIDTHS[spec.dtype])

@@ -1,4 +1,4 @@
-"""A safetensors file that is written tensor by tensor, in any order: its size and its header are known before its values."""
+"""Writes a safetensors file tensor by tensor, in any order; its size and header are known before the values."""
 
 import errno
 import json
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from finback.runs.provenance import sha256
 
-Contents = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # by name, what a file's tensors are
+Contents = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.int64: "I64"}
 WORDS |= {torch.int8: "I8", torch.float8_e8m0fnu: "F8_E8M0"}
 
 
 class TensorFile:
-    """Opens a new file with room for all its tensors; a full disk shows then. `close` puts it on the disk."""
+    """Creates a file and reserves disk space for all its tensors, so that a full disk fails here. `close` syncs it."""
 
     def __init__(self, path: Path, tensors: Contents) -> None:
-        # widest first, as safetensors sorts them, so that every tensor begins at a multiple of its width
+        # widest dtype first, as safetensors sorts them, so that every tensor is aligned to its width
         order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self.places: dict[str, tuple[int, int]] = {}
@@ -43,16 +43,16 @@ class TensorFile:
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """One tensor, of the dtype and shape that were announced."""
+        """Writes one tensor, which has the dtype and shape announced for it."""
         start, end = self.places[name]
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        assert len(values) == end - start, f"{name} is of another size than announced"
+        assert len(values) == end - start, f"{name} does not have the announced size"
         self.handle.seek(self.base + start)
         self.handle.write(values.numpy().data)
         self.left.remove(name)
 
     def close(self) -> str:
-        """Make it last; SHA-256 of the whole."""
+        """Syncs the file to disk; returns the SHA-256 of the whole file."""
         assert not self.left, f"{self.path} lacks {sorted(self.left)}"
         self.handle.flush()
         os.fsync(self.handle.fileno())
@@ -61,13 +61,13 @@ class TensorFile:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the room on the disk, where the system can; otherwise the file's size alone."""
+    """Reserves disk space where the file system supports it; otherwise only sets the file's size."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except (AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (
             errno.EINVAL,
             errno.EOPNOTSUPP,
-        ):  # not of this file system
+        ):  # any other error is real; these mean that the file system cannot reserve
             raise
         os.ftruncate(descriptor, size)

@@ -1,6 +1,6 @@
-"""The table of names of DeepSeek-V4: ours, and the release's, which are not those of the other families.
+"""DeepSeek-V4's name table: our names and the release's, which differ from those of the other families.
 
-Folders that transformers writes have a third spelling, and its modules a fourth: `released` knows both.
+Folders written by transformers use a third spelling and its modules a fourth; `released` accepts both.
 """
 
 import re
@@ -27,30 +27,30 @@ _COMPRESSOR: _Names = {
 }
 _INDEXER: _Names = {"query.weight": ("wq_b.weight",), "weight.weight": ("weights_proj.weight",), **_COMPRESSOR}
 _MIXTURE = {"weight": "fn", "bias": "base", "scale": "scale"}
-MTP = "mtp."  # how the names of its tensors begin
+MTP = "mtp."  # the prefix of MTP tensors' names
 BIAS = "ffn.gate.bias"
-TABLE = "tid2eid"  # the one tensor of whole numbers
-# what stays in fp32 whatever the file's dtype
+TABLE = "tid2eid"  # the only integer tensor
+# stored in fp32 whatever the file's dtype
 PRECISE = ("attn_sink", "compressor.ape", BIAS, *(f"_{part}" for part in _MIXTURE.values()))
 
 
-# matrices that the release's files have in FP8, and in FP4
+# matrices that the release stores in FP8 and in FP4
 _FP8 = re.compile(r".*\.(attn(\.indexer)?\.(w[qo]_[ab]|wkv)|ffn\.shared_experts\.w[123]|[eh]_proj)\.weight")
 _FP4 = re.compile(r".*\.ffn\.experts\.\d+\.w[123]\.weight")
 
 
 def is_fp8(name: str) -> bool:
-    """Whether the release has a tensor of this name in FP8."""
+    """Whether the release stores a tensor of this name in FP8."""
     return _FP8.fullmatch(name) is not None
 
 
 def is_fp4(name: str) -> bool:
-    """Whether the release has a tensor of this name in MXFP4."""
+    """Whether the release stores a tensor of this name in MXFP4."""
     return _FP4.fullmatch(name) is not None
 
 
 def table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Every tensor of a V4 model: our name -> the release's tensors it is made of, in row order."""
+    """Maps every tensor of a V4 model to the release's tensors that it consists of, in row order."""
     names: _Names = {"embed": ("embed.weight",), "norm.weight": ("norm.weight",)} | _merge("merge.", "hc_head")
     if not config.tie_word_embeddings:
         names["head.weight"] = ("head.weight",)
@@ -103,7 +103,7 @@ _MTP: _Names = {
     **_merge("merge.", "hc_head"),
 }
 
-# transformers' words -> the release's, in turn; an indexer's before its compressor's
+# transformers' names -> the release's, applied in order: an indexer's before its compressor's
 _WORDS = [
     (r"^model\.", ""),
     (r"^embed_tokens\.", "embed."),
@@ -132,7 +132,7 @@ _WORDS = [
 ]
 
 
-# what of the release's words transformers' modules are called otherwise, where an adapter may be put on
+# the release's names -> transformers' modules, for matrices that an adapter can target
 _MODULES = [
     (r"^layers\.", "model.layers."),
     (r"\.attn\.", ".self_attn."),
@@ -147,14 +147,14 @@ _MODULES = [
 
 
 def of_modules(name: str) -> str:
-    """The name that a matrix of a block has in transformers' model, from the release's."""
+    """Returns transformers' module name of a block's matrix, given the release's name."""
     for words, instead in _MODULES:
         name = re.sub(words, instead, name)
     return name
 
 
 def released(name: str) -> str:
-    """The release's name of a tensor, from any of the spellings."""
+    """Returns the release's name of a tensor, given any of the spellings."""
     for words, instead in _WORDS:
         name = re.sub(words, instead, name)
     return name
