@@ -60,9 +60,9 @@ KINDS = (
     "kill both",
 )
 WORDS_OF = {
-    "kill rank": "has gone without a word",
+    "kill rank": "has disconnected",
     "stop rank": "no sign of life",
-    "kill agent": "has gone without a word",
+    "kill agent": "has disconnected",
 }
 
 

@@ -59,7 +59,7 @@ def test_layouts_that_can_be() -> None:
         planned.check(MANY, 8)
         with pytest.raises(UserError, match="can be planned, not trained"):
             planned.check_trainable(MANY, 8, 2)
-    with pytest.raises(UserError, match="only sharded weights travel"):
+    with pytest.raises(UserError, match="only sharded weights are gathered"):
         Layout(sharding="zero1", gather="bf16")
     with pytest.raises(UserError, match=r'layout\.offload = True: sharding="zero1" computes with the weights where'):
         Layout(sharding="zero1", offload=True)

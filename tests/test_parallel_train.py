@@ -367,7 +367,7 @@ def test_a_pipeline_can_leave_out_mtp_later_and_takes_learnt_biases(tmp_path: Pa
 
 def test_no_stage_is_left_without_a_layer() -> None:
     deep = dataclasses.replace(MANY, num_hidden_layers=2, num_nextn_predict_layers=2)
-    with pytest.raises(UserError, match=r"layout\.pp = 4: .*4 stages, and 3 can have a layer"):
+    with pytest.raises(UserError, match=r"layout\.pp = 4: .*4 stages, but there are layers for only 3"):
         Layout(pp=4, micro_batches=4).check(deep, 8)
     Layout(pp=3, micro_batches=4).check(deep, 8)
     assert all(s.layers for s in split_layers(deep, 3))

@@ -292,7 +292,7 @@ def test_possible_meshes() -> None:
     [
         ({"ep": 48}, "256 experts"),
         ({"ep": 256}, "divide dp"),
-        ({"pp": 64, "dp": 32, "ep": 32}, "64 stages, and 62"),
+        ({"pp": 64, "dp": 32, "ep": 32}, "64 stages, but there are layers for only 62"),
         ({"rows": 15361}, "does not divide"),
         ({"rows": 128 * 9}, "even number"),
         ({"rows": 128 * 8}, "at least 32"),

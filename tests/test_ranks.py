@@ -162,7 +162,7 @@ def test_a_rank_that_goes_or_stands_still_is_named() -> None:
     beat = Heartbeat(0, 60.0, [line])
     theirs.close()
     ending = beat.reason(60)
-    assert ending is not None and "rank 1 (node, pid 7) has gone without a word" in ending.text
+    assert ending is not None and "rank 1 (node, pid 7) has disconnected" in ending.text
     leave(beat)
     theirs, line = pair()
     beat = Heartbeat(0, 60.0, [line])
@@ -215,8 +215,8 @@ def test_torchrun_ends_with_its_ranks_exit_code(
     assert codes == [0, 130, 2, 130, 1] and capsys.readouterr().err == "rank 1 was killed (signal 9)\n"
     assert [ending(RendezvousTimeoutError()), ending(RendezvousConnectionError("no"))] == [1, 1]
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("error: the agents did not meet (RendezvousTimeoutError). Start the same line on every")
-    assert said[1].startswith("error: nobody answers at --rdzv-endpoint. ") and len(said) == 2
+    assert said[0].startswith("error: the agents did not meet (RendezvousTimeoutError). Run the same command on every")
+    assert said[1].startswith("error: no answer from --rdzv-endpoint. ") and len(said) == 2
 
 
 # ---- one run in a folder -----------------------------------------------------------------------------------------------

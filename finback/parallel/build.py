@@ -1,6 +1,6 @@
-"""This rank's share of a model, from a config and a layout: nothing of it ever lies whole on one rank.
+"""Builds this rank's share of a model from a config and a layout; no rank ever holds the whole model.
 
-Models are made without memory, cut to this rank's stages and experts, shared out, and only then given memory and values.
+Models are created on the meta device, cut to this rank's stages and experts and sharded, and only then get memory and values.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from finback.parallel.shard import FullyShard, Sharding, ZeroOne, expert_paramet
 
 
 class Built(NamedTuple):
-    """The models of this rank's stages, what is called in their place, and how their parameters are shared."""
+    """The models of this rank's stages, the modules to call instead of them, and their sharding."""
 
     models: list[Transformer]
     roots: list[nn.Module]
@@ -40,9 +40,9 @@ def build(
     put_on: Callable[[Transformer], Any] = lambda model: model,
     dtype: torch.dtype = torch.float32,
 ) -> Built:
-    """This rank's share with its values, in training mode, parameters in `dtype`. A pipeline needs the loss at its end.
+    """Builds this rank's share with its values, in training mode, with parameters in `dtype`. A pipeline needs `loss`.
 
-    `put_on` changes in place how a model computes and what of it learns, while it has no experts elsewhere.
+    `put_on` changes in place how a model computes and which parameters are trainable; it runs before experts are distributed.
     """
     stages = layout.stages_of(mesh.pp.get_local_rank())
     models = [blank(config, compute, dtype) for _ in stages]
@@ -66,13 +66,13 @@ def build(
 
 
 def blank(config: ModelConfig, compute: torch.dtype, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model without memory behind its parameters."""
+    """A model on the meta device, whose parameters have no memory."""
     with torch.device("meta"):
         return Transformer(config, compute, dtype)
 
 
 def _keep_own_experts(model: Transformer, mesh: Mesh, fsdp: bool) -> None:
-    """Leave a blank model the experts that are this rank's."""
+    """Drops the experts of other ranks from a blank model."""
     if mesh.ep.size() == 1:
         return
     for moe in [m for m in model.modules() if isinstance(m, MoE)]:
@@ -80,13 +80,13 @@ def _keep_own_experts(model: Transformer, mesh: Mesh, fsdp: bool) -> None:
             whole: nn.Parameter = getattr(moe, name)
             start, stop = share(len(whole), mesh.ep.size(), mesh.ep.get_local_rank())
             mine = whole.detach()[start:stop]
-            # FSDP learns from a DTensor that it is given a part; ZeRO-1 leaves parameters as they are
+            # a DTensor tells FSDP that this is a part of the parameter; ZeRO-1 takes plain tensors
             part = DTensor.from_local(mine, mesh.ep, [Shard(0)], run_check=False) if fsdp else mine
             setattr(moe, name, nn.Parameter(part, whole.requires_grad))
 
 
 def shares(models: list[Transformer], mesh: Mesh) -> list[Share]:
-    """What this rank holds of parameters and router biases. Copies, of ZeRO-1 and of embeddings at both ends, count too."""
+    """This rank's shares of parameters and router biases, including copies, as of ZeRO-1 and of the embedding at both ends."""
     return [share for model in models for share in _shares(model, mesh)]
 
 

@@ -1,9 +1,9 @@
-"""Context parallelism: each rank of a group has an equal part of every row, in order, and attention sees whole rows.
+"""Context parallelism: each rank of a group has an equal, contiguous part of every row, and attention sees whole rows.
 
-Norms, projections, feed-forwards, experts and losses are of a token alone and need no other part. Before attention heads are
-exchanged for tokens, so that a rank has all tokens of its share of the heads, and back afterwards (DeepSpeed-Ulysses,
-2309.14509): two all-to-alls forward, two backward. Positions, documents and the balance loss are those of whole rows. Twin: the
-same model on whole rows.
+Norms, projections, feed-forwards, experts and losses treat each token alone and need no other part. Before attention, ranks
+exchange heads for tokens, so that each has all tokens of its share of the heads; afterwards they exchange back
+(DeepSpeed-Ulysses, 2309.14509). That is two all-to-alls forward and two backward. Positions, documents and the balance loss
+are those of whole rows. Twin: the same model on whole rows.
 """
 
 import math
@@ -28,7 +28,7 @@ from finback.model.transformer import Transformer
 
 
 def spread_context(model: Transformer, group: dist.ProcessGroup) -> None:
-    """Have a model read, from now on and in place, this rank's part of rows that lie on the ranks of a group."""
+    """Changes a model in place to read this rank's part of rows that are split over the ranks of a group."""
     recast(model, ContextTransformer).group = group
     for module in list(model.modules()):
         if isinstance(module, MLA | GQA):
@@ -47,7 +47,7 @@ class ContextTransformer(Transformer):
     def _positions(
         self, length: int, cache: Cache | None, document_ids: Tensor | None, prefixes: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Mask]:
-        """cos and sin of this part's tokens, document_ids (b, t) being theirs; the mask is of whole rows."""
+        """cos and sin of this part's tokens, and the mask of whole rows; document_ids (b, t) are those of this part."""
         if cache is not None:
             return super()._positions(length, cache, document_ids, prefixes)
         members, start = self.group.size(), self.group.rank() * length
@@ -64,12 +64,12 @@ class ContextMoE(MoE):
     def route(
         self, x: Tensor, padding_mask: Tensor | None, tokens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As for every MoE; the parts' losses add up to that of whole rows."""
+        """As MoE.route; the balance losses of all parts sum to that of whole rows."""
         index, weight, affinity = self.router(x.flatten(0, 1), tokens)
         shape = x.shape[:2]
         chosen, share = expert_shares(affinity.unflatten(0, shape), index.unflatten(0, shape), padding_mask)
         tokens = torch.ones(shape, device=x.device) if padding_mask is None else padding_mask
-        # P is linear in the parts, f is not
+        # P is a sum over parts, so each rank adds its own; f multiplies P and must be that of whole rows
         counts = torch.cat([chosen.sum(dim=1), tokens.sum(dim=1, keepdim=True).to(chosen.dtype)], dim=1)
         dist.all_reduce(counts, group=self.group)
         length = counts[:, -1:].clamp(min=1)
@@ -89,16 +89,18 @@ class ContextSinkGQA(SinkGQA):
 
 
 class HeadExchange:
-    """Attention of tokens that lie on several ranks; called like `form`, which computes whole rows of some heads."""
+    """Attention over tokens on several ranks; called like `form`, which computes whole rows for some of the heads."""
 
     def __init__(self, group: dist.ProcessGroup, form: Attention) -> None:
         self.group, self.form = group, form
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is compiled around it ends before it
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled graphs break here
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask = None) -> Tensor:
         """query (b, h, t, d), key and value (b, kv, t, d) of this rank's t tokens; the mask is of whole rows -> (b, h, t, v)."""
         members = self.group.size()
-        copies = members // math.gcd(members, key.size(1))  # a key whose queries go to several ranks goes to each
+        copies = members // math.gcd(
+            members, key.size(1)
+        )  # with fewer key heads than ranks, each key head is copied to all ranks that have its queries
         key, value = (t.repeat_interleave(copies, dim=1) if copies > 1 else t for t in (key, value))
         q, k, v = _HeadsForTokens.apply(self.group, 1, 2, query, key, value)
         (out,) = _HeadsForTokens.apply(self.group, 2, 1, self.form(q, k, v, scale, mask))
@@ -106,9 +108,10 @@ class HeadExchange:
 
 
 class _HeadsForTokens(torch.autograd.Function):
-    """(b, h, t, d) -> (b, h / members, members · t, d) of several tensors, or back; their gradients the other way.
+    """(b, h, t, d) -> (b, h / members, members · t, d) for several tensors, or the reverse; gradients take the opposite way.
 
-    One function for all of them, so that every rank's backward pass makes the same exchanges in the same order.
+    One autograd function exchanges all of them, so that backward passes run the same collectives in the same order on
+    every rank.
     """
 
     @staticmethod
@@ -123,7 +126,7 @@ class _HeadsForTokens(torch.autograd.Function):
 
 
 def _exchanged(tensor: Tensor, group: dist.ProcessGroup, cut: int, joined: int) -> Tensor:
-    """Cut along one dimension, a part for each member, and put what comes from them together along another."""
+    """Splits a tensor along `cut`, sends one part to each member, and joins the received parts along `joined`."""
     sent = torch.stack(tensor.chunk(group.size(), dim=cut))
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
@@ -131,17 +134,20 @@ def _exchanged(tensor: Tensor, group: dist.ProcessGroup, cut: int, joined: int) 
 
 
 def in_parts(read: Callable[[Tensor], Tensor], tokens: Tensor, axis: DeviceMesh | None) -> Tensor:
-    """read(tokens) for a `read` that takes parts of rows, where there are any: tokens (n, t + 1) -> (n, t), whole."""
+    """read(tokens) on whole rows, tokens (n, t + 1) -> (n, t), by a `read` that takes this rank's part if rows are split."""
     if axis is None:
         return read(tokens)
     length, members, member = tokens.size(1) - 1, axis.size(), axis.get_local_rank()
     part = -(-length // members)
-    padded = F.pad(tokens, (0, part * members - length))  # which no token before it sees
+    padded = F.pad(tokens, (0, part * members - length))  # padding at the end, which no earlier token sees
     return _whole(read(padded[:, member * part : (member + 1) * part + 1]), axis.get_group())[:, :length]
 
 
 def whole_rows(part: Tensor, axis: DeviceMesh | None) -> Tensor:
-    """Rows (b, members · t) from everybody's part (b, t), of which all ranks make the same; a part's gradient is that of its place."""
+    """Gathers rows (b, members · t) from each rank's part (b, t). All ranks must compute the same from them.
+
+    The gradient of a part is the slice of this rank's gradient at the part's position, without communication.
+    """
     if axis is None:
         return part
     rows: Tensor = _WholeRows.apply(axis.get_group(), part)
@@ -149,7 +155,10 @@ def whole_rows(part: Tensor, axis: DeviceMesh | None) -> Tensor:
 
 
 def summed_parts(part: Tensor, axis: DeviceMesh | None) -> Tensor:
-    """The sum of everybody's tensor, of which all ranks make the same; each number is of one of them, and so is its gradient."""
+    """The sum of all ranks' tensors. All ranks must compute the same from it.
+
+    The gradient of a rank's tensor is this rank's gradient of the sum, without communication.
+    """
     if axis is None:
         return part
     found: Tensor = _SummedParts.apply(axis.get_group(), part)
@@ -180,7 +189,7 @@ class _WholeRows(torch.autograd.Function):
 
 
 def _whole(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows (b, members · t) from everybody's part (b, t), without gradient."""
+    """Gathers rows (b, members · t) from each rank's part (b, t), without a gradient."""
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, part.contiguous(), group=group)
     return torch.cat(parts, dim=1)

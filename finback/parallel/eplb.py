@@ -1,7 +1,8 @@
-"""Where experts go when they are served: EPLB, copies of the busy ones and even loads (V3 3.4, DeepSeek's EPLB).
+"""Places experts on GPUs for serving by EPLB: busy experts are copied, and loads are balanced (V3 3.4, DeepSeek's EPLB).
 
-Hierarchical where expert groups divide among nodes, so that node-limited routing stays within nodes: groups onto nodes,
-copies inside each node, copies onto its GPUs. Otherwise the same with all as one group on one node.
+If the number of nodes divides the number of expert groups, placement is hierarchical, so that node-limited routing stays
+within nodes: groups go to nodes, experts are copied within each node, copies go to its GPUs. Otherwise all experts are placed as one
+group on one node.
 """
 
 from dataclasses import dataclass
@@ -15,20 +16,20 @@ from finback.parallel.layout import pack
 
 @dataclass(frozen=True)
 class Placement:
-    """Which expert each slot holds, of `slots per GPU` successive slots for every GPU, and the reverse."""
+    """The expert in each slot and the slots of each expert. Each GPU has slots / gpus consecutive slots."""
 
-    # (layers, slots)
+    # (layers, slots), the expert in each slot
     expert: Tensor
-    # (layers, experts, most copies), -1 where an expert has fewer
+    # (layers, experts, most copies), the slots of each expert, -1 if it has fewer copies
     slots: Tensor
-    # (layers, experts)
+    # (layers, experts), the number of copies
     copies: Tensor
 
 
 def place(load: Tensor, slots: int, groups: int, nodes: int, gpus: int) -> Placement:
-    """Place experts by their load (layers, experts) into `slots` slots, equally many on each of `gpus` GPUs.
+    """Places experts by their load (layers, experts) in `slots` slots, slots / gpus on each GPU.
 
-    Loads are as a rule a moving average of the router's counts. Ties go to the first.
+    Loads are usually a moving average of the router's counts. Ties go to the lower index. UserError if sizes do not divide.
     """
     experts = load.size(1)
     _check(experts, slots, groups, nodes, gpus)
@@ -57,7 +58,7 @@ def _check(experts: int, slots: int, groups: int, nodes: int, gpus: int) -> None
 
 
 def _layer(load: list[float], slots: int, groups: int, nodes: int, gpus: int) -> list[int]:
-    """The expert in each slot."""
+    """The expert in each slot of one layer."""
     size = len(load) // groups
     of_group = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
     placed: list[int] = []
@@ -71,7 +72,7 @@ def _layer(load: list[float], slots: int, groups: int, nodes: int, gpus: int) ->
 
 
 def replicate(load: list[float], slots: int) -> list[int]:
-    """Which expert each slot holds: every expert once, then always one more of that with most load per copy."""
+    """The expert in each slot: every expert once, then repeatedly the one with the highest load per copy."""
     copies = [1] * len(load)
     chosen = list(range(len(load)))
     while len(chosen) < slots:

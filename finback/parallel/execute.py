@@ -1,4 +1,4 @@
-"""Running a recipe, in this process or by ranks started for it: what the command line and `finback.run` share.
+"""Runs a recipe in this process or in ranks that it starts; the command line and `finback.run` share it.
 
 Does not import torch before a stage needs it.
 """
@@ -26,7 +26,7 @@ from finback.runs.recipe import Recipe
 if TYPE_CHECKING:
     from finback.parallel.mesh import World
 
-SLOW_DISK = 10.0  # seconds in which a network file system shows what another machine has written
+SLOW_DISK = 10.0  # seconds within which a network file system must show what another machine has written
 USERS_MISTAKE = 2
 
 
@@ -39,10 +39,10 @@ class RankFailed(Exception):
 
 
 def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Sequence[str] | None = None) -> bool:
-    """Do what is left of a recipe and write its summary; True where this process is the one to show it.
+    """Runs the unfinished stages of a recipe and writes its summary; returns whether this process should show it.
 
-    Without `arguments` it runs in this process, with them in `ranks` processes `python -m finback <arguments>`. Ctrl-C
-    asks it to stop at a safe point, and Interrupted says that it did; the same call continues.
+    Without `arguments` it runs in this process, with them in `ranks` processes `python -m finback <arguments>`. On Ctrl-C it
+    stops at a safe point and raises Interrupted; the same call continues. RankFailed: a rank it started has failed.
     """
     if ranks < 0:
         raise UserError("ranks", ranks, "negative", "Use 0 for one per GPU or core, or a number of processes.")
@@ -63,23 +63,23 @@ def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Se
                     print("interrupted; run the same command to continue", file=sys.stderr)
                     raise Interrupted
                 raise RankFailed(code)
-    recipes.write_summary(recipe, root, seed)  # a kill may have come before it
+    recipes.write_summary(recipe, root, seed)  # also for a finished run, which may have been killed before writing it
     return True
 
 
 def on_ray(recipe: Recipe, address: str) -> Recipe:
-    """A recipe whose fleets join the Ray at an address; UserError where it has none. Itself without an address."""
+    """The recipe with its fleets connected to the Ray cluster at `address`, unchanged if that is empty; UserError: no fleets."""
     fleets = [stage.name for stage in recipe.stages if hasattr(getattr(stage, "rollouts", None), "address")]
     if address and not fleets:
         raise UserError(
-            "--ray", address, "no stage generates on a fleet", "Give one rollouts=Fleet(2), or leave it out."
+            "--ray", address, "no stage generates on a fleet", "Set rollouts=Fleet(2) in a stage, or drop --ray."
         )
     settings = [f"{name}.rollouts.address={address}" for name in fleets if address]
     return dataclasses.replace(recipe, stages=recipes.overridden(recipe.stages, settings)) if settings else recipe
 
 
 def _here(recipe: Recipe, root: Path, seed: int) -> None:
-    """Run the stages as the only rank, with as many threads as a launched one has."""
+    """Runs the stages as the only rank, with as many threads as a launched rank would have."""
     import torch
 
     from finback.parallel.mesh import World
@@ -94,7 +94,7 @@ def _here(recipe: Recipe, root: Path, seed: int) -> None:
 
 
 def _join(recipe: Recipe, root: Path, seed: int) -> None:
-    """Run the stages as one rank among several."""
+    """Runs the stages as one rank among several."""
     launch.follow_parent()
     import torch
 
@@ -113,7 +113,7 @@ def _join(recipe: Recipe, root: Path, seed: int) -> None:
                 recipes.execute(recipe, root, seed, world, watch)
                 world.barrier()
         except Interrupted:
-            # whoever starts the ranks may end all of them when the first has ended: the writer is not done
+            # whatever started the ranks may end all of them once the first ends, so all wait for the one that still writes
             with contextlib.suppress(RuntimeError):
                 world.barrier()
             world.leave()
@@ -126,7 +126,7 @@ def _join(recipe: Recipe, root: Path, seed: int) -> None:
 
 
 def _declared(recipe: Recipe, seed: int) -> dict[str, Any]:
-    """What must be the same on all ranks: versions, seed, and every knob with the files and the code that it names."""
+    """The values that must agree on all ranks: versions, seed, and every knob with digests of the files and code it names."""
     found: dict[str, Any] = {f"version of {name}": version for name, version in provenance.software().items()}
     found |= {"recipe": recipe.name, "seed": seed, "stages": [stage.name for stage in recipe.stages]}
     for stage in recipe.stages:
@@ -146,7 +146,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _owned(recipe: Recipe, root: Path, seed: int, world: "World") -> Iterator[None]:
-    """The run folder is this run's, and the same on all ranks; a parent that started them has seen to that."""
+    """Claims the run folder and checks that all ranks share it; under a finback launcher, the launcher has done so."""
     if "FINBACK_PARENT" in os.environ:
         yield
         return
@@ -162,7 +162,7 @@ def _owned(recipe: Recipe, root: Path, seed: int, world: "World") -> Iterator[No
 
 
 def _check_shared(root: Path, world: "World") -> None:
-    """UserError on all ranks unless all see what rank 0 has just written into the folder."""
+    """Raises UserError on all ranks unless all of them see what rank 0 has just written to the folder."""
     written = world.gather(lock.owner(root))[0]
     until = time.monotonic() + SLOW_DISK
     while (seen := lock.owner(root)) != written and time.monotonic() < until:
@@ -170,11 +170,11 @@ def _check_shared(root: Path, world: "World") -> None:
     blind = [rank for rank, sees in enumerate(world.gather(seen == written)) if not sees]
     if blind:
         problem = f"rank {blind[0]} does not see the file that rank 0 has written there"
-        raise UserError("runs", str(root), problem, "Name a folder that all machines share, by the same path.")
+        raise UserError("runs", str(root), problem, "Use a folder that all machines share under the same path.")
 
 
 def _end_all(world: "World", error: BaseException) -> None:
-    """End all ranks with the message of the first that fails; RankFailed where that is another than this one."""
+    """Ends all ranks with the message of the first that fails; raises RankFailed if that is another rank."""
     beat = world.heartbeat
     if beat is None:
         return
@@ -190,18 +190,18 @@ def _end_all(world: "World", error: BaseException) -> None:
 
 
 class _Stop:
-    """Passes a wish to stop, by SIGINT or SIGTERM, on to the stage that runs, and to those after it."""
+    """Passes a request to stop (SIGINT or SIGTERM) on to the running stage and to later ones."""
 
     def __init__(self, say: bool) -> None:
         self.pressed, self.say = False, say
         self.stage: StageRun | None = None
 
     def __call__(self, stage: StageRun) -> None:
-        """Watch a stage that is about to start."""
+        """Watches a stage that is about to start."""
         self.stage, stage.stop_requested = stage, self.pressed
 
     def press(self, number: int, _: Any) -> None:
-        """Take a signal; where nobody above does, a second SIGINT interrupts at once."""
+        """Handles a signal. Without a launcher (`say`), a second SIGINT interrupts at once."""
         if self.say and self.pressed and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.say and not self.pressed:
@@ -213,7 +213,7 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stopping(say: bool = False) -> Iterator[_Stop]:
-    """SIGINT and SIGTERM ask the running stage to stop, as long as this lasts; only the main thread can take them."""
+    """Within the context, SIGINT and SIGTERM ask the running stage to stop. Outside the main thread it has no effect."""
     stop = _Stop(say)
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -223,5 +223,5 @@ def _stopping(say: bool = False) -> Iterator[_Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) == stop.press:  # else somebody has decided otherwise
+            if signal.getsignal(number) == stop.press:  # otherwise a stage has replaced the handler, which stays
                 signal.signal(number, handler)

@@ -1,9 +1,9 @@
-"""Expert parallelism: each rank of a group holds some of the experts, and tokens travel to those that they chose.
+"""Expert parallelism: each rank of a group holds some of the experts, and tokens are sent to the experts that they chose.
 
-A token goes to a group of ranks once, however many experts it chose there, and comes back as one weighted sum. With
-several nodes it does so twice: once to each node (V3 3.2.2: at most topk_group of them where expert groups lie on nodes),
-to the rank with its own local number, and from there once to each rank of that node. Twin: moe_gemm.routed_experts with
-all experts on one rank.
+A token is sent to a rank once, however many experts it chose there, and returns as one weighted sum. With several nodes
+there are two hops: the token goes once to each node, to the rank with the sender's local number, and from there once to
+each rank of that node. If expert groups lie on nodes, these are at most topk_group nodes (V3 3.2.2). Twin:
+moe_gemm.routed_experts with all experts on one rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from finback.parallel.mesh import Mesh, swap
 
 
 def spread_experts(model: nn.Module, mesh: Mesh) -> None:
-    """Let every MoE of a model, whose experts are already this rank's, exchange tokens with the others of its ep axis."""
+    """Makes every MoE of a model exchange tokens along the ep axis; the model holds only this rank's experts already."""
     axes = [axis for axis in (mesh.node, mesh.local) if axis.size() > 1]
     for module in model.modules():
         if isinstance(module, MoE):
@@ -41,13 +41,13 @@ def spread_experts(model: nn.Module, mesh: Mesh) -> None:
 
 
 class FrozenExpertsHere(FrozenMoE):
-    """A mixture of experts that is not learnt, and of whose experts this rank has a part."""
+    """A frozen mixture of experts of which this rank holds a part."""
 
     def product(self, name: str) -> Product:
         return matrices_product(self, name, _here)
 
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
-        if isinstance(self, QuantizedMoE):  # whose own form takes factors of all experts
+        if isinstance(self, QuantizedMoE):  # its own form expects the factors of all experts
             return self.by_products(x, index, weight, len(gate_up), self.product("gate_up"), self.product("down"))
         return super().experts(x, index, weight, gate_up, down)
 
@@ -61,7 +61,7 @@ class BiasedExpertsHere(BiasedMoE):
 
 
 class Exchange:
-    """Routed experts that lie on several ranks; called like `form`, which computes those here, with their weights."""
+    """Routed experts on several ranks; called like `form`, which computes the local experts."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Exchange:
         return self._along(0, self.experts, x, index, weight, [_here(gate_up), _here(down)])
 
     def _along(self, level: int, span: int, x: Tensor, index: Tensor, weight: Tensor, local: list[Tensor]) -> Tensor:
-        """Experts 0..span, spread over the axes from `level` on; -1 in `index` is a choice that lies elsewhere."""
+        """Experts 0..span, distributed over the axes from `level` on; -1 in `index` is a choice that another rank computes."""
         if level == len(self.axes):
             return self._chosen_here(x, index, weight, *local)
         group = self.axes[level]
@@ -99,7 +99,7 @@ class Exchange:
     def _chosen_here(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Routed experts on one rank for those choices that are not -1."""
         row, slot = (index >= 0).nonzero(as_tuple=True)
-        if not len(row):  # nobody came: the weights still get a gradient, and the exchange its way back
+        if not len(row):  # no tokens: the weights still need a zero gradient, and the exchange its backward pass
             some = sum(t.flatten()[0] for t in self.beside())
             return x + 0 * (gate_up[0, 0, 0] + down[0, 0, 0] + some).to(x.dtype)
         y = self.form(x[row], index[row, slot][:, None], weight[row, slot][:, None], gate_up, down)
@@ -107,14 +107,14 @@ class Exchange:
 
 
 def _here(weights: Tensor) -> Tensor:
-    """Those of this rank's experts."""
+    """The weights of this rank's experts."""
     return weights.to_local() if isinstance(weights, DTensor) else weights
 
 
 def copies(index: Tensor, members: int, per_member: int) -> tuple[Tensor, Tensor]:
-    """Which tokens go to which member of a group, (member, token) pairs by member: each at most once.
+    """The tokens to send to each member of a group, as distinct (member, token) pairs sorted by member.
 
-    index (n, k) names experts, -1 none; member m holds experts m · per_member and on.
+    index (n, k) are experts, -1 for none; member m holds `per_member` experts from m · per_member on.
     """
     wanted = index.new_zeros(len(index), members + 1, dtype=torch.bool)
     wanted.scatter_(1, torch.where(index < 0, members, index // per_member), True)
@@ -123,9 +123,10 @@ def copies(index: Tensor, members: int, per_member: int) -> tuple[Tensor, Tensor
 
 
 class _Swap(torch.autograd.Function):
-    """Rows of several tensors to other ranks; their gradients back.
+    """Sends rows of several tensors to other ranks, and their gradients back.
 
-    One function for all of them, so that every rank's backward pass makes the same exchanges in the same order.
+    One autograd function exchanges all of them, so that backward passes run the same collectives in the same order on
+    every rank.
     """
 
     @staticmethod

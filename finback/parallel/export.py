@@ -1,8 +1,8 @@
-"""A sharded model out to files, written by all ranks: each stored tensor is put together on one rank that has a part of it.
+"""Writes a sharded model to files from all ranks: each stored tensor is assembled on one rank that holds a part of it.
 
-A rank holds its share and the tensor at hand: a matrix of one expert at most where there are experts, or what the family keeps as
-one, as gpt-oss does all experts of a layer. All ranks must see the same file system, and none writes into another's file. What one of them cannot write is an error on all of them, and
-the unfinished folder goes.
+A rank needs memory for its share and one stored tensor: usually a matrix of one expert at most, but all experts of a layer for
+families that store them as one tensor, such as gpt-oss. All ranks must see the same file system, and each writes its own
+files. If one rank cannot write, all raise an error and the unfinished folder is removed.
 """
 
 import shutil
@@ -27,11 +27,11 @@ from finback.checkpoint.tensor_file import Contents, TensorFile
 from finback.model.config import ModelConfig, to_json
 from finback.runs.files import write_json
 
-Held = dict[str, list[tuple[int, int]]]  # of each of our tensors the runs of numbers that a rank holds: (start, stop)
+Held = dict[str, list[tuple[int, int]]]  # for each parameter, the runs (start, stop) of its numbers that a rank holds
 
 
 class Piece(NamedTuple):
-    """Numbers start..stop of one of our tensors, on a rank."""
+    """Numbers start..stop of a parameter, and the rank that holds them."""
 
     rank: int
     start: int
@@ -60,10 +60,10 @@ def export_shares(
     settings: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """As checkpoint.export.export does: a Hugging Face folder, tensor by tensor that of one rank. For all ranks at once.
+    """Writes the Hugging Face folder that checkpoint.export.export would write from one rank. Collective.
 
-    shares: what this rank holds, of parameters and router biases; together the ranks hold all. `extras` and `settings`
-    are asked for on rank 0 alone.
+    shares: this rank's parts of parameters and router biases; together the ranks hold all. `extras` and `settings` are used
+    on rank 0 only.
     """
     group = dist.new_group(backend="gloo")
     folder = on_first(lambda: export.check_target(folder), group)
@@ -82,9 +82,9 @@ def export_shares(
 def save_shares(
     config: ModelConfig, shares: Sequence[Share], folder: Path, extras: Callable[[Path], None] | None = None
 ) -> None:
-    """A stage's own form of a model, in fp32, for models.load and models.stored: files under Hugging Face's names.
+    """Writes a model in a stage's own form, fp32 under Hugging Face's names, for models.load and models.stored. Collective.
 
-    Into a folder that may hold other things; without the index, which comes last, it holds no model. For all ranks at once.
+    The folder may contain other files. The index is written last; without it the folder holds no model.
     """
     group = dist.new_group(backend="gloo")
     unfinished = folder / ".model"
@@ -98,7 +98,7 @@ def save_shares(
         if extras:
             extras(folder)
         write_json(folder / "model.json", to_json(config))
-        # of an earlier model, index first
+        # removes an earlier model, its index first
         for file in [folder / INDEX, folder / SINGLE, *folder.glob("model-*.safetensors")]:
             file.unlink(missing_ok=True)
         for file in sorted(unfinished.iterdir(), key=lambda path: path.name == INDEX):
@@ -113,7 +113,7 @@ def save_shares(
 
 @contextmanager
 def _gone_on_error(unfinished: Path) -> Iterator[None]:
-    """Leave nothing of a folder in which something fails."""
+    """Removes the folder if the context raises."""
     try:
         yield
     except BaseException:
@@ -130,7 +130,10 @@ def _write(
     shard_bytes: int,
     group: dist.ProcessGroup,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Write all files (fmt None: a stage's own); which tensor is in which, and their digests. OSError on all ranks."""
+    """Writes all files (fmt None: a stage's own form); returns each tensor's file and each file's digest.
+
+    OSError, on all ranks, if any of them cannot write.
+    """
     mine: dict[str, list[tuple[int, Tensor]]] = {}
     for share in shares:
         mine.setdefault(share.name, []).extend(share.runs())
@@ -157,9 +160,9 @@ def _write(
 
 
 def plan(config: ModelConfig, held: list[Held], fmt: Format | None) -> list[Entry]:
-    """Every tensor in the order of the name table, the same on all ranks; bytes are spread evenly over owners.
+    """Every tensor in the order of the name table, the same on all ranks; bytes are balanced over owners.
 
-    What is stored as one has one owner.
+    Tensors that are stored as one have one owner.
     """
     sizes = shapes(config, biases=fmt is None)
     table = names.table(config, biases=fmt is None)
@@ -187,7 +190,10 @@ def plan(config: ModelConfig, held: list[Held], fmt: Format | None) -> list[Entr
 def _owned(
     everyone: list[tuple[int, int, int]], start: int, stop: int, load: Counter[int], ours: str, owner: int | None
 ) -> tuple[int, list[Piece]]:
-    """Who writes numbers start..stop of a tensor, unless given one of those that hold some; and the pieces that make them up."""
+    """The rank that writes numbers start..stop of a parameter, and the pieces it needs.
+
+    Unless `owner` is given, it is one of the ranks that hold some of the numbers.
+    """
     there = [(max(a, start), min(b, stop), rank) for a, b, rank in everyone if a < stop and b > start]
     assert there, f"no rank holds {ours}"
     if owner is None:
@@ -205,9 +211,9 @@ def _owned(
 def arrange(
     config: ModelConfig, stored: dict[str, tuple[int, tuple[int, ...]]], fmt: Format | None, shard_bytes: int
 ) -> dict[str, str]:
-    """The file of each stored tensor, of which the owner and the shape are given.
+    """The file of each stored tensor, from its owner and shape.
 
-    Each owner has its own files, of about shard_bytes at most; MTP layers lie beside.
+    Each owner has its own files of about shard_bytes; MTP layers go to separate files.
     """
     apart = export.lies_beside(config) if fmt is not None else ()
     groups: dict[tuple[bool, int, int], list[str]] = {}  # (beside, owner, number)
@@ -231,7 +237,7 @@ def arrange(
 
 
 def _gather(entry: Entry, mine: list[tuple[int, Tensor]], fmt: Format, group: dist.ProcessGroup) -> Tensor | None:
-    """The whole tensor on its owner, None elsewhere; in bf16 if it is stored so, else in fp32."""
+    """The whole tensor on its owner, in bf16 if it is stored in bf16, otherwise in fp32; None on other ranks."""
     rank = dist.get_rank()
     dtype = torch.float32 if fmt != "bf16" or entry.name.endswith("e_score_correction_bias") else torch.bfloat16
     if rank != entry.owner:
@@ -248,7 +254,7 @@ def _gather(entry: Entry, mine: list[tuple[int, Tensor]], fmt: Format, group: di
         else:
             waiting.append(dist.irecv(into, piece.rank, group=group))
     for work in waiting:
-        assert work is not None, "this rank is of the group"
+        assert work is not None, "this rank is a member of the group"
         work.wait()
     return whole
 
@@ -259,7 +265,7 @@ def _own(mine: list[tuple[int, Tensor]], piece: Piece) -> Tensor:
 
 
 class _Writer:
-    """This rank's files. After an error it writes no more, and goes on taking part in what the others do."""
+    """Writes this rank's files. After an error it writes nothing more, but the rank still joins the collectives."""
 
     def __init__(self, folder: Path, sizes: dict[str, tuple[int, ...]], files: dict[str, str], fmt: Format) -> None:
         self.folder, self.fmt, self.files = folder, fmt, files
@@ -287,7 +293,7 @@ class _Writer:
 
 
 def agree(trouble: Exception | None, group: dist.ProcessGroup) -> None:
-    """Raise on all ranks what the first of them has met."""
+    """Raises on all ranks the error of the first rank that has one. Collective."""
     everyone: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, trouble, group=group)
     for error in everyone:

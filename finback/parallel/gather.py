@@ -1,8 +1,7 @@
-"""What lies on many ranks as every one of them needs it: the whole model, for generating while training goes on, or some
-numbers of a tensor.
+"""Gathers on every rank what many ranks hold: the whole model, for generating during training, or samples of a tensor.
 
-One parameter after the other is put together by the ranks that hold its stage and sent to those of the others. A rank needs
-memory for the whole model and its largest parameter while this lasts, and receives about the whole model.
+The ranks that hold a stage assemble its parameters one after another and send them to the ranks of other stages. Meanwhile
+each rank needs memory for the whole model and its largest parameter; it receives about the whole model.
 """
 
 import math
@@ -21,9 +20,10 @@ from finback.parallel.mesh import Mesh
 
 @torch.no_grad()
 def gather(held: dict[str, Tensor], mesh: Mesh, into: Transformer, fills: bool = True) -> int:
-    """Fill parameters and router biases of a whole model from what all ranks hold of them, by name; bytes that came from others.
+    """Fills parameters and router biases of a whole model by name, from the shares of all ranks. Collective.
 
-    Numbers travel in the model's dtype. Ranks may share the parameters: then one of them `fills` them, and all wait for it.
+    Returns the bytes received from other ranks. Numbers are sent in the model's dtype. If ranks share the parameters' memory,
+    one of them `fills` it and the others wait.
     """
     received = 0
     group = mesh.pp.get_group()
@@ -41,7 +41,9 @@ def gather(held: dict[str, Tensor], mesh: Mesh, into: Transformer, fills: bool =
             if fills or not isinstance(target, nn.Parameter):
                 target.copy_(mine)
             else:
-                target.detach()[:0].zero_()  # the same memory has changed: engines look at a tensor's version
+                target.detach()[
+                    :0
+                ].zero_()  # bumps the tensor's version, by which engines notice that its memory has changed
         else:
             received += target.itemsize * target.numel()
         if mesh.pp.size() > 1:
@@ -52,7 +54,7 @@ def gather(held: dict[str, Tensor], mesh: Mesh, into: Transformer, fills: bool =
 
 @torch.no_grad()
 def sampled(share: Share, step: int) -> Tensor:
-    """Every step-th number of a tensor of which each rank holds a part of its own, row by row, in fp32, on all ranks."""
+    """Every step-th number of a row-major tensor whose parts are on different ranks; fp32, on all ranks. Collective."""
     found = torch.zeros(-(-math.prod(share.shape) // step), device=share.local.device)
     for start, view in share.runs():
         skipped = -start % step

@@ -1,7 +1,7 @@
-"""What ranks say to each other beside their collectives: that they live, and why they end.
+"""Heartbeats between ranks, outside their collectives: signs of life, and the reason when a rank ends.
 
-Every rank holds one TCP connection to rank 0, on which lines of JSON travel. So a rank that stands still or dies is named,
-and a mistake on one rank ends all of them with its message. Does not import torch.
+Every rank has one TCP connection to rank 0, which carries lines of JSON. So a rank that hangs or dies is named, and an
+error on one rank ends all of them with its message. Does not import torch.
 """
 
 import json
@@ -17,15 +17,15 @@ from typing import Any
 
 from finback.config import UserError
 
-WAIT = "FINBACK_RANK_TIMEOUT"  # the variable with the seconds that a rank may be silent
+WAIT = "FINBACK_RANK_TIMEOUT"  # the environment variable with the seconds that a rank may be silent
 DEFAULT_WAIT = 40.0
-GRACE = 5.0  # seconds in which a rank may end by itself once it knows why it has to
-LONGEST = 1 << 24  # bytes of a message
+GRACE = 5.0  # seconds that a rank has to end by itself after it learns of a failure
+LONGEST = 1 << 24  # most bytes of a message
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Why the ranks end, and with which exit code."""
+    """The reason why the ranks end, the rank that caused it, and the exit code."""
 
     rank: int
     text: str
@@ -34,14 +34,14 @@ class Ending:
 
 @dataclass(eq=False)
 class Line:
-    """A connection, and what is known of the rank at its other end."""
+    """A connection and the state of the rank at its other end."""
 
     socket: socket.socket
     rank: int = 0
     who: str = "rank 0"
     heard: float = field(default_factory=time.monotonic)
     closed: bool = False
-    # it said that it is done
+    # whether the rank has announced that it is done
     left: bool = False
     unread: bytes = b""
 
@@ -49,14 +49,14 @@ class Line:
         self.socket.settimeout(GRACE)
 
     def send(self, **message: Any) -> None:
-        """Write a message; a connection that has broken shows when it is read."""
+        """Writes a message; marks a broken connection as closed instead of raising."""
         try:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             self.closed = True
 
     def read(self) -> list[dict[str, Any]]:
-        """The messages that have come, once there is something to read."""
+        """Reads from a readable connection and returns the complete messages; marks it closed at its end or on bad input."""
         try:
             found = self.socket.recv(1 << 16)
         except OSError:
@@ -73,7 +73,7 @@ class Line:
 
 
 def readable(lines: Iterable[Line], seconds: float, *servers: socket.socket) -> list[Any]:
-    """Those of the lines, and of listening sockets, on which something has come within so many seconds."""
+    """The lines and listening sockets that become readable within `seconds`."""
     with selectors.DefaultSelector() as selector:
         for line in lines:
             selector.register(line.socket, selectors.EVENT_READ, line)
@@ -83,25 +83,27 @@ def readable(lines: Iterable[Line], seconds: float, *servers: socket.socket) -> 
 
 
 def wait_of(environment: Mapping[str, str]) -> float:
-    """The seconds that a rank may be silent; UserError where the variable holds no such number."""
+    """The seconds that a rank may be silent; UserError if the environment variable is not a number of at least 1."""
     text = environment.get(WAIT, "") or str(DEFAULT_WAIT)
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 1 <= seconds < 1e6:
-        raise UserError(WAIT, text, "not a number of seconds from 1 on", f"Leave it out for {DEFAULT_WAIT:.0f}.")
+        raise UserError(
+            WAIT, text, "not a number of seconds of at least 1", f"Unset it for {DEFAULT_WAIT:.0f} seconds."
+        )
     return seconds
 
 
 class Heartbeat:
-    """A rank's connections to the others; a thread gives and takes signs of life until `leave`."""
+    """A rank's connections to the others; a thread sends and receives signs of life until `leave`."""
 
     def __init__(self, rank: int, wait: float, lines: list[Line]) -> None:
-        """wait: seconds that another rank may be silent. lines: to all others on rank 0, to rank 0 on the others."""
+        """wait: seconds that another rank may be silent. lines: on rank 0 to all others, on the others to rank 0."""
         self.rank, self.wait, self.lines = rank, wait, lines
         self.ending: Ending | None = None
-        # done before the process is ended from outside its main thread
+        # called before the heartbeat thread exits the process
         self.at_end: Callable[[], None] = lambda: None
         self._known, self._done, self._writing = threading.Event(), threading.Event(), threading.Lock()
         self._since = 0.0
@@ -109,16 +111,16 @@ class Heartbeat:
         self._thread.start()
 
     def tell(self, text: str, code: int) -> None:
-        """Tell all ranks why this one ends; they end as well."""
+        """Sends all ranks the reason why this one ends; they end as well."""
         self._end(Ending(self.rank, text, code))
 
     def reason(self, seconds: float = GRACE) -> Ending | None:
-        """Why another rank has ended, as soon as that is known."""
+        """The reason why a rank has ended, waiting up to `seconds` for it; None if it remains unknown."""
         self._known.wait(seconds)
         return self.ending
 
     def leave(self) -> None:
-        """Say that this rank is done, and stop listening."""
+        """Announces that this rank is done, and stops listening."""
         self._say(bye=True)
         self._done.set()
 
@@ -128,7 +130,7 @@ class Heartbeat:
         while not self._done.is_set():
             self._listen(every / 4)
             now = time.monotonic()
-            if now - mark > self.wait / 2:  # this process has stood still itself
+            if now - mark > self.wait / 2:  # this process was suspended, so silence says nothing about the others
                 for line in self.lines:
                     line.heard = now
             mark = now
@@ -155,18 +157,18 @@ class Heartbeat:
                     self._end(Ending(**message["end"]))
 
     def _judge(self, now: float) -> None:
-        """Name the first rank that has gone or stands still."""
+        """Ends all ranks if one has disconnected or is silent for too long, and names it."""
         for line in self.lines:
             if line.left:
                 continue
             if line.closed:
-                text = "has gone without a word: it was killed, or its machine is down"
+                text = "has disconnected: it was killed, or its machine is down"
             elif now - line.heard > self.wait:
-                silent = f"{now - line.heard:.0f} s ({WAIT} changes the wait)"
-                text = f"has given no sign of life for {silent}: it stands still, or its network does"
+                silent = f"{now - line.heard:.0f} s ({WAIT} changes the limit)"
+                text = f"has given no sign of life for {silent}: it hangs, or its network is down"
             else:
                 continue
-            again = "The same command goes on from the last checkpoint."
+            again = "The same command continues from the last checkpoint."
             self._end(Ending(line.rank, f"{line.who} {text}. {again}", 1))
             return
 

@@ -135,7 +135,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        # Spinning threads collapse beside any other busy process (docs/log.md), waiting ones do not.
+        # Spinning threads slow down drastically when another process is busy (docs/log.md); waiting ones do not.
         "OMP_NUM_THREADS": str(threads(ranks)),
         "OMP_WAIT_POLICY": "passive",
         "FINBACK_PARENT": str(os.getpid()),
@@ -143,7 +143,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def follow_parent() -> None:
-    """End this rank soon after the launcher or torchrun agent has gone that started it."""
+    """Ends this rank soon after the launcher or torchrun agent that started it has ended."""
     if "FINBACK_PARENT" in os.environ:
         die_with_parent(int(os.environ["FINBACK_PARENT"]))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
@@ -151,7 +151,7 @@ def follow_parent() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """End this process soon after its parent has gone, however the parent went."""
+    """Ends this process soon after its parent has ended, even if the parent was killed."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -162,15 +162,16 @@ def die_with_parent(parent: int) -> None:
 
 
 def dismiss_agent(is_asked: bool) -> None:
-    """Ask the torchrun agent to leave that started this rank: it would start ranks again that were asked to stop.
+    """Asks the torchrun agent that started this rank to end, since it would restart ranks that were asked to stop.
 
-    If this rank was asked itself, most likely by its agent, then in a second, which such an agent has left before.
+    If this rank itself was asked to stop (`is_asked`), its agent most likely asked and ends by itself, so the signal is sent
+    a second later.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") != "0":
         return
     agent, quiet = os.getppid(), subprocess.DEVNULL
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent passes it on
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent forwards it to its ranks
     if is_asked:
         command = ["sh", "-c", f"sleep 1; kill -TERM {agent}"]
         subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
@@ -179,7 +180,7 @@ def dismiss_agent(is_asked: bool) -> None:
 
 
 def job() -> str:
-    """What names the job of this rank, the same when its ranks are started again; empty where nothing does."""
+    """A name for this rank's job that stays the same when its ranks are restarted; "" outside torchrun and Slurm."""
     get = os.environ.get
     if get("TORCHELASTIC_RUN_ID", "none") != "none":
         return f"torchrun {get('TORCHELASTIC_RUN_ID')}"
@@ -187,7 +188,7 @@ def job() -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free TCP port on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,7 +1,7 @@
-"""How ranks meet: all come, and all are about to do the same, or each of them says what differs. Does not import torch.
+"""The rendezvous of ranks, which also checks that all of them are about to run the same. Does not import torch.
 
-Rank 0 listens and writes into the store where; the others call it and declare what they are about to do. A store outlives
-ranks that are started again, so what rank 0 writes names the meeting as well.
+Rank 0 listens and writes its address to the store; the others connect and declare what they are about to run. A store
+outlives ranks that are restarted, so rank 0 also writes a name that is unique to this meeting.
 """
 
 import ipaddress
@@ -20,13 +20,13 @@ from finback.config import UserError
 from finback.parallel.heartbeat import DEFAULT_WAIT, GRACE, WAIT, Heartbeat, Line, readable
 from finback.runs.folder import Interrupted
 
-ARRIVAL = 5  # times as long as later a rank is waited for at the start: some import slowly
+ARRIVAL = 5  # factor on the wait for silent ranks at the start, when slow imports delay some of them
 KEY = "finback/meeting"
-TURN = 0.1  # seconds between two looks
+TURN = 0.1  # seconds between two polls
 
 
 class Store(Protocol):
-    """What is needed of torch's TCPStore."""
+    """The methods of torch's TCPStore that a meeting uses."""
 
     def set(self, key: str, value: str, /) -> Any: ...
 
@@ -37,20 +37,20 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Party:
-    """A rank that comes to a meeting."""
+    """A rank that takes part in a meeting."""
 
     rank: int
     size: int
-    # must be the same on all ranks
+    # values that must agree on all ranks
     declared: Mapping[str, Any]
-    # whether it has been asked to leave
+    # whether the rank has been asked to stop
     stopping: Callable[[], bool] = lambda: False
     # seconds that a rank may be silent
     wait: float = DEFAULT_WAIT
 
     @property
     def all_declared(self) -> dict[str, Any]:
-        """Also what every rank has, whatever it is to do."""
+        """`declared`, and the number of ranks."""
         return {"WORLD_SIZE": self.size, **self.declared}
 
     def __str__(self) -> str:
@@ -58,17 +58,17 @@ class Party:
 
 
 def meet(store: Store, party: Party, address: tuple[str, int]) -> tuple[str, Heartbeat]:
-    """Wait until all ranks are here: the meeting's name and this rank's heartbeat.
+    """Waits until all ranks have come; returns the meeting's name and this rank's heartbeat.
 
-    UserError on all of them where they have not declared the same, Interrupted on all where one was asked to leave.
-    address: of the store.
+    UserError, on all ranks: their declarations differ, or a rank does not come. Interrupted, on all ranks: one was asked to
+    stop. `address` is that of the store.
     """
     name, lines = (_receive if party.rank == 0 else _call)(store, party, address)
     return name, Heartbeat(party.rank, party.wait, lines)
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], who: str) -> UserError | None:
-    """The first field in which another rank declares another value than rank 0, and the names of the next."""
+    """An error about the first field whose value on another rank differs from rank 0's, naming up to three more; or None."""
     names = [n for n in [*mine, *(n for n in theirs if n not in mine)] if mine.get(n) != theirs.get(n)]
     if not names:
         return None
@@ -79,20 +79,20 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], who: str) ->
 
 
 class _Patience:
-    """Says who is waited for, again and again, and gives up in the end; rank 0 before the others, which it tells."""
+    """Reports periodically which ranks are missing, and gives up in the end: rank 0 first, so that it can tell the others."""
 
     def __init__(self, party: Party) -> None:
         self.party, self.begin, self.said = party, time.monotonic(), 1
         self.most = ARRIVAL if party.rank == 0 else ARRIVAL + 1
 
     def look(self, missing: Callable[[], str]) -> None:
-        """UserError after so many waits."""
+        """Prints what is missing once per wait; UserError after `most` waits."""
         waited = time.monotonic() - self.begin
         if waited < self.said * self.party.wait:
             return
         problem = f"{missing()} in {waited:.0f} s"
         if self.said >= self.most:
-            raise UserError("WORLD_SIZE", self.party.size, problem, f"See what became of it; {WAIT} changes the wait.")
+            raise UserError("WORLD_SIZE", self.party.size, problem, f"Check whether it runs; {WAIT} changes the wait.")
         print(f"{self.party}: {problem}", file=sys.stderr, flush=True)
         self.said += 1
 
@@ -101,7 +101,7 @@ class _Patience:
 
 
 class _Host:
-    """Takes in the calls of the other ranks."""
+    """Rank 0's side of the meeting: accepts and checks the connections of other ranks."""
 
     def __init__(self, server: socket.socket, name: str, party: Party) -> None:
         self.server, self.name, self.party = server, name, party
@@ -118,7 +118,7 @@ class _Host:
         return f"rank{'s' * (len(absent) > 1)} {', '.join(absent[:8])} of {self.party.size} did not come"
 
     def turn(self) -> None:
-        """Take what has come; UserError where a rank differs from this one."""
+        """Accepts connections and reads messages; UserError if a rank's declaration differs from this one's."""
         for ready in readable(self.lines, TURN, self.server):
             if ready is self.server:
                 self.lines.append(Line(self.server.accept()[0], -1))
@@ -132,7 +132,7 @@ class _Host:
         self.lines = [line for line in self.lines if not line.closed]
 
     def _admit(self, line: Line, hello: dict[str, Any]) -> None:
-        if hello.get("meeting") != self.name:  # of another start, or no rank at all
+        if hello.get("meeting") != self.name:  # a rank of an earlier start, or not a rank at all
             line.closed = True
             return
         line.rank, line.who = hello["rank"], hello["who"]
@@ -145,7 +145,7 @@ class _Host:
             raise error
 
     def refuse(self, error: UserError | Interrupted) -> None:
-        """Tell all ranks, those as well that come in the next seconds."""
+        """Sends the error to all ranks, including those that connect within the next GRACE seconds."""
         self.error, until = error, time.monotonic() + GRACE
         for line in self.lines:
             self._answer(line)
@@ -161,14 +161,14 @@ class _Host:
             line.send(go=self.error is None, who=str(self.party))
 
     def welcome(self) -> list[Line]:
-        """Let all ranks go on; their lines."""
+        """Lets all ranks continue; returns their lines."""
         for line in self.came.values():
             self._answer(line)
         return [self.came[rank] for rank in sorted(self.came)]
 
 
 def _receive(store: Store, party: Party, address: tuple[str, int]) -> tuple[str, list[Line]]:
-    """Every other rank's line."""
+    """Rank 0's part of `meet`: the meeting's name and the line to each other rank."""
     patience = _Patience(party)
     seen_as, bind = _own_address(address)
     with _listening(bind, party.size) as server:
@@ -187,12 +187,13 @@ def _receive(store: Store, party: Party, address: tuple[str, int]) -> tuple[str,
 
 
 def _own_address(store: tuple[str, int]) -> tuple[str, str]:
-    """Under which other ranks reach this process, and which of its addresses to listen on.
+    """The address at which other ranks reach this process, and the one to listen on.
 
-    The address with which it would call the store; the store's own where that is this machine, as the others find it.
+    This is the local address of a connection to the store. If the store is on this machine, it is the store's own address,
+    by which the others find it.
     """
     family, kind, _, _, where = socket.getaddrinfo(*store, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:  # nothing is sent
+    with socket.socket(family, kind) as probe:  # connecting UDP only chooses a local address and sends nothing
         probe.connect(where)
         mine = probe.getsockname()[0]
     if not ipaddress.ip_address(mine.partition("%")[0]).is_loopback:
@@ -217,7 +218,7 @@ def _listening(bind: str, ranks: int) -> socket.socket:
 
 
 def _call(store: Store, party: Party, address: tuple[str, int]) -> tuple[str, list[Line]]:
-    """This rank's line to rank 0; it calls again until the rank 0 answers that the store names."""
+    """The other ranks' part of `meet`: connects to the rank 0 that the store names, and retries until it answers."""
     patience = _Patience(party)
     while True:
         meeting = _meeting(store)
@@ -238,19 +239,19 @@ def _call(store: Store, party: Party, address: tuple[str, int]) -> tuple[str, li
 
 
 def _meeting(store: Store) -> list[Any] | None:
-    """Its name, and host and port of rank 0."""
+    """The meeting's name and the host and port of rank 0; None if the store has none yet."""
     return json.loads(store.get(KEY)) if store.check([KEY]) else None  # type: ignore[no-any-return]
 
 
 def _dial(meeting: list[Any]) -> Line | None:
     try:
         return Line(socket.create_connection((meeting[1], meeting[2]), timeout=GRACE))
-    except OSError:  # of an earlier start, or not there yet
+    except OSError:  # an address of an earlier start, or rank 0 does not listen yet
         return None
 
 
 def _ask(line: Line, name: str, party: Party, patience: _Patience, is_current: Callable[[], bool]) -> bool:
-    """Declare what this rank is about to do; True once all may go on, False where it is to call again."""
+    """Declares what this rank is about to run; returns True once all may continue, False if it must connect again."""
     told = None
     while not line.closed and is_current():
         if told != party.stopping():
@@ -265,5 +266,5 @@ def _ask(line: Line, name: str, party: Party, patience: _Patience, is_current: C
                     raise Interrupted
                 line.who = message["who"]
                 return True
-        patience.look(lambda: "rank 0 has let nobody go on, for it waits for others,")
+        patience.look(lambda: "rank 0 is still waiting for other ranks: no start")
     return False

@@ -1,4 +1,4 @@
-"""The group of processes that run one stage together, and how a model that is too large for one lies on them."""
+"""The group of processes that run a stage together, and the mesh of ranks that a layout makes of them."""
 
 import datetime
 import os
@@ -21,23 +21,23 @@ from finback.runs.folder import StageRun
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of a layout as this rank sees them: of each, the ranks that differ from it in that alone."""
+    """The axes of a layout as this rank sees them; an axis contains the ranks that differ from this one only along it."""
 
     pp: DeviceMesh
     # ranks that hold the same experts
     edp: DeviceMesh
     node: DeviceMesh
     local: DeviceMesh
-    # node and local as one
+    # node and local combined: ranks that share one set of experts
     ep: DeviceMesh
-    # edp, node and local as one: ranks that hold the same stage
+    # edp, node and local combined: ranks that hold the same stage
     dp: DeviceMesh
-    # those of them that have parts of the same rows; None where rows are whole
+    # ranks that have parts of the same rows; None if rows are whole
     cp: DeviceMesh | None
 
     @classmethod
     def of(cls, layout: Layout, device: str) -> "Mesh":
-        """The ranks in order: those of one stage are neighbours, and among them those that share experts, or rows."""
+        """Builds the mesh: ranks of one stage are adjacent, and among them those that share experts or rows."""
         shape = (layout.pp, layout.edp, layout.nodes, layout.ep // layout.nodes)
         whole = init_device_mesh(device, shape, mesh_dim_names=("pp", "edp", "node", "local"))
         experts, data = whole["node", "local"]._flatten("ep"), whole["edp", "node", "local"]._flatten("dp")
@@ -49,17 +49,17 @@ class Mesh:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device on which this rank computes."""
         return default_device() if self.dp.device_type == "cuda" else torch.device("cpu")
 
     @property
     def world(self) -> "World":
-        """All of its ranks."""
+        """All ranks of the mesh."""
         return World(dist.get_rank(), dist.get_world_size(), self.device)
 
 
 class World:
-    """This process's rank among `size`; every method is a no-op for one process. Same result on every rank."""
+    """This process's rank among `size`. Methods are collective, return the same on every rank, and do nothing for one rank."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
@@ -74,10 +74,10 @@ class World:
         declared: Mapping[str, Any] | None = None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> "World":
-        """Meet the other ranks at MASTER_ADDR:MASTER_PORT, as torchrun and the CLI's own launcher set them.
+        """Meets the other ranks at MASTER_ADDR:MASTER_PORT, which torchrun and the CLI's launcher set.
 
-        declared: what must be the same on all ranks, as JSON; UserError on all of them where it is not. stopping: whether
-        this rank has been asked to leave; Interrupted on all of them then.
+        declared: JSON values that must agree on all ranks, or UserError on all. stopping: whether this rank has been asked to
+        stop; then Interrupted on all.
         """
         cuda = torch.cuda.is_available()
         if cuda:
@@ -88,9 +88,9 @@ class World:
             party = Party(rank, size, {"device": world.device.type, **(declared or {})}, stopping, wait)
             store, address = _store(rank, size, ARRIVAL * wait)
             name, world.heartbeat = meet(store, party, address)
-            # A stage may keep one rank busy for long while the others wait, so the limit is generous.
+            # One rank may work for hours while the others wait in a collective.
             backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta(hours=4)
-            # of this meeting alone: in torchrun's store there are still the addresses of ranks that died (pytorch issue 135712)
+            # a prefix per meeting: torchrun's store still has the addresses of ranks that died (pytorch issue 135712)
             fresh = c10d.PrefixStore(name, store)
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit, store=fresh)
         return world
@@ -102,38 +102,38 @@ class World:
         return run.ranks
 
     def laid_out(self, layout: Layout | None, field: str) -> Layout | None:
-        """The layout of a model on these ranks, None where one holds all of it; UserError unless they are as many as it says."""
+        """The layout, or None if there is one rank; UserError if the number of ranks is not the layout's."""
         if layout is not None and layout.ranks != self.size:
             there = f"there are {self.size} ranks" if self.size > 1 else "there is 1 rank"
             product, ranks = "pp x dp x cp" if layout.cp > 1 else "pp x dp", layout.ranks
-            remedy = f"Start it with --ranks {ranks}, or with so many by torchrun, or change the layout."
+            remedy = f"Start it with --ranks {ranks}, or {ranks} ranks under torchrun, or change the layout."
             raise UserError(field, layout.mesh(), f"{product} is {ranks}, but {there}", remedy)
         return None if self.size == 1 else layout
 
     def leave(self) -> None:
-        """End the group."""
+        """Leaves the group and ends it."""
         if self.heartbeat is not None:
             self.heartbeat.leave()
         if self.size > 1:
             dist.destroy_process_group()
 
     def has_lost_a_rank(self, error: BaseException) -> bool:
-        """Whether this is how an exchange fails of which another rank has gone."""
+        """Whether a collective failed with this error because another rank is gone."""
         return self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Waits for all ranks."""
         if self.size > 1:
-            self.sum_(torch.zeros(1))  # on the CPU: dist.barrier would wait for what a GPU has still to do
+            self.sum_(torch.zeros(1))  # on the CPU: dist.barrier would also wait for pending work of the GPU
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over ranks, in place."""
+        """Sums a tensor over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """True on all ranks if it is on one."""
+        """Whether `flag` is True on any rank."""
         return bool(self.sum_(torch.tensor(float(flag))).item() > 0)
 
     def gather(self, value: Any) -> list[Any]:
@@ -146,14 +146,14 @@ class World:
 
 
 def swap(t: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send rows, sent[m] of them to member m in order; returns received[m] from each."""
+    """Sends the first sent[0] rows to member 0, the next sent[1] to member 1 and so on; returns received[m] rows from each m."""
     out = t.new_empty(sum(received), *t.shape[1:])
     dist.all_to_all_single(out, t.contiguous(), received, sent, group=group)
     return out
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
-    """One fp32 buffer for the gradients of all, which become views of it, so that they travel in one go."""
+    """One fp32 buffer of which the gradients of all parameters become views, so that one collective sums them."""
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = gradient.view_as(p)
@@ -161,24 +161,24 @@ def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def default_device() -> torch.device:
-    """This process's GPU where there is one, else the CPU. CUDA_VISIBLE_DEVICES= (empty) hides all GPUs."""
+    """This process's GPU if there is one, else the CPU. CUDA_VISIBLE_DEVICES= (empty) hides all GPUs."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _store(rank: int, size: int, seconds: float) -> tuple[Any, tuple[str, int]]:
-    """Where the ranks find each other, torchrun's or rank 0's own, and its address."""
+    """The store through which ranks find each other, torchrun's or rank 0's own, and its address."""
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = datetime.timedelta(seconds=seconds)
     try:
         return c10d.TCPStore(*address, size, is_host, limit, wait_for_workers=False), address
     except dist.DistNetworkError:
-        problem = "is in use on this machine" if is_host else f"nobody answers at {address[0]} in {seconds:.0f} s"
-        raise UserError("MASTER_PORT", address[1], problem, "Start rank 0 there, on a port that is free.") from None
+        problem = "is in use on this machine" if is_host else f"no answer from {address[0]} in {seconds:.0f} s"
+        raise UserError("MASTER_PORT", address[1], problem, "Start rank 0 there, on a free port.") from None
 
 
 def _local(rank: int, size: int, gpus: int) -> int:
-    """Which of its machine's GPUs a rank takes; UserError if it would have to share one."""
+    """The index of the GPU that a rank uses on its machine; UserError if there are fewer GPUs than ranks."""
     local = int(os.environ.get("LOCAL_RANK", rank))
     if local >= gpus:
         problem = f"rank {rank} is number {local + 1} of its machine, which has {gpus} GPUs"

@@ -1,7 +1,7 @@
-"""Matrices whose rows lie on several ranks, each put together on one of them, and handed back.
+"""Assembles matrices whose rows are on several ranks, each on one owner, and sends the results back.
 
-Newton-Schulz needs whole matrices. Every matrix has one owner, so that its work is done once and its rows travel twice
-(as in Moonshot's distributed Muon, arXiv 2502.16982); who owns what is chosen so that the work is even.
+Newton-Schulz needs whole matrices. Each matrix has one owner, so that the work is done once and its rows are sent twice, as
+in Moonshot's distributed Muon (arXiv 2502.16982). Owners are chosen so that the work is balanced.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from finback.parallel.mesh import swap
 
 
 class Owners:
-    """For matrices of the given shapes (rows, columns), each cut by rows among the ranks of a group."""
+    """Owners of matrices with the given shapes (rows, columns), each sharded by rows over the ranks of a group."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], group: dist.ProcessGroup) -> None:
         self.shapes, self.group = shapes, group
@@ -24,7 +24,7 @@ class Owners:
         self.owned = [sorted(owned) for owned in pack(work, self.size, room=len(work))]
 
     def apply(self, function: Callable[[list[Tensor]], list[Tensor]], parts: list[Tensor]) -> list[Tensor]:
-        """This rank's rows of all matrices -> its rows of what `function` makes of the whole ones, shapes kept."""
+        """Applies `function`, which preserves shapes, to whole matrices: this rank's rows of all -> its rows of the results."""
         mine, members = self.owned[self.rank], range(self.size)
         to_owners = [sum(self._numels(owned, self.rank)) for owned in self.owned]
         to_me = [sum(self._numels(mine, member)) for member in members]

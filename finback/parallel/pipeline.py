@@ -1,11 +1,11 @@
-"""Pipeline stages of a finished model, run by torch.distributed.pipelining.
+"""Pipeline stages of a complete model, run by torch.distributed.pipelining.
 
-Its runtime does what the tables of parallel/pipeline_tables.py say, the same that the planner simulates.
+Its runtime executes the tables of parallel/pipeline_tables.py, which the planner simulates.
 
-The first stage has the embedding, the last the final norm, the head and the MTP modules. What both ends need, the
-embedding for MTP or for a tied head, each has a copy of, with one gradient, their sum; V3's DualPipe shares the memory
-instead. Besides the hidden states, or mHC's streams, stages hand on the sums of balance losses and of indexers' divergences so
-far, so that one loss at the end has all its parts and one backward pass all gradients.
+The first stage has the embedding, the last the final norm, the head and the MTP modules. If both ends need the embedding,
+for MTP or a tied head, each has a copy, and both get the sum of their gradients; V3's DualPipe shares the memory instead.
+Besides hidden states, or mHC's streams, stages pass on the sums so far of balance losses and of indexers' divergences. So
+one loss at the end has all its parts, and one backward pass gives all gradients.
 """
 
 from collections.abc import Callable
@@ -28,16 +28,16 @@ from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline_tables import Op, Slot
 from finback.parallel.shard import ShardedParameter, local
 
-# A batch's tensors by name, (b, t + depths): tokens, labels, and where there are any padding_mask and document_ids
+# A batch's tensors by name, (b, t + depths): tokens, labels and, optionally, padding_mask and document_ids
 Rows = dict[str, Tensor]
-# The last stage's model, final hidden states (b, t, d), the micro-batch, and what says the mean balance loss over all MoE
-# layers, with the MTP modules' or without, and the indexers' divergence -> the loss, and its parts (main, MTP, balance)
-# without gradient
+# The last stage's model, final hidden states (b, t, d), the micro-batch, and a function that returns the mean balance loss
+# over all MoE layers, with or without those of MTP modules, and the indexers' divergence -> the loss, and its parts (main,
+# MTP, balance) without gradient
 Loss = Callable[[Transformer, Tensor, Rows, Callable[[bool], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
 
 
 def cut(model: Transformer, stage: int, stages: int) -> Transformer:
-    """Drop, in place, all that another stage has; what stays keeps its name. `model` is whole and may be blank."""
+    """Drops in place all modules of other stages; the rest keep their names. `model` is whole and may be blank."""
     first, last, config = stage == 0, stage == stages - 1, model.config
     layers = split_layers(config, stages)[stage].layers
     model.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in layers if i < config.num_hidden_layers})  # type: ignore[assignment]
@@ -50,12 +50,12 @@ def cut(model: Transformer, stage: int, stages: int) -> Transformer:
 
 
 def is_twice(config: ModelConfig) -> bool:
-    """Whether the last stage needs the embedding as well."""
+    """Whether the last stage needs the embedding too."""
     return config.tie_word_embeddings or config.num_nextn_predict_layers > 0
 
 
 class PipelineStage(nn.Module):
-    """A cut model with one call: what the stage before made and the step's rows -> what the stage after takes."""
+    """A cut model as one call: the output of the previous stage and the step's rows -> the input of the next stage."""
 
     def __init__(self, model: Transformer, stage: int, stages: int, loss: Loss) -> None:
         super().__init__()
@@ -65,10 +65,9 @@ class PipelineStage(nn.Module):
         self.losses: list[Tensor] = []  # (main, MTP, balance) of each micro-batch since they were last taken
 
     def forward(self, *carried: Tensor, **rows: Tensor) -> Any:
-        """carried: hidden states (b, t, d) or streams (b, t, n, d) and the sums of losses of layers (2,), but nothing of use at the
-        first stage.
+        """carried: hidden states (b, t, d) or streams (b, t, n, d), and the sums (2,) of the layers' losses; the first stage ignores it.
 
-        rows: see `Rows`. The last stage gives the loss, a scalar, or in evaluation the labels' log-probabilities (b, t).
+        rows: see `Rows`. The last stage returns the loss, a scalar, or in evaluation the labels' log-probabilities (b, t).
         """
         model, tokens = self.model, rows["tokens"]
         length = tokens.size(1) - model.config.num_nextn_predict_layers
@@ -104,18 +103,18 @@ class PipelineStage(nn.Module):
 
     @property
     def splits(self) -> bool:
-        """Whether the backward pass for the weights can run apart from that for the inputs.
+        """Whether the backward pass for the weights can run separately from that for the inputs.
 
-        Autograd cannot do the gradient of a weight apart from that of what lies between its uses: the last stage's embedding
-        has one for each MTP module and one for a tied head. And what is recomputed for the one pass, or lent to it by the
-        compiler, is gone in the other.
+        Autograd cannot separate them if a weight has several uses with other modules in between, as the last stage's
+        embedding has: one per MTP module and one for a tied head. Recomputed activations and buffers of compiled code
+        exist only during the first of the two passes.
         """
         model = self.model
         uses = len(model.mtp) + model.config.tie_word_embeddings if self.is_last else 0
         return uses < 2 and not self.is_compiled and not any(isinstance(m, Recomputed) for m in model.modules())
 
     def _sums(self) -> Tensor:
-        """Balance losses and indexers' divergences (2,), summed over this stage's layers that the pass has met."""
+        """Balance losses and indexers' divergences (2,), summed over the layers of this stage that have run in this pass."""
         balances, divergence = take_balance_losses(self.model), take_divergences(self.model)
         none = torch.zeros((), device=next(self.model.parameters()).device)
         return torch.stack(
@@ -128,14 +127,15 @@ class Pipeline:
 
     def __init__(self, stages: list[PipelineStage], layout: Layout, mesh: Mesh) -> None:
         self.stages, self.layout, self.mesh = stages, layout, mesh
-        # of the last step, its layout, and the shape of its tokens
+        # layout and shape of tokens of the last step, which `schedule` is for
         self.kind: tuple[Layout, torch.Size] | None = None
         self.schedule: _Tabled | None = None
 
     def run(self, rows: Rows, layout: Layout) -> Tensor:
-        """Add the gradients of the losses of all micro-batches; (main, MTP, balance), summed over them.
+        """Accumulates the gradients of all micro-batches; returns their summed losses (main, MTP, balance).
 
-        rows are the same on all ranks of the pipeline, `layout` is the step's (Layout.at). Zeros but on the last stage's rank.
+        rows are the same on all ranks of the pipeline; `layout` is the step's (Layout.at). Only the last stage's rank has
+        losses, the others return zeros.
         """
         tokens = rows["tokens"]
         if self.schedule is None or (layout, tokens.shape) != self.kind:
@@ -151,13 +151,13 @@ class Pipeline:
 
     @torch.no_grad()
     def text_logprobs(self, tokens: Tensor) -> Tensor:
-        """tokens (n, t + 1) -> the log-probability (n, t) of each but the first: stage after stage, told to all ranks."""
+        """tokens (n, t + 1) -> the log-probability (n, t) of each but the first, on all ranks; stages run one after another."""
         layout, group, me = self.layout, self.mesh.pp.get_group(), self.mesh.pp.get_local_rank()
         config, mine = self.stages[0].model.config, dict(zip(layout.stages_of(me), self.stages, strict=True))
         owners = dict(sorted((stage, rank) for rank in range(layout.pp) for stage in layout.stages_of(rank)))
         labels = tokens[:, 1:]
         rows = {"tokens": nn.functional.pad(tokens[:, :-1], (0, config.num_nextn_predict_layers)), "labels": labels}
-        sums = torch.zeros(2, device=tokens.device)  # no part of an evaluation
+        sums = torch.zeros(2, device=tokens.device)  # losses are not used in evaluation
         x = torch.empty(*labels.shape, *_width(config), dtype=self.stages[0].model.compute, device=tokens.device)
         logp = torch.empty(labels.shape, device=tokens.device)
         for number, owner in owners.items():
@@ -173,7 +173,7 @@ class Pipeline:
         return logp
 
     def _schedule(self, layout: Layout, rows: int, width: int) -> "_Tabled":
-        """For so many rows of so many tokens, MTP's among them; what is sent has fixed shapes."""
+        """The schedule for rows of `width` tokens, MTP's included; messages between stages have fixed shapes."""
         model, device = self.stages[0].model, self.mesh.device
         config, micro = model.config, rows // layout.micro_batches
         length = width - config.num_nextn_predict_layers
@@ -190,14 +190,14 @@ class Pipeline:
 
 
 def _width(config: ModelConfig) -> tuple[int, ...]:
-    """What of a token goes from stage to stage: (d,), or mHC's (n, d)."""
+    """The shape that stages pass on per token: (d,), or mHC's (n, d)."""
     return (config.hc_mult, config.hidden_size) if config.hc_mult else (config.hidden_size,)
 
 
 class _Unsplit(TorchStage):
-    """A stage whose whole backward pass runs where the schedule has that of its inputs: where autograd cannot part the two.
+    """A stage that runs its whole backward pass in the slot for the inputs, because autograd cannot separate the two.
 
-    The schedule stays as it is; the time of what it has for the weights is spent earlier.
+    The schedule is unchanged, but its slot for the weights does nothing.
     """
 
     def backward_one_chunk(
@@ -206,14 +206,14 @@ class _Unsplit(TorchStage):
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward=True, last_backward=last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """Done already."""
+        """Does nothing: the slot for the inputs has computed the weights' gradients."""
 
 
 class _Tabled(_PipelineScheduleRuntime):  # type: ignore[misc]  # torch leaves it untyped
-    """torch's runtime with a table of ours; it adds what is sent and received."""
+    """torch's runtime with a table from pipeline_tables; torch adds the sends and receives."""
 
     def __init__(self, stages: list[Any], layout: Layout) -> None:
-        # gradients are scaled once, by the step, for all its ranks
+        # the training step scales the gradients, once for all ranks
         super().__init__(stages, layout.micro_batches, loss_fn=lambda output, _: output, scale_grads=False)
         table = layout.pipeline.table(layout.pp, layout.micro_batches)
         self.pipeline_order = {rank: [action(slot) for slot in slots] for rank, slots in enumerate(table)}
@@ -221,7 +221,7 @@ class _Tabled(_PipelineScheduleRuntime):  # type: ignore[misc]  # torch leaves i
 
 
 def action(slot: Slot) -> _Action:
-    """A slot in torch's terms."""
+    """A slot as an action of torch's runtime."""
 
     def single(op: Op) -> _Action:
         return _Action(op.stage, _ComputationType(op.kind), op.micro_batch)
@@ -233,7 +233,7 @@ def action(slot: Slot) -> _Action:
 
 @torch.no_grad()
 def sum_copies(parts: list[ShardedParameter], mesh: Mesh, layout: Layout) -> None:
-    """Give both copies of the embedding the sum of their gradients; for a model that has two (`is_twice`)."""
+    """Gives both copies of the embedding the sum of their gradients; for models with two copies (`is_twice`)."""
     mine = {p.is_copy: local(p.value.grad) for p in parts if p.name == "embed" and p.value.grad is not None}
     if not mine:
         return
@@ -244,7 +244,7 @@ def sum_copies(parts: list[ShardedParameter], mesh: Mesh, layout: Layout) -> Non
 
 
 def _other(mine: Tensor, mesh: Mesh, layout: Layout) -> Tensor:
-    """What the other end of the pipeline has in this one's place."""
+    """The tensor that the other end of the pipeline passes for `mine`."""
     rank, group = mesh.pp.get_local_rank(), mesh.pp.get_group()
     peer = dist.get_global_rank(group, layout.pp - 1 if rank == 0 else 0)
     theirs = torch.empty_like(mine)

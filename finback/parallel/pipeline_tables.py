@@ -1,17 +1,17 @@
-"""Pipeline schedules as pure tables of instructions: who does what in which order. Does not import torch.
+"""Pipeline schedules as pure tables: the operations of each rank in order. Does not import torch.
 
 parallel/pipeline.py runs these tables, and the planner simulates them.
 
-A table is a list with one list of slots per rank. A slot is one operation, or two that are overlapped. An operation is
-(op, micro-batch, stage): F forward, B whole backward, I backward for the input alone, W for the weights alone. Stages
-count along the micro-batch's own way, so that stage 0 embeds and the last one has the head, on whatever rank they lie.
+A table has one list of slots per rank. A slot is one operation, or two that overlap. An operation is (kind, micro-batch,
+stage): F forward, B whole backward, I backward for the inputs only, W for the weights only. Stages are numbered along a
+micro-batch's path, so that stage 0 embeds and the last stage has the head, whatever ranks they are on.
 
-  1F1B         Narayanan 2021: one forward, one backward in turn
-  interleaved  the same with two stages on each rank: a micro-batch goes around the ranks twice
-  ZB1P         Qi 2024 (ZB-H1): backward split in I and W, W fills what would be idle
-  ZB-V         Qi 2024, section 6: the same, a micro-batch goes down the ranks and up again
+  1F1B         Narayanan 2021: forwards and backwards alternate
+  interleaved  1F1B with two stages per rank: a micro-batch passes all ranks twice
+  ZB1P         Qi 2024 (ZB-H1): backward is split into I and W, and W fills idle time
+  ZB-V         Qi 2024, section 6: ZB1P with two stages per rank; a micro-batch goes down the ranks and up again
   DualPipe     V3 3.2.1: micro-batches enter at both ends, each rank holds two stages
-  DualPipeV    DualPipe cut in half, as ZB-V is laid out
+  DualPipeV    one half of DualPipe, with stages placed as in ZB-V
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ Table = list[list[Slot]]
 
 
 def _in_turn(forwards: list[Op], backwards: list[Op], ahead: int, put_off: int | None = None) -> list[Slot]:
-    """`ahead` forwards, then one backward for each forward; where it is split, W comes `put_off` backwards later."""
+    """`ahead` forwards, then forwards and backwards alternate; with split backwards, W comes `put_off` backwards later."""
     slots: list[Slot] = [(op,) for op in forwards[:ahead]]
     weights = [] if put_off is None else [op._replace(kind="W") for op in backwards]
     for number, backward in enumerate(backwards):
@@ -50,7 +50,7 @@ def _all(kind: Kind, micro_batches: int, stage: int) -> list[Op]:
 
 
 def one_f_one_b(ranks: int, micro_batches: int) -> Table:
-    """As many forwards first as there are ranks behind, then one backward for each forward."""
+    """Each rank starts with as many forwards as there are ranks after it; then forwards and backwards alternate."""
     return [
         _in_turn(_all("F", micro_batches, rank), _all("B", micro_batches, rank), ranks - 1 - rank)
         for rank in range(ranks)
@@ -58,7 +58,7 @@ def one_f_one_b(ranks: int, micro_batches: int) -> Table:
 
 
 def zb1p(ranks: int, micro_batches: int) -> Table:
-    """1F1B whose backward is split; rank r puts off r weight steps, so that no rank has more in flight than 1F1B's first."""
+    """1F1B with split backwards; rank r delays W by r backwards, so that no rank has more in flight than rank 0 of 1F1B."""
     return [
         _in_turn(_all("F", micro_batches, rank), _all("I", micro_batches, rank), ranks - 1 - rank, rank)
         for rank in range(ranks)
@@ -66,7 +66,7 @@ def zb1p(ranks: int, micro_batches: int) -> Table:
 
 
 def interleaved(ranks: int, micro_batches: int) -> Table:
-    """1F1B with stages r and ranks + r on rank r; micro-batches pass each of the two in rounds, as torch has it."""
+    """1F1B with stages r and ranks + r on rank r; micro-batches pass the two in rounds, as in torch."""
     each = micro_batches // max(1, micro_batches // ranks)
     # (micro-batch, 0 for the first of a rank's two stages or 1)
     steps = [(step // (2 * each) * each + step % each, step // each % 2) for step in range(2 * micro_batches)]
@@ -79,12 +79,12 @@ def interleaved(ranks: int, micro_batches: int) -> Table:
 
 
 class _Rank:
-    """Writes one rank's slots of DualPipe and ZB-V: two ways (0 its near end's, 1 the other), each with a stage and a counter."""
+    """Writes one rank's slots of DualPipe and ZB-V. Micro-batches pass it in two ways, 0 from the nearer end and 1 the other."""
 
     def __init__(self, stages: tuple[int, int], micro_batches: tuple[range, range]) -> None:
         self.stages, self.batches = stages, micro_batches
         self.forwards, self.backwards = [0, 0], [0, 0]
-        self.waiting: list[Op] = []  # weight steps put off
+        self.waiting: list[Op] = []  # delayed W operations
         self.slots: list[Slot] = []
 
     def _next(self, counts: list[int], kind: Kind, way: int) -> Op:
@@ -93,36 +93,36 @@ class _Rank:
         return op
 
     def forward(self, way: int) -> None:
-        """F."""
+        """Adds F."""
         self.slots.append((self._next(self.forwards, "F", way),))
 
     def backward(self, way: int, split: bool) -> None:
-        """B, or I with its W put off."""
+        """Adds B, or I and delays its W."""
         op = self._next(self.backwards, "I" if split else "B", way)
         self.slots.append((op,))
         if split:
             self.waiting.append(op._replace(kind="W"))
 
     def weight(self, way: int | None = None) -> None:
-        """The W that has waited longest, of one way or of both."""
+        """Adds the W that has waited longest, of one way or of any."""
         op = next(op for op in self.waiting if way is None or op.stage == self.stages[way])
         self.waiting.remove(op)
         self.slots.append((op,))
 
     def pass_and_return(self, way: int) -> None:
-        """F, I and W one after the other."""
+        """Adds F, I and W."""
         self.forward(way)
         self.backward(way, split=True)
         self.weight()
 
     def both(self, forward: int, backward: int) -> None:
-        """F of one way overlapped with B of the other."""
+        """Adds F of one way, overlapped with B of the other."""
         self.slots.append((self._next(self.forwards, "F", forward), self._next(self.backwards, "B", backward)))
 
     def write(self, behind: int, before: int, middle: int, fused_first: bool) -> list[Slot]:
-        """The eight phases; `behind` ranks lie between this one and the turning point, `before` counts from the end.
+        """The eight phases. `behind` ranks are between this one and the turning point; `before` is the distance from the end.
 
-        `fused_first` is False where nothing overlaps yet in the first round of the main phase (the turning point).
+        `fused_first` is False at the turning point, where the first round of the main phase has nothing to overlap.
         """
         for _ in range(2 * behind):
             self.forward(0)
@@ -143,7 +143,7 @@ class _Rank:
         for _ in range(behind):
             self.backward(1, split=False)
             self.both(1, 0)
-        for number in range(2 * before):  # the second half of these puts its weight steps off
+        for number in range(2 * before):  # the second half of these delays W
             self.backward(1 - number % 2, split=number >= before)
         for _ in range(behind):
             self.weight()
@@ -154,7 +154,7 @@ class _Rank:
 
 
 def dualpipe(ranks: int, micro_batches: int) -> Table:
-    """Half of the micro-batches enter at rank 0, half at the last; rank r holds stage r of the one and of the other way."""
+    """Half of the micro-batches enter at rank 0, half at the last rank; rank r holds stages r and ranks - 1 - r."""
     half, table = micro_batches // 2, []
     ways = (range(half), range(half, micro_batches))
     for rank in range(ranks):
@@ -179,7 +179,7 @@ def dualpipe_v(ranks: int, micro_batches: int) -> Table:
 
 
 def zb_v(ranks: int, micro_batches: int) -> Table:
-    """ZB-V as torch has it, for F, I and W of equal length; nothing waits from 2·ranks - 1 micro-batches on."""
+    """ZB-V as in torch, for F, I and W of equal duration; without idle time from 2·ranks - 1 micro-batches on."""
     every = range(max(2 * ranks - 1, micro_batches))
     table: Table = []
     for rank in range(ranks):

@@ -1,6 +1,6 @@
-"""The base of an adapter, quantized share by share: a rank reads its rows of a matrix in bf16, one matrix at a time, and packs them.
+"""Quantizes the base of an adapter by shares: each rank reads its rows in bf16, one matrix at a time, and packs them.
 
-Formats pack rows for themselves, so ranks have together what one rank would have. Twin: checkpoint/quantized_base.py.
+Formats pack each row independently, so the ranks' results together equal those of one rank. Twin: checkpoint/quantized_base.py.
 """
 
 import math
@@ -19,12 +19,12 @@ from finback.parallel.gather import sampled
 
 
 class Quantizing(Values):
-    """Values for shares of which some are packed; `samples` is then what a digest of the base has of each module's matrices."""
+    """Values for shares of which some are packed. Filling collects `samples`: each module's part of the base's digest."""
 
     def __init__(self, values: Values, form: Format) -> None:
         self.values, self.form = values, form
         self.samples: defaultdict[str, bytes] = defaultdict(bytes)
-        # numbers of a row that one packed value holds
+        # numbers per packed value
         self.held = 2 // form.quantize(torch.zeros(1, 2))[0].size(1)
 
     @torch.no_grad()

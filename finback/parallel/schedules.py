@@ -1,4 +1,4 @@
-"""Pipeline schedules by name: where their stages lie, what they ask of micro-batches, what they leave idle. Does not import torch."""
+"""Pipeline schedules by name: the placement of stages, requirements on micro-batches, idle time. Does not import torch."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,32 +10,32 @@ from finback.parallel.pipeline_tables import Slot, Table, operations
 
 
 class Schedule(NamedTuple):
-    """A schedule's name, its table maker, and what it asks of a rank."""
+    """A schedule's name, the function that writes its table, and its properties."""
 
     title: str
     write: Callable[[int, int], Table]
-    # where stages lie: one a rank; two, around the ranks; two, down and up again; or both ways through the same stages
+    # stages per rank: one; two, around the ranks; two, down the ranks and up again; the same stages in both directions
     placement: Literal["line", "loop", "fold", "both ways"]
-    # whether W runs apart from I
+    # whether W runs separately from I
     splits: bool
     # whether F and B of two micro-batches hide each other's communication
     overlaps: bool
-    # what steps with too few micro-batches for it run on the same stages; DualPipe's, one way
+    # the schedule on the same stages for steps with too few micro-batches; DualPipe's uses one direction
     small: "ScheduleName"
 
     def table(self, ranks: int, micro_batches: int) -> Table:
-        """Every rank's slots; UserError where the schedule cannot run so."""
+        """Every rank's slots; UserError if the schedule cannot run with these numbers."""
         self.check(ranks, micro_batches)
         return self.write(ranks, micro_batches)
 
     def check(self, ranks: int, micro_batches: int) -> None:
-        """UserError unless so many micro-batches can go through so many ranks."""
+        """Raises UserError unless the schedule can run these micro-batches on these ranks."""
         refusal = self.refusal(ranks, micro_batches)
         if refusal is not None:
             raise refusal
 
     def refusal(self, ranks: int, micro_batches: int) -> UserError | None:
-        """What `check` raises, None where the schedule can run so."""
+        """The error that `check` raises; None if the schedule can run."""
         if self.placement == "both ways":
             for field, value in (("layout.pp", ranks), ("layout.micro_batches", micro_batches)):
                 if value % 2:
@@ -45,13 +45,13 @@ class Schedule(NamedTuple):
         problem, remedy = "", ""
         if micro_batches < least:
             problem = f"{self.title} on {ranks} ranks needs at least {least} per step"
-            remedy = "Raise the rows, or use fewer pipeline ranks or 1f1b."
+            remedy = "Use more rows, fewer pipeline ranks, or 1f1b."
         elif micro_batches % rounds:
             problem, remedy = f"interleaved runs them in {rounds} equal rounds", f"Use a multiple of {ranks}."
         return UserError("layout.micro_batches", micro_batches, problem, remedy) if problem else None
 
     def stages(self, ranks: int) -> int:
-        """Stages a micro-batch passes."""
+        """The number of stages that a micro-batch passes."""
         return 2 * ranks if self.placement in ("loop", "fold") else ranks
 
     def stages_of(self, rank: int, ranks: int) -> tuple[int, ...]:
@@ -62,14 +62,14 @@ class Schedule(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """Ranks of a pipeline that hold the same stage."""
+        """The number of ranks of a pipeline that hold the same stage."""
         return 2 if self.placement == "both ways" else 1
 
     def bubble(self, stages: int, f: float, b: float, w: float, both: float) -> float:
-        """Idle time per step by V3's table 2: f forward, b whole backward, w weight part, both F and B overlapped.
+        """Idle time per step by V3's table 2, from the durations f of F, b of B, w of W, and both of F and B overlapped.
 
-        The table leaves two out: interleaved 1F1B waits as 1F1B does, for stages of half the size, and ZB-V until
-        the first micro-batch has come down, longer where w cannot fill the waits for the input's backward.
+        Two schedules are not in the table: interleaved 1F1B idles like 1F1B with stages of half the size; ZB-V idles until
+        the first micro-batch has come down, longer if w is too short to fill the waits for I.
         """
         if self.overlaps:
             return (stages / 2 - 1) * (both + b - 3 * w)
@@ -91,7 +91,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def find(name: str) -> Schedule:
-    """A schedule by name; UserError with the nearest one otherwise."""
+    """A schedule by name; UserError, which suggests the nearest name, if there is none."""
     if name.lower() not in SCHEDULES:
         raise UserError("--schedule", name, "unknown schedule", did_you_mean(name.lower(), SCHEDULES))
     return SCHEDULES[name.lower()]
@@ -99,15 +99,15 @@ def find(name: str) -> Schedule:
 
 @lru_cache(maxsize=256)
 def in_flight(name: str, ranks: int, micro_batches: int) -> tuple[tuple[tuple[tuple[int, int], ...], ...], ...]:
-    """For each rank the moments at which it holds most: activations per stage, as (stage, how many) pairs.
+    """For each rank, the moments at which it holds most activations, each as (stage, number of activations) pairs.
 
-    An activation is alive from F until B, or until I and W are done. A moment at which no stage has more of them than at
-    another is left out.
+    An activation is alive from F until B, or until I and W are done. A moment is left out if at another one every stage
+    holds at least as many.
     """
     schedule = find(name)
     each = micro_batches // max(1, micro_batches // ranks) if schedule.placement == "loop" else ranks
     enough = 4 * each + (0 if schedule.placement == "loop" else micro_batches % 2)
-    table = schedule.table(ranks, min(micro_batches, enough))  # more changes nothing
+    table = schedule.table(ranks, min(micro_batches, enough))  # the maximum is reached by then
     return tuple(_moments(slots) for slots in table)
 
 

@@ -1,7 +1,7 @@
-"""The whole weights that an engine on this rank reads while training goes on, wherever those that learn lie.
+"""The whole weights that an engine on this rank reads during training, however the trained parameters are sharded.
 
-They are what rollouts look at at every update: called, they are as new as the model that learns. On CPUs the ranks of a machine
-share one copy, in memory that goes with the last of them.
+Rollouts call `ServedWeights` at every update, which brings the weights up to date. On CPUs the ranks of a machine share one
+copy, in memory that is freed when the last of them ends.
 """
 
 import os
@@ -25,25 +25,25 @@ ALIGNED = 64  # bytes
 
 
 class ServedWeights:
-    """A model to generate with: the one that learns itself, or a whole copy that takes over what many ranks have learnt."""
+    """A model for generating: the trained one itself, or a whole copy of a sharded one."""
 
     def __init__(self, model: Transformer, gathered: Callable[[Transformer], int] | None = None) -> None:
-        """gathered: fills the copy from what all ranks hold, for all ranks at once; how many bytes came from other ranks."""
+        """gathered: fills the copy from the shares of all ranks, collectively, and returns the bytes received; None: no copy."""
         self.model, self._gathered = model, gathered
-        # whether the copy lacks something that has been learnt
+        # whether the copy is out of date
         self.is_old = gathered is not None
-        # that came from other ranks so far
+        # received from other ranks so far
         self.bytes = 0
 
     def __call__(self) -> Transformer:
-        """Take over what has been learnt since the last time, if anything; the model. For all ranks at once."""
+        """Updates the copy if the trained weights have changed, and returns the model. Collective."""
         if self.is_old and self._gathered is not None:
             self.bytes += self._gathered(self.model)
             self.is_old = False
         return self.model
 
     def learnt(self) -> None:
-        """Say that the weights have changed that the copy is of."""
+        """Marks the copy as out of date after the trained weights have changed."""
         self.is_old = self._gathered is not None
 
 
@@ -54,9 +54,9 @@ def whole_copy(
     world: World,
     put_on: Callable[[Transformer], Any] = lambda model: model,
 ) -> tuple[Transformer, bool]:
-    """A frozen model without values, its matrices in `dtype`, and whether this rank is to fill them in.
+    """A frozen model without values, with matrices in `dtype`, and whether this rank must fill them.
 
-    Routers and norms are fp32, as every arithmetic reads them. `put_on` changes in place how the blank model lies in memory.
+    Routers and norms are fp32 at every compute dtype. `put_on` changes the memory layout of the blank model in place.
     """
     with torch.device("meta"):
         model = Transformer(config, compute, dtype).eval().requires_grad_(False)
@@ -71,7 +71,7 @@ def whole_copy(
 
 
 def _lay_out(model: Transformer, storage: torch.UntypedStorage | None, device: torch.device) -> None:
-    """Give a blank model memory: its parameters that of a storage, one behind the other, or else of its own."""
+    """Gives a blank model memory; parameters lie one after another in `storage` if it is given."""
     start = 0
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -88,14 +88,14 @@ def _lay_out(model: Transformer, storage: torch.UntypedStorage | None, device: t
 
 
 def _aligned(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor, and of the gap behind it."""
+    """The bytes of a tensor, rounded up to the alignment."""
     return -(-tensor.numel() * tensor.itemsize // ALIGNED) * ALIGNED
 
 
 def _shared_memory(model: Transformer, world: World) -> tuple[torch.UntypedStorage, bool] | None:
-    """Memory for a model's parameters that the ranks of each machine share, and whether this one is their first.
+    """Memory for a model's parameters that the ranks of each machine share, and whether this rank is the machine's first.
 
-    None on all ranks where one of them cannot.
+    None on all ranks if any of them cannot map it.
     """
     size = sum(map(_aligned, (p for m in model.modules() for p in m.parameters(recurse=False))))
     machines = world.gather(_machine())
@@ -106,7 +106,7 @@ def _shared_memory(model: Transformer, world: World) -> tuple[torch.UntypedStora
         os.ftruncate(own, size)
     pid, handle = world.gather((os.getpid(), own))[members[0]]
     storage: torch.UntypedStorage | None = None
-    with suppress(RuntimeError, OSError):  # where there is no such call, or no access to it
+    with suppress(RuntimeError, OSError):  # /proc or memfd is missing or not accessible
         opened: Any = torch.UntypedStorage.from_file(f"/proc/{pid}/fd/{handle}", shared=True, nbytes=size)
         storage = opened
     failed = world.any(storage is None)
@@ -116,7 +116,7 @@ def _shared_memory(model: Transformer, world: World) -> tuple[torch.UntypedStora
 
 
 def _machine() -> tuple[str, ...]:
-    """What is the same for two processes if and only if they see each other's files in /proc."""
+    """A value that is equal for two processes if and only if they see each other's files in /proc."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if not boot.is_file():
         return (platform.node(), str(os.getpid()))

@@ -1,7 +1,7 @@
-"""Share a model's parameters among ranks: FSDP2, or ZeRO-1, where only the optimiser's state is shared out.
+"""Shards a model's parameters over ranks by FSDP2, or by ZeRO-1, which shards only the optimizer's state.
 
-Either way each parameter has a `ShardedParameter` on this rank, a DTensor that says which share of the whole it is. Optimisers and
-checkpoints work on parts alone and know nothing of the two.
+In both, each parameter has a `ShardedParameter` on this rank, a DTensor that describes its share of the whole. Optimizers
+and checkpoints work with shares only and do not depend on the kind of sharding.
 """
 
 import math
@@ -33,23 +33,23 @@ from finback.parallel.mesh import Mesh, flat_gradients
 class ShardedParameter:
     """This rank's share of a parameter, with its share of the gradient as `value.grad`."""
 
-    # as Transformer.state_dict has it
+    # the name in Transformer.state_dict
     name: str
     # a DTensor
     value: nn.Parameter
-    # an earlier stage has the same parameter, and counts it
+    # whether an earlier stage has the same parameter and counts it in norms
     is_copy: bool = False
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this rank, the same memory; a plain tensor as it is."""
+    """This rank's part of a DTensor, in the same memory; a plain tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, part: Tensor) -> Tensor:
-    """A local tensor of the shape of local(part) as the same share of a whole; as it is where `part` is plain.
+    """Wraps a local tensor as a DTensor with the placement of `part`; returns it unchanged if `part` is plain.
 
-    Rows of matrices may have another length, and the tensor may lie on another device than its mesh.
+    It has the shape of local(part), but matrices may have another row length, and it may be on a device other than the mesh's.
     """
     if not isinstance(part, DTensor):
         return tensor
@@ -60,7 +60,7 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def share_of(name: str, tensor: Tensor) -> Share:
-    """What of a DTensor lies on this rank, and where; of a plain tensor all of it."""
+    """This rank's share of a DTensor and its offset in the whole; for a plain tensor, all of it."""
     shape, offset = tuple(tensor.shape), (0,) * tensor.ndim
     if isinstance(tensor, DTensor):
         _, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
@@ -68,19 +68,19 @@ def share_of(name: str, tensor: Tensor) -> Share:
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What routed experts are made of, by name: the first dimension is that of experts, one after the other."""
+    """The parameters of routed experts by name; their first dimension indexes experts."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     return {f"{name}.{leaf}": p for name, moe in layers for leaf, p in moe.named_parameters(recurse=False)}
 
 
 def materialise(root: nn.Module, model: Transformer, device: torch.device, offload: bool = False) -> None:
-    """Give a blank model, shared already or not, memory for what this rank holds of it; parameters have no values yet."""
+    """Gives a blank model, sharded or not, memory for this rank's share; parameters have no values yet."""
     root.to_empty(device="cpu" if offload else device)
     for module in root.modules() if offload else ():  # FSDP2 fetches parameters only
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=device))
     if model.config.tie_word_embeddings and "head" in dict(model.named_children()):
-        model.head.weight = model.embed  # to_empty parts what is shared
+        model.head.weight = model.embed  # to_empty unties them
     model.cos, model.sin = (t.to(device) for t in rotation(model.config, model.config.max_position_embeddings))
     for router in model.routers():
         router.bias.zero_()
@@ -88,31 +88,31 @@ def materialise(root: nn.Module, model: Transformer, device: torch.device, offlo
 
 
 class Sharding(ABC):
-    """How the parameters of this rank's stages are shared."""
+    """The sharding of the parameters of this rank's stages."""
 
-    # of each stage
+    # the shares of each stage
     parts: list[list[ShardedParameter]]
 
     @abstractmethod
     def zero(self) -> None:
-        """Forget all gradients."""
+        """Clears all gradients."""
 
     @abstractmethod
     def reduce(self) -> None:
-        """After the last backward pass of a step: each part's gradient is the sum over the ranks that hold the whole."""
+        """Call after the last backward pass of a step: sums each share's gradient over the ranks that hold the parameter."""
 
-    def publish(self) -> None:  # noqa: B027 - where passes read the parts themselves nothing is to be done
-        """After parts have changed: let forward passes see it."""
+    def publish(self) -> None:  # noqa: B027 - does nothing if passes read the shares themselves
+        """Call after shares have changed: makes the change visible to forward passes."""
 
-    def rest(self) -> None:  # noqa: B027 - as above
-        """After forward passes that no backward pass follows: let go of what they have put together."""
+    def rest(self) -> None:  # noqa: B027 - does nothing if passes gather no parameters
+        """Call after forward passes without a backward pass: frees the parameters that they have gathered."""
 
 
 class FullyShard(Sharding):
-    """FSDP2: block by block, a parameter is whole only while it is used. Experts are cut among the edp ranks alone."""
+    """FSDP2: parameters are gathered block by block, only while they are used. Experts are sharded over edp ranks only."""
 
     def __init__(self, roots: list[nn.Module], models: list[Transformer], layout: Layout, mesh: Mesh) -> None:
-        """roots hold the models, which are blank, and are what is called."""
+        """roots: the modules to call, which contain the blank models."""
         for root, model in zip(roots, models, strict=True):
             _fully_shard(root, model, layout, mesh)
             materialise(root, model, mesh.device, layout.offload)
@@ -125,7 +125,7 @@ class FullyShard(Sharding):
 
     def reduce(self) -> None:
         for part in chain(*self.parts):
-            if part.value.grad is None and part.value.requires_grad:  # a module that the step did not need
+            if part.value.grad is None and part.value.requires_grad:  # the step did not use this module
                 part.value.grad = torch.zeros_like(part.value)
 
     def rest(self) -> None:
@@ -138,7 +138,7 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = rounded if layout.gather == "bf16" else exact
-    # passes of a pipeline interleave: what one needs, the next needs too
+    # passes of a pipeline interleave, so the next one needs the same parameters again
     reshard_after = False if layout.pp > 1 else None
     stored = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if layout.offload else OffloadPolicy()
 
@@ -154,7 +154,7 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
 
     modules = list(model.modules())
     for moe in [m for m in modules if isinstance(m, MoE)]:  # the inner modules first
-        shard(moe.router, exact)  # the gate is fp32, whatever travels otherwise
+        shard(moe.router, exact)  # the gate is gathered in fp32, whatever layout.gather is
         if moe.config.n_shared_experts:
             shard(moe.shared, policy)
         else:
@@ -166,25 +166,25 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
     shard(root, exact)
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            # sums, not means: how many tokens there are is the step's business
+            # sums, not means: the step divides by the number of tokens
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            if mesh.device.type == "cpu":  # where nothing hides it, the next block's weights are only in the way
+            if mesh.device.type == "cpu":  # no overlap on a CPU, so prefetching would only cost memory
                 module.set_modules_to_backward_prefetch([module])
 
 
 def _apart(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """FSDP2 hangs its hooks on what a module returns, and a view could lose them."""
+    """Returns a copy instead of a view, because FSDP2 hooks the output of a module and a view may lose the hooks."""
     return output.clone()
 
 
 def _cut(parameter: Tensor, members: int) -> int:
-    """The dimension along which a parameter is cut: the first, or an expert's rows where experts are too few."""
+    """The dimension along which a parameter is sharded: the first, or an expert's rows if experts do not divide evenly."""
     return 1 if parameter.ndim == 3 and len(local(parameter)) % members else 0
 
 
 class ZeroOne(Sharding):
-    """ZeRO-1: parameters and gradients are whole on every rank that uses them, an optimiser sees its part of each."""
+    """ZeRO-1: parameters and gradients are whole on every rank that uses them; an optimizer sees its share of each."""
 
     def __init__(self, models: list[Transformer], mesh: Mesh) -> None:
         for model in models:
@@ -228,7 +228,7 @@ def _narrow(whole: Tensor, members: int, member: int) -> Tensor:
 
 
 def _view(parameter: nn.Parameter, mesh: Mesh, is_of_experts: bool) -> nn.Parameter:
-    """A part that is a view of a whole parameter, and of its gradient, placed as FSDP2 would place it."""
+    """A share that is a view of a whole parameter and of its gradient, placed as FSDP2 would place it."""
     axis, where, shape = mesh.dp, mesh.dp, list(parameter.shape)
     placements: list[Placement] = [Shard(0)]
     if is_of_experts:
@@ -240,7 +240,7 @@ def _view(parameter: nn.Parameter, mesh: Mesh, is_of_experts: bool) -> nn.Parame
             placements = [_StridedShard(0, split_factor=mesh.ep.size()) if dim == 0 else Shard(dim), Shard(0)]
             shape[0] *= mesh.ep.size()
     stride = torch.empty(shape, device="meta").stride()
-    assert parameter.grad is not None, "gradients come first"
+    assert parameter.grad is not None, "flat_gradients must run first"
     members, me = axis.size(), axis.get_local_rank()
     value, gradient = (
         DTensor.from_local(t, where, placements, run_check=False, shape=torch.Size(shape), stride=stride)

@@ -1,10 +1,10 @@
-"""`python -m finback.parallel.torchrun <what torchrun takes>`: torchrun that ends with its ranks' exit code and without a traceback.
+"""`python -m finback.parallel.torchrun <torchrun's arguments>`: torchrun with its ranks' exit code and without a traceback.
 
-Of a rank that fails torchrun makes a traceback of its own and exit code 1, and so of a signal. The ranks have said what there is to
-say: here it ends with 2 for a user's mistake and 130 where it was asked to leave. Agents that do not meet get a word as well.
+If a rank fails or gets a signal, torchrun prints its own traceback and exits with 1. The ranks have already reported the
+error, so this exits with 2 for a user's mistake and with 130 after a request to stop. It also reports agents that do not meet.
 
-The store of ranks is made anew with every start of them: torchrun's shared one lies with the agent that was first, and where another takes
-that place after it has gone, agents send their ranks to different stores, and these do not meet.
+Ranks get a new store at every start. torchrun's shared store belongs to the agent that came first; when another agent replaces it, agents
+send their ranks to different stores, and the ranks do not meet.
 """
 
 import os
@@ -19,23 +19,23 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, 
 from finback.parallel.launch import INTERRUPTED
 
 MEET = (
-    "Start the same line on every machine, with one --rdzv-id and an --rdzv-endpoint that all of them reach; "
-    "--rdzv-conf join_timeout=SECONDS changes how long they wait. Ranks go on from the last checkpoint."
+    "Run the same command on every machine, with one --rdzv-id and an --rdzv-endpoint that all of them can reach; "
+    "--rdzv-conf join_timeout=SECONDS changes how long they wait. Ranks continue from the last checkpoint."
 )
 
 
 def main() -> int:
-    """Run torchrun's own main; the exit code."""
+    """Runs torchrun's main and returns the exit code."""
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run.main()
     except (SignalException, KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank may ask as well
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ranks may send it too; see launch.dismiss_agent
         return INTERRUPTED
     except RendezvousError as error:
         is_deaf = isinstance(error, RendezvousConnectionError)
         unmet = f"the agents did not meet ({type(error).__name__})"
-        problem = "nobody answers at --rdzv-endpoint" if is_deaf else unmet
+        problem = "no answer from --rdzv-endpoint" if is_deaf else unmet
         print(f"error: {problem}. {MEET}", file=sys.stderr)
         return 1
     except ChildFailedError as error:
