@@ -98,7 +98,7 @@ def test_hub_sets_are_asked_for_by_name_split_and_revision(monkeypatch: pytest.M
         ("gym:chain_sum?max_terms=x", "expected int"),
         ("gym:acre?level=hard", "has no levels"),
         ("gsm8k?split=train", "has no option 'split'"),
-        ("gsm8k?x", "no list of options"),
+        ("gsm8k?x", "not a list of options"),
         ("needle@a.jsonl", "made from a seed"),
         ("needle?length=3", "Did you mean 'lengths'"),
         ("needle?lengths=ten", "not whole numbers from 50"),
@@ -107,8 +107,8 @@ def test_hub_sets_are_asked_for_by_name_split_and_revision(monkeypatch: pytest.M
         ("chains?terms=3", "no such option. Did you mean"),
         ("chains?min_terms=9", "not in 2..max_terms"),
         ("gsm8k@nowhere.jsonl", "no such file"),
-        ("livecodebench?since=August", "since = 'August': no day"),
-        ("safety?judge=http://127.0.0.1:1/v1", "a judge has an address and a model"),
+        ("livecodebench?since=August", "since = 'August': not a date"),
+        ("safety?judge=http://127.0.0.1:1/v1", "a judge needs an address and a model"),
         ("mine.jsonl", "no such file"),
     ],
 )
@@ -131,7 +131,7 @@ def test_what_cannot_be_found_is_named(spec: str, message: str) -> None:
         ("humaneval", {"task_id": "x", "prompt": "p"}, r":2 = 'canonical_solution': the record has no such"),
         ("mbpp", {"prompt": "p", "code": "def f(", "test_list": ["assert f()"]}, r":2 code = 'def f\(': not Py"),
         ("mbpp", {"prompt": "p", "code": "def f(): 1", "test_list": ["assert g()"]}, r":2 test_list = .*calls no"),
-        ("livecodebench", {"question_content": "a", "contest_date": "soon"}, r":2 contest_date = 'soon': no day"),
+        ("livecodebench", {"question_content": "a", "contest_date": "soon"}, r":2 contest_date = 'soon': not a date"),
     ],
 )
 def test_a_bad_record_is_named_by_file_line_and_field(

@@ -39,11 +39,11 @@ class Piece(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A tensor of the name table: numbers start..stop of one of ours, the rank that writes it, and where its numbers are."""
+    """A tensor of the name table: numbers of the parameter `ours` from `start` on, the rank that writes it, and their location."""
 
     name: str
     shape: tuple[int, ...]
-    # the stored tensor that it is, or that it is a part of
+    # the stored tensor that it is or belongs to
     stored: str
     ours: str
     start: int

@@ -1,1 +1,1 @@
-"""Fixed lists of questions from many sources, how each is put and judged, and what their scores can say. Does not import torch."""
+"""Evaluation suites: fixed lists of questions with prompts and judges, and the statistics of scores. Does not import torch."""

@@ -1,6 +1,6 @@
-"""The quickstart's own task as a suite: sums of single digits, held-out ones only. Does not import torch.
+"""The quickstart's task as a suite: held-out sums of single digits. Does not import torch.
 
-chains                        5 to 7 terms, as recipes/tiny.py has them
+chains                        5 to 7 terms, as in recipes/tiny.py
 chains?min_terms=8&max_terms=8  any field of finback.tasks.math.Chains
 """
 
@@ -17,7 +17,7 @@ TERMS = {"min_terms": "5", "max_terms": "7"}
 
 
 def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
-    """Distinct held-out sums; the question is put as it stands, as training put it."""
+    """Distinct held-out sums; the prompt is the bare question, as in training."""
     hints = get_type_hints(Chains)
     check_options("chains", options, hints)
     task = Chains(**{name: parse(text, hints[name], f"chains.{name}") for name, text in (TERMS | options).items()})

@@ -1,8 +1,8 @@
-"""MMLU, MMLU-Pro, GPQA Diamond, C-Eval: multiple choice, without examples, thought through before a letter. Does not import torch.
+"""MMLU, MMLU-Pro, GPQA Diamond, C-Eval: zero-shot multiple choice with a chain of thought before the letter. Does not import torch.
 
-What is counted is the letter that the answer names. The choices of published sets stand in the question as the data set
-orders them, unless `shuffle` is asked for. Those of GPQA, where the right one always comes first, and of a user's file are put in
-the order of a hash: the same for everyone, and in a user's file the order of training.
+The letter that the answer names is scored. Choices of published sets keep the data set's order unless `shuffle` is set.
+Those of GPQA, where the right one always comes first, and of a user's file are ordered by a hash: the order is the same for
+everyone, and for a user's file it is the order used in training.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ PROMPT = (
 CHINESE = "请回答下面的单项选择题。请先逐步思考，最后一行写“答案：X”，其中 X 是正确选项的字母。\n\n{question}"
 EXTRACTION = (
     r'the letter in \boxed{} or in the last line "Answer: X", else "The answer is X", or all of the answer; '
-    "two different ones are none"
+    "two different letters count as none"
 )
 
-Asked = tuple[str, list[str], int]  # the question, its choices, the place of the right one
+Asked = tuple[str, list[str], int]  # the question, its choices, the index of the right one
 
 
 def mmlu(record: Record) -> Asked:
-    """cais/mmlu: question, choices, answer (a place)."""
+    """cais/mmlu: question, choices, answer (an index)."""
     return record.text("question").strip(), record.texts("choices"), _place(record, "answer")
 
 
@@ -52,7 +52,7 @@ def gpqa(record: Record) -> Asked:
 
 
 def columns(record: Record) -> Asked:
-    """ceval/ceval-exam: question, A, B, C, D, answer (a letter); so are CMMLU's, with capitals."""
+    """ceval/ceval-exam: question, A, B, C, D, answer (a letter); CMMLU has the same columns, capitalized."""
     question = record.text("question", "Question").strip()
     place = _place(record, "answer" if "answer" in record.fields else "Answer")
     return question, [record.text(letter).strip() for letter in "ABCD"], place
@@ -60,7 +60,7 @@ def columns(record: Record) -> Asked:
 
 @dataclass(frozen=True)
 class ChoiceSet:
-    """A published set of questions with choices, and how a record of it is read."""
+    """A published set of questions with choices, and the function that reads its records."""
 
     origin: HubDataset
     read: Callable[[Record], Asked]
@@ -72,7 +72,7 @@ SETS = {
     "mmlu": ChoiceSet(KNOWN["mmlu"], mmlu),
     "mmlu-pro": ChoiceSet(KNOWN["mmlu-pro"], mmlu_pro),
     "gpqa": ChoiceSet(KNOWN["gpqa"], gpqa),
-    # The answers of its test split are not published, so the validation split is what others report too.
+    # The answers of its test split are not published, so others report the validation split too.
     "ceval": ChoiceSet(KNOWN["ceval"], columns, CHINESE, "zh"),
 }
 
@@ -97,8 +97,8 @@ def made(
     seed: int,
     source: str,
 ) -> Suite:
-    """The suite of these problems; each comes with its choices."""
-    choices = {problem.key: shown for problem, shown in reversed(asked)}  # of copies the first counts
+    """The suite of these problems, each given with its choices."""
+    choices = {problem.key: shown for problem, shown in reversed(asked)}  # the first of several copies wins
     golds = {id(problem): shown[LETTERS.index(problem.answer)] for problem, shown in asked}
     every, notes = agreed([p for p, _ in asked], lambda one, other: golds[id(one)] == golds[id(other)])
     chosen = pick(every, problems, seed)
@@ -116,18 +116,18 @@ def made(
 
 
 def judge(choices: Mapping[str, list[str]], problem: Problem, answer: str) -> Verdict:
-    """Right if the one letter that the answer names is the gold one."""
+    """Correct if the answer names exactly one letter, the gold one."""
     found = letter(choices, problem, answer)
     return Verdict(correct=found == problem.answer, well_formed=found is not None)
 
 
 def letter(choices: Mapping[str, list[str]], problem: Problem, answer: str) -> str | None:
-    """The letter that the answer names."""
+    """The letter that the answer names; None if it names none or several."""
     return named(answer, choices.get(problem.key, []))
 
 
 def problem(record: Record, read: Callable[[Record], Asked], shuffle: bool = False) -> tuple[Problem, list[str]]:
-    """A record as a problem, and its choices."""
+    """A record as a problem, and its choices; UserError if the record is malformed."""
     question, raw, place = read(record)
     choices = [" ".join(choice.split()) for choice in raw]
     if not 2 <= len(choices) <= len(LETTERS):
@@ -145,12 +145,12 @@ def problem(record: Record, read: Callable[[Record], Asked], shuffle: bool = Fal
 
 
 def _place(record: Record, name: str) -> int:
-    """A place from 0, given as that or as a letter."""
+    """An index from 0, which the record holds as a number or as a letter."""
     value: Any = record.fields.get(name)
     if isinstance(value, str) and value.strip().upper() in tuple(LETTERS):
         return LETTERS.index(value.strip().upper())
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(LETTERS):
         return value
-    record.text(name)  # says which fields there are
-    problem = "neither a letter from A to J nor a place from 0"
+    record.text(name)  # raises an error that lists the record's fields, if the field is missing
+    problem = "neither a letter from A to J nor an index from 0"
     raise UserError(f"{record.where} {name}", value, problem, "Correct the record.")

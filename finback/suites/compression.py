@@ -1,7 +1,7 @@
-"""Bits per byte: how well a model foresees text, whatever its tokenizer. For models at hand; an endpoint shows no odds.
+"""Bits per byte: how well a model predicts text, independent of its tokenizer. For models in files: endpoints return no probabilities.
 
-The passages are the validation side of the packaged dialogues: no prepare stage puts them into training text (and no
-other model's makers promised that). `Suite.metric` is "bits per byte", so a caller measures instead of asking.
+The passages are the validation split of the packaged dialogues, which no prepare stage puts into training text; other
+models may have been trained on it. `Suite.metric` is "bits per byte", which tells callers to measure instead of asking.
 """
 
 import math
@@ -24,7 +24,7 @@ DEFAULT = 100  # passages
 
 
 class Compressed(NamedTuple):
-    """The cost of all passages; each token is foreseen from those before it in its passage."""
+    """The cost of all passages; each token is predicted from the tokens before it in its passage."""
 
     bits: float
     bytes: int
@@ -36,7 +36,7 @@ class Compressed(NamedTuple):
 
 
 def load(at: str, problems: int | None, seed: int) -> Suite:
-    """Passages of the packaged dialogues' validation side, or the records of `at` with a "text" each."""
+    """Passages of the packaged dialogues' validation split, or the "text" of each record in `at`."""
     if at:
         texts, name, licence = [record.text("text") for record in read(at, "", "")], at, "unknown"
         if not all(map(str.strip, texts)):
@@ -51,20 +51,20 @@ def load(at: str, problems: int | None, seed: int) -> Suite:
         problems=chosen,
         task=ProblemList("bits-per-byte", chosen, judge),
         source=SuiteSource(name, licence, fingerprint(chosen)),
-        extraction="nothing is asked: the text's own probability is measured",
+        extraction="none: the probability of the text itself is measured",
         metric=METRIC,
     )
 
 
 def judge(problem: Problem, answer: str) -> Verdict:
-    """There is no answer to this."""
+    """Returns NO_ANSWER: passages have no answers."""
     return NO_ANSWER
 
 
 def measure(model: "Transformer", tokenizer: "Tokenizer", suite: Suite, rows: int = 8) -> Compressed:
-    """Bits of all passages, and their bytes in UTF-8. A passage longer than the model's window goes in pieces.
+    """Bits of all passages and their UTF-8 bytes. Passages longer than the model's window are split into pieces.
 
-    Every piece starts with the token that begins a text, which is not counted: all bytes are foreseen.
+    Every piece starts with the begin-of-sequence token, which is not counted, so that all bytes are predicted.
     """
     import torch
 

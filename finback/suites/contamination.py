@@ -1,8 +1,7 @@
-"""How many of a suite's questions stand in a prepared training corpus: whole, or by n words in a row. Does not import torch.
+"""Counts a suite's questions that a prepared training corpus contains, in full or by n consecutive words. Does not import torch.
 
-What was really trained on is looked at: the shards of a prepare stage, read back into text. Neither test finds a
-question that was translated or put in other words, and a clean result for one's own data is none for the data
-of a model that somebody else trained.
+It searches the tokens that are trained on: the shards of a prepare stage, decoded to text. Neither test finds translated or
+rephrased questions, and a clean result for one corpus says nothing about models trained on others.
 """
 
 import re
@@ -21,34 +20,35 @@ from finback.data.turn import Message
 from finback.runs.files import read_json
 from finback.suites.suite import Suite
 
-CHUNK = 1 << 16  # tokens of a document that are read at a time; its pieces overlap
+CHUNK = 1 << 16  # tokens of a document that are read at a time; pieces overlap by SEAM
 SEAM = 1024  # tokens
-_MARK = r"<[|｜][^<>]{1,40}[|｜]>|</?think>"  # of any model's turns
+_MARK = r"<[|｜][^<>]{1,40}[|｜]>|</?think>"  # turn markers of any model
 
 
 @dataclass(frozen=True)
 class Contamination:
-    """Questions of a suite that a corpus holds. `exact` of them stand there as a line, a message or a text of its own."""
+    """The questions of a suite that a corpus contains."""
 
     suite: str
     data: str
     ngram: int
     questions: int
+    # questions that are a whole line, message or text of the corpus
     exact: int
-    # share n words in a row with the corpus, or are exact
+    # questions that share n consecutive words with the corpus or are exact
     overlapping: int
-    # that were read
+    # documents read
     documents: int
     # questions found in each source; one may be in several
     sources: dict[str, int]
-    # the first of the questions that were found
+    # the first questions that were found
     examples: tuple[str, ...]
-    # questions of fewer than n words: only the exact test can find them
+    # questions of fewer than n words, which only the exact test can find
     without_ngram: int
 
     @property
     def share(self) -> float:
-        """Of the questions that are not new to whoever trained on this."""
+        """The share of questions that the corpus contains."""
         return self.overlapping / self.questions
 
     def as_json(self) -> dict[str, Any]:
@@ -56,9 +56,10 @@ class Contamination:
 
 
 def check(suite: Suite, data: str | Path, ngram: int = 13, sources: tuple[str, ...] = ()) -> Contamination:
-    """Look for a suite's questions in a prepare stage's folder (or in those of its `sources` that are named).
+    """Searches a prepare stage's folder, or only its named `sources`, for a suite's questions.
 
-    Words that several questions of the suite share are its wording and betray none of them.
+    Runs of words that several questions share are boilerplate of the suite and do not count as overlap. UserError: the
+    folder or a source does not exist.
     """
     if ngram < 2:
         raise UserError("contamination.ngram", ngram, "single words are in every text", "Use 8 to 13.")
@@ -94,7 +95,7 @@ def check(suite: Suite, data: str | Path, ngram: int = 13, sources: tuple[str, .
 
 def _sources(folder: Path, wanted: tuple[str, ...]) -> list[str]:
     if not (folder / "sources.json").is_file():
-        problem = "no folder of a finished prepare stage (no sources.json)"
+        problem = "not the folder of a finished prepare stage (it has no sources.json)"
         raise UserError("contamination.data", str(folder), problem, "Name one, such as runs/tiny/prepare.")
     known = list(read_json(folder / "sources.json"))
     for name in wanted:
@@ -104,7 +105,7 @@ def _sources(folder: Path, wanted: tuple[str, ...]) -> list[str]:
 
 
 def _pieces(folder: Path, name: str) -> Iterator[tuple[list[int], bool]]:
-    """The documents that are trained on, and whether one starts; pieces of a long one overlap, so no seam hides a thing."""
+    """Pieces of the training documents, and whether a document starts; pieces overlap, so that none splits a question."""
     shard = pack.read(folder / f"{name}.train.bin")
     start = 0
     for end in [len(shard)] if shard.ends is None else shard.ends.tolist():
@@ -114,7 +115,7 @@ def _pieces(folder: Path, name: str) -> Iterator[tuple[list[int], bool]]:
 
 
 def _split(tokenizer: Tokenizer, ids: list[int]) -> Document:
-    """A document as its turns and thoughts, without the marks around them: each can be a question and nothing else."""
+    """A document split at turn and thought markers, so that a turn that is exactly a question is found."""
     marks = {*tokenizer.ids, *tokenizer.specials.values()}
     pattern = "|".join([*map(re.escape, sorted(marks, key=len, reverse=True)), _MARK])
     parts = re.split(pattern, tokenizer.decode(ids, skip_special=False))
@@ -122,6 +123,6 @@ def _split(tokenizer: Tokenizer, ids: list[int]) -> Document:
 
 
 def _shared(questions: dict[str, list[str]], ngram: int) -> dict[str, list[str]]:
-    """The runs of n words that more than one question has, as texts."""
+    """The runs of n words that more than one question contains."""
     runs = Counter(run for (question,) in questions.values() for run in {*grams(question, ngram)})
     return {"shared": [run for run, n in runs.items() if n > 1]}

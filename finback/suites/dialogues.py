@@ -1,4 +1,4 @@
-"""The dialogues of the packaged Chit Chat corpus as texts, read once. Does not import torch."""
+"""The dialogues of the packaged Chit Chat corpus as texts, cached. Does not import torch."""
 
 import importlib.metadata
 from functools import lru_cache
@@ -9,11 +9,11 @@ LICENCE = "MIT"
 
 
 def name() -> str:
-    """What a suite says of its source."""
+    """The corpus's name and version, for a suite's source."""
     return f"chitchat-dataset {importlib.metadata.version('chitchat-dataset')}"
 
 
 @lru_cache(maxsize=1)
 def texts() -> tuple[str, ...]:
-    """Each dialogue, a turn on a line."""
+    """Each dialogue as a text with one turn per line."""
     return tuple(document.plain for document in Chitchat().documents())

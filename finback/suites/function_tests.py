@@ -1,15 +1,15 @@
-"""Judges a function by tests written in Python, without showing them to it and without running it here. Does not import torch.
+"""Judges a function by tests written in Python that it cannot see, outside this process. Does not import torch.
 
-HumanEval's and MBPP's tests are assertions about a function, so they have to run somewhere as Python. Beside the
-program they would not be safe: it could read what is expected, or end the process with success. So there are three
-runs, each in a sandbox of its own:
+HumanEval's and MBPP's tests are assertions about a function, so they must run as Python. In one process with the program
+they would not be safe: it could read the expected values, or exit with success. So there are three runs, each in a separate
+sandbox:
 
-1. The tests run on the reference solution, and every call's arguments and result are written down (once per problem).
-2. The program is called with these arguments. What it returns leaves the sandbox as text.
-3. The tests run again, on a function that gives back those results, read as Python literals. If the results are the
-   reference's own, this run is spared: it would say the same.
+1. The tests run on the reference solution and record every call's arguments and result (once per problem).
+2. The program is called with these arguments. Its results leave the sandbox as text.
+3. The tests run again on a function that returns those results, parsed as Python literals. This run is skipped if the
+   results equal the reference's, since the tests would pass.
 
-What the program can do is give back values, which is all that it is asked for.
+So the program influences the verdict only by the values that it returns.
 """
 
 import re
@@ -22,7 +22,7 @@ from finback.tasks.sandbox import Limits, shared
 from finback.tasks.task import NO_ANSWER, Verdict
 
 LIMITS = Limits(wall=10.0, cpu=10.0)
-_LONGEST = 100_000  # characters of an answer; no honest program comes near
+_LONGEST = 100_000  # most characters of an answer; no honest program is nearly as long
 _FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
 
 _RECORD = """
@@ -60,21 +60,22 @@ def finback_run(tests, entry, calls, results):
 
 @dataclass(frozen=True)
 class FunctionTests:
-    """A function to be written: its name, what stands before its body, a reference solution and its tests."""
+    """A function to write: its name, the source that the question gives, a reference solution and tests."""
 
-    # of the record, for errors
+    # location of the record, for error messages
     where: str
+    # the function's name
     entry: str
-    # source that an answer continues; "" where the answer is all of it
+    # source that the answer continues; "" if the answer is the whole program
     given: str
-    # source that defines the function and all that the tests need
+    # source that defines the function and everything that the tests need
     reference: str
     # statements that raise if `entry` is wrong
     tests: str
 
 
 def judge(function: FunctionTests, answer: str, limits: Limits = LIMITS) -> Verdict:
-    """Whether the program in an answer passes the tests; well-formed if it is Python."""
+    """The verdict on the program in an answer: correct if it passes the tests, well-formed if it compiles as Python."""
     text = program(answer, function.entry) if len(answer) <= _LONGEST else ""
     if not text.strip():
         return NO_ANSWER
@@ -90,18 +91,18 @@ def judge(function: FunctionTests, answer: str, limits: Limits = LIMITS) -> Verd
 
 
 def assembled(given: str, entry: str, text: str) -> str:
-    """The whole program: the answer alone, with what was given before it, or as the rest of what was given."""
+    """The whole program: `given` followed by the answer, which either defines the function or continues it."""
     if re.search(rf"^def[ \t]+{entry}\b", text, re.MULTILINE):
-        # Imports and helpers were given too; the function itself was left without a body.
+        # `given` may also have imports and helpers, so it stays; `pass` completes its function, which the answer redefines.
         given = f"{given.rstrip()}\n    pass\n\n" if given.strip() else ""
     whole = given + text
-    future = "\n".join(_FUTURE.findall(whole))  # must come first
+    future = "\n".join(_FUTURE.findall(whole))  # these must be the first statements
     return f"{future}\n{_FUTURE.sub('', whole)}\n" if future else f"{whole}\n"
 
 
 @lru_cache(maxsize=4096)
 def _recorded(function: FunctionTests) -> tuple[tuple[str, str], ...]:
-    """The tests' calls of the reference solution: (arguments, result), as text."""
+    """The tests' calls of the reference solution as (arguments, result) texts; UserError if it does not pass them."""
     seen = shared().call(function.reference + _RECORD, "finback_run", [[function.tests, function.entry]], LIMITS)
     if seen.reason != "ok" or not seen.values or not seen.values[0]:
         errors = seen.stderr.strip().splitlines()[-1:] or [f"no call of {function.entry}"]

@@ -1,7 +1,7 @@
-"""Suites of reasoning-gym's generators at a chosen difficulty: nobody can have trained on their answers. Does not import torch.
+"""Suites of reasoning-gym's generators at a chosen difficulty; new problems cannot be in any training data. Does not import torch.
 
-gym:NAME             the generator with reasoning-gym's own settings
-gym:NAME?level=hard  steps of its curriculum, all its knobs at once: easy 0, medium 1, hard 2, or a number
+gym:NAME             the generator with reasoning-gym's default settings
+gym:NAME?level=hard  a level of its curriculum, which sets all knobs: easy 0, medium 1, hard 2, or a number
 gym:NAME?max_terms=3 any field of its settings
 """
 
@@ -20,18 +20,18 @@ from finback.tasks.task import NO_ANSWER, Problem, Verdict, draw_distinct
 
 LEVELS = {"easy": 0, "medium": 1, "hard": 2}
 PROMPT = "{question}\n\nThink step by step. Give your final answer, and nothing else, between <answer> and </answer>."
-EXTRACTION = r"<answer>, or \boxed{}, or all of the answer; two different ones are none"
+EXTRACTION = r"<answer>, or \boxed{}, or all of the answer; two different answers count as none"
 DEFAULT = 100  # problems
 _TAG = re.compile(r"(</?answer>)")
-_MISSES = 1000  # draws in a row that bring nothing new: then these are all the problems there are
-_LONGEST = 100_000  # characters of an answer that are looked at
+_MISSES = 1000  # after this many draws without a new problem, the generator is taken to be exhausted
+_LONGEST = 100_000  # most characters of an answer; longer ones count as none
 
 
 def load(dataset: str, options: dict[str, str], problems: int | None, seed: int) -> Suite:
-    """Distinct problems of one generator; its knobs are `options`, `bare` leaves out what the prompt asks for."""
+    """Distinct problems of one generator. `options` are its knobs; `bare` sends the question without instructions."""
     options = dict(options)
     level, bare = options.pop("level", ""), options.pop("bare", "") not in ("", "false")
-    checked = Gym(dataset)  # refuses a data set that cannot be judged
+    checked = Gym(dataset)  # raises UserError for a generator that cannot be judged
     settings = (_at_level(dataset, level) if level else {}) | _read(dataset, options)
     task = Gym(dataset, settings) if settings else checked
     made = tuple(draw_distinct(task, "held_out", problems or DEFAULT, random.Random(seed), _MISSES))
@@ -49,12 +49,12 @@ def load(dataset: str, options: dict[str, str], problems: int | None, seed: int)
 
 
 def names() -> list[str]:
-    """What can follow "gym:"."""
+    """The names that can follow "gym:"."""
     return sorted(SUPPORTED)
 
 
 def judge(task: Gym, problem: Problem, answer: str) -> Verdict:
-    """The one answer that is given, by the task's own check; reasoning-gym's scorers see none."""
+    """Judges the final answer by the task's own check, not by reasoning-gym's scorers."""
     found = _found(answer)
     return task.check(problem, found) if found is not None else NO_ANSWER
 
@@ -67,21 +67,21 @@ def _found(answer: str) -> str | None:
 
 
 def _tagged(answer: str) -> list[str]:
-    """What stands between <answer> and the next </answer>, in one pass: a text may hold thousands of tags."""
+    """The texts between <answer> and the next </answer>, found in linear time, since a text may hold thousands of tags."""
     parts = _TAG.split(answer)  # texts and the tags between them
     found = zip(parts[1::2], parts[2::2], parts[3::2], strict=False)
     return [text for before, text, after in found if (before, after) == ("<answer>", "</answer>")]
 
 
 def _at_level(dataset: str, level: str) -> dict[str, Setting]:
-    """The knobs of the generator's curriculum at a level; those with fewer levels stay at their last."""
+    """The knobs of the generator's curriculum at a level; knobs with fewer levels stay at their last."""
     if level not in LEVELS and not (level.isascii() and level.isdecimal() and int(level) <= 100):
         raise UserError("gym.level", level, "no such level", f"{did_you_mean(level, LEVELS)} Or a number from 0.")
     from reasoning_gym.factory import CURRICULA, create_curriculum
 
     if dataset not in CURRICULA:
         problem = f"{dataset} has no levels"
-        raise UserError("gym.level", level, problem, f"Leave it out, or set its knobs, as in gym:{dataset}?size=…")
+        raise UserError("gym.level", level, problem, f"Leave it out, or set knobs, for example gym:{dataset}?size=…")
     curriculum = create_curriculum(dataset)
     steps = LEVELS.get(level)
     for name, attribute in curriculum.attributes.items():
@@ -91,14 +91,14 @@ def _at_level(dataset: str, level: str) -> dict[str, Setting]:
 
 
 def _settings(dataset: str, config: Any) -> dict[str, Setting]:
-    """The fields of a config that differ from its defaults, as Gym takes them."""
+    """The fields of a config that differ from its defaults, in the form that Gym takes."""
     own, given = vars(type(config)()), vars(config)
     changed = {name: given[name] for name in setting_types(dataset) if given[name] not in (own[name], None)}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
 
 
 def _read(dataset: str, options: dict[str, str]) -> dict[str, Setting]:
-    """Knobs from text, by the types of the generator's own settings."""
+    """Parses knobs by the types of the generator's settings."""
     if not options:
         return {}
     hints = setting_types(dataset)

@@ -1,7 +1,8 @@
-"""95 % intervals of mean scores over questions, and of the mean difference of two models on the same questions.
+"""95 % confidence intervals of mean scores over questions, and of the mean difference of two models on the same questions.
 
-Questions are what is drawn: their samples only make each one's score exact. A score is any number in 0..1. Everything is a formula,
-along the last axis of its arrays; no torch, no random numbers. `benchmarks/coverage.py` measures how often the truth is inside.
+The questions are the random sample; several answers to a question only make its score more exact. A score is any number in
+0..1. All functions are closed formulas along the last axis of arrays, without torch or random numbers. `benchmarks/coverage.py`
+measures how often the intervals contain the true value.
 """
 
 import math
@@ -12,15 +13,15 @@ import numpy as np
 Limits = tuple[np.ndarray, np.ndarray]
 
 LEVEL = 0.95
-# Questions that are imagined beside those there are, as different as scores can be: what was never seen among n may be three
-# in n (the rule of three). Without them few scores that are alike so far would promise that all others are like them.
+# Pseudo-questions added to the sample with the largest possible variance: what never occurs among n may occur at a rate of
+# three in n (the rule of three). Without them, a few equal scores would imply that all others are equal too.
 _IMAGINED = 3.0
-_NOTHING = 1e-9  # right answers below which there are none but for rounding
-_SMALLEST = -700.0  # the logarithm of the smallest limit that is told from 0
+_NOTHING = 1e-9  # fewer right answers than this are rounding errors of 0
+_SMALLEST = -700.0  # the logarithm of the smallest limit that is distinguished from 0
 
 
 def limits_of_mean(scores: np.ndarray, level: float = LEVEL) -> Limits:
-    """The interval of the mean of scores [..., questions] in 0..1; it always has a width."""
+    """The interval of the mean of scores [..., questions] in 0..1; its width is never 0."""
     n = scores.shape[-1]
     variance = scores.var(axis=-1, ddof=1) if n > 1 else np.zeros(scores.shape[:-1])
     return limits_of_moments(scores.mean(axis=-1), variance, n, level)
@@ -29,28 +30,28 @@ def limits_of_mean(scores: np.ndarray, level: float = LEVEL) -> Limits:
 def limits_of_moments(
     mean: np.ndarray, variance: np.ndarray, n: int, level: float = LEVEL, largest: float | np.ndarray = 1.0
 ) -> Limits:
-    """The same from the mean and the variance (of n - 1) of n scores; `largest` is how far a score goes from 0.
+    """The interval from mean and variance (with n - 1) of n scores in 0..`largest`.
 
-    As for complex samples (Korn and Graubard 1998): the interval of a binomial share, here mid-P, of as many independent answers
-    as the questions are worth. They are worth n at least, since no scores in 0..1 vary more than 0 and 1 do, and fewer
-    the less n questions tell about their own variance (Student's t).
+    As for complex samples (Korn and Graubard 1998), it is the interval of a binomial share, here mid-P, with the effective
+    number of independent answers. This number is at least n, since scores in 0..1 vary at most as much as 0 and 1 do; it is
+    reduced by Student's t, because n questions determine their variance only roughly.
     """
     worth = np.full(np.shape(mean), float(n))
     if n > 1:
         upper = (1 + level) / 2
         doubt = (NormalDist().inv_cdf(upper) / student(upper, n - 1)) ** 2
-        imagined = _IMAGINED / 4  # the variance of what is as likely 0 as 1
+        imagined = _IMAGINED / 4  # 1/4 is the variance of 0 and 1 with equal probability
         spread = (n * variance + imagined * largest) / (n * mean * (1 - mean) + imagined)
         worth = np.maximum(worth, doubt * n / spread)
     return mid_p(mean * worth, worth, level)
 
 
 def limits_of_difference(gaps: np.ndarray, level: float = LEVEL) -> Limits:
-    """The interval of the mean of gaps [..., questions], each in -1..1, one model's score minus another's.
+    """The interval of the mean of gaps [..., questions], each in -1..1: one model's score minus another's.
 
-    What the first gains and what it loses are two means with intervals of their own, joined by square-and-add (Newcombe 1998, method 10;
-    Zou and Donner 2008): one that was never seen to lose may yet lose. How much a question can be lost by is
-    read from all gaps, and from the imagined ones, which are as large as a gap can be.
+    Gains and losses are two means with an interval each, combined by square-and-add (Newcombe 1998, method 10; Zou and
+    Donner 2008), so that a model that has not lost a question yet may still lose some. The largest gap of a question is
+    estimated from all gaps and from pseudo-questions with gaps of 1.
     """
     n, size = gaps.shape[-1], abs(gaps)
     largest = ((gaps**2).sum(axis=-1) + _IMAGINED) / (size.sum(axis=-1) + _IMAGINED)
@@ -67,10 +68,10 @@ def limits_of_difference(gaps: np.ndarray, level: float = LEVEL) -> Limits:
 
 
 def _arm(less: np.ndarray, fewest: np.ndarray, more: np.ndarray, most: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """How far a difference may be off if one mean is as low as its limit `fewest` and the other as high as `most`.
+    """The distance from a difference to its limit, at which one mean is at its limit `fewest` and the other at `most`.
 
-    A question is gained or lost, never both, which correlates the two means: at these limits, as nothing is seen of it where no
-    question was lost yet.
+    A question is gained or lost, never both, which correlates the two means negatively. The correlation is taken at these
+    limits, since the data show none while no question has been lost.
     """
     free = np.maximum((largest - fewest) * (largest - most), 1e-12)
     correlation = -np.minimum(1.0, np.sqrt(fewest * most / free))
@@ -79,7 +80,7 @@ def _arm(less: np.ndarray, fewest: np.ndarray, more: np.ndarray, most: np.ndarra
 
 
 def mid_p(right: np.ndarray, n: np.ndarray, level: float = LEVEL) -> Limits:
-    """The mid-P interval of a share, `right` of n answers (Lancaster 1961; Berry and Armitage 1995); neither need be whole."""
+    """The mid-P interval of a share, `right` of n answers, not necessarily integers (Lancaster 1961; Berry and Armitage 1995)."""
     return _lower(right, n, (1 - level) / 2), 1 - _lower(n - right, n, (1 - level) / 2)
 
 
@@ -100,17 +101,17 @@ def student(p: float, degrees: int) -> float:
 
 
 def _lower(right: np.ndarray, n: np.ndarray, tail: float) -> np.ndarray:
-    """The share p with P(X > right) + P(X = right) / 2 = tail for X of n answers; 0 where none is right.
+    """The share p with P(X > right) + P(X = right) / 2 = tail for X of n answers; 0 if none is right.
 
     Newton's method for the logarithm of that probability in log p, of which it is a concave function.
     """
-    known = np.where(right > _NOTHING, right, 1.0)  # any number, where the answer is 0
+    known = np.where(right > _NOTHING, right, 1.0)  # an arbitrary number where the result is 0
     choose = _log_gamma(n + 1) - _log_gamma(known + 1) - _log_gamma(n - known + 1)
     log_p = np.log(np.minimum(known / n, 0.999))
     for _ in range(100):
         p = np.exp(log_p)
         log_exactly = choose + known * log_p + (n - known) * np.log1p(-p)
-        # all over P(X = right): the probability, and its slope in log p
+        # the probability and its slope in log p, both divided by P(X = right)
         more = (1 - p) * _continued_fraction(known, n - known + 1, p) - 0.5
         slope = (known + (n - known) * p / (1 - p)) / 2
         step = (log_exactly + np.log(more) - math.log(tail)) * more / slope
@@ -139,7 +140,7 @@ def _continued_fraction(a: np.ndarray, b: np.ndarray, x: np.ndarray) -> np.ndarr
 
 
 def _log_gamma(x: np.ndarray) -> np.ndarray:
-    """log Γ(x) for x >= 1, by Stirling's series ten further up (Abramowitz and Stegun 6.1.40)."""
+    """log Γ(x) for x >= 1, by Stirling's series at x + 10 (Abramowitz and Stegun 6.1.40)."""
     up = x + 10
     series = 1 / (12 * up) - 1 / (360 * up**3) + 1 / (1260 * up**5)
     shift = np.log(np.multiply.reduce([x + i for i in range(10)]))

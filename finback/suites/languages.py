@@ -1,7 +1,7 @@
-"""Does a model answer in the language it is asked in? Sums in words, in five languages, made from a seed. Does not import torch.
+"""Tests whether a model answers in the question's language, by generated word problems in five languages. Does not import torch.
 
-R1-Zero mixed languages within a chain (R1 2.3.2). Here an answer counts if its number is right and its words are in the
-question's language; `Suite.language` asks for the same share of the chains, which the check does not see.
+R1-Zero mixed languages within a chain of thought (R1 2.3.2). An answer is correct if its number is right and its words are
+in the question's language. The check does not see the chain; `Suite.language` reports its share of words in the language.
 """
 
 import json
@@ -17,14 +17,14 @@ from finback.tasks.language import consistency
 from finback.tasks.task import NO_ANSWER, Problem, Verdict
 
 DEFAULT = 50  # problems
-_LONGEST = 20_000  # characters of an answer of two sentences
-SHARE = 0.95  # of an answer's words; names of people and places may stay
-# By code: questions that ask for a + b * c (n is a name), people to name in them, and what is asked of the answer.
+_LONGEST = 20_000  # most characters of an answer, of which two sentences are expected
+SHARE = 0.95  # least share of an answer's words in the language; the rest allows for names
+# By language code: templates of questions about a + b * c (n is a name), names of people, and the instruction for the answer.
 _LANGUAGES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def names() -> list[str]:
-    """What can follow "language:"."""
+    """The language codes that can follow "language:"."""
     return sorted(_LANGUAGES)
 
 
@@ -47,7 +47,7 @@ def load(language: str, problems: int | None, seed: int) -> Suite:
 
 
 def judge(language: str, problem: Problem, answer: str) -> Verdict:
-    """Right if the number is and the words are in the language; an answer without words has none."""
+    """Correct if the number is right and the words are in the language; NO_ANSWER without a number or without words."""
     given = answers.final_answer(answer) if len(answer) <= _LONGEST and answers.boxed(answer) else None
     number = answers.number(given) if given is not None else None
     share = consistency(answer, language) if number is not None else None
@@ -58,7 +58,7 @@ def judge(language: str, problem: Problem, answer: str) -> Verdict:
 
 def _made(language: str, n: int, rng: random.Random) -> tuple[Problem, ...]:
     if not 1 <= n <= 2000:
-        raise UserError("problems", n, "not in 1..2000", "Correct it.")
+        raise UserError("problems", n, "not in 1..2000", "Use a number from 1 to 2000.")
     found: dict[str, Problem] = {}
     while len(found) < n:
         template = rng.choice(_LANGUAGES[language]["questions"])

@@ -1,12 +1,12 @@
-"""Choices by their log-likelihood, as lm-evaluation-harness scores them: nothing is generated, the likeliest text is the answer.
+"""Scores choices by log-likelihood, like lm-evaluation-harness: nothing is generated, the likeliest choice is the answer.
 
 FILE?score=letters           question, lettered choices, "Answer:"; the letters are compared (the form of MMLU)
 FILE?score=texts             "Question: …", "Answer:"; the texts of the choices are compared (the form of ARC: acc)
 FILE?score=texts-normalized  the same, each divided by its number of characters (acc_norm)
-FILE?score=…&shots=5         that many other questions of the file stand before each, with their answers
+FILE?score=…&shots=5         five other questions of the file, with their answers, precede each question
 
-Examples are drawn as the harness draws them by default: without the question itself, from its seed, question after question
-in the order of the file. A text begins with no token of its own, as there. Does not import torch, except for measuring.
+Examples are drawn as by the harness's default: with its seed, never the question itself, for one question after another in
+the order of the file. As there, no begin-of-sequence token is added. Imports torch only to measure.
 """
 
 import random
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from finback.model.transformer import Transformer
 
 FORMS = ("letters", "texts", "texts-normalized")
-_SEED = 1234  # of the harness's examples
-_ROWS = 64  # continuations at a time
+_SEED = 1234  # the harness's seed for examples
+_ROWS = 64  # continuations per batch
 
 Asked = tuple[Problem, list[str]]
 
@@ -42,11 +42,11 @@ class Measured(NamedTuple):
 
 
 def scored(suite: Suite, asked: Sequence[Asked], form: str, shots: int) -> Suite:
-    """A suite of choices, scored by log-likelihood; `asked` is all of its file, from which the examples are."""
+    """A suite of choices, scored by log-likelihood; `asked` are all questions of its file, from which examples are drawn."""
     if form not in FORMS:
         raise UserError("suite.score", form, "no such way to score choices", f"Use one of {', '.join(FORMS)}.")
     if not 0 <= shots < len(asked):
-        problem = f"the file has {len(asked)} questions, of which one is asked"
+        problem = f"the file has only {len(asked) - 1} questions besides the one that is asked"
         raise UserError("suite.shots", shots, problem, "Ask for fewer examples.")
     rng, contexts = random.Random(_SEED), dict[str, str]()
     for each in asked:
@@ -69,7 +69,7 @@ def scored(suite: Suite, asked: Sequence[Asked], form: str, shots: int) -> Suite
 
 
 def measure(model: "Transformer", tokenizer: "Tokenizer", context: str, given: Continuations) -> Measured:
-    """The log-likelihood of each continuation behind a context, of which the last part counts if it is too long."""
+    """The log-likelihood of each continuation after a context; a context beyond the model's window is cut from the left."""
     import torch
 
     from finback.model.logprobs import text_logprobs
@@ -91,7 +91,7 @@ def measure(model: "Transformer", tokenizer: "Tokenizer", context: str, given: C
 
 
 def _examples(rng: random.Random, asked: Sequence[Asked], own: Asked, shots: int) -> list[Asked]:
-    """Others than a question, drawn as the harness's ContextSampler draws them."""
+    """Questions other than `own`, drawn like the harness's ContextSampler."""
     if not shots:
         return []
     found = [each for each in rng.sample(list(asked), shots + 1) if each != own][:shots]
@@ -115,7 +115,7 @@ def _texts(choices: Sequence[str], form: str) -> tuple[str, ...]:
 
 
 def options(given: dict[str, str]) -> tuple[str, int]:
-    """How choices are scored ("" for by what is answered), and with how many examples."""
+    """The form of scoring ("" if the model generates an answer) and the number of examples."""
     form, shots = given.get("score", ""), given.get("shots", "0")
     if not (shots.isascii() and shots.isdecimal()) or (shots != "0" and not form):
         remedy = f"Write score={'|'.join(FORMS)} and shots=5, for example."

@@ -1,4 +1,4 @@
-"""LiveCodeBench: competition problems with dates, judged by what a program prints or a method returns. Does not import torch."""
+"""LiveCodeBench: dated competition problems, judged by a program's output or a method's results. Does not import torch."""
 
 import base64
 import io
@@ -22,16 +22,16 @@ from finback.tasks.records import Record
 from finback.tasks.sandbox import Limits, shared
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
-# The repository is a script and six files, one for each release; the sixth goes to April 2025.
+# The repository has a script and six files, one per release; the sixth ends in April 2025.
 ORIGIN = KNOWN["livecodebench"]
 LIMITS = Limits(wall=10.0, cpu=6.0, memory=1 << 30)  # LiveCodeBench gives each test 6 seconds
 PROMPT = "{question}\n\nThink first. Then write the whole program in Python, in one ```python block."
 EXTRACTION = "the last Python block, or all of the answer"
 _PRINTS = "It reads from standard input and prints to standard output."
 _METHOD = "Complete this class:\n\n```python\n{starter}\n```"
-_LONGEST = 100_000  # characters of an answer
-_LARGEST = 256 << 20  # bytes of a problem's tests
-# Contestants' class bodies use these without importing them; so does every judge that runs them.
+_LONGEST = 100_000  # most characters of an answer
+_LARGEST = 256 << 20  # most bytes of a problem's tests
+# Competition sites import these for the contestant's class, so solutions use them without an import.
 _BROUGHT = """from typing import *
 from collections import *
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
@@ -51,17 +51,17 @@ def finback_run(*values):
 class CodeTests:
     """A problem's tests: (input, expected output), or for a method (arguments, expected value)."""
 
-    # "" for a program that reads and prints
+    # "" for a program that reads standard input and prints
     method: str
     tests: tuple[tuple[Any, Any], ...]
 
 
 def load(at: str, problems: int | None, seed: int, since: str = "", until: str = "") -> Suite:
-    """Release 6's problems, or those of `at`; `since` and `until` are days such as 2024-08-01, both included."""
+    """The problems of release 6, or of `at`; `since` and `until` are dates such as 2024-08-01, both included."""
     first, last = _day("since", since or "0001-01-01"), _day("until", until or "9999-12-31")
     records = [r for r in ORIGIN.records(at) if first <= _contest_date(r) <= last]
     if not records:
-        raise UserError("livecodebench", f"{since}..{until}", "no problem in this time", "Widen it.")
+        raise UserError("livecodebench", f"{since}..{until}", "no problem in this period", "Widen it.")
     pairs = [_problem(record) for record in records]
     known = {problem.key: judged for problem, judged in reversed(pairs)}
     chosen = pick(distinct(problem for problem, _ in pairs), problems, seed)
@@ -81,7 +81,7 @@ def load(at: str, problems: int | None, seed: int, since: str = "", until: str =
 
 
 def judge(known: Mapping[str, CodeTests], problem: Problem, answer: str) -> Verdict:
-    """All tests, in the sandbox; what is expected stays outside."""
+    """Runs all tests in the sandbox; expected values stay outside."""
     judged = known.get(problem.key)
     source = program(answer, "Solution" if judged and judged.method else "") if len(answer) <= _LONGEST else ""
     if judged is None or not source.strip():
@@ -90,13 +90,13 @@ def judge(known: Mapping[str, CodeTests], problem: Problem, answer: str) -> Verd
         runs = ((shared().run(source, given, LIMITS), expected) for given, expected in judged.tests)
         return verdict((seen, _lines(seen.stdout) == _lines(expected)) for seen, expected in runs)
     source = "\n".join((_BROUGHT, source, _CALL.format(method=judged.method)))
-    # one process each: the limits are a test's
+    # one process per test, because the limits apply per test
     runs = ((shared().call(source, "finback_run", [given], LIMITS), expected) for given, expected in judged.tests)
     return verdict((seen, len(seen.values) == 1 and same(seen.values[0], expected)) for seen, expected in runs)
 
 
 def _lines(text: str) -> list[list[str]]:
-    """Words by line, without blank lines at the end."""
+    """The words of each line, without trailing blank lines."""
     return [line.split() for line in text.rstrip().split("\n")]
 
 
@@ -115,7 +115,7 @@ def _problem(record: Record) -> tuple[Problem, CodeTests]:
 
 
 def _method(record: Record) -> str:
-    """The method's name, from the metadata or else from the starter code."""
+    """The method's name, from the metadata or, failing that, from the starter code."""
     starter = record.text("starter_code").strip()
     metadata = _parsed(record.fields.get("metadata") or {})
     if not isinstance(metadata, dict):
@@ -130,7 +130,7 @@ def _method(record: Record) -> str:
 
 
 def _values(record: Record, test: dict[str, str]) -> tuple[list[Any], Any]:
-    """A method's arguments, one JSON value a line, and what it must return."""
+    """A method's arguments, one JSON value per line, and its expected result."""
     try:
         return [json.loads(line) for line in test["input"].split("\n") if line.strip()], json.loads(test["output"])
     except (ValueError, RecursionError) as error:
@@ -139,7 +139,7 @@ def _values(record: Record, test: dict[str, str]) -> tuple[list[Any], Any]:
 
 
 def _tests(record: Record, name: str) -> list[dict[str, str]]:
-    """A list of tests: JSON text, or that text pickled, compressed and in base64, as the private ones are."""
+    """A list of tests, from JSON text or, for private tests, from that text pickled, compressed and encoded in base64."""
     value = record.value(name)
     if isinstance(value, str) and not value.lstrip().startswith("["):
         value = _unpacked(record, name, value)
@@ -154,10 +154,10 @@ def _tests(record: Record, name: str) -> list[dict[str, str]]:
 
 
 class _Plain(pickle.Unpickler):
-    """Reads texts and lists only: a pickle that names a class or a function is refused, so nothing can run."""
+    """Unpickles only plain values: a pickle that names a class or function is refused, so that it cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise pickle.UnpicklingError(f"the pickle names {module}.{name}")
 
 
 def _unpacked(record: Record, name: str, value: str) -> Any:
@@ -169,11 +169,11 @@ def _unpacked(record: Record, name: str, value: str) -> Any:
         return _Plain(io.BytesIO(raw)).load()
     except (ValueError, LookupError, EOFError, AttributeError, TypeError, zlib.error, pickle.UnpicklingError) as error:
         problem = f"not base64 of a compressed pickled text ({error})"
-        raise UserError(f"{record.where} {name}", value[:60], problem, "Take the file as it is on the hub.") from None
+        raise UserError(f"{record.where} {name}", value[:60], problem, "Use the unchanged file from the hub.") from None
 
 
 def _parsed(value: Any) -> Any:
-    """The value of a JSON text; whatever is none as it stands."""
+    """The value of a JSON text; anything else is returned unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -181,7 +181,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _contest_date(record: Record) -> date:
-    """The day of the contest; the hub's files say it as 2024-08-17T00:00:00."""
+    """The date of the contest; the hub's files have the form 2024-08-17T00:00:00."""
     return _day(f"{record.where} contest_date", str(record.fields.get("contest_date", ""))[:10])
 
 
@@ -189,4 +189,4 @@ def _day(name: str, value: str) -> date:
     try:
         return date.fromisoformat(value)
     except ValueError:
-        raise UserError(name, value, "no day", "Write it as 2024-08-01.") from None
+        raise UserError(name, value, "not a date", "Write it like 2024-08-01.") from None

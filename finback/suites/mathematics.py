@@ -1,4 +1,4 @@
-r"""GSM8K, MATH-500, AIME: questions whose answer is a number or a formula, asked for in \boxed{}. Does not import torch."""
+r"""GSM8K, MATH-500, AIME: questions with a number or formula as answer, requested in \boxed{}. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from finback.tasks import answers
 from finback.tasks.records import Record
 from finback.tasks.task import Problem, canonical
 
-# What R1's model card asks for in mathematics (its README, "Usage Recommendations").
+# The prompt that R1's model card recommends for mathematics (its README, "Usage Recommendations").
 BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 EXTRACTION = (
-    r'\boxed{}, or ####, or <answer>, or what follows "The answer is", or all of it; two different ones are none'
+    r'\boxed{}, or ####, or <answer>, or after "The answer is", or all of it; two different answers count as none'
 )
 
 
 @dataclass(frozen=True)
 class MathSet:
-    """A published set of mathematical questions, and what its fields are called."""
+    """A published set of mathematical questions and the names of its fields."""
 
     origin: HubDataset
     question: str
@@ -43,7 +43,7 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
 
 
 def made(name: str, every: Sequence[Problem], math_set: MathSet, source: str, problems: int | None, seed: int) -> Suite:
-    """The suite of so many of these problems; gold answers are tried first."""
+    """The suite of at most `problems` of these; a problem is left out if its gold answer fails the check."""
     agreeing, torn = agreed(every, lambda one, two: one.answer == two.answer or answers.check(one, two.answer).correct)
     chosen = pick(agreeing, problems, seed)
     good, notes = sound(name, chosen, answers.fault)

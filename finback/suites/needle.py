@@ -1,7 +1,7 @@
-"""Needle in a haystack: one sentence, somewhere in much text, is asked for. Does not import torch.
+"""Needle in a haystack: a question about one sentence in a long text. Does not import torch.
 
-Length is counted in words of the haystack, since tokens differ between models (English has about 1.3 to a word). Other
-sentences of the needle's form lie around, so that finding any number is not enough.
+Lengths are in words of the haystack, since tokens differ between models (English has about 1.3 per word). The text has
+other sentences of the needle's form, so that finding just any number is not enough.
 """
 
 import random
@@ -49,12 +49,12 @@ _PLACES = [
     "York",
     "Zadar",
 ]
-_LONGEST = 1_000_000  # words of a haystack
+_LONGEST = 1_000_000  # most words of a haystack
 _NUMBER = re.compile(r"(?<![\d.,])(?:\d{7}|\d,\d{3},\d{3})(?![.,]?\d)")
 
 
 def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
-    """Questions for each of the `lengths` and `depths`, lists with commas; `problems` of them in turn."""
+    """Questions that cycle through all pairs of `lengths` and `depths`, comma-separated lists; `problems` in total."""
     check_options("needle", options, ("lengths", "depths"))
     lengths = _numbers("lengths", options.get("lengths", ""), LENGTHS, 50, _LONGEST)
     depths = _numbers("depths", options.get("depths", ""), DEPTHS, 0, 100)
@@ -67,14 +67,14 @@ def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
         task=ProblemList("needle", made, judge),
         source=SuiteSource(f"generated, seed {seed}, in {dialogues.name()}", dialogues.LICENCE, fingerprint(made)),
         prompt=PROMPT,
-        extraction=r"\boxed{}, or ####, or the only number of seven digits; two different ones are none",
-        chance=1 / (1 + DISTRACTORS),  # any of the numbers in the text
+        extraction=r"\boxed{}, or ####, or the only number of seven digits; two different answers count as none",
+        chance=1 / (1 + DISTRACTORS),  # that of guessing one of the numbers in the text
         notes={"lengths": f"{_listed(lengths)} words", "depths": f"{_listed(depths)} %"},
     )
 
 
 def judge(problem: Problem, answer: str) -> Verdict:
-    """Right if the answer is the number, digit by digit: finding it is asked for, not saying nothing besides."""
+    """Correct if the answer is the number, digit by digit; text around it does not matter."""
     given = answers.final_answer(answer)
     number = answers.number(given) if given is not None else None
     if number is not None:
@@ -106,7 +106,7 @@ def _needle(place: str, number: str) -> str:
 
 @lru_cache(maxsize=1)
 def _haystack() -> list[str]:
-    """The lines of the packaged dialogues, in order; lines with digits could be taken for needles."""
+    """The lines of the packaged dialogues, in order, without lines with digits, which could be mistaken for needles."""
     lines = (" ".join(line.split()) for text in dialogues.texts() for line in text.split("\n"))
     return [line for line in lines if 4 <= len(line.split()) <= 60 and not any(map(str.isdigit, line))]
 

@@ -1,10 +1,10 @@
-"""Items that the package `evals` brings: real questions without the hub. `pip install --no-deps evals`, 46 MB. Does not import torch.
+"""Questions from the package `evals`, for use without the hub: `pip install --no-deps evals`, 46 MB. Does not import torch.
 
 evals-mmlu        991 questions of MMLU
-evals-logiqa      677 questions of logical reading (each stands twice in the file)
-evals-quartz      3,828 questions of qualitative cause and effect, two choices each; 16 more have two gold answers
-evals-born-first  112 questions of who was born first, yes or no; one more has two gold answers
-evals-aime        15 questions of AIME's kind
+evals-logiqa      677 questions on logical reading (each is in the file twice)
+evals-quartz      3,828 questions on qualitative cause and effect, two choices each; 16 more have two gold answers
+evals-born-first  112 yes-or-no questions on who was born first; one more has two gold answers
+evals-aime        15 questions in the style of AIME
 """
 
 import importlib.metadata
@@ -30,7 +30,7 @@ _MIT = "MIT"
 
 
 def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
-    """The items called `name`, or others of their form from `at`."""
+    """The questions called `name`, or others of the same form from `at`."""
     (file, as_problem), source = SETS[name], at
     if not at:
         at, source = _path(name), f"evals {importlib.metadata.version('evals')} {file}"
@@ -51,12 +51,12 @@ def _path(name: str) -> str:
 
 
 def _asked(record: Record) -> tuple[str, str]:
-    """What the user says, and the ideal answer; the system's turn repeats what our prompt asks for."""
+    """The user turn and the ideal answer; the system turn is dropped, because the suite's prompt asks for the same."""
     turns: Any = record.fields.get("input")
     listed = turns if isinstance(turns, list) else []
     prompts = [t.get("content") for t in listed if isinstance(t, dict) and t.get("role") == "user"]
     if len(prompts) != 1 or not isinstance(prompts[0], str):
-        raise UserError(f"{record.where} input", turns, "not one turn of a user", "Correct the record.")
+        raise UserError(f"{record.where} input", turns, "not exactly one user turn", "Correct the record.")
     return prompts[0].strip(), record.text("ideal").strip()
 
 
@@ -69,11 +69,11 @@ def _plain(record: Record) -> tuple[Problem, list[str]]:
 
 
 def _lettered(record: Record, question: str, ideal: str) -> tuple[Problem, list[str]]:
-    """The choices are lines of the question."""
+    """A problem whose choices are lines of the question."""
     question = re.sub(r"\s*Answer:\s*$", "", question)
     found = _CHOICE.findall(question)
     while found and [letter for letter, _ in found] != list(LETTERS[: len(found)]):
-        found = found[1:]  # a line of the question itself may begin like a choice
+        found = found[1:]  # a line of the question itself may look like a choice
     choices = [" ".join(text.split()) for _, text in found]
     if not 2 <= len(choices) <= len(LETTERS) or ideal not in LETTERS[: len(choices)]:
         raise UserError(record.where, ideal, "not the letter of one of the question's choices", "Correct the record.")
@@ -93,7 +93,7 @@ def _number(record: Record) -> tuple[Problem, list[str]]:
     return Problem(question, ideal, canonical(question)), []
 
 
-# A file of the package, and how one of its lines is read: into a problem and its choices, none for a number.
+# By suite: a file of the package, and the function that reads its records as a problem and choices (none for numbers).
 SETS: dict[str, tuple[str, Callable[[Record], tuple[Problem, list[str]]]]] = {
     "evals-mmlu": ("sandbagging/samples-non-ast.jsonl", _plain),
     "evals-logiqa": ("logiqa/logiqa.jsonl", _chat),

@@ -1,4 +1,4 @@
-"""A task whose problems are a fixed list, and how a suite is made of one. Does not import torch."""
+"""A task whose problems are a fixed list, and functions that select a suite's problems. Does not import torch."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -8,8 +8,8 @@ from finback.config import UserError
 from finback.suites.hub import digest
 from finback.tasks.task import Problem, Verdict
 
-_UNSOUND = 0.01  # share of the gold answers that may fail their own check; such questions are left out, and counted
-_LISTED = 20  # of them that an error names
+_UNSOUND = 0.01  # share of gold answers that may fail their own check; such questions are left out and counted
+_LISTED = 20  # most of them that an error lists
 
 Judge = Callable[[Problem, str], Verdict]
 Read = Callable[[Problem, str], str | None]
@@ -17,14 +17,14 @@ Read = Callable[[Problem, str], str | None]
 
 @dataclass(frozen=True)
 class ProblemList:
-    """Problems as they are published; `judge` decides from the problem and the text alone."""
+    """A fixed list of problems; `judge` depends on the problem and the text only."""
 
     name: str
     problems: tuple[Problem, ...]
     judge: Judge
     # whether the judge waits for another process
     waits: bool = False
-    # the answer within a text in a form that can be counted, where that is not what `tasks.answers` finds
+    # reads the normalized final answer of a text, for majority voting; None: `tasks.answers` reads it
     read: Read | None = None
 
     def draw(self, rng: random.Random) -> Problem:
@@ -35,7 +35,7 @@ class ProblemList:
 
 
 def distinct(problems: Iterable[Problem]) -> list[Problem]:
-    """Of questions with one canonical form the first."""
+    """The first of all questions with the same canonical form."""
     known: dict[str, Problem] = {}
     for problem in problems:
         known.setdefault(problem.key, problem)
@@ -45,7 +45,7 @@ def distinct(problems: Iterable[Problem]) -> list[Problem]:
 def agreed(
     problems: Iterable[Problem], same: Callable[[Problem, Problem], bool]
 ) -> tuple[list[Problem], dict[str, str]]:
-    """Distinct problems without those that stand there with different gold answers too, and a note of these."""
+    """Distinct problems without those that occur with different gold answers, and a note about the latter."""
     known: dict[str, Problem] = {}
     torn: dict[str, Problem] = {}
     for problem in problems:
@@ -63,7 +63,7 @@ def agreed(
 
 
 def pick(problems: Sequence[Problem], n: int | None, seed: int) -> tuple[Problem, ...]:
-    """n of them drawn by the seed, in their own order; all if that is not fewer."""
+    """n problems drawn by the seed, in their original order; all if there are no more than n."""
     if n is not None and n < 1:
         raise UserError("problems", n, "not above 0", "Use 1 or more.")
     if n is None or n >= len(problems):
@@ -72,7 +72,10 @@ def pick(problems: Sequence[Problem], n: int | None, seed: int) -> tuple[Problem
 
 
 def sound(name: str, problems: Sequence[Problem], fault: Callable[[str], str]) -> tuple[list[Problem], dict[str, str]]:
-    """The problems whose gold answer is of use, and a note of how many are not; `fault` says why, or ""."""
+    """The problems whose gold answers pass the check, and a note about the others; `fault` returns the problem, or "".
+
+    UserError if more than 1 % (and more than one) or all of them fail.
+    """
     good = [problem for problem in problems if not fault(problem.answer)]
     bad = len(problems) - len(good)
     if bad > max(1, _UNSOUND * len(problems)) or not good:
@@ -81,9 +84,9 @@ def sound(name: str, problems: Sequence[Problem], fault: Callable[[str], str]) -
             f"{bad} of {len(problems)} gold answers fail their own check: {', '.join(map(repr, bad_golds[:_LISTED]))}"
         )
         raise UserError(f"suite {name}", bad_golds[0], problem, "Correct the file, or name one of the right form.")
-    return good, {"left out": f"{bad}, whose own gold answer fails the check"} if bad else {}
+    return good, {"left out": f"{bad}, whose gold answer fails its own check"} if bad else {}
 
 
 def fingerprint(problems: Iterable[Problem]) -> str:
-    """The digest of questions and gold answers."""
+    """The SHA-256 of questions and gold answers."""
     return digest([problem.question, problem.answer] for problem in problems)

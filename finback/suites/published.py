@@ -1,10 +1,10 @@
-"""Published scores of V3, R1, its stages, the distilled students and closed rivals, each with its conditions. Does not import torch.
+"""Published scores of V3, R1, its stages, the distilled models and closed models, with their conditions. Does not import torch.
 
-They were measured by their publishers with prompts and harnesses that are only partly described, so they stand beside a
-measurement of one's own, not against it. Where two publications give two numbers, both are here.
+Their publishers measured them with prompts and harnesses that are only partly described, so they give context but do not
+compare directly with a measurement. If two publications give different numbers, both are listed.
 
-published.json is a list of tables as they were printed: source, conditions, models, and for each benchmark a number for
-each model, or null.
+published.json is a list of tables as printed: source, conditions, models, and for each benchmark one number or null per
+model.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Published:
-    """One score as it was printed. Per cent, but for "rating"s; `suite` is ours that asks the same questions, if any."""
+    """One score as printed, in per cent unless the benchmark is a rating; `suite` is finback's with the same questions, or ""."""
 
     model: str
     benchmark: str
@@ -39,7 +39,7 @@ _SUITES = {
 
 
 def rows(suite: str = "") -> tuple[Published, ...]:
-    """All published scores, or those on the questions of one of our suites (its name alone, such as "math500")."""
+    """All published scores, or those on the questions of one suite (its bare name, such as "math500")."""
     tables = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     every = (
         Published(model, name, float(score), table["conditions"], table["source"], _SUITES.get(name, ""))

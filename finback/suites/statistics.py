@@ -1,6 +1,6 @@
-"""What scores on a fixed list of questions can say: intervals over questions, paired differences, pass@k, majority@k.
+"""Statistics of scores on a fixed list of questions: intervals, paired differences, pass@k, majority@k.
 
-Samples of one question are not independent, so everything is over questions. Does not import torch.
+Samples of one question are not independent, so all statistics are over questions. Does not import torch.
 """
 
 import math
@@ -13,38 +13,38 @@ import numpy as np
 from finback.suites.intervals import LEVEL, limits_of_difference, limits_of_mean
 
 RESAMPLES = 10_000
-_EXACT = 14  # questions that differ, up to which every choice of signs is tried
-_AT_ONCE = 4_000_000  # numbers drawn at a time
+_EXACT = 14  # up to this many differing questions, all combinations of signs are enumerated
+_AT_ONCE = 4_000_000  # random signs drawn at a time
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better one model is than another on the same questions, one minus other."""
+    """The difference of two models' scores on the same questions: one minus other."""
 
     mean: float
     low: float
     high: float
-    # of a difference this large if the two were alike: sign flips of the questions' differences
+    # two-sided p-value of the sign-flip test on the questions' differences
     p: float
-    # questions that both have answered
+    # questions that both answered
     n: int
 
     @property
     def is_significant(self) -> bool:
-        """Whether the questions show which is better: the interval leaves 0 out and chance hardly explains it."""
+        """Whether the interval excludes 0 and p is at most 1 - LEVEL."""
         return (self.low > 0 or self.high < 0) and self.p <= 1 - LEVEL
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that one of k of n samples is right, 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, equation 1)."""
-    assert 0 <= right <= n and 1 <= k <= n, "k of n samples, some of them right"
+    """The probability that at least one of k of n samples is right, 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, equation 1)."""
+    assert 0 <= right <= n and 1 <= k <= n, "0 <= right <= n and 1 <= k <= n must hold"
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(votes: Sequence[Hashable | None], right: Sequence[bool]) -> float:
-    """Whether the answer given most often is right; where several are, the share of them that is.
+    """1 if the most frequent answer is right, else 0; in a tie, the share of the tied answers that is right.
 
-    `votes` say which answers are the same, None is no vote; right answers are one answer, however they are written.
+    Equal `votes` are equal answers, None is no vote. Right answers count as one answer, however they are written.
     """
     cast = ["right" if ok else ("wrong", vote) for vote, ok in zip(votes, right, strict=True) if ok or vote is not None]
     if not cast:
@@ -56,21 +56,21 @@ def majority(votes: Sequence[Hashable | None], right: Sequence[bool]) -> float:
 
 def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
     """The interval of the mean of the questions' scores, each in 0..1."""
-    assert values, "no questions, no interval"
+    assert values, "an interval needs at least one question"
     low, high = limits_of_mean(np.asarray(values, dtype=float), level)
     return float(low), float(high)
 
 
 def paired(one: Sequence[float], other: Sequence[float], seed: int, level: float = LEVEL) -> Difference:
-    """Compare two models' scores on the same questions, in the same order; the seed is that of the sign flips."""
-    assert len(one) == len(other) > 0, "the same questions for both, and one at least"
+    """Compares two models' scores on the same questions in the same order; `seed` is for the sign flips."""
+    assert len(one) == len(other) > 0, "both need the same questions, at least one"
     gaps = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
     low, high = limits_of_difference(gaps, level)
     return Difference(float(gaps.mean()), float(low), float(high), sign_flips(gaps, seed), len(gaps))
 
 
 def sign_flips(gaps: np.ndarray, seed: int) -> float:
-    """The p-value, two-sided, of a mean this far from 0 if each gap could as well have had the other sign."""
+    """The two-sided p-value of the sign-flip test, whose null hypothesis is that each gap may have either sign."""
     gaps = gaps[gaps != 0]
     if not len(gaps):
         return 1.0
@@ -82,11 +82,11 @@ def sign_flips(gaps: np.ndarray, seed: int) -> float:
     for rows in _rows(len(gaps)):
         signs = 1 - 2 * rng.integers(0, 2, (rows, len(gaps)), dtype=np.int8)
         extreme += int((abs(signs @ gaps) >= seen).sum())
-    return (extreme + 1) / (RESAMPLES + 1)  # what was seen is one of the possible outcomes
+    return (extreme + 1) / (RESAMPLES + 1)  # counts the observed signs as one of the outcomes
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several comparisons, raised so that all that stay low hold together (Holm 1979)."""
+    """p-values of several comparisons, adjusted by Holm's method (1979)."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     raised, highest = [1.0] * len(p_values), 0.0
     for rank, place in enumerate(order):
@@ -96,6 +96,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _rows(n: int) -> list[int]:
-    """RESAMPLES cut into parts of which each fits into memory, for n questions."""
+    """RESAMPLES split into batches that fit in memory, for n questions."""
     most = max(1, _AT_ONCE // n)
     return [min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most)]
