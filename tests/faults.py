@@ -59,11 +59,7 @@ KINDS = (
     "drop manifest",
     "kill both",
 )
-WORDS_OF = {
-    "kill rank": "has disconnected",
-    "stop rank": "no sign of life",
-    "kill agent": "has disconnected",
-}
+WORDS_OF = {"kill rank": "has disconnected", "stop rank": "no sign of life", "kill agent": "has disconnected"}
 
 
 @dataclass

@@ -161,7 +161,7 @@ def test_a_window_of_contests(tmp_path: Path) -> None:
     at = lay(tmp_path, "livecodebench") / "test6.jsonl"
     suite = catalogue.load(f"livecodebench@{at}?since=2024-08-11&until=2025-01-11", None, 0)
     assert [p.tags["date"] for p in suite.problems] == ["2025-01-11"]
-    with pytest.raises(UserError, match="no problem in this time"):
+    with pytest.raises(UserError, match="no problem in this period"):
         catalogue.load(f"livecodebench@{at}?since=2025-02-01", None, 0)
 
 

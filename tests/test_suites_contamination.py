@@ -83,7 +83,7 @@ def test_long_documents_lose_nothing_at_a_seam(suite: Suite, prepared: Path, mon
 
 
 def test_what_is_no_prepared_corpus(suite: Suite, prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no folder of a finished prepare stage .*such as runs/tiny/prepare"):
+    with pytest.raises(UserError, match=r"not the folder of a finished prepare stage .*such as runs/tiny/prepare"):
         check(suite, tmp_path)
     with pytest.raises(UserError, match=r"not a prepared source\. Did you mean 'clean'"):
         check(suite, prepared, sources=("clea",))
