@@ -190,10 +190,7 @@ def plan(config: ModelConfig, held: list[Held], fmt: Format | None) -> list[Entr
 def _owned(
     everyone: list[tuple[int, int, int]], start: int, stop: int, load: Counter[int], ours: str, owner: int | None
 ) -> tuple[int, list[Piece]]:
-    """The rank that writes numbers start..stop of a parameter, and the pieces it needs.
-
-    Unless `owner` is given, it is one of the ranks that hold some of the numbers.
-    """
+    """The rank that writes numbers start..stop of a parameter, by default one that holds some of them, and the pieces."""
     there = [(max(a, start), min(b, stop), rank) for a, b, rank in everyone if a < stop and b > start]
     assert there, f"no rank holds {ours}"
     if owner is None:
@@ -211,10 +208,7 @@ def _owned(
 def arrange(
     config: ModelConfig, stored: dict[str, tuple[int, tuple[int, ...]]], fmt: Format | None, shard_bytes: int
 ) -> dict[str, str]:
-    """The file of each stored tensor, from its owner and shape.
-
-    Each owner has its own files of about shard_bytes; MTP layers go to separate files.
-    """
+    """The file of each stored tensor: each owner has its own files of about shard_bytes; MTP layers go to separate files."""
     apart = export.lies_beside(config) if fmt is not None else ()
     groups: dict[tuple[bool, int, int], list[str]] = {}  # (beside, owner, number)
     filled: Counter[tuple[bool, int]] = Counter()
