@@ -1,8 +1,9 @@
-"""A newcomer's clock: clone, set up, run the quickstart, ask one question; what each step took, in seconds and bytes.
+"""A newcomer's clock: clones, sets up, runs the quickstart and asks one question; records seconds and bytes of each step.
 
     python scripts/newcomer.py [--repository .] [--folder DIR] [--quick] [--out benchmarks/results/newcomer.json]
 
-`make results` then shows it in docs/results.md. `--quick` runs the quickstart at toy size, to check the script.
+`make results` then adds it to docs/results.md. `--quick` runs the quickstart at toy size to check the script; it only prints
+its report, unless `--out` names a file.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def size(folder: Path) -> int:
 
 
 def walk(repository: str, folder: Path, quick: bool) -> list[dict[str, Any]]:
-    """The steps with their commands, seconds, and the bytes that each has added to the folder."""
+    """Runs the steps; returns their commands, seconds, and the bytes that each added to the folder."""
     home = folder / "finback"
     settings = " ".join(f"--set {setting}" for setting in QUICK) if quick else ""
     run = f".venv/bin/finback run recipes/tiny.py {settings}".strip()
@@ -63,10 +64,10 @@ def main() -> None:
     from record import machine
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repository", default=str(ROOT), help="a path or a URL that git can clone")
-    parser.add_argument("--folder", type=Path, help="an empty folder; default a temporary one")
+    parser.add_argument("--repository", default=str(ROOT), help="a path or URL that git can clone")
+    parser.add_argument("--folder", type=Path, help="an empty folder; a temporary one by default")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/newcomer.json")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/newcomer.json; with --quick none")
     asked = parser.parse_args()
     local = Path(asked.repository).resolve()  # git runs in another folder
     repository = str(local) if local.exists() else asked.repository
@@ -81,8 +82,13 @@ def main() -> None:
         "machine": machine(),
         "steps": steps,
     }
-    asked.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(asked.out)
+    text = json.dumps(report, indent=1)
+    out = asked.out or (None if asked.quick else ROOT / "benchmarks/results/newcomer.json")
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text + "\n", encoding="utf-8")
+        print(out)
 
 
 if __name__ == "__main__":
