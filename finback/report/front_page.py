@@ -61,7 +61,7 @@ def complaint(error: Any) -> str:
 
 
 def open_streams() -> None:
-    """Let a stream that is closed, as `>&-` leaves it, lead nowhere, and let no character end a command by its encoding."""
+    """Replaces closed standard streams (`>&-`) by the null device, and prints a substitute for characters that cannot be encoded."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
