@@ -134,7 +134,10 @@ def test_a_recipe_on_this_machine_and_on_hardware(tmp_path: Path, monkeypatch: p
     assert (
         "Where the numbers are from (change one with --assume NAME=VALUE):" in said and "launch 5e-06: assumed" in said
     )
-    assert "note: base, before, zero, after: small matrices reach less" in said and ": rough: FLOPs at the rate" in said
+    assert (
+        "note: base, before, zero, after: the efficiency comes from V3" in said
+        and ": rough: FLOPs at the training rate" in said
+    )
     away = finback("plan", recipe, "--on", "h800:8", "--json")
     values = json.loads(away.stdout)
     zero = values["stages"]["zero"]

@@ -70,7 +70,7 @@ def balance(tokens: float, learning: float, rate: float, engines: int, max_stale
     generating = tokens / (rate * engines)
     steps = overlapped(generating, learning, max_staleness, 50)
     each = (steps[-1].learnt - steps[-26].learnt) / 25  # after the start-up phase
-    waits = {"trainer_idle": 1 - learning / each, "engines_idle": 1 - generating / each}
+    waits = {"trainer_idle": max(0.0, 1 - learning / each), "engines_idle": max(0.0, 1 - generating / each)}  # rounding
     return {"engines": engines, "generating": generating, "step": each, **waits}
 
 
@@ -135,7 +135,7 @@ def text(found: dict[str, Any]) -> str:
     """The result as a sentence."""
     best, given = found["wanted"], found.get("given")
     said = (
-        f"a step learns for {found['learning']:,.2g} s from {found['tokens']:,.0f} tokens, of which an engine makes {found['rate']:,.0f} a second "
+        f"a step learns for {found['learning']:,.2g} s from {found['tokens']:,.0f} tokens, and an engine generates {found['rate']:,.0f} per second "
         f"({found['source']}): with max_staleness of 1 or more {best['engines']} {_engines(best['engines'])} busy "
         f"(trainer idle {best['trainer_idle']:.0%}, engines {best['engines_idle']:.0%})"
     )
