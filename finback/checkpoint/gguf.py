@@ -1,4 +1,4 @@
-"""GGUF files: their metadata as a config.json, their tensors under Hugging Face's names.
+"""Reads GGUF files: metadata as a config.json, tensors under Hugging Face's names.
 
 The gguf library dequantizes tensors, one at a time. Beyond names two things differ: Llama's query and key
 rows are stored for interleaved rotation, and Llama 3's frequency scaling is a tensor instead of a setting.
@@ -24,7 +24,7 @@ from finback.kernels.quants import KINDS
 
 
 def open_gguf(path: Path) -> Any:
-    """A gguf.GGUFReader; UserError when the library is missing or the file is not GGUF."""
+    """Returns a gguf.GGUFReader; UserError when the library is missing or the file is not GGUF."""
     try:
         import gguf
     except ImportError:
@@ -48,7 +48,7 @@ def open_gguf(path: Path) -> Any:
 
 
 def open_parts(path: Path) -> list[Any]:
-    """Readers of a file and of those that belong to it; the first of a split model names all of them, and is the one to name."""
+    """Returns readers of all parts of a model; UserError unless the path is a split model's first part."""
     first = open_gguf(path)
     count = int(field(first, "split.count", 1))
     if count <= 1:
@@ -72,7 +72,7 @@ def open_parts(path: Path) -> list[Any]:
 
 
 class GGUF(Weights):
-    """A GGUF file, whose tensors are dequantized as they are read; `raw` is the config.json it amounts to."""
+    """A GGUF file, whose tensors are dequantized when read; `raw` is the equivalent config.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -86,17 +86,17 @@ class GGUF(Weights):
         self.kinds = sorted({t.tensor_type.name for t in self.stored.values()})
 
     def read(self, name: str) -> Tensor:
-        """One tensor, dequantized to fp32."""
+        """Returns one tensor, dequantized to fp32."""
         piece = self.pieces[name]
         if self.raw["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
-            return self._dequantized(piece.stored) - 1  # files have the gains, and the family what they are above 1
-        if piece.values:  # of keys (heads, rank, n) and of values (heads, v, rank)
+            return self._dequantized(piece.stored) - 1  # GGUF stores gains, this family gains minus 1
+        if piece.values:  # keys' part (heads, rank, n) and values' part (heads, v, rank)
             keys, values = self._dequantized(piece.stored), self._dequantized(piece.values)
             return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
         return self._in_order(name, self._dequantized(piece.stored, piece))
 
     def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
-        """A matrix's bytes and their format; None for one that is plain, or whose rows do not lie there as they are."""
+        """Returns a matrix's stored bytes and format; None if it is not quantized, or its rows are rearranged."""
         piece = self.pieces[name]
         tensor = self.stored[piece.stored]
         kind = KINDS.get(tensor.tensor_type.name)
@@ -106,15 +106,15 @@ class GGUF(Weights):
         return quants.blocks(piece.shape[1], ((kind, len(rows)),)), rows.flatten(), rows.new_empty(0)
 
     def _in_order(self, name: str, rows: Tensor) -> Tensor:
-        """Rows, or their bytes, as Hugging Face has them."""
+        """Returns rows, or their bytes, in Hugging Face's order."""
         if self.raw["model_type"] in PAIRED and ("q_proj." in name or "k_proj." in name):
             heads = self.raw["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-            # they were taken from [first halves | second halves] to pairs; take them back
+            # the file has neighbouring pairs; restore [first halves | second halves]
             return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
         return rows
 
     def _dequantized(self, name: str, piece: StoredPart | None = None) -> Tensor:
-        """A stored tensor, or a part of it."""
+        """Dequantizes a stored tensor, or a part of it."""
         tensor = self.stored[name]
         data = tensor.data if piece is None else piece.of(tensor.data)
         try:

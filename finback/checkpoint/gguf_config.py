@@ -1,4 +1,4 @@
-"""GGUF's metadata as the config.json that it amounts to."""
+"""Converts a GGUF file's metadata to the equivalent config.json."""
 
 import itertools
 import re
@@ -17,19 +17,19 @@ from finback.config import UserError
 from finback.model.rope import inverse_frequencies
 from finback.model.rope_scaling import Yarn
 
-# what rotations are divided by: Llama 3's, and LongRoPE's of long and short rows
+# divisors of rotary frequencies: Llama 3's, and LongRoPE's for long and short rows
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROTATIONS = (FREQUENCIES, LONG, SHORT)
-# every so manieth layer of these is a full one and the others slide, where the file does not say it
+# without a pattern in the file, every n-th layer is full and the others slide
 STEPS = {"gemma3": 6, "gpt-oss": 2, "olmo2": 4}
 PARTLY_ROTATED = ("glm4moe", "phi3")
-GEMMA_27B = 62  # layers; its scores are scaled by the width of the hidden state over its heads
+GEMMA_27B = 62  # layers; its scores are scaled by hidden_size / heads instead of head_dim
 OF_AN_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 
 
 def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The config.json of a file with this metadata and these tensors, by GGUF's names."""
+    """Returns the config.json of a file with this metadata and these tensors (by GGUF's names)."""
     arch = field(reader, "general.architecture")
     families = [family for family, name in ARCHITECTURES.items() if name == arch]
     if not families:
@@ -72,7 +72,7 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
         if more:
             problem = f"scales its rotation in {len(found)} ways at once"
             raise UserError("model", str(path), problem, "Use the model's safetensors files.")
-    # what may be said again of the sliding layers, or of values
+    # keys that may repeat these values for sliding layers or for value heads
     heads = dict.fromkeys(("value_length", "key_length_swa", "value_length_swa"), raw.get("head_dim"))
     repeated = {f"attention.{name}": width for name, width in heads.items()} | {"rope.freq_base_swa": raw["rope_theta"]}
     get.refuse_unread(repeated | {"rope.dimension_count_swa": get("rope.dimension_count", None)})
@@ -80,7 +80,7 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
 
 
 def _windows(get: Get, raw: dict[str, Any]) -> dict[str, Any]:
-    """Sliding layers, of all kinds of files that have them; a window of no tokens is none."""
+    """Reads sliding windows, for all architectures that have them; a window of 0 means none."""
     window, layers = get("attention.sliding_window", 0), range(raw["num_hidden_layers"])
     if (step := STEPS.get(get.arch)) and (window or get.arch == "gemma3"):
         found = get("attention.sliding_window_pattern", step)
@@ -95,7 +95,7 @@ def _windows(get: Get, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_family(arch: str, get: Get, raw: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """What one architecture alone says, or does not need to."""
+    """Returns the fields that are specific to one architecture, read or implied."""
     if arch == "qwen3moe":
         return _experts(get, ("num_experts", "num_experts_per_tok")) | {"norm_topk_prob": True}
     if arch == "llama" and get("expert_count", 0):
@@ -139,13 +139,13 @@ def _grouped(get: Get, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _experts(get: Get, names: tuple[str, str]) -> dict[str, Any]:
-    """How many experts there are, are chosen, and their width."""
+    """Returns the number of experts, of chosen experts, and their width."""
     counts = get("expert_count", 0), get("expert_used_count", 0)
     return dict(zip(names, counts, strict=True)) | {"moe_intermediate_size": get("expert_feed_forward_length", 0)}
 
 
 def _gate(get: Get) -> dict[str, Any]:
-    """What is said of DeepSeek's experts, and of those that are chosen like them."""
+    """Reads the gate of DeepSeek's experts, and of experts chosen in the same way."""
     return _experts(get, ("n_routed_experts", "num_experts_per_tok")) | {
         "n_group": get("expert_group_count", 0) or 1,
         "topk_group": get("expert_group_used_count", 0) or 1,
@@ -157,10 +157,10 @@ def _gate(get: Get) -> dict[str, Any]:
 
 
 def _latent(get: Get) -> dict[str, Any]:
-    """DeepSeek-V2, V3 and Kimi, by which function their gate uses."""
+    """Reads DeepSeek-V2, V3 and Kimi, which differ in their gate's function."""
     rotated, layers = get("rope.dimension_count"), get("block_count")
     gate = _gate(get)
-    # files from before the key was there are of V2, but for those that have V3's shape, as llama.cpp guesses too
+    # older files lack the key: like llama.cpp, assume V3 for V3's shape and V2 otherwise
     guess = SIGMOID if (layers, gate["n_routed_experts"]) == (61, 256) else SOFTMAX
     is_v3 = not gate["n_routed_experts"] or (get("expert_gating_func", 0) or guess) == SIGMOID
     return gate | {
@@ -177,10 +177,10 @@ def _latent(get: Get) -> dict[str, Any]:
 
 
 def _scalings(get: Get, raw: dict[str, Any], tensors: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """How the file scales its rotation: by keys, and by tensors."""
+    """Returns all rotary scalings of the file, from its keys and from its tensors."""
     found = []
     if (scaling := _scaling(get)) is not None:
-        # no key says that the ramp of gpt-oss ends between pairs
+        # gpt-oss's ramp ends between pairs, for which GGUF has no key
         found.append(scaling | ({"truncate": False} if get.arch == "gpt-oss" else {}))
     if FREQUENCIES in tensors and not (tensors[FREQUENCIES].data == 1).all():
         found.append(_llama3(torch.tensor(tensors[FREQUENCIES].data), raw, path))
@@ -190,7 +190,7 @@ def _scalings(get: Get, raw: dict[str, Any], tensors: dict[str, Any], path: Path
 
 
 def _scaling(get: Get) -> dict[str, Any] | None:
-    """`rope_scaling`; files of long ago say linear by its factor alone."""
+    """Returns `rope_scaling`; old files declare linear scaling by its factor alone."""
     kind, linear = get("rope.scaling.type", "none"), get("rope.scale_linear", None)
     if kind in ("none", "longrope"):
         return {"rope_type": "linear", "factor": linear} if linear not in (None, 1.0) else None
@@ -202,18 +202,18 @@ def _scaling(get: Get) -> dict[str, Any] | None:
     for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
         if (value := get(f"rope.scaling.{theirs}", None)) is not None:
             found[ours] = value
-    # DeepSeek's: 0.1 times mscale_all_dim, and mscale is the same in all releases
+    # DeepSeek's multiplier is 0.1 mscale_all_dim, which equals mscale in all releases
     if get.arch == "deepseek2":
         if multiplier := get("rope.scaling.yarn_log_multiplier", 0.0):
             found["mscale"] = found["mscale_all_dim"] = round(10 * multiplier, 6)
     elif (gain := get("rope.scaling.attn_factor", 1.0)) != 1.0 and kind == "yarn":
-        # of cos and sin, times what YaRN has by itself
+        # the gain of cos and sin, on top of YaRN's default gain
         found["attention_factor"] = gain * Yarn(found["factor"], mscale_all_dim=0.0).gain
     return found
 
 
 def _long(get: Get, tensors: dict[str, Any]) -> dict[str, Any]:
-    """LongRoPE; what cos and sin are multiplied with is written out."""
+    """Returns LongRoPE's settings, with the gain of cos and sin made explicit."""
     return {
         "rope_type": "longrope",
         "short_factor": tensors[SHORT].data.tolist(),
@@ -224,7 +224,7 @@ def _long(get: Get, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llama3(divisors: Tensor, raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The Llama 3 setting whose frequencies are these; its ramp is the releases'.
+    """Finds the Llama 3 scaling with these frequencies, given the releases' ramp.
 
     The lowest frequencies are divided by the factor, if the ramp ends before them; the releases' factors are 8 and 32.
     """

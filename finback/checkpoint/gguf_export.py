@@ -1,7 +1,8 @@
-"""A Transformer out to a GGUF file, for llama.cpp and Ollama: the architectures that they know, tensor by tensor.
+"""Exports a Transformer as a GGUF file for llama.cpp and Ollama, tensor by tensor.
 
-Names are those of gguf_names.py. What differs from Hugging Face's layout: experts are stacked as here, DeepSeek's up-projection of
-latents is in two parts of which the keys' is transposed, and Llama's query and key rows are paired for interleaved rotation.
+Names are those of gguf_names.py. The layout differs from Hugging Face's in three ways: experts are stacked as in our
+modules, DeepSeek's up-projection of latents is in two parts with the keys' part transposed, and Llama's query and key
+rows are paired for interleaved rotation.
 """
 
 import math
@@ -39,7 +40,7 @@ def _is_smollm3(c: ModelConfig) -> bool:
 
 
 def _is_square(c: ModelConfig) -> bool:
-    """Whether a model has the shapes that llama.cpp expects of Phi-3 and OLMo."""
+    """Whether a model has the shapes that llama.cpp expects for Phi-3 and OLMo."""
     return c.num_attention_heads * c.head_dim == c.hidden_size and c.attention_bias == "none"
 
 
@@ -55,21 +56,21 @@ def _is_qwen3_moe(c: ModelConfig) -> bool:
 
 
 def _is_gpt_oss(c: ModelConfig) -> bool:
-    """Whether llama.cpp's graph is this model's; the ends of its YaRN's ramp, for which there is no key, it rounds to pairs."""
+    """Whether llama.cpp's graph is this model's, but for the ends of YaRN's ramp, which it rounds to whole pairs."""
     return (
         c.sliding_window is not None and c.attention_bias == "all" and (c.swiglu_alpha, c.swiglu_limit) == (1.702, 7.0)
     )
 
 
 def _is_plain(config: ModelConfig) -> bool:
-    """Whether GGUF's keys of YaRN say all of this one; cos and sin of MLA carry no factor there."""
+    """Whether GGUF's keys can express this YaRN; for MLA they have no gain of cos and sin."""
     yarn = config.rope_scaling
     assert isinstance(yarn, Yarn), "asked of YaRN alone"
     is_cut = yarn.truncate or config.attention_sinks
     return is_cut and (config.attention == "gqa" or yarn.gain == 1.0)
 
 
-# families of which llama.cpp knows some models: whether one is among them, and what they are
+# families that llama.cpp supports in part: whether it supports a model, and the supported form
 _KNOWN: dict[str, tuple[Callable[[ModelConfig], bool], str]] = {
     "gemma3_text": (_is_gemma3, "by scores scaled by the width of heads, no biases, and full layers alone scaled"),
     "smollm3": (_is_smollm3, "without rotation in every fourth layer, and without biases"),
@@ -82,7 +83,7 @@ _KNOWN: dict[str, tuple[Callable[[ModelConfig], bool], str]] = {
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """GGUF's name for such a model; UserError where there is none, or where llama.cpp would compute something else."""
+    """Returns GGUF's architecture; UserError if there is none, or llama.cpp would compute something else."""
     family, scaling = family_of(config), config.rope_scaling
     if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -115,7 +116,7 @@ def architecture_of(config: ModelConfig) -> str:
 
 
 def write(model: Transformer, path: Path, kind: GgufType, vocabulary: dict[str, Any]) -> None:
-    """Write the file; `vocabulary` holds the keys of the tokenizer and the model's name. It appears under its name when it is whole."""
+    """Writes the file, which appears when it is complete; `vocabulary` has the keys of the tokenizer and the name."""
     import gguf
 
     config, arch = model.config, architecture_of(model.config)
@@ -150,7 +151,7 @@ def write(model: Transformer, path: Path, kind: GgufType, vocabulary: dict[str, 
 
 
 def _add(writer: Any, name: str, value: Any) -> None:
-    """A key by the type of its value; numbers without a sign."""
+    """Adds a key with the type of its value; integers are unsigned."""
     match value:
         case bool():
             writer.add_bool(name, value)
@@ -165,13 +166,13 @@ def _add(writer: Any, name: str, value: Any) -> None:
 
 
 def _settings(c: ModelConfig, arch: str) -> dict[str, Any]:
-    """The keys of the architecture."""
+    """Returns the architecture's keys."""
     found: dict[str, Any] = {
         "vocab_size": c.vocab_size,
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
         "block_count": c.num_hidden_layers,
-        # of Mixtral's experts, in whose files it is their only width
+        # for Mixtral this key is the experts' width
         "feed_forward_length": c.moe_intermediate_size
         if arch == "llama" and c.n_routed_experts
         else c.intermediate_size,
@@ -192,7 +193,7 @@ def _settings(c: ModelConfig, arch: str) -> dict[str, Any]:
         kinds = c.layer_types or (SLIDING,) * c.num_hidden_layers
         found["attention.sliding_window"] = c.sliding_window
         found["attention.sliding_window_pattern"] = [kind == SLIDING for kind in kinds[: c.num_hidden_layers]]
-    if arch == "phi3":  # which says of no window that it is of no tokens
+    if arch == "phi3":  # its files state the absence of a window as 0
         found["attention.sliding_window"] = c.sliding_window or 0
     if arch == "glm4moe":
         found |= {"leading_dense_block_count": c.first_k_dense_replace} | _gate_settings(c)
@@ -205,7 +206,7 @@ def _settings(c: ModelConfig, arch: str) -> dict[str, Any]:
 
 
 def _latent_settings(c: ModelConfig) -> dict[str, Any]:
-    """DeepSeek's; the heads share one key, as in absorbed form."""
+    """Returns DeepSeek's keys: one key head that all heads share, as in absorbed form."""
     found: dict[str, Any] = {
         "attention.head_count_kv": 1,
         "attention.kv_lora_rank": c.kv_lora_rank,
@@ -223,7 +224,7 @@ def _latent_settings(c: ModelConfig) -> dict[str, Any]:
 
 
 def _gate_settings(c: ModelConfig) -> dict[str, Any]:
-    """How experts are chosen, and how much they count."""
+    """Returns the gate's keys: how experts are chosen and weighted."""
     return {
         "expert_shared_count": c.n_shared_experts,
         "expert_weights_scale": float(c.routed_scaling_factor),
@@ -253,10 +254,8 @@ def _scaling(c: ModelConfig) -> dict[str, Any]:
         "rope.scaling.yarn_beta_fast": scaling.beta_fast,
         "rope.scaling.yarn_beta_slow": scaling.beta_slow,
     }
-    if (
-        c.attention == "mla" and scaling.mscale_all_dim
-    ):  # a tenth of what other architectures write (llama.cpp PR 17945)
+    if c.attention == "mla" and scaling.mscale_all_dim:  # a tenth of other architectures' value (llama.cpp PR 17945)
         found["rope.scaling.yarn_log_multiplier"] = 0.1 * scaling.mscale_all_dim
-    if c.attention == "gqa" and not math.isclose(scaling.gain, scaling.stretch(1.0)):  # which llama.cpp has by itself
+    if c.attention == "gqa" and not math.isclose(scaling.gain, scaling.stretch(1.0)):  # the default of llama.cpp
         found["rope.scaling.attn_factor"] = scaling.gain / scaling.stretch(1.0)
     return found

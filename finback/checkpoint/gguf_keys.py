@@ -1,15 +1,15 @@
-"""Values of a GGUF file's metadata, and a look at those that say what is computed and that nobody asked for."""
+"""Reads a GGUF file's metadata, and refuses unread keys that affect the computation."""
 
 import re
 from typing import Any
 
 from finback.config import UserError
 
-# keys of an architecture by which a model computes something else, behind its name
+# names of keys, after the architecture's, that change the computation
 _COUNTS = re.compile(
     r"(attention|rope|ssm|wkv|hyper_connection|altup|adapters)\..*|.*(expert|softcapping|clamp|_scale$|interval|parallel|moe_|loops|activation).*"
 )
-# and what they say where nothing comes of them; None: whatever they say
+# their values without effect; None: any value
 _NOTHING: dict[str, tuple[Any, ...] | None] = {
     "attention.causal": (True,),
     "attention.head_count_kv": None,  # of latents
@@ -31,12 +31,12 @@ _NOTHING: dict[str, tuple[Any, ...] | None] = {
     "expert_group_used_count": None,  # of no groups
     "expert_weights_norm": (True,),
 }
-# 1 means nothing too
+# keys for which 1 has no effect either
 _ONES = ("_scale", "group_count", "gating_func", "_step", "_n_layers")
 
 
 def field(reader: Any, name: str, *default: Any) -> Any:
-    """A metadata value of a GGUF file; UserError where it is missing and there is no default."""
+    """Returns a metadata value of a GGUF file; UserError if it is missing and has no default."""
     if (found := reader.fields.get(name)) is not None:
         return found.contents()
     if not default:
@@ -45,21 +45,21 @@ def field(reader: Any, name: str, *default: Any) -> Any:
 
 
 class ArchitectureKeys:
-    """The keys of a file's architecture; it remembers which were asked for."""
+    """The keys of a file's architecture; records which were read."""
 
     def __init__(self, reader: Any, arch: str) -> None:
         self.reader, self.arch = reader, arch
         self.asked: set[str] = set()
 
     def __call__(self, name: str, *default: Any) -> Any:
-        """A value by its name behind the architecture's; one that is the same for each layer is that of all."""
+        """Returns a value by its name after the architecture's; a list of equal counts, one a layer, as one number."""
         self.asked.add(name)
         found = field(self.reader, f"{self.arch}.{name}", *default)
         is_counts = isinstance(found, list) and found and type(found[0]) is int
         return found[0] if is_counts and len(set(found)) == 1 else found
 
     def refuse_unread(self, repeated: dict[str, Any]) -> None:
-        """UserError for the first key that says what is computed, was not asked for, and is not what it may repeat."""
+        """Raises UserError for the first unread key that affects the computation and does not repeat a known value."""
         for key, value in self.reader.fields.items():
             name = key.removeprefix(f"{self.arch}.")
             if name == key or name in self.asked or not _COUNTS.fullmatch(name):

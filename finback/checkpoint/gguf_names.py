@@ -1,6 +1,7 @@
-"""One table between GGUF's names of tensors and Hugging Face's, and how stacked and divided tensors lie in each.
+"""The table of GGUF's and Hugging Face's tensor names, and where parts of stacked and split tensors are.
 
-GGUF keeps the experts of a layer in one tensor, and DeepSeek's up-projection of latents in two, the keys' part transposed.
+GGUF stores the experts of a layer in one tensor, and DeepSeek's up-projection of latents in two, with the keys' part
+transposed.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 from finback.checkpoint.names import EXPERTS, MIXTRAL
 
-# by transformers' family; of several of one architecture the first is what a file is taken for until its keys say another
+# transformers' family -> architecture; of an architecture's families a file is the first unless its keys say otherwise
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -57,20 +58,20 @@ BLOCK = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
-# parts of attention and feed-forward that one tensor may hold over one another
+# parts of attention and feed-forward that may be fused row-wise into one tensor
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-# families that call some of these otherwise
+# families with other names for some of these
 OTHERWISE = {
     "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
     "gpt_oss": {"ffn_gate_inp": "mlp.router"},
     "mixtral": {"ffn_gate_inp": f"{MIXTRAL[0]}.gate"},
 }
-# families whose rows of queries and keys lie in pairs for interleaved rotation
+# families whose query and key rows are stored in pairs for interleaved rotation
 PAIRED = ("llama", "mistral", "mixtral", "smollm3")
-# stacks of experts, and which of gate, up and down they hold
+# stacks of experts -> which of gate, up and down they contain
 STACKS = {"ffn_gate_exps": (0,), "ffn_up_exps": (1,), "ffn_down_exps": (2,), "ffn_gate_up_exps": (0, 1)}
-# of MTP layers, behind `nextn`
+# names of MTP layers' tensors, after `nextn`
 NEXTN = {
     "eh_proj": "eh_proj",
     "enorm": "enorm",
@@ -84,27 +85,27 @@ KEYS, VALUES = "attn_k_b", "attn_v_b"
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Where a tensor of Hugging Face's lies in a GGUF file."""
+    """The position of a Hugging Face tensor in a GGUF file."""
 
     stored: str
     shape: tuple[int, ...]
-    # which matrix of a stack
+    # index of the matrix in a stack
     index: int | None = None
-    # its first row there
+    # its first row
     start: int = 0
-    # the stored values' part of an up-projection of which `stored` is the keys' part
+    # name of the values' part of an up-projection, where `stored` is the keys' part
     values: str = ""
 
     def of(self, data: Any) -> Any:
-        """Its rows, or their bytes, of what is stored."""
+        """Returns its rows, or their bytes, from the stored data."""
         matrix = data if self.index is None else data[self.index]
         return matrix[self.start : self.start + self.shape[0]]
 
 
 def pieces(shapes: dict[str, tuple[int, ...]], raw: dict[str, Any]) -> Iterator[tuple[str, StoredPart]]:
-    """Hugging Face's names of all tensors of a file, whose names, shapes (outermost first) and config.json are given.
+    """Yields each tensor's Hugging Face name and position, given GGUF names, shapes (outermost first) and config.json.
 
-    Unknown ones keep their names and are then reported as unexpected.
+    Unknown tensors keep their names, and the audit reports them as unexpected.
     """
     family = raw["model_type"]
     block = BLOCK | OTHERWISE.get(family, {})
@@ -139,7 +140,7 @@ def pieces(shapes: dict[str, tuple[int, ...]], raw: dict[str, Any]) -> Iterator[
 def _over_one_another(
     name: str, layer: str, parts: tuple[str, ...], rows: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[str, StoredPart]]:
-    """The parts of a tensor, each so many of its rows."""
+    """Yields the parts of a tensor, each with its number of rows."""
     start = 0
     for part, height in zip(parts, rows, strict=True):
         yield (
@@ -152,7 +153,7 @@ def _over_one_another(
 def _experts(
     name: str, stem: str, family: str, kinds: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[str, StoredPart]]:
-    """Each expert's matrices of a stack (experts, rows, columns), or biases (experts, rows), equal parts of the rows."""
+    """Yields each expert's equal parts of a stack of matrices (experts, rows, columns) or biases (experts, rows)."""
     height, ending = shape[1] // len(kinds), name.rpartition(".")[2]
     module, *matrices = MIXTRAL if family == "mixtral" else EXPERTS
     for expert in range(shape[0]):

@@ -1,4 +1,4 @@
-"""A model's tensors by GGUF's names, as llama.cpp wants them: experts stacked, absorbed up-projections, Llama's rows in pairs."""
+"""A model's tensors in GGUF's names and layout: stacked experts, absorbed up-projections, Llama's rows in pairs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,17 +19,17 @@ from finback.model.rope import inverse_frequencies, plain_frequencies
 from finback.model.rope_scaling import Llama3Rope, LongRope
 from finback.model.transformer import Block, Transformer
 
-# of which llama.cpp opens no file without a head, tied or not
+# architectures whose files need a head even if it is tied
 HEADED = ("gpt-oss", "olmo2")
 
 
 def writes_mtp(c: ModelConfig) -> bool:
-    """Whether MTP layers go into the file: llama.cpp calls those of DeepSeek's too many."""
+    """Whether MTP layers are written: llama.cpp rejects DeepSeek's."""
     return family_of(c) == "glm4_moe" and c.num_nextn_predict_layers > 0
 
 
 def tensors(model: Transformer, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """GGUF's names and tensors, one at a time; with `meta` their shapes alone."""
+    """Yields GGUF's names and tensors one at a time; with `meta` only their shapes."""
     if meta:
         with torch.device("meta"):
             model = Transformer(model.config)
@@ -65,13 +65,13 @@ def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         block.attention,
         block.feed_forward,
     )
-    if isinstance(attention, Normed) and isinstance(ff, Normed):  # Gemma, and OLMo, which has no others
+    if isinstance(attention, Normed) and isinstance(ff, Normed):  # Gemma, and OLMo, which has only these norms
         yield from (("post_attention_norm.weight", attention.norm.gain()), ("post_ffw_norm.weight", ff.norm.gain()))
         attention, ff = attention.inner, ff.inner
     yield from _grouped(attention, c) if isinstance(attention, GQA) else _latent(attention, c)
     if isinstance(before, RMSNorm) and isinstance(between, RMSNorm):
         yield "attn_norm.weight", before.gain()
-        is_behind = ARCHITECTURES[family_of(c)] in ("gpt-oss", "glm4moe")  # which call it by where it stands
+        is_behind = ARCHITECTURES[family_of(c)] in ("gpt-oss", "glm4moe")  # they name it after its position
         yield ("post_attention_norm" if is_behind else "ffn_norm") + ".weight", between.gain()
     if isinstance(ff, SwiGLU | GeGLU):
         yield from _swiglu(ff, "", fused=family_of(c) == "phi3")
@@ -107,7 +107,7 @@ def _grouped(a: GQA, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     for name, weight, bias in zip(("attn_k", "attn_v"), a.key_value.weight.chunk(2), biases, strict=True):
         parts.append((name, weight, bias, c.num_key_value_heads))
     pairs = family_of(c) in PAIRED
-    if family_of(c) == "phi3":  # whose files have them in one
+    if family_of(c) == "phi3":  # its files fuse them
         yield "attn_qkv.weight", torch.cat([a.query.weight, a.key_value.weight])
         parts = []
     for name, weight, bias, heads in parts:
@@ -125,7 +125,7 @@ def _grouped(a: GQA, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 
 def _paired(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from [first halves | second halves] to neighbouring pairs."""
+    """Reorders each head's rows from [first halves | second halves] to neighbouring pairs."""
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 

@@ -1,6 +1,6 @@
-"""llama.cpp's Q4_K and Q6_K, which the gguf library reads and does not write: 256 numbers a block, scales of their own within.
+"""Packs llama.cpp's Q4_K and Q6_K, which the gguf library only reads: blocks of 256 numbers, sub-blocks with scales.
 
-Scales are searched for as llama.cpp does it: of some candidates the one that, after a least-squares fit, leaves the smallest
+Scales are found as in llama.cpp: of some candidates, each refined by a least-squares fit, the one with the smallest
 weighted error. All sub-blocks of a matrix are searched at once.
 """
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from finback.kernels.quants import KINDS
 
-ROWS = 1 << 12  # blocks that are packed at a time
+ROWS = 1 << 12  # blocks packed at a time
 TINY = 1e-30
 
 
 def quantize(matrix: Tensor, kind: str) -> np.ndarray:
-    """A matrix (..., columns), columns a multiple of 256, as bytes (..., columns / 256 · bytes of a block)."""
+    """Packs a matrix (..., columns), columns a multiple of 256, into bytes (..., columns / 256 · bytes of a block)."""
     pack = {"Q4_K": _q4_k, "Q6_K": _q6_k}[kind]
     blocks = matrix.detach().float().reshape(-1, KINDS[kind].columns)
     packed = torch.cat([pack(part) for part in blocks.split(ROWS)])
@@ -33,13 +33,13 @@ def _q4_k(x: Tensor) -> Tensor:
     sc, m = sc.to(torch.uint8), m.to(torch.uint8)
     first = (sc[:, :4] | (sc[:, 4:] >> 4 << 6), m[:, :4] | (m[:, 4:] >> 4 << 6))
     scales = torch.cat([*first, (sc[:, 4:] & 15) | ((m[:, 4:] & 15) << 4)], dim=1)
-    pairs = q.unflatten(1, (4, 2))  # of 32 numbers each, in one byte each
+    pairs = q.unflatten(1, (4, 2))  # two groups of 32 numbers share 32 bytes
     nibbles = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1)
     return torch.cat([_half(d), _half(d_low), scales, nibbles], dim=1)
 
 
 def _scale_and_low(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each sub-block (..., 32) the scale and the depth >= 0 below zero with which x ≈ scale · q - depth, q in 0..15."""
+    """Returns scale and offset >= 0 of each sub-block (..., 32) such that x ≈ scale · q - offset, q in 0..15."""
     weight = x.square().mean(-1, keepdim=True).sqrt() + x.abs()
     lowest, highest = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True)
     span = (highest - lowest).clamp(min=TINY)
@@ -53,7 +53,7 @@ def _scale_and_low(x: Tensor) -> tuple[Tensor, Tensor]:
         determinant = sum_w * sum_l2 - sum_l * sum_l
         scale = (sum_w * sum_xl - sum_x * sum_l) / determinant.clamp(min=TINY)
         low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant.clamp(min=TINY)
-        above = low > 0  # then the line goes through zero
+        above = low > 0  # offsets are not negative: fit a line through zero instead
         scale, low = torch.where(above, sum_xl / sum_l2.clamp(min=TINY), scale), low.clamp(max=0)
         error = (weight * (scale * q + low - x).square()).sum(-1, keepdim=True)
         better = (error < best_error) & (scale > 0)
@@ -78,7 +78,7 @@ def _q6_k(x: Tensor) -> Tensor:
 
 
 def _signed_scale(x: Tensor) -> Tensor:
-    """Of each sub-block (..., 16) the scale, of either sign, with which x ≈ scale · q, q in -32..31."""
+    """Returns the signed scale of each sub-block (..., 16) such that x ≈ scale · q, q in -32..31."""
     largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     safe = torch.where(largest.abs() > TINY, largest, 1)
     best, best_scale = torch.full_like(largest, -1.0), torch.zeros_like(largest)
@@ -96,5 +96,5 @@ def _signed_scale(x: Tensor) -> Tensor:
 
 
 def _half(x: Tensor) -> Tensor:
-    """fp16 numbers (n, 1) as bytes (n, 2)."""
+    """Returns numbers (n, 1) as fp16 bytes (n, 2)."""
     return x.half().contiguous().view(torch.uint8)
