@@ -2,10 +2,10 @@
 
     python benchmarks/staleness.py --seeds 0 1 2 --runs runs/staleness
 
-Each seed pre-trains the small mixture of experts with latent attention of benchmarks/vllm_rollouts.py on short sums, then runs the same RL four times
-from it, one after the other, with answers by `Fleet(2)`. `--engine vllm --python /path/to/python` has vLLM answer. Needs Ray (`.venv/scale` of
-`make test-scale`). Continues where it was interrupted, as every run does; the result file is written after each seed,
-and seeds that it already has are not run again.
+Each seed pre-trains the small MLA mixture of experts of benchmarks/vllm_rollouts.py on short sums, then runs the same RL from
+it four times, with a `Fleet(2)` that generates. `--engine vllm --python /path/to/python` generates with vLLM. Needs Ray
+(`.venv/scale` of `make test-scale`). An interrupted run resumes; the result file is written after each seed,
+and seeds that it already has are skipped.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from finback.stages.grpo import GRPO
 from finback.train.correction import Correction
 from finback.train.grpo_loss import Objective
 
-LEAST, APART = 0.8, 0.05  # right of those sampled, in every seed; and no further from staleness 0
+LEAST, APART = 0.8, 0.05  # minimum accuracy in every seed; largest difference from staleness 0
 CORRECTED = Objective(correction=Correction(mode="token_truncate"))
 WAYS = {
     "staleness-0": (0, Objective()),
@@ -36,7 +36,7 @@ WAYS = {
 
 
 def reinforcement(name: str, options: argparse.Namespace) -> list[Stage]:
-    """One of the ways, and its exam."""
+    """The RL stage of one variant, and its exam."""
     staleness, objective = WAYS[name]
     program: dict[str, Any] = {}
     if options.engine == "vllm":
@@ -60,7 +60,7 @@ def reinforcement(name: str, options: argparse.Namespace) -> list[Stage]:
 
 
 def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One seed: what each way scores, and how old and how far away its tokens were."""
+    """Runs one seed; returns accuracy, staleness and mismatch of each variant."""
     stages = [*learning(options.tokens), *(stage for name in WAYS for stage in reinforcement(name, options))]
     runs = options.runs / f"seed-{seed}"
     finback.run(stages, runs, name="rl", seed=seed)
@@ -68,7 +68,7 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def described(root: Path, name: str) -> dict[str, Any]:
-    """What one way has logged and scored."""
+    """Returns a variant's logged metrics and scores."""
     lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "accuracy" in line]
     exam = json.loads((root / f"after-{name}" / "sampled.json").read_text())
@@ -82,7 +82,7 @@ def described(root: Path, name: str) -> dict[str, Any]:
 
 
 def verdicts(seeds: list[dict[str, Any]]) -> list[str]:
-    """What does not hold of what must."""
+    """Returns the requirements that the results violate."""
     found = []
     for seed in seeds:
         first = seed["staleness-0"]["sampled"]

@@ -1,11 +1,11 @@
-"""finback builds, teaches, checks and serves DeepSeek-class language models, and shows the bill for every step.
+"""finback builds, trains, evaluates and serves DeepSeek-class language models, and reports the cost of every step.
 
     import finback
 
     llm = finback.LLM("runs/tiny")
     print(llm.chat("8-3+5+4-6=?"))
 
-What is named here is imported when it is first used.
+Names are imported on first use.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Stages on a device that is not the CPU: everything lies where the model is, and comes out as on the CPU."""
+"""Stages on a device other than the CPU: all tensors are on the model's device, and results equal the CPU's."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +86,7 @@ STAGES: tuple[Stage, ...] = (
 
 
 def numbers(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """What every stage logged, without what depends on the clock."""
+    """Returns every stage's log, without values that depend on time."""
     return {
         stage.name: [
             {k: v for k, v in line.items() if k not in TIMED and isinstance(v, float | int)}

@@ -1,4 +1,4 @@
-"""EPLB against the published placement, and what every placement must be."""
+"""EPLB against the published placement, and invariants of every placement."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_what_cannot_be_placed_is_refused() -> None:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_every_placement_is_whole_and_balanced(data: st.DataObject) -> None:
-    """All experts are there, copies agree both ways, groups stay on their node, and no GPU is beyond the greedy bound.
+    """All experts are placed, the maps agree in both directions, groups stay on one node, and no GPU exceeds the greedy bound.
 
     Longest-first packing never puts more on one bin than the mean and one heaviest item together.
     """

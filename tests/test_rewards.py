@@ -1,4 +1,4 @@
-"""What answers earn, and what they must not: the hacks that models have found elsewhere."""
+"""Rewards of answers, and of reward hacks that models have found elsewhere."""
 
 import random
 from pathlib import Path
@@ -22,7 +22,7 @@ ENGLISH, CHINESE = "first I add the two numbers, then I take one away", "先把�
 
 
 def earn(reward: Reward, task: Task, problem: Problem, text: str, tokens: int = 50) -> dict[str, float]:
-    """What a whole text of a model earns, as RL reads it."""
+    """Returns the reward of a model's whole text, as RL computes it."""
     response = parse_response(text)
     verdict = task.check(problem, response.answer) if response.closed else JUNK
     return reward.parts(verdict, response.reasoning, response.thinks, tokens, 100)
@@ -82,7 +82,7 @@ def test_a_judge_and_its_weight_go_together() -> None:
 
 SUM = Problem("3+4=?", "7", "k")
 FILE_LINES = '{"question": "Ann has 3 apples and gets 4. How many?", "answer": "3+4=7 #### 7"}\n'
-# (what it is, text after the assistant's mark)
+# (description, text after the assistant token)
 HACKS = [
     ("an empty chain", "<think></think>7"),
     ("a chain of blanks", "<think> \n\t </think>7"),
@@ -104,7 +104,7 @@ def test_hacks_earn_nothing(what: str, text: str) -> None:
     assert sum(earn(FULL, Chains(), SUM, text).values()) == 0
 
 
-# of a file's question a true equation is a right answer
+# for a question of a file, a true equation is a right answer
 OF_A_FILE = [hack for hack in HACKS if hack[0] != "the question with its answer"]
 
 
@@ -156,7 +156,7 @@ def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
     ],
 )
 def test_small_talk_knows_a_sentence_when_it_sees_one(reply: str, good: bool) -> None:
-    """The last reply only repeats what was said."""
+    """The last reply only repeats the question."""
     problem = Problem("How are you today my friend?", "", "talk: how are you today my friend?")
     verdict = SmallTalk().check(problem, reply)
     assert verdict.correct == verdict.well_formed == good

@@ -1,4 +1,4 @@
-"""What the server refuses, and how: OpenAI's shape, the right status, at once, whatever a client sends."""
+"""The server refuses wrong requests at once, with OpenAI's error shape and the right status, whatever a client sends."""
 
 import json
 import socket
@@ -37,7 +37,7 @@ def named(name: str) -> dict[str, Any]:
 
 
 def call(schema: dict[str, Any]) -> dict[str, Any]:
-    """A demand for calls, with a second tool that takes this."""
+    """A request that requires calls, with a second tool that has this schema."""
     return {"tools": [tool(), tool(name="g", parameters=schema)], "tool_choice": "required"}
 
 

@@ -17,11 +17,11 @@ UNITS = {
     "watts": "W",
 }
 PARTS = {
-    "at_peak": "FLOPs at the peak",
-    "mtp": "MTP's, at the peak",
-    "recompute": "done again, at the peak",
-    "below_peak": "kernels below the peak",
-    "exposed": "all-to-all not hidden",
+    "at_peak": "model FLOPs at peak",
+    "mtp": "MTP at peak",
+    "recompute": "recomputation at peak",
+    "below_peak": "kernels below peak",
+    "exposed": "exposed all-to-all",
     "bubble": "pipeline bubble",
     "exchange": "gradients and weights",
 }
@@ -29,7 +29,7 @@ PARTS = {
 SENT = {
     "dispatch_network": "all-to-all between nodes",
     "dispatch_link": "within nodes",
-    "context": "heads for tokens around attention",
+    "context": "heads and tokens around attention",
     "pipeline": "to the next stage",
     "exchange": "gradients and weights",
 }
@@ -59,7 +59,7 @@ def plan_text(values: dict[str, Any], claims: Sequence[Claim] = ()) -> str:
     """The whole plan of one model on named hardware."""
     sections = [part(values) for part in (_model, _layout, _memory, _time, _schedules, _run, _basis)]
     if claims:
-        sections.append(["Beside what is published (ours by the rule in the JSON):", _claims(claims)])
+        sections.append(["Comparison with published figures (the JSON has the rule for ours):", _claims(claims)])
     return "\n\n".join("\n".join(section) for section in sections if section)
 
 
@@ -75,7 +75,7 @@ def _model(v: dict[str, Any]) -> list[str]:
     also = ", ".join(f"{count:,} {word}" for word, count in more.items() if count != m["parameters"])
     return [
         f"{m['name']}: {m['parameters']:,} parameters{f' ({also})' if also else ''},",
-        f"  {m['active']:,} meet a token; {m['training_flops_per_token'] / 1e9:,.1f} GFLOPs to train on one "
+        f"  {m['active']:,} active per token; {m['training_flops_per_token'] / 1e9:,.1f} GFLOPs to train on a token "
         f"({m['training_flops_per_token_with_mtp'] / 1e9:,.1f} with MTP: {shares}); {m['cache_bytes_per_token']:,} bytes of cache",
     ]
 
@@ -91,7 +91,7 @@ def _layout(v: dict[str, Any]) -> list[str]:
     ]
     if routing := v["step"]["routing"]:
         lines.append(
-            f"  a token's experts lie on {routing['nodes']:.2f} nodes, {routing['remote_nodes']:.2f} of them not its own"
+            f"  a token's experts are on {routing['nodes']:.2f} nodes, {routing['remote_nodes']:.2f} of them remote"
             + (f"; the fullest expert rank has {routing['max_over_mean']:.2f} x the mean" if v["skew"] else "")
         )
     return lines
@@ -134,7 +134,10 @@ def _schedules(v: dict[str, Any]) -> list[str]:
         memory = [f"{s['parameters']} x", f"{s['in_flight']:.1f}", f"{s['memory_bytes'] / 1e9:.1f} GB"]
         rows.append([name, *time, *memory, "yes" if s["fits"] else "no"])
     heads = ("schedule", "step", "bubble", "weights", "in flight", "memory", "fits")
-    return ["The same mesh under each schedule (bubble with what unequal stages add):", table(rows, heads, indent=2)]
+    return [
+        "The same mesh under each schedule (bubbles include the imbalance of stages):",
+        table(rows, heads, indent=2),
+    ]
 
 
 def _run(v: dict[str, Any]) -> list[str]:
@@ -149,7 +152,7 @@ def _run(v: dict[str, Any]) -> list[str]:
     ]
     if serving["fits"]:
         lines.append(
-            f"Serving on as many: {serving['weights'] / 1e9:.1f} GB of weights each, "
+            f"Serving on the same devices: {serving['weights'] / 1e9:.1f} GB of weights each, "
             f"room for {serving['tokens']:,.0f} tokens of cache each"
         )
     return lines
@@ -178,8 +181,8 @@ def recipe_text(values: dict[str, Any]) -> str:
     heads = ["stage", "kind", "trains", "generates", "FLOPs", "time", "memory", "$", "energy", ""]
     lines = [f"{values['recipe']} on {values['on']}; tokens are the most a stage can take", table(rows, heads, 2)]
     if basis := values["basis"]:
-        per_hour = f"${basis['dollars_per_core_hour']:g} and {basis['watts_per_core']:g} W per core and hour"
-        lines.append(f"Money and energy by {per_hour}, estimates.")
+        per_hour = f"${basis['dollars_per_core_hour']:g} per core-hour and {basis['watts_per_core']:g} W per core"
+        lines.append(f"Cost and energy are estimates, at {per_hour}.")
     lines += [f"note: {text}" for text in values["notes"]]
     if "machine" in values:
         lines += ["", *_basis(values | {"remarks": []})]
@@ -209,5 +212,5 @@ def _how(s: dict[str, Any]) -> str:
         return f"{s['compute']}, {s['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in s:
         return f"{s['layout']}, MFU {s['mfu']:.1%}"
-    unknown = "" if s.get("flops") or "parameters" not in s else "unknown before its data is there"
+    unknown = "" if s.get("flops") or "parameters" not in s else "unknown until its data exist"
     return ", ".join(filter(None, (s.get("layout"), s.get("how", unknown))))
