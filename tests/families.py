@@ -44,7 +44,8 @@ def common(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def deepseek(draw: st.DrawFn, version: float) -> Any:
+def deepseek(draw: st.DrawFn, version: float, shares: bool = False) -> Any:
+    """shares: GLM-5, whose layers may share indexers; its version is 3.2."""
     heads = draw(st.sampled_from([2, 4]))
     groups = draw(st.sampled_from([1, 2, 4]))
     fields = draw(common()) | {
@@ -73,8 +74,11 @@ def deepseek(draw: st.DrawFn, version: float) -> Any:
         # fewer heads make many scores zero, and which of equal ones is picked is anybody's choice
         fields |= {"index_n_heads": 16, "index_head_dim": fields["qk_rope_head_dim"] + draw(st.sampled_from([0, 8]))}
         fields |= {"index_topk": draw(st.sampled_from([3, 8, 40])), "norm_topk_prob": draw(st.booleans())}
-        kind = transformers.GlmMoeDsaConfig if draw(st.booleans()) else transformers.DeepseekV32Config
-        return kind(**fields)
+        if not shares:
+            return transformers.DeepseekV32Config(**fields)
+        further = draw(st.lists(st.sampled_from(["full", "shared"]), min_size=1, max_size=3))
+        fields["num_hidden_layers"] = 1 + len(further)
+        return transformers.GlmMoeDsaConfig(**fields, indexer_types=["full", *further])
     return transformers.DeepseekV3Config(
         **fields,
         norm_topk_prob=draw(st.booleans()),
@@ -291,6 +295,7 @@ FAMILIES = {
     "deepseek_v2": deepseek(2),
     "deepseek_v3": deepseek(3),
     "deepseek_v32": deepseek(3.2),
+    "glm_moe_dsa": deepseek(3.2, shares=True),
     "llama": dense("llama"),
     "qwen2": dense("qwen2"),
     "qwen3": dense("qwen3"),

@@ -42,6 +42,8 @@ DENSE = ModelConfig(
 SPARSE = dataclasses.replace(CONFIG, index_topk=20, index_n_heads=16, index_head_dim=8, initializer_range=0.15)
 MODELS = {"mla": toy_model(), "gqa": Transformer(DENSE).initialise(0).eval()}
 MODELS["dsa"] = Transformer(SPARSE).initialise(0).eval()
+SHARED = dataclasses.replace(SPARSE, num_hidden_layers=3, shared_indexers=(1, 2))
+MODELS["shared dsa"] = Transformer(SHARED).initialise(0).eval()
 MODELS["v4"] = (
     Transformer(dataclasses.replace(V4, vocab_size=320, max_position_embeddings=256, num_nextn_predict_layers=1))
     .initialise(0)

@@ -30,6 +30,7 @@ PROMPT = [1, *range(40, 90)]
 INDEXED: dict[str, Any] = {"index_topk": 6, "index_n_heads": 16, "index_head_dim": 16, "initializer_range": 0.15}
 CONFIGS = {
     "v3.2": replace(CONFIG, **INDEXED),
+    "glm": replace(CONFIG, **INDEXED, num_hidden_layers=4, shared_indexers=(1, 3)),
     "v4": replace(
         V4, vocab_size=320, max_position_embeddings=256, initializer_range=0.15, num_nextn_predict_layers=1,
         layer_types=(CSA, CSA, *V4.layer_types[1:]), num_hidden_layers=4,
@@ -58,12 +59,12 @@ def entries(completion: Completion) -> Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_engine_records_all_tokens_but_the_last(name: str) -> None:
     model = a_model(CONFIGS[name])
-    prompts, indexers = [PROMPT, PROMPT[:3], PROMPT[:20]], {"v3.2": 2, "v4": 2}[name]
+    prompts, indexers = [PROMPT, PROMPT[:3], PROMPT[:20]], 2
     for done, prompt in zip(Engine(model, [7], RECORDING).generate(prompts, SAMPLING, [1, 2, 3]), prompts, strict=True):
         text, found = prompt + done.tokens, entries(done)
         assert found.shape == (len(text) - 1, indexers, model.config.index_topk) and found.dtype == torch.int16
         assert torch.equal(found, chosen(model, text)[0])
-        rate = 1 if name == "v3.2" else model.config.compress_rate_csa
+        rate = model.config.compress_rate_csa if name == "v4" else 1
         visible = (torch.arange(len(text) - 1) + 1) // rate
         picks = visible > model.config.index_topk
         assert (found[~picks] == -1).all() and (found[picks] >= 0).all(), "-1 where everything visible is selected"
@@ -151,6 +152,7 @@ def test_the_gap_of_two_scores_that_tie_within_rounding_vanishes(monkeypatch: py
         ("v3.2", {}),
         ("v3.2", {"recompute": "block", "micro_tokens": 90}),
         ("v3.2", {"share_prompts": True}),
+        ("glm", {"recompute": "block", "micro_tokens": 90}),
         ("v4", {}),
         ("v4", {"recompute": "block", "micro_tokens": 90}),
     ],

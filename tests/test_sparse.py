@@ -6,15 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from finback.checkpoint import models
+from finback.checkpoint.hf_config import model_config, raw_config
 from finback.config import UserError
-from finback.model.dsa import DSA, pick
+from finback.model.count import parameters
+from finback.model.dsa import DSA, SharedDSA, pick
 from finback.model.dsa_training import TaughtCSA, TaughtDSA, divergence, divergences, take_divergences, teach_indexers
+from finback.model.picking import trace_indexers
+from finback.model.recompute import use_recompute
 from finback.model.rope import rotate_last
 from finback.model.transformer import Transformer
 from finback.model.windows import windows_of
+from finback.parallel.layout import Layout
 from finback.stages.sparsify import Sparsify
 from finback.train.rates import Phase
 from tests.test_model import SPARSE, random_model
@@ -176,3 +182,74 @@ def test_v4s_indexers_are_taught_where_there_is_something_to_pick(prepared: Path
 def test_bad_knobs_are_named(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"sparse\.{next(iter(knobs))}"):
         pretrain(Sparsify, name="sparse", **{"start": "dense"} | INDEXER | knobs)
+
+
+SHARING = dataclasses.replace(SPARSE, num_hidden_layers=4, shared_indexers=(1, 3))
+
+
+def test_layers_that_share_an_indexer_see_what_it_selects() -> None:
+    """The same as layers whose indexers are all made to select what the one below them does; and nothing else is built or counted."""
+    ours = random_model(SHARING)
+    assert parameters(SHARING) == sum(p.numel() for p in ours.parameters())
+    assert [isinstance(b.attention, SharedDSA) for b in ours.blocks] == [False, True, False, True]
+    apart = Transformer(dataclasses.replace(SHARING, shared_indexers=())).initialise(0).eval()
+    apart.load_state_dict(ours.state_dict(), strict=False)
+    tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    own, given = (torch.full((80, n, SHARING.index_topk), -1) for n in (4, 2))
+    with torch.no_grad():
+        with trace_indexers(ours).recording(given, torch.arange(80)):
+            expected = ours(tokens)
+        follow = given.repeat_interleave(2, dim=1).unflatten(0, (2, 40))
+        with trace_indexers(apart).recording(own, torch.arange(80), follow):
+            assert torch.equal(apart(tokens), expected)
+    assert not torch.equal(given[:, 0], given[:, 1]) and (given >= 0).any()
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_layers_that_share_an_indexer_look_where_it_is_taught_to(dense: bool) -> None:
+    """All tokens in the dense warm-up, the selected ones later; recomputation selects the same again."""
+    tokens = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+    plain = random_model(dataclasses.replace(SHARING, index_topk=30) if dense else SHARING)
+    model = random_model(SHARING)
+    model.load_state_dict(plain.state_dict())
+    teach_indexers(model, dense).train()
+    found, gradients = model(tokens), []
+    assert (found - plain(tokens)).abs().max() <= 1e-5
+    for policy in ("none", "block"):
+        use_recompute(model, policy)  # type: ignore[arg-type]
+        model.zero_grad()
+        divergences = take_divergences(model) if policy == "none" else None
+        (model(tokens).square().sum() + (take_divergences(model) or 0)).backward()
+        assert divergences is None or divergences > 0
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"indexer_types": ["full", "shared", "full", "shared"]}, (1, 3)),
+        ({"index_topk_pattern": "FFSS"}, (2, 3)),
+        ({"index_topk_pattern": ["full", "full", "full", "shared"]}, (3,)),
+        ({"index_topk_freq": 4}, (2, 3)),
+        ({"index_topk_freq": 2, "index_skip_topk_offset": 1}, (1, 3)),
+        ({}, ()),
+    ],
+)
+def test_glm5_says_in_three_ways_which_layers_share(given: dict[str, Any], expected: tuple[int, ...]) -> None:
+    raw = raw_config(dataclasses.replace(SHARING, index_rope_interleaved=True), "float32")
+    del raw["indexer_types"]
+    assert model_config(raw | given).shared_indexers == expected
+    theirs = transformers.GlmMoeDsaConfig(num_hidden_layers=4, **given)
+    assert tuple(i for i, kind in enumerate(theirs.indexer_types) if kind == "shared") == expected
+
+
+def test_what_cannot_share_is_told() -> None:
+    with pytest.raises(UserError, match=r"model\.shared_indexers = \(0,\): not layers of latent attention from 1 on"):
+        dataclasses.replace(SHARING, shared_indexers=(0,))
+    with pytest.raises(UserError, match=r"layout\.pp = 2: stages do not hand on what an indexer selects"):
+        Layout(pp=2, micro_batches=2).check(SHARING, 8)
+    with pytest.raises(UserError, match="GLM-5 alone has them"):
+        raw_config(SHARING, "float32")

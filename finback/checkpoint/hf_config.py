@@ -108,6 +108,9 @@ def _raw_latent(config: ModelConfig, family: str) -> dict[str, Any]:
     }
     if config.index_topk:
         raw |= {name: getattr(config, name) for name in INDEXER}
+    if config.shared_indexers:
+        layers = range(config.num_hidden_layers)
+        raw["indexer_types"] = ["full" if config.has_indexer(layer) else "shared" for layer in layers]
     if family == "glm4_moe_lite":
         layers = range(config.num_hidden_layers)
         raw["mlp_layer_types"] = ["sparse" if config.is_moe(layer) else "dense" for layer in layers]

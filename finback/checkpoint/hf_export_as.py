@@ -75,6 +75,8 @@ def _latent_family(config: ModelConfig) -> str:
             raise _no_family(config, "dense_layers", "no family has them with an indexer")
         if not config.rope_interleaved:
             raise _no_family(config, "rope_interleaved", "families with an indexer rotate neighbouring pairs")
+        if config.shared_indexers and not config.index_rope_interleaved:
+            raise _no_family(config, "shared_indexers", "GLM-5 alone has them, with index_rope_interleaved")
         return "glm_moe_dsa" if config.index_rope_interleaved else "deepseek_v32"
     if softmax:
         return "deepseek_v2"

@@ -70,15 +70,29 @@ def v3_gate(fields: Fields, found: Found, dense: int | None = None) -> Found:
 
 
 def sparse(fields: Fields, interleaved: bool) -> Found:
-    """Reads DSA's indexer, one for each layer, and V3's fields."""
-    # GLM-5 may share one indexer among several layers, by any of three fields
-    for name, shared in (("indexer_types", "shared"), ("index_topk_pattern", "S")):
-        if shared in (fields.raw.get(name) or ()):
-            fields.refuse(name, "finback gives each layer an indexer of its own", "Use another checkpoint.")
-    fields.demand("index_topk_freq", 1)
-    indexer = {name: fields.integer(name) for name in INDEXER} | {"index_rope_interleaved": interleaved}
+    """DSA's indexer beside V3's fields; several layers may share one in GLM-5, the family that is `interleaved`."""
+    indexer: Found = {name: fields.integer(name) for name in INDEXER} | {"index_rope_interleaved": interleaved}
+    if interleaved:
+        indexer["shared_indexers"] = shared_layers(fields)
     dense = list(range(fields.integer("first_k_dense_replace")))
     return latent(fields, lambda f, found: listed_gate(f, found, dense), mtp=True, halves=False) | indexer
+
+
+def shared_layers(fields: Fields) -> tuple[int, ...]:
+    """Layers that take another's selection, by the first of GLM-5's three ways of saying so that is there."""
+    kinds = "full", "shared"
+    if fields.raw.get("indexer_types") is not None:
+        types = fields.words("indexer_types", kinds)
+    elif (pattern := fields.raw.get("index_topk_pattern")) is not None:
+        spelled = dict(zip("FS", kinds, strict=True)) if isinstance(pattern, str) else {}
+        types = [spelled.get(letter, letter) for letter in pattern]
+        if not set(types) <= set(kinds):
+            fields.refuse("index_topk_pattern", "not made of F and S")
+    else:
+        every, first = max(fields.integer("index_topk_freq", 1), 1), fields.integer("index_skip_topk_offset", 2)
+        layers = range(fields.integer("num_hidden_layers"))
+        types = [kinds[max(layer - first + 1, 0) % every > 0] for layer in layers]
+    return tuple(layer for layer, kind in enumerate(types) if kind == "shared")
 
 
 def listed_gate(fields: Fields, found: Found, dense: list[int]) -> Found:

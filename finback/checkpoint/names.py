@@ -134,7 +134,7 @@ def _block(config: ModelConfig, ours: str, layer: int, biases: bool) -> dict[str
     if config.attention == "mla" and config.q_lora_rank is None:
         attention = {k: v for k, v in attention.items() if k not in ("q_down.weight", "q_norm.weight")}
         attention["q_up.weight"] = ("self_attn.q_proj.weight",)
-    if config.index_topk:
+    if config.has_indexer(layer):
         attention |= _DSA
     names |= {parts[0] + k: v for k, v in attention.items()}
     if config.is_moe(layer):

@@ -67,6 +67,8 @@ class ModelConfig:
     index_head_dim: int = 0
     # whether the indexer rotates pairs (0,1), (2,3), …, as in GLM-5 but not V3.2
     index_rope_interleaved: bool = False
+    # GLM-5: layers (0-based) without an indexer, which take the selection of the last layer before them that has one
+    shared_indexers: tuple[int, ...] = ()
     # V4 (2.3): tokens per entry of CSA and of HCA; groups of heads with separate output projections, and their width
     compress_rate_csa: int = 4
     compress_rate_hca: int = 128
@@ -186,8 +188,10 @@ class ModelConfig:
         problem = "an indexer asks with the query latent of latent attention"
         self._require(latent, "index_topk", problem, 'Use attention="mla" and a q_lora_rank, or 0.')
         self._require(self.index_n_heads > 0, "index_n_heads", "an indexer needs heads", "Set it > 0.")
-        least = self.qk_rope_head_dim
-        self._require(self.index_head_dim >= least, "index_head_dim", f"below the {least} rotated", "Raise it.")
+        follow = set(self.shared_indexers) <= set(range(1, self.num_hidden_layers * (self.attention == "mla")))
+        self._require(follow, "shared_indexers", "not layers of latent attention from 1 on", "Correct it.")
+        fits = self.index_head_dim >= self.qk_rope_head_dim
+        self._require(fits, "index_head_dim", f"below the {self.qk_rope_head_dim} rotated", "Raise it.")
 
     def _check_gqa(self) -> None:
         if isinstance(self.rope_scaling, LongRope):
@@ -199,15 +203,12 @@ class ModelConfig:
         self._require(heads % shared == 0, "num_key_value_heads", f"does not divide {heads} heads", "Use a divisor.")
         is_share = 0 < self.partial_rotary_factor <= 1
         self._require(is_share, "partial_rotary_factor", "not above 0 and up to 1", "Correct it.")
-        self._require(
-            self.sliding_window is None or self.sliding_window > 0, "sliding_window", "not above 0", "Set it > 0."
-        )
+        some = self.sliding_window is None or self.sliding_window > 0
+        self._require(some, "sliding_window", "not above 0", "Set it > 0.")
         fits = not self.layer_types or len(self.layer_types) >= layers
         self._require(fits, "layer_types", f"not one for each of {layers} layers", "Name the kind of each layer.")
-        sliding = "sliding_attention" in self.layer_types
-        self._require(
-            not sliding or self.sliding_window is not None, "sliding_window", "sliding layers need it", "Set it."
-        )
+        fits = SLIDING not in self.layer_types or self.sliding_window is not None
+        self._require(fits, "sliding_window", "sliding layers need it", "Set it.")
 
     def _check_experts(self) -> None:
         experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
@@ -243,8 +244,7 @@ class ModelConfig:
 
     def window(self, layer: int) -> int | None:
         """Number of tokens that layer `layer` attends to, None for all."""
-        is_sliding = not self.layer_types or "sliding_attention" in self.layer_types[layer : layer + 1]
-        return self.sliding_window if is_sliding else None
+        return self.sliding_window if not self.layer_types or SLIDING in self.layer_types[layer : layer + 1] else None
 
     @property
     def indexers(self) -> int:
@@ -253,7 +253,8 @@ class ModelConfig:
 
     def has_indexer(self, layer: int) -> bool:
         """Whether layer `layer` has an indexer of its own."""
-        return self.index_topk > 0 and (self.attention == "mla" or self.layer_type(layer) == CSA)
+        selects = self.index_topk > 0 and layer not in self.shared_indexers
+        return selects and (self.attention == "mla" or self.layer_type(layer) == CSA)
 
     @property
     def cache_elements(self) -> int:
@@ -262,8 +263,7 @@ class ModelConfig:
         None for compressed attention, whose layers differ: see compressed_cache.py.
         """
         if self.attention == "mla":
-            indexed = self.index_head_dim if self.index_topk else 0
-            return self.kv_lora_rank + self.qk_rope_head_dim + indexed
+            return self.kv_lora_rank + self.qk_rope_head_dim + (self.index_head_dim if self.index_topk else 0)
         return 2 * self.num_key_value_heads * self.head_dim
 
     def is_moe(self, layer: int) -> bool:

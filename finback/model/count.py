@@ -8,7 +8,7 @@ from finback.model.config import CSA, HCA, ModelConfig
 
 
 def attention_parameters(c: ModelConfig, layer: int = 0) -> int:
-    """One layer's attention, including the norms of the latents; only compressed attention differs between layers."""
+    """One layer's attention, including the norms of the latents; layers differ in compressed attention and where indexers are shared."""
     if c.attention == "compressed":
         return _compressed_matrices(c, layer) + _compressed_vectors(c, layer)
     if c.attention == "gqa":
@@ -29,7 +29,7 @@ def attention_parameters(c: ModelConfig, layer: int = 0) -> int:
         query = d * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * heads * c.qk_head_dim
     latent = d * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
     main = query + latent + c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim) + heads * c.v_head_dim * d
-    return main + (_indexer_matrices(c) + 2 * c.index_head_dim if c.index_topk else 0)
+    return main + (_indexer_matrices(c) + 2 * c.index_head_dim if c.has_indexer(layer) else 0)
 
 
 def _compressed_matrices(c: ModelConfig, layer: int) -> int:
@@ -200,15 +200,15 @@ def _attention_matrices(c: ModelConfig, layer: int) -> int:
     mixtures = 2 * (2 + c.hc_mult) * c.hc_mult**2 * c.hidden_size
     if c.attention == "compressed":
         return _compressed_matrices(c, layer) + mixtures
-    return _plain_matrices(c) + mixtures
+    return _plain_matrices(c, layer) + mixtures
 
 
-def _plain_matrices(c: ModelConfig) -> int:
-    """The same for attention that is equal in all layers, without mHC."""
+def _plain_matrices(c: ModelConfig, layer: int) -> int:
+    """The same for latent and grouped-query attention, without mHC."""
     if c.attention == "gqa":
         return c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    norms = c.kv_lora_rank + (c.q_lora_rank or 0) + (2 * c.index_head_dim if c.index_topk else 0)
-    return attention_parameters(c) - norms
+    norms = c.kv_lora_rank + (c.q_lora_rank or 0) + (2 * c.index_head_dim if c.has_indexer(layer) else 0)
+    return attention_parameters(c, layer) - norms
 
 
 def _score_flops(c: ModelConfig, context: float, layer: int) -> float:
@@ -222,7 +222,8 @@ def _score_flops(c: ModelConfig, context: float, layer: int) -> float:
     k, row = c.index_topk, 2 * context
     indexed = 0.0
     if k and row > k:
-        context, indexed = k - k * k / (2 * row), context * c.index_n_heads * c.index_head_dim
+        scored = context * c.has_indexer(layer)
+        context, indexed = k - k * k / (2 * row), scored * c.index_n_heads * c.index_head_dim
     return 2 * (context * c.num_attention_heads * (c.qk_head_dim + value) + indexed)
 
 

@@ -21,7 +21,7 @@ def _read(c: ModelConfig, layer: int, before: int) -> float:
     """Multiplications of one layer with what is cached, times what they count."""
     heads, indexer = c.num_attention_heads, c.index_n_heads * c.index_head_dim
     if c.attention == "mla":
-        seen, indexed = (min(before, c.index_topk), before * indexer) if c.index_topk else (before, 0)
+        seen, indexed = min(before, c.index_topk or before), before * indexer * c.has_indexer(layer)
         return 2.0 * seen * heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim) + indexed
     if c.attention == "gqa":
         return 4.0 * min(before, c.window(layer) or before) * heads * c.head_dim

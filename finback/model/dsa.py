@@ -11,7 +11,7 @@ Letters: as in mla.py, plus j head of the indexer, e index_head_dim, k index_top
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from finback.model.cache import FEW, LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear
 from finback.model.mla import MLA
+
+# part of the tokens -> (b or 1, part, s) bool, True for the entries that these attend to
+Seen = Callable[[slice], Tensor]
 
 
 class IndexerQueries(nn.Module, ABC):
@@ -83,8 +86,19 @@ class Indexer(IndexerQueries):
         return torch.cat([self.rotate(turned, cos, sin), rest], dim=-1)
 
 
+class SharedSelection:
+    """What an indexer selected in the last pass, for the layers that share it (GLM-5)."""
+
+    def __init__(self) -> None:
+        # (b, t, k) as `listed` returns it
+        self.ids = torch.empty(0, dtype=torch.long)
+
+
 class DSA(MLA):
     """MLA over the tokens that an Indexer selects, in MLA's two forms."""
+
+    # where other layers find the selection, if any share it
+    selection: SharedSelection | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -97,61 +111,74 @@ class DSA(MLA):
 
         The selection has no gradient to the indexer, which learns only from the main attention's weights (V3.2 2.1.1).
         """
-        c = self.config
+        c, length = self.config, x.size(1)
         q_latent, kv = self.inputs(x)
-        if cache is None and longest(attention_mask, x.size(1)) <= c.index_topk:  # nothing to choose
+        if cache is None and longest(attention_mask, length) <= c.index_topk:  # nothing to choose
             return self.out(self.attend_rows(self.q_of(q_latent), kv, cos, sin, attention_mask))
         q_nope, q_rope = self.queries(self.q_of(q_latent), cos, sin)
         latent, k_rope = self.latents(kv, cos, sin)
         with torch.no_grad():
-            key = self.indexer.keys(x, cos, sin)
+            key = self.keys(x, cos, sin)
         if cache is not None:
             cache.append(torch.cat([latent, k_rope, key], dim=-1))
             if cache.reach <= c.index_topk:
                 return self.out(self.attend_stored(q_nope, q_rope, latent, k_rope, cache))
-        with torch.no_grad():
-            asked = self.indexer.queries(x, q_latent, cos, sin)
+        asker, entry = (x, q_latent, cos, sin), c.kv_lora_rank + c.qk_rope_head_dim
         if cache is None or cache.fresh:
-            return self.out(self._attend_blocks(q_nope, q_rope, latent, k_rope, (*asked, key), attention_mask))
-        if x.size(1) <= min(FEW, self.longest_absorbed):
-            return self.out(self._attend_chosen(q_nope, q_rope, cache, *asked))
-        sizes = [c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim]
-        latent, k_rope, key = cache.stored().to(x.dtype).split(sizes, dim=-1)
-        return self.out(self._attend_blocks(q_nope, q_rope, latent, k_rope, (*asked, key), cache.mask()))
+            seen: Seen = lambda part: visible(attention_mask, part, length, x.device)  # noqa: E731
+            return self.out(self._attend_blocks(q_nope, q_rope, latent, k_rope, self.picker(asker, lambda: key, seen)))
+        mask = cache.mask()
+        picked = self.picker(asker, lambda: cache.stored(entry).to(x.dtype), lambda part: mask[:, part])
+        if length <= min(FEW, self.longest_absorbed):
+            return self.out(self._attend_chosen(q_nope, q_rope, cache, picked(slice(None))))
+        latent, k_rope = cache.stored()[..., :entry].to(x.dtype).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        return self.out(self._attend_blocks(q_nope, q_rope, latent, k_rope, picked))
 
-    def _attend_blocks(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        latent: Tensor,
-        k_rope: Tensor,
-        indexed: tuple[Tensor, Tensor, Tensor],
-        mask: Mask,
-    ) -> Tensor:
-        """Attention of t tokens over s under the indexer's mask, one block of queries at a time -> (b, t, h·v)."""
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (b, t, hidden) -> the indexer's keys (b, t, e), which the cache stores."""
+        return self.indexer.keys(x, cos, sin)
+
+    @torch.no_grad()
+    def picker(self, asker: tuple[Tensor, ...], keys: Callable[[], Tensor], seen: Seen) -> Seen:
+        """Which of the entries with these keys (b, s, e) are selected among the visible ones, for a part of the tokens.
+
+        asker: the arguments of `IndexerQueries.queries`.
+        """
+        (query, weight), key, rows = self.indexer.queries(*asker), keys(), self.begin_selection(asker[0])
+
+        @torch.no_grad()
+        def picked(part: slice) -> Tensor:
+            looked = self.indexer.select(self.indexer.scores(query[:, part], weight[:, part], key), seen(part), part)
+            if rows is not None:
+                rows[:, part] = listed(looked, seen(part), self.config.index_topk)
+            return looked
+
+        return picked
+
+    def begin_selection(self, x: Tensor) -> Tensor | None:
+        """The lists (b, t, k) that a pass over x (b, t, hidden) fills for layers that share its selection."""
+        if self.selection is None:
+            return None
+        ids = torch.full((*x.shape[:2], self.config.index_topk), -1, device=x.device)
+        self.selection.ids = ids
+        return ids
+
+    def _attend_blocks(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, picked: Seen) -> Tensor:
+        """Attention of t tokens over the selected ones of s, one block of queries at a time -> (b, t, h·v)."""
         key, value = self.expanded(latent, k_rope)
         query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
-        asked, weight, indexer_key = indexed
-        read = []
-        for part in self.parts(query.size(2), latent.size(1), len(query)):
-            seen = visible(mask, part, latent.size(1), query.device)
-            with torch.no_grad():
-                scores = self.indexer.scores(asked[:, part], weight[:, part], indexer_key)
-                picked = self.indexer.select(scores, seen, part)
-            read.append(torch_attention(query[:, :, part], key, value, self.scale, picked))
+        read = [
+            torch_attention(query[:, :, part], key, value, self.scale, picked(part))
+            for part in self.parts(query.size(2), latent.size(1), len(query))
+        ]
         return torch.cat(read, dim=2).transpose(1, 2).flatten(2)
 
-    def _attend_chosen(
-        self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache, asked: Tensor, weight: Tensor
-    ) -> Tensor:
+    def _attend_chosen(self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache, picked: Tensor) -> Tensor:
         """Attention of a few new tokens over the selected entries, which are the only ones read -> (b, t, h·v)."""
         c, entry = self.config, self.config.kv_lora_rank + q_rope.size(-1)
-        with torch.no_grad():
-            scores = self.indexer.scores(asked, weight, cache.stored(entry).to(q_nope.dtype))
-            picked = self.indexer.select(scores, cache.mask(), slice(None))
-            counts, place = picked.to(torch.int8).sort(dim=-1, descending=True, stable=True)
-            most = min(c.index_topk, picked.size(-1))
-            counts, place = counts[..., :most].bool(), place[..., :most]
+        counts, place = picked.to(torch.int8).sort(dim=-1, descending=True, stable=True)
+        most = min(c.index_topk, picked.size(-1))
+        counts, place = counts[..., :most].bool(), place[..., :most]
         stored = cache.at(place)[..., :entry].to(q_nope.dtype)  # (b, t, k, c + r)
         w_uk, w_uv = self.absorbed_weights(q_nope.dtype)
         query = torch.cat([self.into_latents(q_nope, w_uk), q_rope], dim=-1)
@@ -166,6 +193,50 @@ class DSA(MLA):
         size = max(1, SCORES // (rows * keys * self.config.index_n_heads))
         for start in range(0, queries, size):
             yield slice(start, min(start + size, queries))
+
+
+class SharedDSA(DSA):
+    """DSA without an indexer, over what the last indexer below has selected (GLM-5); its cache entries have no key."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        MLA.__init__(self, config)
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Zeros in the place of keys."""
+        return x.new_zeros(*x.shape[:2], self.config.index_head_dim)
+
+    def picker(self, asker: tuple[Tensor, ...], keys: Callable[[], Tensor], seen: Seen) -> Seen:
+        """As DSA.picker, without scores of its own."""
+        assert self.selection is not None, "layers that share are linked by share_selections"
+        ids = self.selection.ids
+        assert ids.shape[:2] == asker[0].shape[:2], "the selection of another pass"
+        return lambda part: marked(ids[:, part], seen(part))
+
+
+def share_selections(attentions: Iterable[nn.Module]) -> None:
+    """Links a model's layers, given in order, that share an indexer."""
+    leader: DSA | None = None
+    for attention in attentions:
+        if isinstance(attention, SharedDSA):
+            assert leader is not None, "the first layer has an indexer"
+            attention.selection = leader.selection = leader.selection or SharedSelection()
+        elif isinstance(attention, DSA):
+            leader = attention
+
+
+def listed(picked: Tensor, seen: Tensor, k: int) -> Tensor:
+    """The places of the k selected entries (b, t, s) bool in ascending order, -1 throughout where all visible ones are: (b, t, k)."""
+    if k >= picked.size(-1):
+        return torch.full((*picked.shape[:-1], k), -1, device=picked.device)
+    ids = picked.to(torch.int8).topk(k, dim=-1).indices.sort(dim=-1).values
+    return ids.masked_fill((picked == seen).all(dim=-1, keepdim=True), -1)
+
+
+def marked(ids: Tensor, others: Tensor) -> Tensor:
+    """The inverse of `listed`: places (b, t, k) -> (b, t, s) bool, those of `others` (b or 1, t, s) for tokens with -1."""
+    # one more column takes the -1
+    known = torch.zeros(*ids.shape[:2], others.size(-1) + 1, dtype=torch.bool, device=ids.device)
+    return torch.where(ids[..., :1] >= 0, known.scatter_(-1, ids.long() + 1, True)[..., 1:], others)
 
 
 def pick(scores: Tensor, seen: Tensor, k: int) -> Tensor:

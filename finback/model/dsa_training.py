@@ -20,7 +20,7 @@ from finback.model.cache import LayerCache
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
 from finback.model.csa import CSA
-from finback.model.dsa import DSA
+from finback.model.dsa import DSA, SharedDSA, listed
 from finback.model.replace import recast
 from finback.model.swa import Far, Seen
 from finback.model.transformer import Transformer
@@ -31,7 +31,7 @@ def teach_indexers(model: Transformer, dense: bool = False) -> Transformer:
     """Makes a model's training passes compute the indexers' loss, in place; inference is unchanged."""
     for module in list(model.modules()):
         for kind, taught in ((DSA, TaughtDSA), (CSA, TaughtCSA)):
-            if isinstance(module, kind):
+            if isinstance(module, kind) and not isinstance(module, SharedDSA):
                 recast(module, taught).dense = dense
     return model
 
@@ -101,11 +101,14 @@ class TaughtDSA(Taught, DSA):
         key, value = self.expanded(*self.latents(kv, cos, sin))
         indexer_key = self.indexer.keys(x.detach(), cos, sin)
         asked, weight = self.indexer.queries(x.detach(), q_latent.detach(), cos, sin)
+        shared = self.begin_selection(x)
         read, total = [], torch.zeros((), device=x.device)
         for part in self.parts(query.size(2), key.size(2), len(query)):
             seen = visible(attention_mask, part, key.size(2), x.device)
             scores = self.indexer.scores(asked[:, part], weight[:, part], indexer_key)
             looked = seen if self.dense else self.indexer.select(scores.detach(), seen, part)
+            if shared is not None:
+                shared[:, part] = listed(looked.expand_as(scores), seen, self.config.index_topk)
             read.append(torch_attention(query[:, :, part], key, value, self.scale, looked))
             total = total + divergences(self._target(query[:, :, part], key, looked), scores, looked).sum()
         self.leave(total, len(query) * query.size(2))

@@ -9,12 +9,11 @@ its cache entry. MTP modules' indexers always choose by themselves.
 from collections.abc import Collection
 from contextlib import AbstractContextManager, ExitStack
 
-import torch
 from torch import Tensor
 
 from finback.config import UserError
 from finback.model.cache import Pool
-from finback.model.dsa import IndexerQueries
+from finback.model.dsa import IndexerQueries, listed, marked
 from finback.model.replace import recast
 from finback.model.replay import Replay
 from finback.model.routing import trace_routers
@@ -33,15 +32,12 @@ class TracedIndexer(IndexerQueries):
         given, sink = self.picking.given, self.picking.sink
         picked = super().select(scores, seen, part)
         if given is not None:
-            ids = given[:, part, self.number].long()
+            ids = given[:, part, self.number]
             assert ids.shape[:2] == scores.shape[:2], f"entries for {tuple(ids.shape)}, scores {tuple(scores.shape)}"
-            # one more column takes the -1
-            known = scores.new_zeros(*scores.shape[:2], scores.size(-1) + 1, dtype=torch.bool)
-            picked = torch.where(ids[..., :1] >= 0, known.scatter_(-1, ids + 1, True)[..., 1:], picked)
-        if sink is not None and picked.size(-1) > self.config.index_topk:
+            picked = marked(ids, picked)
+        if sink is not None:
             store, slots = sink
-            ids = picked.to(torch.int8).topk(self.config.index_topk, dim=-1).indices.sort(dim=-1).values
-            ids = ids.masked_fill((picked == seen).all(dim=-1, keepdim=True), -1)
+            ids = listed(picked, seen, self.config.index_topk)
             store[slots.view(len(scores), -1)[:, part], self.number] = ids.to(store.dtype)
         return picked
 
@@ -52,7 +48,7 @@ def trace_indexers(model: Transformer) -> Replay:
     known = [indexer.picking for indexer in found if isinstance(indexer, TracedIndexer)]
     picking = known[0] if known else Replay()
     for number, indexer in enumerate(found):
-        traced = recast(indexer, TracedIndexer)
+        traced = recast(indexer, TracedIndexer)  # type: ignore[type-abstract]  # laid over a class that rotates
         traced.picking, traced.number = picking, number
     return picking
 

@@ -10,7 +10,7 @@ SWA is the plain kind, with a window only; hca.py and csa.py add compressed entr
 Letters: b batch, t query, s entry, h head, c head_dim, n compressed entry.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from finback.kernels.documents import Mask, visible
 from finback.model.cache import LayerCache
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import SLIDING, ModelConfig
+from finback.model.dsa import Seen
 from finback.model.layers import GroupedLinear, Linear, OwnStart, RMSNorm, UnweightedNorm, precise
 from finback.model.rope import rotate_last, softmax_scale, unrotate_last
 
-# part of the rows -> (b or 1, part, entries) bool, True for the entries that these queries may attend to
-Seen = Callable[[slice], Tensor]
 # compressed entries (b, n, c), and their visibility
 Far = tuple[Tensor, Seen]
 

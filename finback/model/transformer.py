@@ -14,7 +14,7 @@ from finback.model.config import CSA as CSA_LAYER
 from finback.model.config import HCA as HCA_LAYER
 from finback.model.config import ModelConfig
 from finback.model.csa import CSA
-from finback.model.dsa import DSA
+from finback.model.dsa import DSA, SharedDSA, share_selections
 from finback.model.gqa import GQA, SinkGQA
 from finback.model.hash_routing import HashRouter
 from finback.model.hca import HCA
@@ -33,7 +33,9 @@ def attention_of(config: ModelConfig, layer: int) -> MLA | GQA | SWA:
     if config.attention == "gqa":
         return (SinkGQA if config.attention_sinks else GQA)(config, layer)
     if config.attention == "mla":
-        return DSA(config) if config.index_topk else MLA(config)
+        if not config.index_topk:
+            return MLA(config)
+        return (SharedDSA if layer in config.shared_indexers else DSA)(config)
     kinds: dict[str, type[SWA]] = {CSA_LAYER: CSA, HCA_LAYER: HCA}
     return kinds.get(config.layer_type(layer), SWA)(config, layer)
 
@@ -145,6 +147,7 @@ class Transformer(nn.Module):
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         block: type[Block] = StreamBlock if config.hc_mult else Block
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
+        share_selections(block.attention for block in self.blocks)
         self.merge = StreamMerge(config) if config.hc_mult else OneStream()
         self.norm = (OffsetNorm if config.norm_offset else RMSNorm)(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)

@@ -161,6 +161,9 @@ class Layout:
                     raise UserError("layout.dp", self.dp, problem, "Use a divisor of one of them.")
 
     def _check_pipeline(self, c: ModelConfig, is_full: bool) -> None:
+        if c.shared_indexers:
+            problem = "stages do not hand on what an indexer selects for layers that share it"
+            raise UserError("layout.pp", self.pp, problem, "Use 1.")
         # all MTP modules are on the last stage
         most = c.num_hidden_layers + (c.num_nextn_predict_layers > 0)
         if self.stages > most:
