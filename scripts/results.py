@@ -194,6 +194,21 @@ def replay(report: Report) -> Rows:
         yield f"the same in bf16, experts {form}: mean; largest", f"{of(name, 'gap_mean')}; {of(name, 'gap_max')}"
 
 
+def adapter_rl(report: Report) -> Rows:
+    seeds = report["seeds"]
+    n = report["settings"]["problems"]
+    all_weights, by_adapter = (
+        ", ".join(f"{row['before']['accuracy']:.1%} -> {row[name]['accuracy']:.1%}" for row in seeds)
+        for name in ("after", "after-adapter")
+    )
+    what = f"SmolLM2-135M, sums of numbers with one or two digits, 30 steps of GRPO after 144 gold answers, {len(seeds)} seeds, n = {n}"
+    yield f"{what}: all weights", all_weights
+    gain = report["adapter_less_full"]
+    yield f"the same by a LoRA adapter of rank {report['settings']['rank']}", by_adapter
+    points = ", ".join(f"{100 * each:+.1f}" for each in gain["per_seed"])
+    yield "points of the adapter over all weights: mean; each seed; at least -4", f"{100 * gain['mean']:+.1f}; {points}"
+
+
 def vllm_rollouts(report: Report) -> Rows:
     def of(name: str, what: Callable[[Any], float], form: str) -> str:
         return ", ".join(form.format(what(seed[name])) for seed in report["seeds"])
