@@ -1,6 +1,6 @@
-"""MTP drafts: how many are right, and what they bring at 1, 4 and 16 rows on a model trained here.
+"""Drafts, of MTP or of n-grams: how many are right, and what they bring at 1, 4 and 16 rows on a model trained here.
 
-    python benchmarks/drafts.py runs/tiny/zero [--rounds 5]
+    python benchmarks/drafts.py runs/tiny/zero [--rounds 5] [--draft ngram]
 
 Held-out sums, greedy and sampled; both engines answer the same prompts with the same seeds, take turns, and must say the
 same. The engine decides by itself whether drafts pay; `always` takes that decision from it.
@@ -10,7 +10,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from driver import CORES, say
@@ -22,6 +22,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.data.turn import Message
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Request, SamplingParams
+from finback.engine.speculate import Drafting
 from finback.tasks import task as tasks
 from finback.tasks.math import Chains
 
@@ -45,28 +46,40 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a stage's folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--draft", choices=get_args(Drafting), default="mtp")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(CORES)
     model, tokenizer = inference.load_for_inference(options.model, "fp32"), Tokenizer(options.model)
     problems = tasks.distinct(Chains(6, 8), "held_out", options.prompts, 1)
     prompts = [encode_prompt([Message("user", p.question)], tokenizer)[0] for p in problems]
-    results = header("drafts", {"model": str(options.model), "rounds": options.rounds, "prompts": options.prompts})
+    results = header(
+        "drafts",
+        {"model": str(options.model), "rounds": options.rounds, "prompts": options.prompts, "draft": options.draft},
+    )
     results["rows"] = {}
     for rows in (1, 4, 16):
         for temperature in (0.0, 1.0):
-            found = race(model, tokenizer, prompts, rows, temperature, options.rounds)
+            found = race(model, tokenizer, prompts, rows, temperature, options.rounds, options.draft)
             results["rows"][f"{rows}, temperature {temperature:g}"] = found
             say(f"{rows} rows, temperature {temperature:g}: {found}")
     write(results, options.out)
 
 
 def race(
-    model: Any, tokenizer: Tokenizer, prompts: list[list[int]], rows: int, temperature: float, rounds: int
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    rows: int,
+    temperature: float,
+    rounds: int,
+    draft: Drafting,
 ) -> dict[str, Any]:
     """Tokens per second of the engine without drafts, with them, and with its own decision."""
     engines = {
-        kind: Engine(model, tokenizer.stops, EngineConfig(rows=rows, tokens=rows * 512, speculate=kind != "plain"))
+        kind: Engine(
+            model, tokenizer.stops, EngineConfig(rows=rows, tokens=rows * 512, speculate=kind != "plain", draft=draft)
+        )
         for kind in ("plain", "always", "decides")
     }
     engines["always"].speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
@@ -80,7 +93,7 @@ def race(
     drafted, accepted = sum(s.drafted for s in said["always"]), sum(s.accepted for s in said["always"])
     made = sum(len(s.tokens) for s in said["plain"])
     return {
-        "acceptance": accepted / drafted,
+        "acceptance": accepted / drafted if drafted else None,
         "tokens": made,
         "answers_alike": alike / len(prompts),
         "tokens_per_second": {kind: made / statistics.median(times) for kind, times in seconds.items()},

@@ -21,7 +21,7 @@ from finback.engine.request import Completion, Request, SamplingParams, check_le
 from finback.engine.runner import Runner
 from finback.engine.sampler import Sampler
 from finback.engine.scheduler import Scheduler
-from finback.engine.speculate import Speculation
+from finback.engine.speculate import NGRAM_DRAFTS, Drafting, speculation_of
 from finback.model.cache import PAGE
 from finback.model.compressed_cache import pool_of
 from finback.model.config import ModelConfig
@@ -44,12 +44,14 @@ class EngineConfig:
     chunk: int = 8192
     # share cached pages of common prefixes
     reuse: bool = False
-    # draft with the MTP module, if the model has one
+    # draft tokens, in steps where that was found to pay
     speculate: bool = False
     # record the experts that each token is routed to
     return_routed_experts: bool = False
     # record the entries that each token's indexers select: index_topk integers per indexer
     return_indexer_topk: bool = False
+    # "mtp": by the model's MTP module, if it has one; "ngram": by what followed the same tokens in prompt and answer
+    draft: Drafting = "mtp"
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ class Engine:
     ) -> None:
         self.model, self.config, self.tokenizer = use_native(model), config, tokenizer
         self.stops = frozenset(token for token in stops if 0 <= token < model.config.vocab_size)
-        self.speculation = Speculation() if config.speculate and len(model.mtp) else None
+        self.speculation = speculation_of(config.draft, len(model.mtp), model.config) if config.speculate else None
         self.grammars = Grammars(tokenizer, model.config.vocab_size) if tokenizer else None
         self.sampler = Sampler(self.stops, tokenizer)
         self._weights = self._version()
@@ -82,7 +84,7 @@ class Engine:
         """Creates a cache for this many tokens; no request may be running."""
         model, device, choices = self.model, self.model.embed.device, self.config.choices
         self.pages = Pages(-(-tokens // PAGE), PAGE)
-        drafts = self.speculation is not None
+        drafts = self.speculation is not None and self.config.draft == "mtp"
         rows, count = self.config.rows, self.pages.count + 1
         pool = pool_of(model.config, count, rows, model.compute, device, drafts=drafts, choices=choices)
         # serving admits new requests at once; a large batch of prompts is better read together
@@ -91,7 +93,9 @@ class Engine:
         self.scheduler = Scheduler(self.pages, rows, self.capacity + PAGE, reuse, patience, pool.lined)
         chunk = self.config.chunk
         followed = follow(model, choices)
-        self.runner = Runner(model, self.scheduler, pool, self.sampler, chunk, self.speculation, followed)
+        self.runner = Runner(
+            model, self.scheduler, pool, self.sampler, chunk, self.speculation, followed, self.config.draft
+        )
 
     # ---- one request at a time -------------------------------------------------------------------------------------------
 
@@ -204,8 +208,9 @@ class Engine:
         changed = self.runner.begin_forked() + self.runner.read_prompts()
         fresh = set(changed)
         rows = [s for s in self.scheduler.running if not s.reads and s not in fresh]
+        ahead = NGRAM_DRAFTS if self.speculation and self.config.draft == "ngram" else 1
         # pages may run out; a request that is preempted for another is no longer in `running`
-        rows = [s for s in rows if s.slot >= 0 and self.scheduler.make_room(s, min(s.length + 1, s.end))]
+        rows = [s for s in rows if s.slot >= 0 and self.scheduler.make_room(s, min(s.length + ahead, s.end))]
         rows = [s for s in rows if s.slot >= 0]
         if rows:
             self.runner.decode(rows)

@@ -15,6 +15,7 @@ from finback.engine.pages import Line
 if TYPE_CHECKING:
     from finback.engine.constrain import Constraint
     from finback.engine.detokenizer import Detokenizer
+    from finback.engine.speculate import PromptLookup
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]  # error: no token satisfies the grammar
 TokenLogprobs = list[tuple[int, float]]  # (token, log-probability), likeliest first
@@ -183,6 +184,8 @@ class Request:
     slot: int = -1
     # MTP's draft of the token after the last one
     draft: int = -1
+    # n-gram drafts, from its first step with them on
+    lookup: "PromptLookup | None" = None
     # first position from which MTP's own cache entries are complete
     drafts_from: int = 0
     # number of drafts and of accepted drafts

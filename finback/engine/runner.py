@@ -9,7 +9,7 @@ from torch import Tensor
 from finback.engine.request import FinishReason, Request
 from finback.engine.sampler import Sampler, sample, top_logprobs
 from finback.engine.scheduler import Scheduler
-from finback.engine.speculate import Speculation
+from finback.engine.speculate import NGRAM_DRAFTS, Drafting, PromptLookup, Speculation
 from finback.model.cache import PAGE, Cache, Pool
 from finback.model.compressed_cache import CompressedCache, CompressedPool
 from finback.model.multi_lora import adapters_of_rows
@@ -32,10 +32,16 @@ class Runner:
     chunk: int
     speculation: Speculation | None
     choices: Choices | None = None
+    drafting: Drafting = "mtp"
 
     def __post_init__(self) -> None:
         self.scheduler.on_preempt = self.keep_choices
         self.scheduler.on_continue = lambda request, line: self.pool.continue_from(request.slot, line)
+
+    @property
+    def mtp(self) -> bool:
+        """Whether the MTP module drafts."""
+        return self.speculation is not None and self.drafting == "mtp"
 
     def read_prompts(self) -> list[Request]:
         """Reads one piece of unread prompts. Returns the requests that got their first token."""
@@ -85,7 +91,7 @@ class Runner:
             self.pool.continue_from(r.slot, prefix.line)
         known = list(dict.fromkeys(p for _, p in forked))
         states = torch.stack([p.state for p in known])
-        hidden = self.model.hidden_of(states) if self.speculation else states
+        hidden = self.model.hidden_of(states) if self.mtp else states
         each = torch.tensor([known.index(p) for _, p in forked], device=hidden.device)
         self._sample(rows, self.model.logits(hidden)[each])
         for r in rows:
@@ -125,50 +131,69 @@ class Runner:
             r.prompt_logprobs += top_logprobs(logits, following, [r.sampling.prompt_logprobs or 0] * len(following))
 
     def decode(self, rows: list[Request]) -> None:
-        """One more token for each row; two if a draft was accepted."""
+        """One more token for each row, and one for each draft that is right."""
         kind = self.speculation.choose(len(rows)) if self.speculation else "plain"
         began = time.perf_counter()
-        drafting = kind == "draft" and any(r.draft >= 0 for r in rows)
+        guesses = [self._guesses(r) if kind == "draft" else [] for r in rows]
         starts = [r.computed for r in rows]
-        # a draft beyond max_tokens is not read
-        counts = [2 if drafting and r.draft >= 0 and r.length + 1 < r.end else 1 for r in rows]
-        tokens = torch.tensor([[r.tokens[-1] if r.tokens else r.prompt[-1]] for r in rows])
-        if drafting:
-            guesses = torch.tensor([[r.draft if n == 2 else 0] for r, n in zip(rows, counts, strict=True)])
-            tokens = torch.cat([tokens, guesses], dim=1)
+        counts = [1 + len(guess) for guess in guesses]
+        new = max(counts)
+        last = ([r.tokens[-1] if r.tokens else r.prompt[-1]] for r in rows)
+        tokens = torch.tensor([[*t, *g, *[0] * (new - 1 - len(g))] for t, g in zip(last, guesses, strict=True)])
         hidden, states = self._forward(rows, tokens, counts)
         logits = self.model.logits(hidden)
-        for r in rows:
+        for r, guess in zip(rows, guesses, strict=True):
             r.computed += 1
+            r.drafted += len(guess)
         self._lead(list(zip(rows, states[:, 0], strict=True)))  # the last token of a prompt may be read here
         self._sample(rows, logits[:, 0])
-        right = [
-            line
-            for line, (r, n) in enumerate(zip(rows, counts, strict=True))
-            if n == 2 and r.finish_reason is None and r.tokens[-1] == r.draft
-        ]
-        for r, n in zip(rows, counts, strict=True):
-            r.drafted += n - 1
-        if right:
-            for line in right:
-                rows[line].computed += 1
-                rows[line].accepted += 1
-                rows[line].accepted_at.append(len(rows[line].tokens) - 1)
-            self._sample([rows[line] for line in right], logits[torch.tensor(right, device=logits.device), 1])
+        read = self._verify(rows, guesses, logits)
         after = time.perf_counter()
         if kind != "plain":
-            read = [2 if line in right else 1 for line in range(len(rows))]
             self._draft(rows, states, starts, read)
         if self.speculation is not None:
             took = (time.perf_counter() if kind == "draft" else after) - began
-            if kind != "draft" or drafting:
-                self.speculation.saw(len(rows), kind, took, sum(counts) - len(counts), len(right))
+            if kind != "draft" or new > 1:
+                drafted = sum(counts) - len(counts) if self.drafting == "mtp" else len(rows) * (new > 1)
+                self.speculation.saw(len(rows), kind, took, drafted, sum(read) - len(read))
         for r in rows:
             if r.finish_reason is None:
                 if kind == "plain":
                     r.draft, r.drafts_from = -1, r.computed
                 self.scheduler.publish(r)
                 self.scheduler.keep_line(r, self.pool.line)
+
+    def _guesses(self, r: Request) -> list[int]:
+        """Drafts of the tokens after a row's next; none of them beyond max_tokens."""
+        room = r.end - r.length - 1
+        if self.drafting == "mtp":
+            return [r.draft] if r.draft >= 0 and room > 0 else []
+        r.lookup = r.lookup or PromptLookup()
+        return r.lookup.drafts([*r.prompt, *r.tokens], min(NGRAM_DRAFTS, room)) if room > 0 else []
+
+    def _verify(self, rows: list[Request], guesses: list[list[int]], logits: Tensor) -> list[int]:
+        """Samples a token after each draft that is the token just sampled. Returns how many tokens of each row have been read.
+
+        A row's next token is drawn from its own logits with its own random number, drafted or not.
+        """
+        read, right = [1] * len(rows), list(range(len(rows)))
+        for place in range(logits.size(1) - 1):
+            right = [
+                line
+                for line in right
+                if len(guesses[line]) > place
+                and rows[line].finish_reason is None
+                and rows[line].tokens[-1] == guesses[line][place]
+            ]
+            if not right:
+                break
+            for line in right:
+                rows[line].computed += 1
+                rows[line].accepted += 1
+                rows[line].accepted_at.append(len(rows[line].tokens) - 1)
+                read[line] += 1
+            self._sample([rows[line] for line in right], logits[torch.tensor(right, device=logits.device), place + 1])
+        return read
 
     def _forward(self, rows: list[Request], tokens: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
         """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) after what each row has computed; and the
@@ -182,7 +207,7 @@ class Runner:
                 known = self._known_choices(rows, tokens.size(1), counts)
                 with self.choices.recording(self.pool, cache.slots, known):
                     hidden = self.model(tokens, cache)
-        return hidden, self.model.carried(hidden) if self.speculation else hidden
+        return hidden, self.model.carried(hidden) if self.mtp else hidden
 
     def _known_choices(self, rows: list[Request], new: int, counts: list[int]) -> dict[str, Tensor]:
         """(rows, new, modules, k) choices, by kind, of tokens that are read again after preemption, so that they are repeated;
@@ -220,7 +245,7 @@ class Runner:
 
         `states` (rows, new, …): MTP's input, from positions `starts` on; `counts` of them are not padding.
         """
-        if self.speculation is None:
+        if not self.mtp:
             return
         alive = [i for i, r in enumerate(rows) if r.finish_reason is None and r.slot >= 0]
         if not alive:

@@ -1,20 +1,56 @@
-"""Decides when drafting pays off: measures steps with and without drafts, and the acceptance of drafts."""
+"""Drafts without a module of their own, and when drafting pays off: steps with and without drafts are timed, acceptance measured."""
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from finback.config import UserError
+
+if TYPE_CHECKING:
+    from finback.model.config import ModelConfig
 
 SLOW = 0.9  # weight of the past in moving averages
 PROBE = 64  # decisions between two measurements without drafts
 FORGET = 512  # decisions after which drafting is tried again
 
 
+# drafts by the model's MTP module, one token a step, or from what stands in prompt and answer already
+Drafting = Literal["mtp", "ngram"]
+GRAMS = 3, 2  # lengths of the runs of tokens that are looked up, the first that is found counts
+NGRAM_DRAFTS = 4  # tokens per step
+
+
+class PromptLookup:
+    """Drafts what followed a request's last tokens where they last stood before (prompt lookup decoding, Saxena 2023)."""
+
+    def __init__(self) -> None:
+        # of each run of tokens: where its last occurrence ends, those at the very end of the text left out
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+
+    def drafts(self, tokens: Sequence[int], most: int) -> list[int]:
+        """At most `most` tokens that may come after these; the same sequence as in the last call, or a longer one."""
+        for end in range(self._indexed + 1, len(tokens)):
+            for size in GRAMS:
+                if end >= size:
+                    self._ends[tuple(tokens[end - size : end])] = end
+        self._indexed = max(self._indexed, len(tokens) - 1)
+        for size in GRAMS:
+            found = self._ends.get(tuple(tokens[-size:])) if len(tokens) > size else None
+            if found is not None:
+                return list(tokens[found : found + most])
+        return []
+
+
 class Speculation:
     """Decides for each decoding step whether to use drafts, by tokens per second measured in this process.
 
-    A step with drafts reads two tokens per row and also runs the MTP module. With few rows that is almost free, because a
+    A step with drafts reads two tokens per row and also runs the MTP module, or up to five from n-grams. With few rows that is almost free, because a
     step is bound by reading the weights; with many rows it is not. Batches of similar size are compared.
     """
 
     def __init__(self) -> None:
+        # accepted drafts per draft of MTP's, or per row
         self.acceptance = 0.8  # V3 reports 85 to 90 % (5.4.3); soon replaced by measurements
         self._plain: dict[int, float] = {}
         self._drafting: dict[int, float] = {}
@@ -43,7 +79,7 @@ class Speculation:
         return (1 + self.acceptance) * self._plain[size] > self._drafting[size]
 
     def saw(self, rows: int, kind: str, seconds: float, drafted: int, accepted: int) -> None:
-        """Records the time of a step and the result of its drafts."""
+        """Records the time of a step and the result of its drafts; of n-grams `drafted` is the number of rows."""
         times = self._drafting if kind == "draft" else self._plain
         size = rows.bit_length()
         times[size] = SLOW * times.get(size, seconds) + (1 - SLOW) * seconds
@@ -51,3 +87,11 @@ class Speculation:
             # a batch of drafts has the weight of all its members
             weight = SLOW**drafted
             self.acceptance = weight * self.acceptance + (1 - weight) * accepted / drafted
+
+
+def speculation_of(draft: Drafting, mtp_modules: int, config: "ModelConfig") -> Speculation | None:
+    """When to draft; None if nothing drafts. UserError where n-grams cannot."""
+    if draft == "ngram" and config.attention == "compressed":
+        problem = "V4's compressed cache takes back one token at a time, and n-grams draft several"
+        raise UserError("draft", draft, problem, 'Use "mtp", or leave out drafts.')
+    return Speculation() if draft == "ngram" or mtp_modules else None

@@ -42,7 +42,7 @@ class ModelsFolder:
                 return found
             await self._make_room(name, await asyncio.to_thread(_size, path, self.options.dtype))
             o = self.options
-            config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate)
+            config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate, draft=o.draft)
             reader = ThreadPoolExecutor(1)  # a separate thread, for the reason given in server.run
             try:
                 loop = asyncio.get_running_loop()

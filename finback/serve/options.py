@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from finback.config import UserError, check_not_negative, check_positive
+from finback.engine.speculate import Drafting
 from finback.options import Dtype, Options
 from finback.runs.adapters import CONFIG_FILE, is_adapter
 from finback.runs.hub_models import fetched, model_name
@@ -99,7 +100,10 @@ class ServeOptions(ListenOptions):
         Option(parser=_number_or_none, metavar="N|none", help="Answers that may wait; more are refused with 503."),
     ] = 64
     reuse: Annotated[bool, "Cache common prefixes of prompts."] = True
-    speculate: Annotated[bool, "Draft with the model's MTP module, if it has one."] = True
+    speculate: Annotated[bool, "Draft tokens, in steps where that was found to pay."] = True
+    draft: Annotated[
+        Drafting, "What drafts: mtp, the model's module if it has one, or ngram, what followed the same tokens before."
+    ] = "mtp"
     origins: Annotated[
         tuple[str, ...], Option("--allow-origin", help="A site whose pages may send requests; repeatable.")
     ] = ()

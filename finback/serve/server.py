@@ -93,7 +93,7 @@ def run(options: ServeOptions, planned: Planned | None = None) -> None:
         return
     # Not in this thread: torch keeps threads for each thread that has used it, and OpenMP, which then counts more threads
     # than cores, puts the engine's to sleep after every product. Measured: 45 instead of 29 ms per step.
-    config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate, o.return_routed_experts)
+    config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate, o.return_routed_experts, draft=o.draft)
     with ThreadPoolExecutor(1) as reader:
         engine, tokenizer = reader.submit(open_engine, o.model, o.dtype, config, o.adapters).result()
         adapters = {name: adapter_tokenizer(folder, tokenizer) for name, folder in o.adapters.items()}
