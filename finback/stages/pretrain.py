@@ -16,6 +16,7 @@ from finback.parallel.layout import Layout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
+from finback.stages.compile_check import check_knobs
 from finback.stages.pretrain_setup import set_up
 from finback.tasks.task import Task
 from finback.train import loop, rates
@@ -151,8 +152,7 @@ class Pretrain(Stage):
         if self.expert_kernel == "grouped_mm" and self.compute == "fp8":
             problem = "needs experts in fp32 or bf16"
             raise self.wrong("expert_kernel", problem, "Use auto or loop.")
-        if self.compile:
-            self._check_compile()
+        check_knobs(self, {"compute": "fp8", "recompute": "attention"})
         if self.anticipatory_steps and (self.layout is not None or self.compile):
             problem = "is for whole copies on each rank, whose routers are not compiled"
             raise self.wrong("anticipatory_steps", problem, "Leave out layout and compile, or use 0.")
@@ -177,12 +177,6 @@ class Pretrain(Stage):
         check_not_negative(self, self.name, *names, "weight_decay", "balance_alpha", "spike_sigma")
         check_share(self, self.name, "final_lr", "ema_decay")
         rates.check_levels(self, self.name, "mtp_weight", "bias_speed")
-
-    def _check_compile(self) -> None:
-        """Raises UserError for the first knob that does not work with compiled blocks."""
-        for name, wrong in (("compute", "fp8"), ("recompute", "attention")):
-            if getattr(self, name) == wrong:
-                raise self.wrong(name, "cannot be compiled", "Change it, or leave out compile.")
 
     @property
     def limit(self) -> int:

@@ -21,6 +21,7 @@ from finback.parallel.mesh import World
 from finback.runs import processor
 from finback.runs.files import read_json, write_json
 from finback.runs.folder import StageRun
+from finback.stages.compile_check import check_compiler
 from finback.stages.pretraining import Pretraining
 from finback.train.optim import BETAS, Adam, Muon, is_matrix
 from finback.train.precision import choose_expert_kernel, dtype_of, use_expert_kernel, use_fp8
@@ -60,8 +61,8 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     _use_expert_kernel(stage, run, world, model)
     if stage.qat != "none":
         fp4.use_fp4(model)
+    check_compiler(stage, config, run)
     if stage.compile:
-        _check_compiler(stage, config, run)
         from finback.train import compiling  # seconds of imports that only it needs
 
         compiling.compile_blocks(model)
@@ -133,8 +134,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     if stage.qat != "none":
         fp4.check(config, f"{stage.name}.qat")
     precision = _precision(stage, config, run, world)
-    if stage.compile:
-        _check_compiler(stage, config, run)
+    check_compiler(stage, config, run)
     knobs = {f.name: getattr(stage, f.name) for f in dataclasses.fields(ShardedOptions)} | {"compute": precision}
     options = PretrainingOptions(**knobs, prepare=partial(_prepare, stage, config))
     if stage.probe is not None:
@@ -165,19 +165,6 @@ def _start(stage: "Pretrain", run: StageRun) -> Path:
         problem = f"does not have the tokenizer of the data of {stage.data!r}"
         raise stage.wrong("start", problem, "Give the prepare stage this model's tokenizer.")
     return folder
-
-
-def _check_compiler(stage: "Pretrain", config: ModelConfig, run: StageRun) -> None:
-    """Raises UserError if the model's blocks cannot be compiled, or this machine cannot compile."""
-    if config.index_topk or config.attention == "compressed":
-        raise stage.wrong("compile", "the tensor shapes of sparse attention depend on the data", "Leave it out.")
-    from finback.train import compiling  # seconds of imports that only it needs
-
-    problem = compiling.why_not()
-    if problem:
-        remedy = "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave out compile."
-        raise stage.wrong("compile", f"does not work here: {problem}", remedy)
-    run.say(f"{stage.name:10} blocks are compiled in the first step, which may take a minute")
 
 
 def _use_expert_kernel(stage: "Pretrain", run: StageRun, world: World, model: Transformer) -> None:

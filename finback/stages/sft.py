@@ -84,6 +84,8 @@ class SFT(Stage):
     layout: Layout | None = None
     # activation recomputation in the backward pass; None: "blocks" with an adapter, else "none"
     recompute: Policy | None = None
+    # fuse elementwise operations with torch.compile: faster steps, but the first may take a minute longer; not for adapters
+    compile: bool = False
     # AdamW's moments: on the device in fp32 or 8 bits, or "host": in the host's memory, moved to the device when used
     moments: Moments = "fp32"
     # steps from one checkpoint to the next

@@ -19,6 +19,7 @@ from finback.parallel.mesh import World
 from finback.runs import adapters
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
+from finback.stages.compile_check import check_compiler, check_knobs
 from finback.train.heap import return_large_blocks
 from finback.train.lean_adam import adam_of
 from finback.train.precision import COMPUTE, check_qat
@@ -37,6 +38,9 @@ def check_layout(stage: "SFT | GRPO") -> None:
     check_qat(stage.name, stage.qat, layout)
     if adapter is not None and stage.qat != "none":
         raise stage.wrong("qat", "rounds weights that learn, and an adapter's base does not", 'Use "none".')
+    check_knobs(stage, {"recompute": "attention"})
+    if stage.compile and (adapter is not None or stage.qat != "none"):
+        raise stage.wrong("compile", "is for training all weights without qat", "Leave it out.")
     if layout is None:
         return
     for name, value, usual, remedy in (
@@ -63,6 +67,11 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
     if stage.qat != "none":
         fp4.check(model.config, f"{stage.name}.qat")
         fp4.use_fp4(model)
+    check_compiler(stage, model.config, run)
+    if stage.compile:
+        from finback.train import compiling  # seconds of imports that only it needs
+
+        compiling.compile_blocks(model)
     named = [(name, p) for name, p in learnt_parameters(model) if not name.startswith(frozen)]
     return ReplicatedTrainer(model, world, [adam_of(named, weight_decay, stage.moments)], named)
 
@@ -85,8 +94,10 @@ def _sharded(
         frozen=frozen,
         base=None if lora is None else lora.base,
         moments=stage.moments,
+        compile=stage.compile,
     )
     config, values = models.stored(base, world.rank, world.size)
+    check_compiler(stage, config, run)
     if stage.qat != "none":
         fp4.check(config, f"{stage.name}.qat")
     try:
