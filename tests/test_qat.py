@@ -14,6 +14,7 @@ from torch import Tensor
 from finback.checkpoint import models, store
 from finback.checkpoint.export import export
 from finback.config import UserError
+from finback.engine.engine import EngineConfig
 from finback.kernels import fp8
 from finback.kernels.formats import from_mxfp4, mxfp4, round_mxfp4
 from finback.kernels.fp8_products import Emulated
@@ -24,6 +25,9 @@ from finback.model.lora import LoRA
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
+from finback.parallel.served_weights import ServedWeights
+from finback.rollouts.generation import PolicyModel
+from finback.rollouts.here import LiveRollouts
 from finback.runs.files import METRICS, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.grpo import GRPO
@@ -195,6 +199,18 @@ def test_a_copy_follows_its_masters() -> None:
     assert all(torch.equal(second[n], packed_and_back(masters[n])) for n in stacks(second))
     assert any(not torch.equal(first[n], second[n]) for n in stacks(second))
     assert all(torch.equal(second[n], masters[n]) for n in masters if n not in stacks(second))
+
+
+def test_an_engine_beside_training_rounds_its_indexers_too() -> None:
+    """That of answers which go on while weights change."""
+    config = dataclasses.replace(WIDE_V4, num_nextn_predict_layers=0)
+    nothing: Any = SimpleNamespace(stops=())
+    for change in (round_indexers, Transformer.eval):
+        policy = PolicyModel(ServedWeights(change(Transformer(config))), config, nothing, nothing, in_flight="continue")
+        rollouts = LiveRollouts(policy, EngineConfig())
+        model = rollouts.live.engine.model
+        rollouts.close()
+        assert any(isinstance(m, RoundedIndexer) for m in model.modules()) == (change is round_indexers)
 
 
 WAYS = {

@@ -4,6 +4,7 @@ Routed experts' weights are rounded to MXFP4 in every pass, and so are the queri
 matrix mixes first so that no element stands out. Gradients pass through the rounding as if it were not there, onto the fp32 masters.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -48,6 +49,12 @@ def use_fp4(model: Transformer) -> Transformer:
 def round_indexers(model: Transformer) -> Transformer:
     """Rounds the queries and keys of V4's indexers in every pass, in place."""
     return recast_modules(model, CompressedIndexer, RoundedIndexer)
+
+
+def as_indexers_of(other: Transformer) -> Callable[[Transformer], Transformer]:
+    """Rounds the indexers of a model, in place, if another model's are rounded."""
+    rounds = any(isinstance(m, RoundedIndexer) for m in other.modules())
+    return round_indexers if rounds else lambda model: model
 
 
 def is_fp4(model: Transformer) -> bool:
