@@ -21,6 +21,7 @@ from finback.model.rope import rotate_last
 from finback.model.transformer import Transformer
 from finback.model.windows import windows_of
 from finback.parallel.layout import Layout
+from finback.stages.extend import Extend
 from finback.stages.sparsify import Sparsify
 from finback.train.rates import Phase
 from tests.test_model import SPARSE, random_model
@@ -176,6 +177,37 @@ def test_v4s_indexers_are_taught_where_there_is_something_to_pick(prepared: Path
     assert {n for n, t in final.state_dict().items() if ".indexer." in n and torch.equal(t, after[n])} == set()
     with pytest.raises(UserError, match=r"wrong\.index_head_dim"):
         trained(prepared, "wrong", kind=Sparsify, start="v4", **indexer | {"index_head_dim": 8})
+
+
+def test_v4s_rows_get_longer_and_its_attention_sparse(prepared: Path) -> None:
+    """V4's schedule: short rows, then longer ones, all entries seen; a warm-up of indexers; sparse, and longer once more."""
+    model = dataclasses.replace(V4, vocab_size=CONFIG.vocab_size, index_topk=32, max_position_embeddings=32)
+    phases = (Phase(64, 0.0, 1.0), Phase(256))
+    indexer = {"index_topk": 2, "index_n_heads": 16, "index_head_dim": 16}
+    stages: dict[str, dict[str, Any]] = {
+        "4k": {"model": model, "seq_len": 16},
+        "16k": {"kind": Extend, "start": "4k", "window": 64, "factor": 2.0, "seq_len": 32},
+        "warm-up": {"kind": Sparsify, "start": "16k", "seq_len": 64, "adam_lr": 3e-2, **indexer},
+        "64k": {"kind": Extend, "start": "warm-up", "window": 64, "seq_len": 64},
+        "1m": {"kind": Extend, "start": "64k", "window": 128, "seq_len": 128},
+    }
+    before: dict[str, Tensor] = {}
+    for name, knobs in stages.items():
+        _, log, folder = trained(prepared, f"v4-{name}", **knobs | start_of(knobs), phases=phases, batch_size=2)
+        found = models.load(folder)
+        after = found.state_dict()
+        moved = {n for n, t in after.items() if n in before and not torch.equal(t, before[n])}
+        learns = {n for n in after if ".indexer." in n} & moved
+        assert ("indexer_loss" in log[0]) == bool(learns) == (name in ("warm-up", "64k", "1m")), name
+        assert not before or (moved > learns) == (name != "warm-up"), name
+        assert found.config.index_topk == (32 if name in ("4k", "16k") else 2)
+        assert found.config.max_position_embeddings == knobs.get("window", 64 if before else 32)
+        before = after
+
+
+def start_of(knobs: dict[str, Any]) -> dict[str, Any]:
+    """The stage that a stage goes on from, as this file calls it."""
+    return {"start": f"v4-{knobs['start']}"} if "start" in knobs else {}
 
 
 @pytest.mark.parametrize("knobs", [{"index_topk": 0}, {"bias_speed": 0.1}, {"model": SPARSE, "start": ""}])
