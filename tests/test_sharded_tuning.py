@@ -84,6 +84,9 @@ SHAPES = {
     ),
     "smollm3": replace(_GROUPED, nope_layers=(1,), tie_word_embeddings=True),
     "deepseek_v32": replace(SPREAD, index_topk=6, index_n_heads=16, index_head_dim=8),
+    "glm_moe_dsa": replace(
+        SPREAD, num_hidden_layers=3, index_topk=6, index_n_heads=16, index_head_dim=8, shared_indexers=(1,)
+    ),
     "deepseek_v4": replace(V4, vocab_size=320, max_position_embeddings=256, swiglu_limit=10.0),
     "olmo3": replace(_GROUPED, **_SLIDES, norms="post", qk_norm=True, qk_norm_over="projection"),
 }
@@ -95,13 +98,11 @@ def test_every_family_learns_on_two_ranks_as_on_one(family: str, tmp_path: Path)
     """SFT, and RL of an adapter; some also on a base that is quantized but for what is fp32 everywhere, and RL that replays what
     indexers select."""
     root = prepared(tmp_path / "runs", SHAPES[family])
-    is_sparse = family.startswith("deepseek")
+    is_sparse = SHAPES[family].index_topk > 0
     names = (*FAST, "qlora sft") if is_sparse or family == "gpt_oss" else FAST
     names += ("grpo indexed",) if is_sparse else ()
     alone(root, names, 2)
     layout = Layout(cp=2, ep=2) if SHAPES[family].n_routed_experts else Layout(cp=2)
-    if is_sparse:  # an indexer is of all heads
-        layout = Layout(dp=2, ep=2)
     on_ranks(2, on_layout, str(root), names, layout, 2)
 
 

@@ -214,8 +214,16 @@ def compared(found: Outcome, one: Outcome, within: float = 1e-5) -> None:
         ours, theirs = getattr(found, part), getattr(one, part)
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            off = (ours[name] - theirs[name]).abs().max()
+            off = with_gradient(name, ours[name] - theirs[name]).abs().max()
             assert off <= within, (part, name, float(off))
+
+
+def with_gradient(name: str, tensor: Tensor) -> Tensor:
+    """A tensor without how V4's first layer reads and exchanges its 4 streams. They are equal there, and the norm behind takes the
+    size away, so that gradient is rounding, of which Adam makes whole steps."""
+    if not name.startswith("blocks.0.attention_mix."):
+        return tensor
+    return tensor[1:2] if name.endswith(".scale") else tensor[4:8]
 
 
 def on_layout(root: str, names: tuple[str, ...], layout: Layout, steps: int) -> None:

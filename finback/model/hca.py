@@ -15,7 +15,7 @@ from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, OwnStart, RMSNorm, precise
 from finback.model.rope import rotate_last
-from finback.model.swa import SWA, Far, Seen
+from finback.model.swa import SWA, Far, Seen, shifted
 from finback.model.windows import CompressedWindows, windowed, windows_of
 
 
@@ -69,13 +69,15 @@ class HCA(SWA):
     def far(
         self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], mask: Mask, cache: CompressedLayer | None
     ) -> Far:
-        length, turned = x.size(1), torch.cat(angles, dim=-1)
+        turned = torch.cat(angles, dim=-1)
         record = torch.cat([self.record(x), turned.expand(len(x), -1, -1)], dim=-1)
         if cache is not None:
             return self.read(x, q_latent, angles, cache, cache.compress(record, self.entries_of))
+        record, first = self.whole(record), self.first(x.size(1))
+        length = record.size(1)
         windows = windows_of(mask, length, self.compressor.size, x.device)
         entries = self.entries_of(record, windows)
-        return self.choose(x, q_latent, angles, entries, lambda part: windows.seen(mask, part, length))
+        return self.choose(x, q_latent, angles, entries, lambda part: windows.seen(mask, shifted(part, first), length))
 
     def record(self, x: Tensor) -> Tensor:
         """A token's contribution to its entries, (b, t, r), without its angles."""

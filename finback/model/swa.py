@@ -74,12 +74,23 @@ class SWA(OwnStart):
         entries = rotate_last(self.entry_norm(self.entry(x)), cos, sin)
         far = self.far(x, q_latent, (cos, sin), attention_mask, cache)
         if cache is None:
-            near: Seen = lambda part: visible(attention_mask, part, new, x.device)  # noqa: E731
+            rows, first = self.whole(entries), self.first(new)
+            length, entries = rows.size(1), rows[:, : first + new]
+            whole: Seen = lambda part: visible(attention_mask, shifted(part, first), length, x.device)  # noqa: E731
+            near: Seen = lambda part: whole(part)[:, :, : first + new]  # noqa: E731
         else:
             entries, near = cache.window.extended(entries), lambda part: cache.near(part, new)
         read = self.attend(query, entries, near, far).transpose(1, 2)
         read = unrotate_last(read, cos[:, :, None], sin[:, :, None])
         return self.out(self.out_down(read.flatten(2).unflatten(-1, (c.o_groups, -1))))
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Whole rows (b, s, w) from what this pass has computed of them, (b, t, w): here the same."""
+        return x
+
+    def first(self, new: int) -> int:
+        """Place in whole rows of the first of this pass's tokens, which are `new`: here 0."""
+        return 0
 
     def far(
         self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], mask: Mask, cache: CompressedLayer | None
@@ -117,3 +128,8 @@ class SWA(OwnStart):
         size = max(1, min(self.window + compressed, SCORES // (rows * heads * (2 * self.window + compressed))))
         for start in range(0, length, size):
             yield slice(start, min(start + size, length))
+
+
+def shifted(part: slice, by: int) -> slice:
+    """The same tokens counted from elsewhere; an open slice stays open."""
+    return slice(part.start + by, part.stop + by) if by else part

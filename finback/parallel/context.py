@@ -4,6 +4,10 @@ Norms, projections, feed-forwards, experts and losses treat each token alone and
 exchange heads for tokens, so that each has all tokens of its share of the heads; afterwards they exchange back
 (DeepSpeed-Ulysses, 2309.14509). That is two all-to-alls forward and two backward. Positions, documents and the balance loss
 are those of whole rows. Twin: the same model on whole rows.
+
+Sparse attention gathers instead what all heads share, and every rank attends for its own tokens with all heads: latents and the
+indexer's keys (DSA, 704 numbers per token and layer of V3.2, where queries, keys, values and outputs of all heads are 81,920), or
+entries and the inputs of compressed ones (V4). So a token's indexer runs on one rank, over whole rows, and selections do not travel.
 """
 
 import math
@@ -18,12 +22,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from finback.kernels.attention import Attention, with_sinks
-from finback.kernels.documents import Mask
-from finback.model.cache import Cache
+from finback.kernels.documents import Mask, visible
+from finback.model.cache import Cache, LayerCache
+from finback.model.dsa import DSA, Seen
 from finback.model.gqa import GQA, SinkGQA
 from finback.model.mla import MLA
 from finback.model.moe import MoE, balance_of, expert_shares
 from finback.model.replace import recast
+from finback.model.swa import SWA, shifted
 from finback.model.transformer import Transformer
 
 
@@ -31,7 +37,11 @@ def spread_context(model: Transformer, group: dist.ProcessGroup) -> None:
     """Changes a model in place to read this rank's part of rows that are split over the ranks of a group."""
     recast(model, ContextTransformer).group = group
     for module in list(model.modules()):
-        if isinstance(module, MLA | GQA):
+        if isinstance(module, DSA):
+            recast(module, ContextDSA).group = group
+        elif isinstance(module, SWA):
+            recast(module, ContextSWA).group = group
+        elif isinstance(module, MLA | GQA):
             module.core = HeadExchange(group, module.core)
             if isinstance(module, SinkGQA):
                 recast(module, ContextSinkGQA)
@@ -54,6 +64,41 @@ class ContextTransformer(Transformer):
         whole = None if document_ids is None else _whole(document_ids, self.group)
         cos, sin, mask = super()._positions(members * length, None, whole, prefixes)
         return cos[:, start : start + length], sin[:, start : start + length], mask
+
+
+class ContextDSA(DSA):
+    """DSA whose passes without a cache read a part of each row; with an indexer or sharing another's."""
+
+    group: dist.ProcessGroup
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
+    ) -> Tensor:
+        """As DSA.forward; cos and sin are of this part, the mask is of whole rows."""
+        if cache is not None:
+            return super().forward(x, cos, sin, cache, attention_mask)
+        start, length = self.group.rank() * x.size(1), self.group.size() * x.size(1)
+        q_latent, kv = self.inputs(x)
+        q_nope, q_rope = self.queries(self.q_of(q_latent), cos, sin)
+        sizes = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
+        latent, k_rope = gathered(torch.cat(self.latents(kv, cos, sin), dim=-1), self.group).split(sizes, dim=-1)
+        with torch.no_grad():
+            key = _whole(self.keys(x, cos, sin), self.group)
+        seen: Seen = lambda part: visible(attention_mask, shifted(part, start), length, x.device)  # noqa: E731
+        picked = self.picker((x, q_latent, cos, sin), lambda: key, seen)
+        return self.out(self._attend_blocks(q_nope, q_rope, latent, k_rope, picked))
+
+
+class ContextSWA(SWA):
+    """V4's attention, of all kinds, whose passes without a cache read a part of each row."""
+
+    group: dist.ProcessGroup
+
+    def whole(self, x: Tensor) -> Tensor:
+        return gathered(x, self.group)
+
+    def first(self, new: int) -> int:
+        return self.group.rank() * new
 
 
 class ContextMoE(MoE):
@@ -131,6 +176,26 @@ def _exchanged(tensor: Tensor, group: dist.ProcessGroup, cut: int, joined: int) 
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return torch.cat(received.unbind(0), dim=joined)
+
+
+def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows (b, members · t, w) from everybody's part (b, t, w); a part's gradient is the sum of all ranks' gradients at its place."""
+    rows: Tensor = _Gathered.apply(group, part)
+    return rows
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, part: Tensor) -> Tensor:
+        ctx.group = group
+        return _whole(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        sent = torch.stack(grads[0].chunk(ctx.group.size(), dim=1))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=ctx.group)
+        return None, received.sum(dim=0)
 
 
 def in_parts(read: Callable[[Tensor], Tensor], tokens: Tensor, axis: DeviceMesh | None) -> Tensor:

@@ -119,9 +119,6 @@ class Layout:
         if rows % (self.dp * self.micro_batches):
             problem = f"does not divide among dp = {self.dp} ranks with {self.micro_batches} micro-batches each"
             raise UserError("rows", rows, problem, f"Use a multiple of {self.dp * self.micro_batches}.")
-        if self.cp > 1 and (c.index_topk or c.attention == "compressed"):
-            problem = "an indexer and compressed entries are of all heads and of whole rows, and ranks exchange heads for tokens"
-            raise UserError("layout.cp", self.cp, problem, "Use 1.")
         if c.num_attention_heads % self.cp:
             problem = f"does not divide the {c.num_attention_heads} heads, of which each rank gets an equal share"
             raise UserError("layout.cp", self.cp, problem, "Use a divisor.")

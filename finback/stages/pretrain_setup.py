@@ -95,6 +95,11 @@ def _with_values(
 def _prepare(stage: "Pretrain", config: ModelConfig, model: Transformer) -> None:
     """Freeze what a stage does not teach of a model, in place, and have its indexers learn where they do."""
     teaches = _teaches_indexers(stage, config)
+    if teaches and config.index_topk and stage.layout is not None and stage.layout.cp > 1:
+        problem = "indexers are taught on whole rows"
+        raise UserError(
+            f"{stage.name}.layout.cp", stage.layout.cp, problem, "Use 1; SFT and RL of such models take it."
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.learns(name) and (teaches or ".indexer." not in name))
     if teaches and config.index_topk:
