@@ -1,5 +1,6 @@
 """Weights as folders of other habits keep them, and what is said of paths that hold no model or none that can be read."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -26,6 +27,7 @@ from finback.report.export import export_model
 from finback.report.verify import verify
 from tests.families import build
 from tests.test_checkpoint import same, small
+from tests.test_gguf_export import MODELS, filled
 from tests.test_verify import R1_TEMPLATE, check, write_gguf
 
 Tensors = dict[str, torch.Tensor]
@@ -62,6 +64,16 @@ def test_other_names_are_read_as_transformers_reads_them(change: Callable[[Tenso
     tokens = torch.randint(60, (1, 16))
     with torch.no_grad():
         assert (theirs(tokens).logits - back.logits(back(tokens))).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4moe", "gpt-oss", "phi3", "V3"])
+def test_what_transformers_holds_in_memory_is_read(name: str, tmp_path: Path) -> None:
+    """Its own saves have the names and the parts of the releases, unless they are asked for those of its modules."""
+    model = filled(dataclasses.replace(MODELS[name], num_nextn_predict_layers=0))
+    export(model, tmp_path / "out", "fp32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "held", save_original_format=False)
+    assert same(model, load_audited(tmp_path / "held")[0])
 
 
 QWEN = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finback.checkpoint import v4_names
+from finback.checkpoint import names, v4_names
 from finback.checkpoint.hf_export_as import family_of
 from finback.checkpoint.shards import Spec
 from finback.checkpoint.stacked_experts import stack_names, stacked
@@ -19,6 +19,8 @@ from finback.model.config import ModelConfig
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 _TRUNK = ("layers.", "embed_tokens.", "norm.")
+_MATRICES = names.EXPERTS[1:]
+_EXPERT = re.compile(rf"(.*)\.mlp\.experts\.(\d+)\.({'|'.join(_MATRICES)})\.weight")
 _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -34,7 +36,17 @@ def as_named(specs: dict[str, Spec], config: ModelConfig) -> dict[str, Spec]:
         if is_bare and name.startswith(_TRUNK):
             name = f"model.{name}"
         found |= dict(parts_of(name, spec, config))
+    if names.is_mixtral(config):
+        found = {_of_mixtral(name): spec for name, spec in found.items()}
     return _untied(found, config, "model.embed_tokens.weight", "lm_head.weight")
+
+
+def _of_mixtral(name: str) -> str:
+    """A name of transformers' modules, of which its own files have none, by those of Mixtral's files."""
+    stem, *matrices = names.MIXTRAL
+    if (expert := _EXPERT.fullmatch(name)) is not None:
+        return f"{expert[1]}.{stem}.experts.{expert[2]}.{matrices[_MATRICES.index(expert[3])]}.weight"
+    return name.replace(".mlp.gate.", f".{stem}.gate.")
 
 
 def _untied(found: dict[str, Spec], config: ModelConfig, embedding: str, head: str) -> dict[str, Spec]:
