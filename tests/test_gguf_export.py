@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finback.checkpoint import gguf_export, k_quants
+from finback.checkpoint.gguf import GGUF
 from finback.checkpoint.gguf_types import kind_of
 from finback.checkpoint.models import load_audited, save
 from finback.config import UserError
@@ -194,6 +195,30 @@ def test_keys_that_change_what_is_computed_are_refused(
             load_audited(tmp_path / "m.gguf")
     else:
         assert load_audited(tmp_path / "m.gguf")[1].holds
+
+
+WRONG: tuple[Any, ...] = ("x", -1, 0, 2.5, [1, 2], ["a"], "")
+
+
+def test_a_key_of_any_type_is_read_or_named(tmp_path: Path, stage: Path) -> None:
+    """Every key of a file as something else, for the model and for its tokenizer."""
+    config = dataclasses.replace(MODELS["qwen3"], num_hidden_layers=1, vocab_size=300)
+    words = gguf_vocabulary.keys(Tokenizer(stage), 300)
+    given = gguf_export._settings(config, "qwen3") | words | {"tokenizer.ggml.scores": [0.0] * 300}
+    held, named = dict(gguf_export.tensors(filled(config))), 0
+    for model in ("gpt2", "llama"):
+        for name in (key for key in given if model == "gpt2" or key.startswith("tokenizer.")):
+            for odd in WRONG:
+                writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3")
+                for key, value in (given | {"tokenizer.ggml.model": model, name: odd}).items():
+                    gguf_export._add(writer, key, value) if value != -1 else writer.add_int32(key, value)
+                written(writer, held if model == "gpt2" else {})
+                for read in (GGUF, Tokenizer) if model == "gpt2" else (Tokenizer,):
+                    try:
+                        read(tmp_path / "m.gguf")
+                    except UserError:
+                        named += 1
+    assert named > 2 * len(given)
 
 
 def test_files_that_hold_no_model_or_scale_twice_are_named(tmp_path: Path) -> None:

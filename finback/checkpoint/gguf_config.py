@@ -44,8 +44,8 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
             else "Name the model's file."
         )
         raise UserError("model", str(path), f"a GGUF file that holds no model ({kind})", remedy)
-    if embedding is None:
-        raise UserError("model", str(path), "has no token_embd.weight", "Use a complete file.")
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError("model", str(path), "has no matrix token_embd.weight", "Use a complete file.")
     if any(OF_AN_EXPERT.fullmatch(name) for name in tensors):
         problem = "a GGUF file of 2023, with a tensor for each expert, which llama.cpp does not open any more either"
         remedy = "Use a newer file of the model, or its safetensors files."

@@ -31,6 +31,13 @@ _NOTHING: dict[str, tuple[Any, ...] | None] = {
     "expert_group_used_count": None,  # of no groups
     "expert_weights_norm": (True,),
 }
+# how the names of keys end that are texts, lists of texts, lists of numbers, whole numbers; the others are numbers
+_TEXTS = ("architecture", "general.type", "general.name", "scaling.type", "ggml.model", "ggml.pre", "chat_template")
+_LISTS_OF_TEXTS = ("ggml.tokens", "ggml.merges")
+_LISTS = ("ggml.token_type", "ggml.scores", "eos_token_ids")
+_WHOLE = ("embedding_length", "block_count", "context_length", "head_count")
+# by which others are divided
+_SIZES = ("embedding_length", "attention.head_count", "attention.key_length")
 # keys for which 1 has no effect either
 _ONES = ("_scale", "group_count", "gating_func", "_step", "_n_layers")
 
@@ -38,10 +45,38 @@ _ONES = ("_scale", "group_count", "gating_func", "_step", "_n_layers")
 def field(reader: Any, name: str, *default: Any) -> Any:
     """Returns a metadata value of a GGUF file; UserError if it is missing and has no default."""
     if (found := reader.fields.get(name)) is not None:
-        return found.contents()
+        value = found.contents()
+        if not _is_of_its_kind(name, value):
+            said = str(value)[:80]
+            raise UserError(f"GGUF {name}", said, "of another type than llama.cpp expects", "Use a complete file.")
+        return value
     if not default:
         raise UserError("GGUF", name, "missing from the file's metadata", "Use a complete file.")
     return default[0]
+
+
+def of_each_token(reader: Any, name: str, *default: int) -> list[Any]:
+    """A number of each token of a file's vocabulary; UserError where there are more or fewer of them."""
+    tokens = field(reader, "tokenizer.ggml.tokens")
+    found: list[Any] = field(reader, f"tokenizer.ggml.{name}", *([value] * len(tokens) for value in default))
+    if len(found) != len(tokens):
+        problem = f"not one for each of {len(tokens):,} tokens"
+        raise UserError(f"GGUF tokenizer.ggml.{name}", len(found), problem, "Use a complete file.")
+    return found
+
+
+def _is_of_its_kind(name: str, value: Any) -> bool:
+    """Whether the value of a key has the type that llama.cpp expects; what is said for each layer is a list."""
+    if name.endswith(_TEXTS):
+        return isinstance(value, str)
+    entries = value if isinstance(value, list) else [value]
+    if name.endswith(_LISTS_OF_TEXTS):
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in entries)
+    if name.endswith("_token_id"):
+        return type(value) is int
+    if name.endswith(_WHOLE):
+        return all(type(entry) is int for entry in entries)
+    return (isinstance(value, list) or not name.endswith(_LISTS)) and all(isinstance(e, int | float) for e in entries)
 
 
 class ArchitectureKeys:
@@ -56,7 +91,11 @@ class ArchitectureKeys:
         self.asked.add(name)
         found = field(self.reader, f"{self.arch}.{name}", *default)
         is_counts = isinstance(found, list) and found and type(found[0]) is int
-        return found[0] if is_counts and len(set(found)) == 1 else found
+        found = found[0] if is_counts and len(set(found)) == 1 else found
+        if (isinstance(found, list) and not name.endswith("_pattern")) or (name in _SIZES and found < 1):
+            problem = "differs between layers" if isinstance(found, list) else "below 1"
+            raise UserError(f"GGUF {self.arch}.{name}", found, problem, "Use another model.")
+        return found
 
     def refuse_unread(self, repeated: dict[str, Any]) -> None:
         """Raises UserError for the first unread key that affects the computation and does not repeat a known value."""

@@ -61,6 +61,9 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
         "initializer_range": fields.number("initializer_range", 0.02),
     }
+    for size in (*SIZES[:4], "max_position_embeddings"):
+        if common[size] == 0:
+            fields.refuse(size, "not above 0")
     found = {} if family.reads_rope else read_rope(fields)
     if found.get("partial_rotary_factor", 1.0) != 1.0 and name not in PARTLY_ROTATED:
         fields.refuse("partial_rotary_factor", f"{name} rotates whole heads", "Use another checkpoint.")

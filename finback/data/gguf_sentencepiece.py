@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from finback.checkpoint.gguf_keys import field
+from finback.checkpoint.gguf_keys import field, of_each_token
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # gguf.TokenType
 SPACE = "▁"
@@ -24,8 +24,7 @@ NEEDED = ("</s>", *PLAIN)
 def tokenizer_of(reader: Any) -> tokenizers.Tokenizer:
     """The tokenizer of such a file."""
     pieces: list[str] = field(reader, "tokenizer.ggml.tokens")
-    kinds: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(pieces))
-    scores: list[float] = field(reader, "tokenizer.ggml.scores")
+    kinds, scores = of_each_token(reader, "token_type", 1), of_each_token(reader, "scores")
     named = zip(pieces, kinds, strict=True)
     unknown = next((piece for piece, kind in named if kind == UNKNOWN), None)
     vocabulary = {p: n for n, (p, kind) in enumerate(zip(pieces, kinds, strict=True)) if kind != UNUSED}

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from finback.checkpoint.gguf import open_gguf
-from finback.checkpoint.gguf_keys import field
+from finback.checkpoint.gguf_keys import field, of_each_token
 from finback.config import UserError
 from finback.data import gguf_sentencepiece
 from finback.data.gguf_sentencepiece import added_tokens
@@ -78,6 +78,8 @@ def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str
         raise UserError("tokenizer", f"{path}: {model}/{rules}", "not a supported type", remedy)
     tokens, kinds = _tokens(reader), _kinds(reader)
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
+    if any(len(pair) < 2 for pair in merges):
+        raise UserError("GGUF tokenizer.ggml.merges", str(path), "not pairs of tokens", "Use a complete file.")
     vocabulary = {t: n for n, (t, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules in WHOLE_WORDS))
     if rules in NORMALIZED:
@@ -97,8 +99,7 @@ def _tokens(reader: Any) -> list[str]:
 
 
 def _kinds(reader: Any) -> list[int]:
-    found: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(_tokens(reader)))
-    return found
+    return of_each_token(reader, "token_type", 1)
 
 
 def _missing_rules(reader: Any) -> str:
@@ -118,8 +119,7 @@ def ends(path: Path) -> list[int]:
     gpt-oss's <|end|> only ends a channel.
     """
     reader = open_gguf(path)
-    tokens: list[str] = field(reader, "tokenizer.ggml.tokens", [])
-    kinds: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
+    tokens, kinds = _tokens(reader), _kinds(reader)
     found = {field(reader, f"tokenizer.ggml.{name}_token_id", -1) for name in ("eos", "eot", "eom")}
     found |= set(field(reader, "tokenizer.ggml.eos_token_ids", []))
     marks = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER_DEFINED)}
