@@ -180,7 +180,7 @@ def test_documents_of_long_rows_lie_on_several_ranks() -> None:
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        (Layout(cp=3), r"layout\.cp = 3: does not divide 2 heads"),
+        (Layout(cp=3), r"layout\.cp = 3: does not divide the 2 heads"),
         (Layout(dp=2, cp=2, ep=8), r"layout\.ep = 8: does not divide dp x cp = 4"),
         (Layout(dp=2), r"layout\.dp = 2: pp x dp is 2, but there are 4 ranks"),
         (Layout(dp=4, cp=2), r"layout\.dp = 4: pp x dp x cp is 8, but there are 4 ranks"),
