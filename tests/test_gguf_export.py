@@ -20,7 +20,7 @@ from finback.data.turn import Message
 from finback.model.config import ModelConfig
 from finback.model.rope_scaling import LinearRope, Llama3Rope, LongRope, Yarn
 from finback.model.transformer import Transformer
-from finback.report.gguf_file import export_gguf
+from finback.report.gguf_file import export_gguf, quoted
 from tests.test_model import DENSE, EXPERTS, OSS, TOY, random_model
 from tests.toy import finback
 
@@ -361,6 +361,9 @@ def test_a_stage_goes_out_with_its_words_ends_and_template(stage: Path, tmp_path
     )
     modelfile = (tmp_path / "m.Modelfile").read_text()
     assert "<｜User｜>{{ .Prompt }}" in modelfile and 'PARAMETER stop "<｜end▁of▁sentence｜>"' in modelfile
+    # Ollama reads what lies between quotes as it is
+    values = quoted("<|end|>"), quoted("a\\b"), quoted("\n\n"), quoted('a "b" c')
+    assert values == ('"<|end|>"', '"a\\b"', '"""\n\n"""', '"""a "b" c"""')
     assert "FROM ./m.gguf" in modelfile and "{{ if .System }}{{ .System }}{{ end }}" in modelfile
     refused = finback("export", stage, tmp_path / "m.gguf", "--format", "gguf")
     assert refused.returncode == 2 and "exists" in refused.stderr

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
-from finback.model.dsa import IndexerQueries
+from finback.model.dsa import IndexerQueries, Seen
 from finback.model.hca import HCA, Compressor
 from finback.model.layers import Linear
 from finback.model.rope import rotate_last
-from finback.model.swa import Far, Seen
+from finback.model.swa import Far
 from finback.model.windows import CompressedWindows, windowed
 
 

@@ -213,10 +213,10 @@ class SharedDSA(DSA):
         return lambda part: marked(ids[:, part], seen(part))
 
 
-def share_selections(attentions: Iterable[nn.Module]) -> None:
-    """Links a model's layers, given in order, that share an indexer."""
+def share_selections(blocks: Iterable[nn.Module]) -> None:
+    """Links those of a model's blocks, given in order, that share an indexer."""
     leader: DSA | None = None
-    for attention in attentions:
+    for attention in (block.attention for block in blocks):
         if isinstance(attention, SharedDSA):
             assert leader is not None, "the first layer has an indexer"
             attention.selection = leader.selection = leader.selection or SharedSelection()

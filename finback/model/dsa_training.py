@@ -20,9 +20,9 @@ from finback.model.cache import LayerCache
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
 from finback.model.csa import CSA
-from finback.model.dsa import DSA, SharedDSA, listed
+from finback.model.dsa import DSA, Seen, SharedDSA, listed
 from finback.model.replace import recast
-from finback.model.swa import Far, Seen
+from finback.model.swa import Far
 from finback.model.transformer import Transformer
 from finback.model.windows import windows_of
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from finback.kernels.documents import Mask
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
+from finback.model.dsa import Seen
 from finback.model.layers import Linear, OwnStart, RMSNorm, precise
 from finback.model.rope import rotate_last
-from finback.model.swa import SWA, Far, Seen, shifted
+from finback.model.swa import SWA, Far, shifted
 from finback.model.windows import CompressedWindows, windowed, windows_of
 
 

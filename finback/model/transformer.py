@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         block: type[Block] = StreamBlock if config.hc_mult else Block
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
-        share_selections(block.attention for block in self.blocks)
+        share_selections(self.blocks.children())
         self.merge = StreamMerge(config) if config.hc_mult else OneStream()
         self.norm = (OffsetNorm if config.norm_offset else RMSNorm)(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)

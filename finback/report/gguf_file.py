@@ -1,6 +1,5 @@
 """Exports a model as a GGUF file for llama.cpp and Ollama, with a Modelfile for Ollama."""
 
-import json
 from pathlib import Path
 
 from finback.checkpoint import gguf_export, models
@@ -46,11 +45,17 @@ def _modelfile(tokenizer: Tokenizer, file: Path) -> str:
     lines = [f"FROM ./{file.name}"]
     if template := _go_template(tokenizer):
         lines.append(f'TEMPLATE """{template}"""')
-    lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in _stop_texts(tokenizer)]
+    lines += [f"PARAMETER stop {quoted(text)}" for text in _stop_texts(tokenizer)]
     for name in ("temperature", "top_p", "top_k", "min_p"):
         if isinstance(value := tokenizer.generation.get(name), int | float):
             lines.append(f"PARAMETER {name} {value}")
     return "\n".join(lines) + "\n"
+
+
+def quoted(text: str) -> str:
+    """A value of a Modelfile, which knows no escapes: three quotes around what has quotes or lines of its own."""
+    mark = '"""' if set(text) & {'"', "\n", "\r"} else '"'
+    return f"{mark}{text}{mark}"
 
 
 def _stop_texts(tokenizer: Tokenizer) -> list[str]:
