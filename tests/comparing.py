@@ -1,4 +1,4 @@
-"""What the tests of `finback compare` share: a suite of sums, and a server that answers or fails as it is told to."""
+"""What the tests of `finback compare` share: a suite of sums, and a server that answers or fails as scripted."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ from finback.tasks.task import Problem, Verdict
 
 @dataclass(frozen=True)
 class Sums:
-    """Judges the last line; asks nothing else of an answer."""
+    """Judges the last line of an answer only."""
 
     name: str = "sums"
 
@@ -28,35 +28,35 @@ class Sums:
 
 
 def sums(n: int = 12, name: str = "sums", **more: Any) -> Suite:
-    """i + 1 for i below n, as answers of 1 to 3, so that one answer can be right often."""
+    """n questions `i+1=` for i below n."""
     problems = tuple(Problem(f"{i}+1=", str(i + 1), f"{name}:{i}") for i in range(n))
     return Suite(name, problems, Sums(), SuiteSource("the tests", "MIT", f"{n:064x}"), **more)
 
 
 def right(body: dict[str, Any]) -> str:
-    """The right answer to a request."""
+    """The correct answer to a request."""
     return str(int(body["messages"][-1]["content"].partition("+")[0]) + 1)
 
 
 @dataclass
 class Reply:
-    """What the server sends; `raw` bytes are sent as they are, and the connection is closed behind them."""
+    """What the server sends. `raw` bytes are sent unchanged, and then the connection is closed."""
 
     content: str | None = ""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    reasoning: dict[str, str] = field(default_factory=dict)  # by the name of the field
+    reasoning: dict[str, str] = field(default_factory=dict)  # by field name
     finish: str | None = "stop"
     usage: bool = True
     done: bool = True
     stream: bool = True
-    cut: int | None = None  # bytes after which the connection breaks
+    cut: int | None = None  # number of bytes after which the connection breaks
     raw: bytes | None = None
     delay: float = 0.0
     error: str = ""
 
     def body(self) -> tuple[str, bytes]:
-        """Content type and bytes."""
+        """The content type and the bytes."""
         if self.raw is not None:
             return "text/event-stream" if self.stream else "application/json", self.raw
         usage = {"usage": {"prompt_tokens": 7, "completion_tokens": 5}} if self.usage else {}
@@ -87,7 +87,7 @@ Behaviour = Callable[[int, dict[str, Any]], Reply]
 
 
 class Fake:
-    """A server on 127.0.0.1; `behave` gets the number of the request and its body."""
+    """A server on 127.0.0.1; `behave` gets the request's number and its body."""
 
     def __init__(self, behave: Behaviour | None = None) -> None:
         self.behave: Behaviour = behave or (lambda n, body: Reply(right(body)))
@@ -135,7 +135,7 @@ class Fake:
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True
 
-            def handle_error(self, *_: object) -> None:  # a client that did not wait
+            def handle_error(self, *_: object) -> None:  # a client that disconnected early
                 pass
 
         self.http = Quiet(("127.0.0.1", 0), Handler)
@@ -144,13 +144,13 @@ class Fake:
 
     @property
     def asked(self) -> list[str]:
-        """The questions, in the order in which they came."""
+        """The questions, in order of arrival."""
         return [body["messages"][-1]["content"] for body in self.bodies]
 
 
 @contextmanager
 def faking(behave: Behaviour | None = None) -> Iterator[Fake]:
-    """A fake server for a while."""
+    """Runs a fake server until the block ends."""
     fake = Fake(behave)
     try:
         yield fake

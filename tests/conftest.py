@@ -1,4 +1,4 @@
-"""Fixtures of several test files."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def engine() -> Scripted:
-    """An engine that says what a test wants."""
+    """An engine whose answers a test scripts."""
     from tests.serving import Scripted  # most tests need no server
 
     return Scripted()
@@ -23,7 +23,7 @@ def engine() -> Scripted:
 
 @pytest.fixture(scope="module")
 def client(engine: Scripted) -> Iterator[httpx.Client]:
-    """A client of a server around it."""
+    """A client of a server on the scripted engine."""
     from tests.serving import served
 
     with served(engine, aliases=("toy-chat",)) as client:
@@ -32,7 +32,7 @@ def client(engine: Scripted) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def nothing_is_left(engine: Scripted) -> Iterator[None]:
-    """A test finds an engine without a script, and leaves one that is done."""
+    """Each test starts with an engine without a script, and must leave it idle."""
     from tests.serving import wait_for
 
     engine.script, engine.pace = None, 0.0

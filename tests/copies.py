@@ -1,4 +1,4 @@
-"""Small copies of published data sets, in their shape: the folders that a download from the hub leaves."""
+"""Small copies of published data sets in their original layout: the folders that a download from the hub creates."""
 
 import base64
 import csv
@@ -30,7 +30,7 @@ MBPP = {
 
 
 def packed(tests: list[dict[str, str]]) -> str:
-    """As LiveCodeBench packs its private tests."""
+    """Packs tests as LiveCodeBench packs its private ones."""
     return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
 
 
@@ -202,7 +202,7 @@ GOOD = {
 
 
 def lay(folder: Path, name: str) -> Path:
-    """A copy of the data set's repository, with the card that tells its configurations."""
+    """Writes a copy of the data set's repository, with a card that lists its configurations."""
     subset, split, file, records = COPIES[name]
     path = folder / name / file
     path.parent.mkdir(parents=True)

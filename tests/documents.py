@@ -1,17 +1,17 @@
-"""Runs what the documents tell their readers to run.
+"""Runs the code blocks of the documents.
 
-A page's blocks are run from top to bottom in one folder: Python in one namespace, which also holds whatever may stand in a
-recipe; anything without a language, or with that of a shell, command by command. Recipes come at toy size, by `--set`
-and with a few of the packaged dialogues. Comments above a block, which readers do not see, say what is to be done otherwise:
+A page's blocks run from top to bottom in one folder. Python blocks share one namespace, which also has every name that
+a recipe may use; blocks in no language, or a shell's, run command by command. Recipes run at toy size, through `--set`
+and with a few of the packaged dialogues. Comments above a block, which readers do not see, change what happens to it:
 
     <!-- file: NAME -->             the block is the content of this file
-    <!-- output -->                 the block is what the command before printed, line by line; "..." stands for any lines
-    <!-- output, other numbers -->  the same, but for digits and the width of columns
+        <!-- output -->                 the block is the output of the command before; "..." stands for any lines
+    <!-- output, other numbers -->  the same, but digits and column widths may differ
     <!-- with: WORDS -->            every finback command of the block gets these words
-    <!-- where: A = B -->           B takes A's place
-    <!-- before: COMMAND -->        first this command; `python: CODE` for Python
-    <!-- exit: CODES -->            the exit codes of the block's commands, where they are not all 0
-    <!-- not run: WHY -->           it needs what is not here; Python must still compile and commands must have their options
+    <!-- where: A = B -->           B replaces A
+    <!-- before: COMMAND -->        run this command first; `python: CODE` for Python
+    <!-- exit: CODES -->            the exit codes of the block's commands, if not all 0
+    <!-- not run: WHY -->           it cannot run here; Python must still compile and commands must have valid options
 """
 
 import ast
@@ -45,7 +45,7 @@ SERVERS = ("serve", "watch")
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a page, and what the comments above it say, in order."""
+    """One block of a page, and the comments above it in order."""
 
     line: int
     language: str
@@ -53,12 +53,12 @@ class Block:
     said: tuple[tuple[str, str], ...]
 
     def all(self, key: str) -> list[str]:
-        """The values of all comments of this kind."""
+        """The values of all comments with this key."""
         return [value for name, value in self.said if name == key]
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks of a page of Markdown."""
+    """The code blocks of a Markdown page."""
     text = page.read_text(encoding="utf-8")
     found = []
     for match in BLOCK.finditer(text):
@@ -78,7 +78,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def small_corpus(folder: Path) -> Path:
-    """A package of the dialogues' name with the first few of them; the path under which Python finds it."""
+    """Writes a package that replaces the dialogues' by its first few; returns the path to import it from."""
     spec = importlib.util.find_spec("chitchat_dataset")
     assert spec is not None and spec.origin is not None, "the dialogues are installed"
     dialogues = json.loads(Path(spec.origin).with_name("dataset.json").read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def small_corpus(folder: Path) -> Path:
 
 
 def toy_settings(recipe: Path) -> list[str]:
-    """`--set` words that bring any recipe to a size of seconds."""
+    """The `--set` arguments that shrink any recipe so that it runs in seconds."""
     small = {
         "Prepare": {"workers": 0},
         "Pretrain": {"max_tokens": 16384, "decay_tokens": 4096, "warmup_tokens": 2048},
@@ -133,14 +133,14 @@ def toy_settings(recipe: Path) -> list[str]:
 
 
 def commands(text: str) -> Iterator[str]:
-    """The commands of a block: lines that end in a backslash go on, comments alone are none."""
+    """The commands of a block: a line that ends in a backslash continues, and comment lines are skipped."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         if line.strip() and not line.lstrip().startswith("#"):
             yield line
 
 
 def check_command(line: str) -> None:
-    """A finback command that is not run names a command and options that exist."""
+    """Checks that a finback command that is not run names an existing command and existing options."""
     words = shlex.split(line, comments=True)
     while words and "=" in words[0]:
         words = words[1:]
@@ -154,7 +154,7 @@ def check_command(line: str) -> None:
 
 @dataclass
 class Reader:
-    """Somebody who does what a page says, in a folder of their own."""
+    """Follows the instructions of a page in a folder of its own."""
 
     folder: Path
     namespace: dict[str, Any] = field(default_factory=dict)
@@ -176,7 +176,7 @@ class Reader:
         self.environment = environment() | paths | {"COLUMNS": "120"}
 
     def read(self, page: Path) -> None:
-        """Do all that a page says; an AssertionError names the line of the page."""
+        """Runs every block of the page; an AssertionError names the line of the page."""
         for block in blocks(page):
             try:
                 self.do(block)
@@ -186,7 +186,7 @@ class Reader:
                 ) from error
 
     def do(self, block: Block) -> None:
-        """One block."""
+        """Runs one block."""
         keys = {key for key, _ in block.said}
         for command in block.all("before"):
             if command.startswith("python: "):
@@ -207,7 +207,7 @@ class Reader:
         elif block.language in SHELLS:
             self.commands(block)
         else:
-            raise AssertionError(f"nobody runs {block.language}: say which file it is, or why it is not run")
+            raise AssertionError(f"cannot run {block.language}: say which file it is, or why it is not run")
 
     def commands(self, block: Block) -> None:
         lines = list(commands(block.text))
@@ -217,7 +217,7 @@ class Reader:
             assert self.code == code, f"{line}: exit code {self.code}"
 
     def here(self, text: str) -> str:
-        """A text with the ports of this reader's servers."""
+        """Replaces the ports in a text by those of this reader's servers."""
         for port, mine in self.ports.items():
             text = re.sub(rf"\b{port}\b", str(mine), text)
         return text
@@ -237,7 +237,7 @@ class Reader:
             return self.serve([*words[1:], *shlex.split(more)])
         if words[:1] == ["finback"]:
             line = f"{line.partition(' #')[0]} {more}"
-            # runs are processes of their own, whose ranks find the few dialogues
+            # a run starts its own processes, whose ranks must find the few dialogues
             if words[1] != "run" and not re.search(r"[|<>&$~*]", line):
                 with contextlib.chdir(self.folder):
                     done = finback(*shlex.split(line)[1:])
@@ -253,7 +253,7 @@ class Reader:
         return None
 
     def serve(self, words: list[str]) -> None:
-        """Start a server beside the page, on a port of its own, in place of the one before."""
+        """Starts a server in the background on a free port, and replaces the previous server."""
         self.stop()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -274,17 +274,17 @@ class Reader:
                     self.printed, self.code = "", 0
                     return
             time.sleep(0.1)
-        raise AssertionError(f"{words}: nobody answers")
+        raise AssertionError(f"{words}: no server answers")
 
     def stop(self) -> None:
-        """End the servers."""
+        """Stops the servers."""
         for server in self.servers:
             server.terminate()
             server.wait(30)
         self.servers.clear()
 
     def compare(self, expected: str, other_numbers: bool) -> None:
-        """Every line that a page shows is printed, in this order; without "..." nothing stands between two."""
+        """Checks that every line of a page is printed, in order, and consecutively unless "..." comes between."""
         places = iter([_like(line, other_numbers) for line in self.printed.splitlines()])
         for line in expected.splitlines():
             if line.strip() and line.strip() != "...":
@@ -298,7 +298,7 @@ def _like(line: str, other_numbers: bool) -> str:
 
 
 def check_unrun(block: Block) -> None:
-    """What can be said of a block without running it."""
+    """Checks what can be checked of a block without running it."""
     if block.language == "python":
         ast.parse(block.text)
     elif block.language in SHELLS:

@@ -1,6 +1,6 @@
-"""A device that is not the CPU, on any machine: tensors on it say "meta", hold numbers, and refuse to meet those of the CPU.
+"""A stand-in for an accelerator on any machine: its tensors say "meta", hold numbers, and refuse CPU operands.
 
-It shows that a stage puts everything where its model is, as a GPU would have it; it says nothing of a GPU's own kernels.
+It shows that a stage puts every tensor on its model's device, as a GPU requires; it does not test a GPU's own kernels.
 """
 
 import importlib
@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
-CROSSING = ("copy_", "_to_copy", "_copy_from")  # what may read one device and write another
-INDEXING = ("index", "index_put_", "_index_put_impl_", "_unsafe_index")  # whose indices may lie on the CPU
+CROSSING = ("copy_", "_to_copy", "_copy_from")  # operators that may read one device and write another
+INDEXING = ("index", "index_put_", "_index_put_impl_", "_unsafe_index")  # operators whose indices may be on the CPU
 
 
 class There(Tensor):
-    """A tensor that lies elsewhere; `here` are its numbers."""
+    """A tensor on the stand-in device; `here` has its numbers."""
 
     here: Tensor
 
@@ -40,7 +40,7 @@ class There(Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operator on numbers that all lie in one place; what it makes lies there too."""
+    """Runs an operator on tensors of one device; its results are on the same device."""
     name = func.overloadpacket.__name__
     leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     there = [t for t in leaves if isinstance(t, There)]
@@ -50,7 +50,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         checked = args[:1] if name in INDEXING else leaves
         for t in checked:
             if isinstance(t, Tensor) and not isinstance(t, There) and t.dim():
-                raise RuntimeError(f"{name}: a tensor of the CPU, {tuple(t.shape)}, meets one that lies elsewhere")
+                raise RuntimeError(f"{name}: a CPU tensor, {tuple(t.shape)}, meets one on another device")
     if asked is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     plain = tree_map(lambda t: t.here if isinstance(t, There) else t, (args, kwargs))
@@ -63,7 +63,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class _Factories(TorchDispatchMode):
-    """Makes what is asked for on DEVICE."""
+    """Creates tensors on DEVICE."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -71,14 +71,14 @@ class _Factories(TorchDispatchMode):
 
 @contextmanager
 def elsewhere(patch: Any) -> Iterator[torch.device]:
-    """The device, for as long as the block lasts."""
+    """Yields the stand-in device, which exists until the block ends."""
     plain = torch.tensor
     patch.setattr(
         torch, "tensor", lambda *a, device=None, **k: plain(*a, **k) if device is None else plain(*a, **k).to(device)
     )
     optimizer = importlib.import_module("torch.optim.optimizer")
     patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [DEVICE.type])
-    for name in ("__enter__", "__exit__"):  # inference mode wants tensors of its own kind
+    for name in ("__enter__", "__exit__"):  # inference mode requires its own kind of tensors
         patch.setattr(torch.inference_mode, name, getattr(torch.no_grad, name))
     with _Factories():
         yield DEVICE

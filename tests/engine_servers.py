@@ -1,4 +1,4 @@
-"""Servers in the wire forms of vLLM 0.32 and SGLang 0.5.23, on finback's own engine, whose faults a test can set."""
+"""Servers with the wire formats of vLLM 0.32 and SGLang 0.5.23 on finback's own engine; tests can inject faults."""
 
 import base64
 import io
@@ -27,9 +27,9 @@ Reply = dict[str, Any]
 
 
 class FakeEngineServer:
-    """What vLLM and SGLang do for a trainer. `fault` looks at each path and body before it is answered.
+    """Implements the routes of vLLM and SGLang that a trainer uses. `fault` sees each path and body before the answer.
 
-    A fault returns None, a status, "drop" to break the connection off, or "break off" to end a stream behind its first event.
+    A fault returns None, a status, "drop" to close the connection, or "break off" to end a stream after one event.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -37,19 +37,19 @@ class FakeEngineServer:
         self.engine = self._engine(folder)
         self.version = "default"
         self.fault: Callable[[str, Reply], int | str | None] = lambda path, body: None
-        # what is done to a reply to a prompt before it is sent
+        # changes the reply to a prompt before it is sent
         self.change: Callable[[Reply], None] = lambda reply: None
-        # whether it answers as if no schema or grammar were asked for
+        # whether to answer as if no schema or grammar were requested
         self.unheld = False
         self.paused = False
-        # what it has let go of
+        # the memory tags that are released
         self.released: set[str] = set()
         self.seen: list[tuple[str, Reply]] = []
         self.answered = 0
         self._lock = threading.Lock()
 
     def reply(self, path: str, body: Reply) -> Reply | None:
-        """The reply of a route; None where there is no such route."""
+        """The reply of a route; None if the route does not exist."""
         route = {
             "/health": lambda body: {},
             "/v1/models": self._models,
@@ -116,7 +116,7 @@ class FakeEngineServer:
         return {}
 
     def _more(self, given: Reply) -> dict[str, Any]:
-        """Parameters that trainers do not send."""
+        """Sampling parameters that trainers do not send."""
         names = "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"
         bias = tuple((int(token), float(value)) for token, value in (given.get("logit_bias") or {}).items())
         held = given.get("structured_outputs", {})
@@ -124,7 +124,7 @@ class FakeEngineServer:
         found = {name: given[name] for name in names if name in given} | {"logit_bias": bias}
         if self.unheld or (schema, grammar) == (None, None):
             return found
-        # what it is held to begins with the first token
+        # the constraint begins with the first token
         mark = ((self.tokenizer.ids[THINK], float("-inf")),) if THINK in self.tokenizer.ids else ()
         return found | {"schema": schema, "grammar": grammar, "logit_bias": (*bias, *mark)}
 
@@ -161,7 +161,7 @@ class FakeEngineServer:
 
     @torch.no_grad()
     def _scored(self, ids: list[int], k: int) -> list[list[tuple[int, float]]]:
-        """Of each token but the first, itself and the k likeliest."""
+        """For each token but the first: itself and the k likeliest."""
         model = self.engine.model
         logits = model.logits(model(torch.tensor([ids]))[0, :-1])
         return top_logprobs(logits, ids[1:], [k] * (len(ids) - 1))
@@ -263,7 +263,7 @@ def _handler(server: FakeEngineServer) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(raw)
 
         def stream(self, found: Reply, events: int | None) -> None:
-            """A reply as so many events of one token each; SGLang's repeat what came before."""
+            """Streams a reply as events of one token each; SGLang's events repeat the earlier tokens."""
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
@@ -279,7 +279,7 @@ def _handler(server: FakeEngineServer) -> type[BaseHTTPRequestHandler]:
 
 
 def streamed(found: Reply) -> Iterator[Reply]:
-    """The events of a whole reply."""
+    """The events of a complete reply."""
     if "choices" in found:
         (choice,) = found["choices"]
         content, count = choice["logprobs"]["content"], len(choice["token_ids"])
@@ -299,7 +299,7 @@ def streamed(found: Reply) -> Iterator[Reply]:
 
 
 def main(arguments: list[str]) -> None:
-    """Stands for the Python of an engine's environment: `-m MODULE`, and of its flags those that say what and where."""
+    """Replaces the Python of an engine's environment: takes `-m MODULE`, and the model and address as flags."""
     flags = dict(pairwise(arguments))
     kind = "vllm" if flags["-m"].startswith("vllm") else "sglang"
     assert flags["--dtype"] == "float32" and "--enable-return-routed-experts" in arguments
@@ -309,7 +309,7 @@ def main(arguments: list[str]) -> None:
 
 @contextmanager
 def engine_server(folder: Path, kind: str = "vllm") -> Iterator[tuple[str, FakeEngineServer]]:
-    """The address of a server on the model in a folder, and the server."""
+    """Yields the address of a server for the model in a folder, and the server."""
     server = FakeEngineServer(folder, kind)
     http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
     http.daemon_threads = True

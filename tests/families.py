@@ -1,4 +1,4 @@
-"""Random small models of every family that finback imports, as transformers builds and saves them."""
+"""Small random models of every family that finback imports, as transformers builds and saves them."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def common(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def deepseek(draw: st.DrawFn, version: float, shares: bool = False) -> Any:
-    """shares: GLM-5, whose layers may share indexers; its version is 3.2."""
+    """Draws a DeepSeek config; `shares`: GLM-5, whose layers may share indexers and whose version is 3.2."""
     heads = draw(st.sampled_from([2, 4]))
     groups = draw(st.sampled_from([1, 2, 4]))
     fields = draw(common()) | {
@@ -71,7 +71,7 @@ def deepseek(draw: st.DrawFn, version: float, shares: bool = False) -> Any:
         method = draw(st.sampled_from(["greedy", "group_limited_greedy"]))
         return transformers.DeepseekV2Config(**fields, topk_method=method, head_dim=fields["qk_rope_head_dim"])
     if version == 3.2:
-        # fewer heads make many scores zero, and which of equal ones is picked is anybody's choice
+        # with fewer heads many scores are zero, and the choice among equal ones is arbitrary
         fields |= {"index_n_heads": 16, "index_head_dim": fields["qk_rope_head_dim"] + draw(st.sampled_from([0, 8]))}
         fields |= {"index_topk": draw(st.sampled_from([3, 8, 40])), "norm_topk_prob": draw(st.booleans())}
         if not shares:
@@ -89,7 +89,7 @@ def deepseek(draw: st.DrawFn, version: float, shares: bool = False) -> Any:
 
 @st.composite
 def deepseek_v4(draw: st.DrawFn) -> Any:
-    """Windows, entries of few tokens and few of them, so that a short row meets every boundary."""
+    """Small windows and few short compressed entries, so that a short row reaches every boundary."""
     kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
     layers, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
     hashed = draw(st.integers(0, layers))
@@ -99,7 +99,7 @@ def deepseek_v4(draw: st.DrawFn) -> Any:
         "layer_types": [draw(st.sampled_from(kinds)) for _ in range(layers)],
         "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
         "compress_rates": {kinds[1]: draw(st.sampled_from([2, 4])), kinds[2]: draw(st.sampled_from([5, 8, 128]))},
-        "sliding_window": draw(st.sampled_from([2, 3, 7, 40])),  # with 1 transformers breaks while it generates
+        "sliding_window": draw(st.sampled_from([2, 3, 7, 40])),  # with 1 transformers fails to generate
         "head_dim": draw(st.sampled_from([16, 24])),
         "partial_rotary_factor": 0.5,
         "q_lora_rank": 20,
@@ -150,7 +150,7 @@ def dense(draw: st.DrawFn, family: str) -> Any:
 
 @st.composite
 def grouped(draw: st.DrawFn, family: str) -> Any:
-    """Families whose attention has windows, layers without positions, norms elsewhere, or experts behind it."""
+    """Families with attention windows, layers without positions, norms in other places, or experts."""
     kv = draw(st.sampled_from([1, 2]))
     layers = draw(st.integers(2, 4))
     plain = {"rope_type": "default"}
@@ -208,7 +208,7 @@ def grouped(draw: st.DrawFn, family: str) -> Any:
             n_shared_experts=draw(st.integers(1, 2)),
             n_group=2,
             topk_group=draw(st.integers(1, 2)),
-            first_k_dense_replace=draw(st.integers(0, min(2, layers - 1))),  # a mixture has experts somewhere
+            first_k_dense_replace=draw(st.integers(0, min(2, layers - 1))),  # at least one layer has experts
             routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
             num_mtp_layers=0,
         )
@@ -229,7 +229,7 @@ def grouped(draw: st.DrawFn, family: str) -> Any:
             **fields
             | {
                 "num_attention_heads": 2 * kv,
-                "hidden_size": 32 * kv,  # 16 to a head, which phi3 does not let one say
+                "hidden_size": 32 * kv,  # head_dim 16, which phi3 has no field for
                 "num_key_value_heads": kv,
                 "partial_rotary_factor": share,
                 "rope_parameters": draw(st.sampled_from([plain, long_rope(int(8 * share))])) | {"rope_theta": 1000.0},
@@ -284,7 +284,7 @@ def glm4_moe_lite(draw: st.DrawFn) -> Any:
 
 
 def common_names() -> tuple[str, ...]:
-    """What `common` draws."""
+    """The names of the fields that `common` draws."""
     return (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
         *("rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"),
@@ -316,12 +316,12 @@ OTHERS = {
 
 
 def build(config: Any, seed: int) -> Any:
-    """A transformers model with weights large enough to matter, biases and router biases not zero."""
+    """A transformers model with weights large enough to matter, and nonzero biases and router biases."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         with torch.no_grad():
-            if name.endswith("tid2eid"):  # which is all zeros at first
+            if name.endswith("tid2eid"):  # initially all zeros
                 tensor.copy_(torch.rand(len(tensor), config.n_routed_experts).topk(tensor.size(1)).indices)
             elif name.endswith("e_score_correction_bias"):
                 tensor.normal_(0, 0.3)
@@ -333,14 +333,12 @@ def build(config: Any, seed: int) -> Any:
 
 
 def spell_as_released(folder: Path) -> None:
-    """Rewrite config.json as the releases spell rotary settings: rope_theta and rope_scaling."""
+    """Rewrites config.json with the releases' rotary fields: rope_theta and rope_scaling."""
     path = folder / "config.json"
     raw = json.loads(path.read_text())
-    if raw["rope_parameters"].keys() & {"full_attention", "compress"}:  # of layers that differ
+    if raw["rope_parameters"].keys() & {"full_attention", "compress"}:  # differs between layers
         return
-    if (
-        raw["model_type"] == "gpt_oss" and raw["rope_parameters"]["rope_type"] == "default"
-    ):  # it has YaRN where nothing is said
+    if raw["model_type"] == "gpt_oss" and raw["rope_parameters"]["rope_type"] == "default":  # its default is YaRN
         return
     rope = raw.pop("rope_parameters")
     if "partial_rotary_factor" in rope:

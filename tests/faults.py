@@ -1,7 +1,7 @@
-"""Trains a layout over two torchrun agents and breaks them again and again: `python -m tests.faults ROOT EVENTS SEED`.
+"""Trains a layout on two torchrun agents and breaks them repeatedly: `python -m tests.faults ROOT EVENTS SEED`.
 
-Ranks and agents are killed, stopped and asked to leave, and checkpoints are damaged. What ends is started again, as Slurm
-would. Prints as JSON what happened, how long each event took, and what was wrong; exit code 1 where something was.
+Ranks and agents are killed, suspended and asked to leave, and checkpoints are damaged. Ended agents restart, as by
+Slurm. Prints as JSON what happened, how long each event took, and what was wrong; exit code 1 if anything was.
 """
 
 import json
@@ -44,9 +44,9 @@ recipe = [
 """
 CHECKPOINT_STEPS = 5
 STEPS_PER_EVENT = 14
-PATIENCE = 15  # seconds that a rank may be silent
-WITHIN = 60.0  # seconds in which the others say why they end
-LIMIT = 240.0  # seconds in which training goes on or everything has ended: torchrun gives a stopped rank 30 of them
+PATIENCE = 15  # seconds that a rank may stay silent
+WITHIN = 60.0  # seconds within which the other ranks must report why they end
+LIMIT = 240.0  # seconds until training continues or everything has ended: torchrun gives a suspended rank 30 of them
 KINDS = (
     "kill rank",
     "stop rank",
@@ -64,14 +64,14 @@ WORDS_OF = {"kill rank": "has disconnected", "stop rank": "no sign of life", "ki
 
 @dataclass
 class Cluster:
-    """Two agents, started again where they ended, and all that they have written."""
+    """Two agents, which are restarted when they end, and their files."""
 
     root: Path
     restarts: int = 3
     port: int = 0
     agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
     starts: int = 0
-    # damaged checkpoints by their folders' inodes, for another one may get the name
+    # damaged checkpoints by inode of their folder, since another one may get the same name
     spoiled: set[int] = field(default_factory=set)
 
     @property
@@ -83,7 +83,7 @@ class Cluster:
         return self.root / "runs" / "faults" / "base"
 
     def start(self) -> None:
-        """Start both agents."""
+        """Starts both agents."""
         self.port = free_port()
         self.agents = [self._agent() for _ in range(2)]
 
@@ -98,12 +98,12 @@ class Cluster:
             return subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
 
     def replace(self, place: int) -> None:
-        """Start one agent again, as a machine that comes back."""
+        """Restarts one agent, like a machine that comes back."""
         self.agents[place].wait()
         self.agents[place] = self._agent()
 
     def ranks(self, place: int) -> list[psutil.Process]:
-        """The ranks of an agent."""
+        """The rank processes of an agent."""
         try:
             children = psutil.Process(self.agents[place].pid).children()
             return [p for p in children if "finback" in p.cmdline() and p.status() != psutil.STATUS_ZOMBIE]
@@ -119,28 +119,28 @@ class Cluster:
         return int(lines[-1]["step"]) if lines else 0
 
     def checkpoint(self) -> int:
-        """The newest whole checkpoint that has its name."""
+        """The step of the newest undamaged checkpoint under its final name."""
         return max((int(p.name[5:]) for p in self.checkpoints() if p.stat().st_ino not in self.spoiled), default=0)
 
     def checkpoints(self) -> list[Path]:
-        """All that have their name, damaged ones too; the oldest first."""
+        """All checkpoints under their final names, damaged ones included; the oldest first."""
         return sorted((p for p in self.stage.glob("sharded/step-*") if not p.suffix), key=lambda p: int(p.name[5:]))
 
     def is_finished(self) -> bool:
         return (self.stage / "manifest.json").is_file()
 
     def text(self, since: int = 0) -> str:
-        """What agents and ranks have said from a place in the log on."""
+        """The output of agents and ranks from an offset in the log on."""
         return self.log.read_bytes()[since:].decode(errors="replace") if self.log.is_file() else ""
 
     def processes(self) -> list[psutil.Process]:
-        """All that is left of agents and ranks."""
+        """All remaining processes of agents and ranks."""
         every = psutil.process_iter(["cmdline"])
         named = [p for p in every if str(self.root) in " ".join(p.info["cmdline"] or [])]
         return [p for p in named if p.pid != os.getpid()]
 
     def end(self) -> None:
-        """Kill what is left."""
+        """Kills the remaining processes."""
         for process in self.processes():
             process.kill()
         for agent in self.agents:
@@ -148,7 +148,7 @@ class Cluster:
 
 
 class Trial:
-    """The events, what each led to, and what went wrong."""
+    """The events, their consequences, and what went wrong."""
 
     def __init__(self, cluster: Cluster, rng: random.Random) -> None:
         self.cluster, self.rng = cluster, rng
@@ -157,7 +157,7 @@ class Trial:
         self.said: dict[str, list[float]] = {}
 
     def run(self, kind: str) -> bool:
-        """One event, once training has gone on for some steps; False where it has ended before."""
+        """Runs one event after some steps of training; False if training has ended before."""
         cluster = self.cluster
         if not self._advance(cluster.step() + self.rng.randint(6, STEPS_PER_EVENT - 2)):
             return False
@@ -176,7 +176,7 @@ class Trial:
         return True
 
     def _do(self, kind: str) -> bool:
-        """Break something; whether both agents have to end of it."""
+        """Breaks something; returns whether both agents must end because of it."""
         cluster, place = self.cluster, self.rng.randrange(2)
         ranks = cluster.ranks(place)
         if kind in ("kill rank", "stop rank", "term rank"):
@@ -194,7 +194,7 @@ class Trial:
         return True
 
     def _hear(self, kind: str, words: str, mark: int, begin: float) -> None:
-        """Somebody says why."""
+        """Waits until a process reports the cause."""
         while words not in self.cluster.text(mark):
             if time.monotonic() - begin > WITHIN:
                 self.wrong.append(f"{kind}: nobody said {words!r} within {WITHIN:.0f} s")
@@ -203,7 +203,7 @@ class Trial:
         self.said.setdefault(kind, []).append(round(time.monotonic() - begin, 1))
 
     def _settle(self, kind: str, begin: float, mark: int, ends: bool) -> None:
-        """Wait until both agents have ended, or the ranks have come again."""
+        """Waits until both agents have ended, or the ranks have returned."""
         cluster = self.cluster
         while not cluster.has_ended():
             gone = [agent.poll() is not None for agent in cluster.agents]
@@ -216,11 +216,11 @@ class Trial:
                 cluster.end()
                 break
             time.sleep(0.1)
-        if not ends and not cluster.is_finished():  # both ended: their restarts were used up, or the store went
+        if not ends and not cluster.is_finished():  # both ended: they had no restarts left, or the store was lost
             cluster.start()
 
     def _damage(self, kind: str) -> int:
-        """Spoil the newest checkpoint; the step of the one that stands in for it."""
+        """Damages the newest checkpoint; returns the step of the one that replaces it."""
         steps = [p for p in self.cluster.checkpoints() if p.stat().st_ino not in self.cluster.spoiled]
         if len(steps) < 2:
             return self.cluster.checkpoint()
@@ -237,7 +237,7 @@ class Trial:
         return int(steps[-2].name[5:])
 
     def _resumed(self, kind: str, expected: int, mark: int) -> None:
-        """They go on from the newest whole checkpoint, and say so where it is not the newest."""
+        """Checks that they resume from the newest undamaged checkpoint, and report it if it is not the newest."""
         begin = time.monotonic()
         while not (found := re.findall(r"resumed at step ([\d,]+)", self.cluster.text(mark))):
             if self.cluster.is_finished():
@@ -254,7 +254,7 @@ class Trial:
             self.wrong.append(f"{kind}: passed over without a word")
 
     def _advance(self, step: int) -> bool:
-        """Wait until this step; False where training has ended, well or not."""
+        """Waits for this step; False if training has ended, successfully or not."""
         begin, cluster = time.monotonic(), self.cluster
         while cluster.step() < step and not cluster.is_finished():
             if cluster.has_ended() or time.monotonic() - begin > 2 * LIMIT:
@@ -265,7 +265,7 @@ class Trial:
 
 
 def compare(root: Path, whole: Path, steps: int) -> list[str]:
-    """What differs from a run that nobody has broken."""
+    """The differences from an undisturbed run."""
     ours, theirs = (read_lines(r / "runs/faults/base/metrics.jsonl") for r in (root, whole))
     wrong = []
     if [r["step"] for r in ours] != list(range(1, steps + 1)):
@@ -279,7 +279,7 @@ def compare(root: Path, whole: Path, steps: int) -> list[str]:
 
 
 def write(root: Path, steps: int) -> None:
-    """The recipe and its text."""
+    """Writes the recipe and its text."""
     root.mkdir(parents=True)
     (root / "words.txt").write_text(WORDS, encoding="utf-8")
     recipe = RECIPE.replace("CHECKPOINT_STEPS", str(CHECKPOINT_STEPS)).replace("STEPS", str(steps))
@@ -287,7 +287,7 @@ def write(root: Path, steps: int) -> None:
 
 
 def main(root: Path, events: int, seed: int) -> dict[str, Any]:
-    """All events in turn, in a new order each round; what came of them."""
+    """Runs all kinds of events in turn, in a new order each round; returns the results."""
     steps, rng = STEPS_PER_EVENT * events + 20, random.Random(seed)
     broken, whole = root / "broken", root / "whole"
     for each in (broken, whole):

@@ -1,4 +1,4 @@
-"""A fleet without Ray: actors are objects of this process, and programs servers in a thread of it."""
+"""A fleet without Ray: actors are objects of this process, and programs are servers in a thread of it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,10 +17,10 @@ from tests.engine_servers import FakeEngineServer, engine_server
 
 @dataclass(eq=False)
 class FakeActor:
-    """Methods of an object, called as Ray calls them; a dead one answers nothing."""
+    """An object's methods, called through Ray's interface; a dead actor does not answer."""
 
     made: Any
-    # of the engine in its fleet
+    # of the engine within its fleet
     number: int
     alive: bool = True
 
@@ -45,12 +45,12 @@ class _Method:
 
 
 class FakeProgram:
-    """What a ProgramEngine starts, on finback's engine."""
+    """Replaces the program that a ProgramEngine starts by one on finback's engine."""
 
     def __init__(self, asked: ProgramEngine, servers: list[FakeEngineServer], stack: ExitStack) -> None:
         self.asked, self.servers, self.stack = asked, servers, stack
         self.well, self._url = True, ""
-        # programs start side by side, in any order
+        # programs start in parallel, in any order
         self.server: FakeEngineServer | None = None
 
     def software(self) -> dict[str, str]:
@@ -73,7 +73,7 @@ class FakeProgram:
 
 @dataclass
 class FakeCluster:
-    """As ray_cluster.Cluster; `servers` are the programs that were started, in their order."""
+    """Replaces ray_cluster.Cluster; `servers` are the started programs, in order."""
 
     stack: ExitStack
     actors: list[FakeActor] = field(default_factory=list)
@@ -109,7 +109,7 @@ class FakeCluster:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
-    """What every fleet of a test joins."""
+    """The cluster that every fleet of a test joins."""
     with ExitStack() as stack:
         found = FakeCluster(stack)
         monkeypatch.setattr(ray_cluster, "join", lambda *given: found)

@@ -1,4 +1,4 @@
-"""A hub of models on this machine: as much of the real one's interface as huggingface_hub asks of it, and its refusals."""
+"""A local model hub: the part of the real one's interface that huggingface_hub uses, with its refusals."""
 
 import hashlib
 import http.server
@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 @dataclass
 class Hub:
-    """Repositories, each with a folder for every revision; `asked` is what was asked for, `cut` what breaks off once."""
+    """Repositories with a folder per revision. `asked` has the requested paths; files in `cut` break off once."""
 
     url: str = ""
     repositories: dict[str, dict[str, Path]] = field(default_factory=dict)
@@ -25,13 +25,13 @@ class Hub:
     asked: list[tuple[str, str, str]] = field(default_factory=list)
 
     def add(self, repo: str, folder: Path, revision: str = "main") -> str:
-        """Publish a folder; the commit that it gets."""
+        """Publishes a folder; returns its commit."""
         commit = hashlib.sha1(f"{repo}{folder}".encode()).hexdigest()
         self.repositories.setdefault(repo, {}).update({revision: folder, commit: folder})
         return commit
 
     def files(self) -> list[str]:
-        """Names of the files whose contents were asked for."""
+        """The names of the files whose contents were requested."""
         return [
             path.split("/resolve/")[1].split("/", 1)[1]
             for verb, path, _ in self.asked
@@ -129,7 +129,7 @@ def _digest(file: Path) -> str:
 
 @contextmanager
 def hub_server() -> Iterator[Hub]:
-    """A hub that listens until the block ends."""
+    """Runs a hub until the block ends."""
     hub = Hub()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -143,7 +143,7 @@ def hub_server() -> Iterator[Hub]:
 
 
 def use(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have huggingface_hub in this process ask this hub, and keep what it fetches in a folder."""
+    """Points huggingface_hub in this process at this hub, with its cache in a folder."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

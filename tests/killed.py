@@ -1,6 +1,6 @@
-"""Trains a stage in children that it kills -9 at random moments: `python -m tests.killed ROOT KILLS SEED`.
+"""Trains a stage in child processes that it kills -9 at random moments: `python -m tests.killed ROOT KILLS SEED`.
 
-Forked and not started anew, so that a hundred kills take a minute; prints what happened as JSON.
+Children are forked instead of started anew, so that a hundred kills take a minute. Prints what happened as JSON.
 """
 
 import json
@@ -28,7 +28,7 @@ STEPS = 1500
 
 
 def stage(name: str, checkpoint_steps: int) -> Pretrain:
-    """A run of STEPS steps with all that a checkpoint has to remember."""
+    """A run of STEPS steps with everything that a checkpoint must save."""
     return Pretrain(
         name=name,
         data="prepare",
@@ -46,7 +46,7 @@ def stage(name: str, checkpoint_steps: int) -> Pretrain:
 
 
 def sit(root: Path, name: str, checkpoint_steps: int, pipe: int | None = None) -> None:
-    """Train from wherever an earlier sitting left off, to the end; a byte to the pipe when the first step begins."""
+    """Trains to the end from the last checkpoint; writes a byte to the pipe when the first step begins."""
     run = StageRun(root, name, 0, World(), quiet=True)
     run.folder.mkdir(exist_ok=True)
     training = set_up(stage(name, checkpoint_steps), run)
@@ -64,7 +64,7 @@ def sit(root: Path, name: str, checkpoint_steps: int, pipe: int | None = None) -
 
 
 def killed(root: Path, delay: float, at_once: bool) -> bool:
-    """One sitting that is killed `delay` seconds after its first step began, or after its start; False if it ended."""
+    """Kills a child `delay` seconds after its first step began, or after its start; False if it finished first."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -81,7 +81,7 @@ def killed(root: Path, delay: float, at_once: bool) -> bool:
     os.close(reader)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a sitting failed"
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a child failed"
     return os.WIFSIGNALED(status)
 
 
@@ -90,13 +90,13 @@ def main() -> None:
     torch.set_num_threads(1)
     hit, half_written, at = 0, 0, []
     for number in range(kills):
-        # one in five while it starts or reads its checkpoint
+        # one in five during startup or while it reads its checkpoint
         if not killed(root, rng.uniform(0.0, 0.2), at_once=number % 5 == 4):
             break
         hit += 1
         files = sorted((root / "killed").glob("step-*.safetensors"))
         for path in files:
-            store.load(path)  # a file under its final name is whole, always
+            store.load(path)  # a file under its final name is always complete
         half_written += len(list((root / "killed").glob("*.part")))
         at.append(int(files[-1].stem.removeprefix("step-")) if files else 0)
     sit(root, "killed", 1)

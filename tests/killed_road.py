@@ -1,7 +1,8 @@
-"""Runs a road on two ranks by a layout and kills both -9 at random moments: `python -m tests.killed_road ROOT KILLS SEED`.
+"""Runs a road on two ranks and kills both -9 at random moments: `python -m tests.killed_road ROOT KILLS SEED`.
 
-SFT and RL of all weights, and of an adapter on a quantized base, with experts apart. Ranks are forked and not started anew, so that twenty kills take
-minutes. Prints as JSON where it was killed and what differs from a road that nobody killed; exit code 1 where something does.
+SFT and RL of all weights, and of an adapter on a quantized base, with expert parallelism. Ranks are forked, so that
+twenty kills take minutes. Prints as JSON where ranks were killed and what differs from an undisturbed road; exit code 1
+if anything does.
 """
 
 import json
@@ -48,13 +49,13 @@ recipe = [
     GRPO(name="adapted_rl", start="adapted", steps=STEPS, lr=1e-3, adapter=adapter, **answers),
 ]
 """
-RANKS, STEPS = 2, 5  # after how many steps of a sitting a kill comes at most,
-PAUSE, START = 1.0, 5.0  # and within how many seconds then, or of a start
-LIMIT = 300.0  # seconds in which a step is taken
+RANKS, STEPS = 2, 5  # the most steps of a child before its kill,
+PAUSE, START = 1.0, 5.0  # and the most seconds after those steps, or after its start
+LIMIT = 300.0  # seconds within which a step must finish
 
 
 def begin(recipe: Path, runs: Path, log: Path) -> list[int]:
-    """Fork the ranks, which do what is left of the recipe; their process ids."""
+    """Forks the ranks, which run the rest of the recipe; returns their process ids."""
     port, children = free_port(), []
     for rank in range(RANKS):
         child = os.fork()
@@ -76,25 +77,25 @@ def begin(recipe: Path, runs: Path, log: Path) -> list[int]:
 
 
 def ended(children: list[int]) -> bool:
-    """Whether all ranks have ended by themselves, well."""
+    """Whether all ranks have ended by themselves, without an error."""
     codes = [os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children]
     assert all(code is None or code.si_status == 0 for code in codes), "a rank failed: see the log"
     return all(code is not None for code in codes)
 
 
 def steps(road: Path) -> list[tuple[str, int]]:
-    """Every step that is logged, with its stage."""
+    """Every logged step with its stage."""
     logs = sorted(road.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_ctime)
     return [(path.parent.name, line["step"]) for path in logs for line in read_lines(path) if "loss" in line]
 
 
 def killed(recipe: Path, runs: Path, log: Path, after: int, delay: float) -> bool:
-    """One sitting that is killed `delay` seconds after so many steps, or after its start; False if it ended."""
+    """Kills the ranks `delay` seconds after so many steps, or after their start; False if they finished first."""
     road, until = runs / recipe.stem, time.monotonic() + LIMIT
     last = steps(road)[-1:]
     children, taken = begin(recipe, runs, log), 0
     while taken < after and not ended(children):
-        assert time.monotonic() < until, "no step was taken: see the log"
+        assert time.monotonic() < until, "no step was logged: see the log"
         time.sleep(0.02)
         if (now := steps(road)[-1:]) and now != last:
             last, taken = now, taken + 1
@@ -108,7 +109,7 @@ def killed(recipe: Path, runs: Path, log: Path, after: int, delay: float) -> boo
 
 
 def compare(ours: Path, whole: Path) -> list[str]:
-    """What differs between two roads."""
+    """The differences between two roads."""
     wrong = []
     for stage in ("taught", "rl", "adapted", "adapted_rl"):
         logs = [
@@ -123,10 +124,10 @@ def compare(ours: Path, whole: Path) -> list[str]:
 
 
 def main(root: Path, kills: int, seed: int) -> dict[str, Any]:
-    """A road that is killed so often, one that is not, and what differs."""
+    """Runs a road with so many kills and one without; returns the kills and the differences."""
     torch.set_num_threads(1)
     root.mkdir(parents=True)
-    if not (child := os.fork()):  # its threads would not outlive a fork
+    if not (child := os.fork()):  # torch's threads do not survive a fork
         prepared(root / "given")
         os._exit(0)
     os.waitpid(child, 0)
@@ -136,7 +137,7 @@ def main(root: Path, kills: int, seed: int) -> dict[str, Any]:
     rng, at, begun = random.Random(seed), list[str](), time.monotonic()
     recipe, runs, log = root / "killed.py", root / "runs", root / "log.txt"
     for number in range(kills):
-        after = 0 if number % 5 == 4 else rng.randint(1, STEPS)  # one in five while it starts or reads its checkpoint
+        after = 0 if number % 5 == 4 else rng.randint(1, STEPS)  # one in five during startup
         if not killed(recipe, runs, log, after, rng.uniform(0, PAUSE if after else START)):
             break
         at.append("{} {}".format(*(steps(runs / "killed") or [("start", 0)])[-1]))
@@ -153,7 +154,7 @@ def main(root: Path, kills: int, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    assert sharded_adapter, "imported once, before the ranks are forked"
+    assert sharded_adapter, "imported before the fork"
     found = main(Path(sys.argv[1]).resolve(), int(sys.argv[2]), int(sys.argv[3]))
     print(json.dumps(found, indent=1))
     sys.exit(bool(found["wrong"]))

@@ -1,4 +1,4 @@
-"""What the tests of many ranks share: a model with experts, and processes that meet over gloo."""
+"""What the tests of many ranks share: a model with experts, and processes that communicate over gloo."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ MANY = dataclasses.replace(
     CONFIG, num_hidden_layers=4, n_routed_experts=8, n_group=2, topk_group=1, initializer_range=0.15
 )
 KINDS: Any = (CSA, HCA, SLIDING, CSA)
-# with a clamp as far out as the release's: a step over it jumps, and rounding decides which side a number is on
+# a clamp as large as the release's: at a smaller one the loss jumps, and rounding decides on which side a number is
 V4_MANY = dataclasses.replace(
     V4, vocab_size=320, num_hidden_layers=4, layer_types=KINDS, num_nextn_predict_layers=1, hc_mult=2
 )
@@ -47,14 +47,14 @@ SPARSE_MANY = dataclasses.replace(MANY, index_topk=6, index_n_heads=16, index_he
 ROWS, SEQ_LEN, STEPS = 8, 16, 20
 MTP_WEIGHT, BALANCE_ALPHA, BIAS_SPEED, MAX_GRAD_NORM = 0.3, 0.05, 0.02, 1.0
 LR = 3e-3
-Numbers = list[list[float]]  # of each step: loss, MTP loss, balance loss, norm of the gradient
+Numbers = list[list[float]]  # per step: loss, MTP loss, balance loss, gradient norm
 IMPORTED = [f"torch.distributed.{n}" for n in ("fsdp", "pipelining", "checkpoint")] + ["tests.many"]
 
 
 def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> None:
-    """Run work(*arguments) in `ranks` processes that know each other; fails when one of them does."""
+    """Runs work(*arguments) in `ranks` processes of one process group; fails if any of them does."""
     context, port = multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(IMPORTED)  # once for all tests: it takes longer than most of them
+    context.set_forkserver_preload(IMPORTED)  # once for all tests: the import takes longer than most of them
     children = [context.Process(target=_run, args=(r, ranks, port, work, arguments)) for r in range(ranks)]
     for child in children:
         child.start()
@@ -77,25 +77,25 @@ def _run(rank: int, ranks: int, port: int, work: Callable[..., Any], arguments: 
 
 @dataclass(frozen=True)
 class Way:
-    """What is trained, and how, on one rank or on many."""
+    """A training setup, for one rank or for many."""
 
     config: ModelConfig = MANY
     optimizer: Literal["muon", "adamw"] = "muon"
     muon_form: MuonForm = "jordan"
-    # of the weights: one for which no two experts' scores and no gradient's sign are a matter of rounding
+    # of the weights: chosen so that rounding decides neither between two experts' scores nor on a gradient's sign
     seed: int = 5
-    # rows of the steps, over and over
+    # rows of each step, repeated in a cycle
     rows: tuple[int, ...] = (ROWS,)
-    # documents that share rows and do not see each other, padding behind them
+    # several documents in a row, which do not attend to each other, with padding at the end
     packed: bool = False
     ema_decay: float = 0.0
     compute: Literal["fp32", "fp8"] = "fp32"
     qat: Qat = "none"
     recompute: Policy = "none"
     compile: bool = False
-    # rows in another order, which changes nothing but how sums and FP8's tiles are made
+    # the rows of a step in reverse order, which only changes the order of sums and the tiles of FP8
     reversed: bool = False
-    # after these steps the model is looked at
+    # after these steps the model is evaluated
     looks: tuple[int, ...] = ()
 
     @property
@@ -105,7 +105,7 @@ class Way:
 
 
 def batches(way: Way, steps: int) -> Iterator[Batch]:
-    """All rows of each step, the same for all who ask."""
+    """All rows of each step, the same for every caller."""
     random = np.random.default_rng(6)
     width = SEQ_LEN + 1 + way.config.num_nextn_predict_layers
     for step in range(steps):
@@ -119,7 +119,7 @@ def batches(way: Way, steps: int) -> Iterator[Batch]:
 
 
 def on_one(way: Way, steps: int = STEPS) -> tuple[Numbers, dict[str, Tensor]]:
-    """The plain twin: the whole model on one rank, as one thread like each of many."""
+    """The plain twin: the whole model on one rank, with one thread like each of many ranks."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     trainer = one_rank(way)
@@ -129,7 +129,7 @@ def on_one(way: Way, steps: int = STEPS) -> tuple[Numbers, dict[str, Tensor]]:
 
 
 def one_rank(way: Way) -> ReplicatedTrainer:
-    """The whole model, its gradients and optimizers."""
+    """A trainer of the whole model, with its gradients and optimizers."""
     model = way.options.put_on(Transformer(way.config, way.options.dtype).initialise(way.seed)).train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
@@ -143,12 +143,12 @@ def one_rank(way: Way) -> ReplicatedTrainer:
 
 
 def on_many(layout: Layout, way: Way = Way()) -> ShardedTrainer:
-    """This rank's share of the same."""
+    """This rank's shard of the same trainer."""
     return ShardedTrainer(way.config, layout, max(way.rows), way.seed, way.options)
 
 
 def continued(trainer: Trainer, way: Way, begin: int, end: int) -> Numbers:
-    """Steps begin..end of either, and looks at it in between."""
+    """Steps begin..end of either trainer, with the evaluations in between."""
     numbers = []
     for number, batch in enumerate(batches(way, end)):
         if number >= begin:
@@ -159,7 +159,7 @@ def continued(trainer: Trainer, way: Way, begin: int, end: int) -> Numbers:
 
 
 def looked(trainer: Trainer) -> list[float]:
-    """Mean log-probabilities of a text: of the model where it lies, of its average, and of it whole on every rank."""
+    """Mean log-probabilities of a text: by the sharded model, by its average, and by the whole model on every rank."""
     tokens = torch.arange(3 * 20).view(3, 20)
     found = [trainer.text_logprobs(tokens)]
     with trainer.averaged():
@@ -169,7 +169,7 @@ def looked(trainer: Trainer) -> list[float]:
 
 
 def step(trainer: Trainer, batch: Batch, mtp_weight: float = MTP_WEIGHT) -> list[float]:
-    """One step on a step's rows: losses over all ranks, norm of the gradient; no update where that is not finite."""
+    """One training step: losses over all ranks and the gradient norm; no update unless both are finite."""
     counts = batch.counts(trainer.model.config.num_nextn_predict_layers).tolist()
     mine = slice(trainer.data_rank, None, trainer.data_ranks)
     share: dict[str, Any] = {name: t[mine] for name, t in batch.tensors().items()}
@@ -187,9 +187,9 @@ def step(trainer: Trainer, batch: Batch, mtp_weight: float = MTP_WEIGHT) -> list
 
 
 def trained(layout: Layout, way: Way, out: str) -> None:
-    """Train on every rank; rank 0 writes the numbers and all router biases."""
+    """Trains on every rank; rank 0 writes the numbers and all router biases."""
     if way.compile:
-        warnings.simplefilter("default")  # torch's compiler uses what torch calls deprecated
+        warnings.simplefilter("default")  # torch's compiler calls functions that torch has deprecated
     many = on_many(layout, way)
     numbers = continued(many, way, 0, STEPS)
     biases = {n: t.tolist() for n, t in many.state().items() if n.endswith("router.bias")}
@@ -202,7 +202,7 @@ def trained(layout: Layout, way: Way, out: str) -> None:
 
 
 def agrees(one: dict[Way, tuple[Numbers, dict[str, Tensor]]], layout: Layout, tmp_path: Path, way: Way = Way()) -> None:
-    """A layout trains like one rank, whose numbers `one` keeps for other layouts."""
+    """Checks that a layout trains like one rank, whose numbers `one` caches for other layouts."""
     if way not in one:
         one[way] = on_one(way)
     numbers, state = one[way]
@@ -215,11 +215,11 @@ def agrees(one: dict[Way, tuple[Numbers, dict[str, Tensor]]], layout: Layout, tm
 
 
 def pipeline(schedule: Any, **more: Any) -> Layout:
-    """Two ranks in a row, unless `more` says otherwise."""
+    """A pipeline of two ranks, unless `more` says otherwise."""
     return Layout(**{"pp": 2, "micro_batches": 4, "schedule": schedule} | more)
 
 
 def check(found: Numbers, expected: Numbers) -> None:
-    """Losses and the gradient's norm within 1e-5."""
+    """Checks losses and the gradient norm within 1e-5."""
     off = (torch.tensor(found) - torch.tensor(expected)).abs().amax(dim=0)
     assert off.max() <= 1e-5, off

@@ -1,4 +1,4 @@
-"""Runs in an environment of its own (`make test-slow` makes it): what TRL and verl say about the tensors on stdin."""
+"""Runs in a separate environment (`make test-slow` creates it): what TRL and verl compute from the tensors on stdin."""
 
 import json
 import sys
@@ -102,7 +102,7 @@ def verl_loss(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
 
 
 def verl_weights(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
-    """compute_rollout_correction_weights for log-probabilities of trainer and engine."""
+    """compute_rollout_correction_weights for log-probabilities of the trainer and the engine."""
     from verl.trainer.ppo import rollout_corr_helper as helper
 
     found, _ = helper.compute_rollout_correction_weights(
@@ -112,7 +112,7 @@ def verl_weights(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]
 
 
 def verl_rejection(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
-    """compute_rollout_rejection_mask: the response mask that is left."""
+    """compute_rollout_rejection_mask: the response mask after rejection."""
     from verl.trainer.ppo import rollout_corr_helper as helper
 
     found, _ = helper.compute_rollout_rejection_mask(

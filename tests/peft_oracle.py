@@ -1,7 +1,7 @@
-"""Runs in an environment of its own (`make test-slow` makes it): what transformers and peft do with the cases on stdin.
+"""Runs in a separate environment (`make test-slow` creates it): what transformers and peft compute for given cases.
 
-A case names a base in Hugging Face's files and either an adapter to load or the settings of one to make, and gets back, in a
-safetensors file: logits, the loss of the next token, gradients of the adapter, and the adapter after one step of AdamW.
+A case on stdin names a base in Hugging Face's files and either an adapter to load or the settings of one to create. The
+answer, a safetensors file, has logits, the next-token loss, the adapter's gradients, and the adapter after one AdamW step.
 """
 
 import json

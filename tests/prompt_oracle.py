@@ -1,4 +1,5 @@
-"""Runs in an environment of its own (`make test-slow` makes it): prompts and answers of V4 and V4.1 by DeepSeek's recipe, V3.2's by SGLang."""
+"""Runs in a separate environment (`make test-slow` creates it): V4's and V4.1's prompts and answers by DeepSeek's recipe,
+and V3.2's prompts by SGLang."""
 
 import importlib.util
 import json
@@ -14,7 +15,7 @@ FORMS = {"v4": recipe.DeepseekV4Encoding, "v4.1": recipe.DeepseekV41Encoding}
 
 
 def by_recipe(form: str, tokenizer: str, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The prompt of each chat request as text and as ids, and what its `answer` is read as."""
+    """Each chat request's prompt as text and as ids, and the message parsed from its `answer`."""
     words = recipe.Tokenizer.from_file(tokenizer)
     encoding = FORMS[form]().with_tokenizer(words)
     found = []
@@ -27,7 +28,7 @@ def by_recipe(form: str, tokenizer: str, requests: list[dict[str, Any]]) -> list
 
 
 def read(asked: Any, answer: str) -> dict[str, Any]:
-    """An answer's message, by the recipe's stream processor."""
+    """The message parsed from an answer by the recipe's stream processor."""
     generator = recipe.ChatCompletionRequest.chunk_generator(asked, "id", "model")
     processor = recipe.StreamProcessor(generator, asked.parsing_options)
     response = recipe.ChatCompletionResponse("id", "model", 0, 0, 0)
@@ -40,12 +41,12 @@ def read(asked: Any, answer: str) -> dict[str, Any]:
 
 
 def by_sglang(requests: list[dict[str, Any]]) -> list[str]:
-    """V3.2's prompts, tools in the first system message as SGLang's server puts them there."""
+    """V3.2's prompts, with tools in the first system message, where SGLang's server puts them."""
     path = Path(sysconfig.get_path("purelib")) / "sglang/srt/entrypoints/openai/encoding_dsv32.py"
     spec = importlib.util.spec_from_file_location("encoding_dsv32", path)
     assert spec is not None and spec.loader is not None
     encoder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(encoder)  # the file alone: the package brings what only servers need
+    spec.loader.exec_module(encoder)  # loads the file alone: the package imports what only servers need
     found = []
     for request in requests:
         messages = request["messages"]

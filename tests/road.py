@@ -10,7 +10,7 @@ from tests.toy import WORDS
 
 @dataclass(frozen=True)
 class Loose(Chains):
-    """Right is any short answer: what a model of a few thousand parameters manages."""
+    """Accepts any short answer, since a model of a few thousand parameters manages no more."""
 
     def check(self, problem: Problem, answer: str) -> Verdict:
         return Verdict(correct=0 < len(answer) < 4, well_formed=True)
@@ -65,7 +65,7 @@ TRAINED = ("base", "zero", "dev1", "dev2", "student", "distilled", "on-policy")
 
 
 def write_road(folder: Path) -> Path:
-    """Put the toy road and its text into a folder; returns the recipe file."""
+    """Writes the toy road and its text into a folder; returns the recipe file."""
     (folder / "words.txt").write_text(WORDS, encoding="utf-8")
     (folder / "toy.py").write_text(ROAD, encoding="utf-8")
     return folder / "toy.py"

@@ -1,4 +1,4 @@
-"""What the tests of the server share: a small model that says what a test wants, and a server around it."""
+"""What the tests of the server share: a small model whose answers a test scripts, and a server around it."""
 
 import dataclasses
 import functools
@@ -30,22 +30,22 @@ HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "se
 
 @functools.cache
 def small_tokenizer() -> Tokenizer:
-    """With all of DeepSeek's marks."""
+    """A small tokenizer with all of DeepSeek's special tokens."""
     with tempfile.TemporaryDirectory() as folder:
         return tokenizers.train(["The whale sang. 4+5=9"] * 20, 300, Path(folder) / "tokenizer.json")
 
 
 @functools.cache
 def small_model(window: int) -> Transformer:
-    """Random weights."""
+    """A small model with random weights."""
     config = dataclasses.replace(CONFIG, max_position_embeddings=window, initializer_range=0.15)
     return Transformer(config).initialise(0).eval()
 
 
 class Scripted(Engine):
-    """An engine whose requests say `script`, if there is one, and whose steps take `pace` seconds or fail.
+    """An engine whose requests answer with `script`, if set, and whose steps take `pace` seconds or raise `failing`.
 
-    A chain that is closed early is followed by `after`, or by whatever the model says, which may be short.
+    A chain that is closed early is followed by `after`, or else by the model's own tokens, possibly few.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Scripted(Engine):
         self.seen: list[Request] = []
 
     def submit(self, prompt: Sequence[int], sampling: SamplingParams, seed: int, **more: Any) -> Request:
-        """As it is, with the script before anything the model would say."""
+        """Submits the request with the script ahead of the model's own tokens."""
         found = super().submit(list(prompt), sampling, seed, **more)
         self.seen.append(found)
         if self.script is not None:
@@ -75,14 +75,14 @@ class Scripted(Engine):
         return found
 
     def close_thinking(self, request: Request) -> None:
-        """As it is: what was left of the script is not said."""
+        """Closes the chain and drops the rest of the script."""
         if self.script is not None:
             request.forced.clear()
         super().close_thinking(request)
         request.forced.extend(small_tokenizer().encode_marked(self.after))
 
     def step(self) -> list[Request]:
-        """As it is, or slower, or not at all."""
+        """Steps after a pause of `pace` seconds, or raises `failing`."""
         if self.busy:
             time.sleep(self.pace)
             if self.failing is not None:
@@ -91,13 +91,13 @@ class Scripted(Engine):
 
     @property
     def leaked(self) -> int:
-        """Pages that nobody should hold any more."""
+        """The pages in use, which must be 0 when the engine is idle."""
         return self.pages.count - self.pages.free
 
 
 @contextmanager
 def served(engine: Engine, adapters: Mapping[str, Tokenizer] | None = None, **options: Any) -> Iterator[httpx.Client]:
-    """A real server on a real socket, and a client for it; `adapters` are those that the engine has."""
+    """A server on a real socket, and a client for it; `adapters` are those that the engine has."""
     made = ServeOptions(**{"model": Path("toy"), "page": False, "port": 0} | options)
     app = build(engine, engine.tokenizer or small_tokenizer(), made, adapters=adapters)
     listener = http.listen_as(made) if made.uds else http.listen("127.0.0.1", 0)
@@ -115,20 +115,20 @@ def served(engine: Engine, adapters: Mapping[str, Tokenizer] | None = None, **op
     finally:
         runner.should_exit = True
         thread.join(timeout=20)
-        assert not thread.is_alive(), "the server does not end"
+        assert not thread.is_alive(), "the server does not stop"
 
 
 def wait_for(condition: Any, seconds: float = 20) -> float:
-    """Wait until a condition holds; how long that took."""
+    """Waits until a condition holds; returns the seconds that took."""
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < seconds, "it does not happen"
+        assert time.monotonic() - began < seconds, "the condition does not hold in time"
         time.sleep(0.005)
     return time.monotonic() - began
 
 
 def events(lines: Iterator[str]) -> list[Any]:
-    """The chunks of a stream; comments as they are, "[DONE]" at the end."""
+    """The chunks of a stream; comments are unchanged, and "[DONE]" is the last."""
     found: list[Any] = []
     for line in lines:
         if line.startswith(":"):
@@ -141,7 +141,7 @@ def events(lines: Iterator[str]) -> list[Any]:
 
 
 def streamed(client: httpx.Client, path: str = CHAT, **request: Any) -> list[Any]:
-    """All chunks of a streamed request."""
+    """All chunks of a streaming request."""
     with client.stream("POST", path, json=request | {"stream": True}) as response:
         assert response.status_code == 200, response.read()
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -149,7 +149,7 @@ def streamed(client: httpx.Client, path: str = CHAT, **request: Any) -> list[Any
 
 
 def summed(chunks: list[Any], index: int = 0) -> dict[str, Any]:
-    """The message that a stream's deltas add up to, with its finish_reason."""
+    """The message assembled from a stream's deltas, with its finish_reason."""
     message: dict[str, Any] = {"finish_reason": None}
     calls: dict[int, dict[str, str]] = {}
     for chunk in chunks:

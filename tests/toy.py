@@ -41,7 +41,7 @@ CONFIG = ModelConfig(
     }
 )
 
-# a dense student's layout, with queries that share keys
+# a dense student's layout, with grouped-query attention
 DENSE = replace(
     CONFIG,
     attention="gqa",
@@ -53,7 +53,7 @@ DENSE = replace(
     rope_interleaved=False,
 )
 
-# V4's parts: a layer of each kind of attention, streams, hash routing, clamps
+# V4's parts: a layer with each kind of attention, streams, hash routing, clamps
 _V4: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -122,19 +122,19 @@ WORDS = "\n\n".join(
 
 
 def write_recipe(folder: Path) -> Path:
-    """Put the toy recipe and its text into a folder; returns the recipe file."""
+    """Writes the toy recipe and its text into a folder; returns the recipe file."""
     (folder / "words.txt").write_text(WORDS, encoding="utf-8")
     (folder / "toy.py").write_text(RECIPE, encoding="utf-8")
     return folder / "toy.py"
 
 
 def environment() -> dict[str, str]:
-    """For child processes that must find finback and tests.toy."""
+    """The environment of child processes that must find finback and tests.toy."""
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT)}
 
 
 def finback(*arguments: object, input: str = "") -> subprocess.CompletedProcess[str]:
-    """The command line to its end, in this process: `python -m finback <arguments>` without a second import of torch."""
+    """Runs the command line in this process: like `python -m finback <arguments>`, without a second import of torch."""
     given, code = [str(argument) for argument in arguments], None
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as out,
@@ -154,13 +154,13 @@ def finback(*arguments: object, input: str = "") -> subprocess.CompletedProcess[
 
 
 def finback_process(*arguments: object, wrapper: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """The command line as a process of its own, which starts ranks; `wrapper` is a command to run it under."""
+    """Runs the command line as a separate process, which starts ranks; `wrapper` is a command to run it under."""
     command = [*wrapper, sys.executable, "-m", "finback", *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def toy_model(seed: int = 0) -> Transformer:
-    """Random weights with some spread, so that tokens, experts and heads differ."""
+    """A model with spread-out random weights, so that tokens, experts and heads differ."""
     return Transformer(replace(CONFIG, initializer_range=0.15)).initialise(seed).eval()
 
 
@@ -180,7 +180,7 @@ def backward_batch(
     balance_alpha: float = 1e-4,
     row_share: float = 1.0,
 ) -> Losses:
-    """The same over any batch; counts (1 + depths,) are the labels of the whole step."""
+    """The same over any batch; counts (1 + depths,) are the numbers of labels in the whole step."""
     terms = LossTerms(counts.tolist(), mtp_weight, balance_alpha, row_share)
     losses = training_losses(model, batch, terms)
     losses.total(terms).backward()

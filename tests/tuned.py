@@ -1,4 +1,4 @@
-"""What tests of fine-tuning and RL on layouts share: stages on a tiny model, run on one rank and on many, and what came of it."""
+"""What tests of fine-tuning and RL on layouts share: stages on a tiny model, on one rank and on many, and results."""
 
 import pickle
 from dataclasses import dataclass, field, replace
@@ -48,7 +48,7 @@ TIMED = {
 
 @dataclass(frozen=True)
 class Tuned:
-    """A stage by name: what it is, and its knobs beside those of its kind."""
+    """A stage under test: its class, and the knobs that differ from those common to the class."""
 
     kind: type[SFT] | type[GRPO]
     knobs: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ KNOBS: dict[Any, dict[str, Any]] = {
     Distill: LESSONS | {"teacher": "other", "hard": 0.3},
     GRPO: ANSWERS | {"bias_speed": 0.02, "micro_tokens": 200},
 }
-# on-policy; a step may have no question of a domain, and a rank none at all
+# on-policy; a step may have no question of a domain, and a rank no question at all
 SEVERAL = {
     "traces": (),
     "task": Mixture((Chains(2, 2), Chains(3, 3)), weights=(1, 3)),
@@ -98,16 +98,16 @@ LEARNT = {
     "qlora sft": Tuned(SFT, {"adapter": replace(EXACT, base="nf4"), "bias_speed": 0.0}),
     "qlora grpo": Tuned(GRPO, {"adapter": replace(EXACT, base="int8"), "bias_speed": 0.0}),
     "lora distill": Tuned(Distill, {"adapter": EXACT}),
-    # goes on with what the test of checkpoints has written
+    # starts from the run "moved" that the test of checkpoints writes
     "lora on lora": Tuned(SFT, {"adapter": EXACT, "start": "moved", "bias_speed": 0.0}),
     "lora grpo": Tuned(GRPO, {"adapter": EXACT, "objective": Objective(beta=0.1), "bias_speed": 0.0}),
 }
-# those that begin with the base, whose model has no indexers
+# stages that start from the base, whose model has no indexers
 STEPWISE = tuple(name for name in LEARNT if name not in ("lora on lora", "grpo indexed"))
 
 
 def prepared(root: Path, config: ModelConfig = SPREAD) -> Path:
-    """A folder with two finished stages, "base" and "other", and the traces of a third."""
+    """Creates a folder with two finished stages, "base" and "other", and the traces of a third."""
     for name, seed in (("base", 1), ("other", 2)):
         folder = root / name
         folder.mkdir(parents=True)
@@ -119,7 +119,7 @@ def prepared(root: Path, config: ModelConfig = SPREAD) -> Path:
 
 
 def begun(root: Path, name: str, layout: Layout | None, run_name: str = "") -> Any:
-    """The training of a stage on the ranks that there are."""
+    """A stage's training object on the ranks of this process group."""
     given = LEARNT[name]
     knobs = {"start": "base", "layout": layout} | KNOBS[given.kind] | given.knobs
     stage = given.kind(name=run_name or "tuned", **knobs)
@@ -132,7 +132,7 @@ def begun(root: Path, name: str, layout: Layout | None, run_name: str = "") -> A
 
 
 def with_records(r: Reinforcement, path: Path) -> Reinforcement:
-    """Let it learn from the answers of an earlier run, or note those of this one; they earn what chance gives them."""
+    """Replays the answers of an earlier run, or records those of this run, with rewards in a fixed pattern."""
     ask, calls = r.sampler.ask, iter(range(10**6))
     known = pickle.loads(path.read_bytes()) if path.is_file() else None
     noted: dict[Any, Any] = {}
@@ -153,17 +153,17 @@ def with_records(r: Reinforcement, path: Path) -> Reinforcement:
 
 @dataclass
 class Outcome:
-    """Metrics of each step but for times, the gradient of the last one, the weights in the end, and what is generated with."""
+    """Metrics per step without times, the last step's gradients, the final weights, and log-probabilities."""
 
     metrics: list[dict[str, Any]]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
-    # log-probabilities of a text, by the model that answers
+    # log-probabilities of a text under the model that generates
     text: Tensor
 
 
 def outcome(root: Path, name: str, layout: Layout | None, steps: int) -> Outcome:
-    """A stage for so many steps, from its beginning."""
+    """Runs a stage for so many steps from its start."""
     training = begun(root, name, layout)
     loop = Loop(training)
     metrics = [loop.advance() for _ in range(steps)]
@@ -174,7 +174,7 @@ def outcome(root: Path, name: str, layout: Layout | None, steps: int) -> Outcome
 
 
 def gradients(trainer: Trainer) -> dict[str, Tensor]:
-    """Those of the last step, whole, clipped."""
+    """The clipped gradients of the last step, gathered."""
     parts = getattr(trainer, "learnt", None)
     named = (
         [(n, p) for n, p in trainer.model.named_parameters()] if parts is None else [(p.name, p.value) for p in parts]
@@ -184,7 +184,7 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _whole(trainer: Trainer, name: str, gradient: Any) -> Tensor:
-    """A gradient of which this rank may have a part."""
+    """A gathered gradient, of which this rank may have a shard."""
     if name in getattr(trainer, "parted", ()):
         mesh = trainer.mesh.ep  # type: ignore[attr-defined]
         gradient = DTensor.from_local(gradient, mesh, [Shard(0)], run_check=False)
@@ -193,14 +193,14 @@ def _whole(trainer: Trainer, name: str, gradient: Any) -> Tensor:
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
-    """What has learnt, whole."""
+    """The trained weights, gathered."""
     whole = trainer.gathered()
     found = adapter_parameters(whole) or list(whole.state_dict().items())
     return {name: tensor.detach().clone() for name, tensor in found}
 
 
 def compared(found: Outcome, one: Outcome, within: float = 1e-5) -> None:
-    """Every metric, the gradients and the weights of many ranks are those of one."""
+    """Checks that every metric, gradient and weight of many ranks equals that of one."""
     for step, (line, expected) in enumerate(zip(found.metrics, one.metrics, strict=True), 1):
         assert line.keys() == expected.keys()
         for key, value in expected.items():
@@ -219,21 +219,21 @@ def compared(found: Outcome, one: Outcome, within: float = 1e-5) -> None:
 
 
 def with_gradient(name: str, tensor: Tensor) -> Tensor:
-    """A tensor without how V4's first layer reads and exchanges its 4 streams. They are equal there, and the norm behind takes the
-    size away, so that gradient is rounding, of which Adam makes whole steps."""
+    """Drops the parts with which V4's first layer reads and mixes its 4 streams. The streams are equal there, and the next
+    norm removes the scale, so their gradient is rounding noise, which Adam turns into full steps."""
     if not name.startswith("blocks.0.attention_mix."):
         return tensor
     return tensor[1:2] if name.endswith(".scale") else tensor[4:8]
 
 
 def on_layout(root: str, names: tuple[str, ...], layout: Layout, steps: int) -> None:
-    """On every rank: stages under a layout against what one rank has made of them."""
+    """On every rank: compares stages under a layout with one rank's results."""
     for name in names:
         compared(outcome(Path(root), name, layout, steps), torch.load(Path(root) / f"{name}.pt", weights_only=False))
 
 
 def alone(root: Path, names: tuple[str, ...], steps: int) -> None:
-    """What one rank makes of these stages, as one thread, into files; answers are noted for others."""
+    """Writes one rank's results for these stages to files, with one thread; answers are recorded for other layouts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name in names:
