@@ -220,7 +220,7 @@ def test_questions_that_an_exam_asks_are_left_out(tmp_path: Path, capfd: pytest.
     )
     exam.write_text(Path(task.source).read_text())
     run.stages = (Evaluate(name="after", start="zero", exams=(Exam("all", suite=str(exam)),)),)
-    with pytest.raises(UserError, match=r"none of its problems is of the training side: exams ask all 12 \(all\)"):
+    with pytest.raises(UserError, match=r"it has no training problems: exams ask all 12 \(all\)"):
         GroupSampler(GRPO(name="zero", start="base", task=task), run, *loaded(tmp_path / "base"))
 
 

@@ -120,7 +120,7 @@ def serving(kind: str, folder: Path) -> Iterator[str]:
             r"tuned\.teacher = 'chain-2': no task .* Did you mean 'chains-2'",
         ),
         ({"teacher": {"kept": "other"}, "task": None, "traces": ("kept",)}, "given lessons have no domains"),
-        ({"teacher": Servers(("http://127.0.0.1:9",))}, r"tuned\.top_k = 0: servers say no more than"),
+        ({"teacher": Servers(("http://127.0.0.1:9",))}, r"tuned\.top_k = 0: servers report only"),
         (
             {"teacher": Servers(("http://127.0.0.1:9",)), "top_k": 5, "layout": Layout(cp=2)},
             r"tuned\.layout\.cp = 2: servers read whole rows",
@@ -140,7 +140,7 @@ def test_a_server_that_says_too_little_or_reads_otherwise_is_refused(tmp_path: P
         batch, _ = t.batches.batch(1)
         assert batch is not None
         server.change = lambda reply: reply["meta_info"]["input_top_logprobs"][1].pop()
-        with pytest.raises(UserError, match="does not say its 5 likeliest tokens at each place"):
+        with pytest.raises(UserError, match="does not report its 5 likeliest tokens at each position"):
             loss(t, batch)
         t.close()
     tokenizer.train(["zzyy yyzz xxyy zyxw" * 50], 320, tmp_path / "foreign/tokenizer.json")

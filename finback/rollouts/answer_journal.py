@@ -42,7 +42,7 @@ class AnswerJournal:
         self._file.flush()
 
     def tokens(self, after: int) -> int:
-        """Number of tokens in answers to steps after `after`, which nobody will learn from."""
+        """Number of tokens in answers of steps after `after`, which are not learned from."""
         paths = [path for path in self.folder.glob(f"*-{self.rank}.jsonl") if _step(path) > after]
         return sum(len(line["tokens"]) for path in paths for line in read_lines(path))
 

@@ -18,10 +18,10 @@ LEAVING = 5.0  # seconds to wait for the thread to end
 
 
 class AskingAhead(Generic[T]):
-    """Prepares steps in order, each as early as allowed: `max_staleness` updates before the one its answers are for.
+    """Prepares steps in order, each as early as allowed: `max_staleness` updates before the one that learns from it.
 
-    No token is older than that when it is learned from, because no step is generated with weights from before. Answers are
-    stored in a journal; a killed run finds them there, including those for steps after its checkpoint.
+    So no token is older than `max_staleness` updates when it is learned from. Answers are stored in a journal; a run that
+    resumes after a kill reads them there, including those for steps after its checkpoint.
     """
 
     def __init__(self, run: StageRun, steps: int, max_staleness: int) -> None:
@@ -82,7 +82,7 @@ class AskingAhead(Generic[T]):
         return self._state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Starts, or continues after a step that was taken before."""
+        """Restores the state of the questions, at the start or after a checkpoint."""
         self._state = state
 
     def close(self) -> int:

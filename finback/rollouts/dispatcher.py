@@ -37,7 +37,7 @@ class _Health:
 class Dispatcher(Generic[T]):
     """Sends `count` requests with `ask(server, places)`; `results` yields each place once, as answers arrive.
 
-    Each server works on up to `concurrency` requests one by one; without that it gets its share of them all at once. A failed
+    Each server gets up to `concurrency` requests at a time; if it is None, each gets an equal share of all requests at once. A failed
     request is sent again, to any remaining server. After a failure a server pauses; after `retries.tries` consecutive failures
     (`busy_tries` if it reports that it is busy) it is no longer used.
     """

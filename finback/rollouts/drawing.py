@@ -42,7 +42,7 @@ class Window:
         """The error for a question that does not fit; it names the task, since the user did not write the request."""
         shown = problem.question if len(problem.question) <= 60 else f"{problem.question[:60]}…"
         needs = f"its {len(self.prompt(problem)[0])} tokens and max_tokens = {self.max_tokens}"
-        remedy = "Leave out such questions, lower max_tokens, or take a model with a longer window."
+        remedy = "Leave out such questions, lower max_tokens, or use a model with a longer window."
         return UserError("question", shown, f"{needs} exceed the model's window of {self.size} tokens", remedy)
 
     def remark(self, left_out: int) -> str:
@@ -148,9 +148,7 @@ class QuestionOrder:
                 kept.append(problem)
         if every and not kept:
             asked = f": exams ask all {len(train)} ({', '.join(self.contaminated)})" if train else ""
-            raise UserError(
-                "task", task.name, f"none of its problems is of the training side{asked}", "Give more records."
-            )
+            raise UserError("task", task.name, f"it has no training problems{asked}", "Give more records.")
         return kept
 
 

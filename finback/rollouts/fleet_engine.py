@@ -47,7 +47,7 @@ class FleetEngine:
         """Switches to other weights; answers in progress continue with them, or restart (drop)."""
         if self.live is None:
             model, _ = whole_copy(*self.model, World())
-            # the tokens that end an answer come with each request
+            # each request carries its own end-of-sequence tokens
             self.live = LiveEngine(Engine(model, (), self.engine))
         self.live.take(lambda model: unpack(model, weights), version, drop)
 
@@ -62,7 +62,7 @@ class FleetEngine:
     def answers(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int], patience: float
     ) -> Iterator[tuple[int, Completion] | None]:
-        """Each answer with its place, as it is done; None as a sign of life after `patience` seconds without one."""
+        """Yields (place, answer) as each is done; None, as a sign of life, after `patience` seconds without an answer."""
         if self.live is None or self.live.version < 0:  # another rank asked an engine that has just been started
             raise RequestFailed("has no weights yet")
         yield from self.live.answers(prompts, sampling, seeds, patience)

@@ -1,4 +1,4 @@
-"""An engine of a fleet as the trainer sees it: the actor where Ray has placed it, replaced if it is lost."""
+"""The trainer's handle on an engine of a fleet: an actor that Ray places, replaced if it is lost."""
 
 import threading
 import time
@@ -245,7 +245,7 @@ class ProgramMember(FleetMember):
         except BaseException:
             new.client.close()
             raise
-        self._server = new  # set last, so that nobody asks it before it has its weights
+        self._server = new  # set last: requests must not reach it before it has its weights
 
     def _sleep(self) -> None:
         if self._server is not None:
@@ -260,7 +260,7 @@ class ProgramMember(FleetMember):
         return self._watched(actor, lambda: server._answer(prompt))
 
     def _begin(self) -> None:
-        """Restarts it in the background, so that others can answer meanwhile."""
+        """Restarts it in the background, so that other engines can answer meanwhile."""
 
         def start() -> None:
             try:

@@ -36,7 +36,7 @@ class Generator(Protocol):
 class PolicyModel:
     """The model that answers, as generators see it."""
 
-    # its current, whole weights; all ranks call it at once, and nobody keeps a reference to the result
+    # its current, whole weights; collective, and the result must not be stored
     weights: ServedWeights
     config: ModelConfig
     tokenizer: Tokenizer
@@ -49,7 +49,7 @@ class PolicyModel:
     return_routed_experts: bool = False
     # record the entries that each token's indexers select
     return_indexer_topk: bool = False
-    # what happens to answers in progress when the weights change; none: nobody generates at that time
+    # what happens to answers in progress when the weights change; none: nothing is generated at that time
     in_flight: InFlight = "none"
 
 
@@ -109,7 +109,7 @@ class Rollouts(ABC):
     def stream(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> Iterator[tuple[int, Completion]]:
-        """The same, each with its place as soon as it is done; every place comes once."""
+        """Yields (place, completion) as soon as each is done; every place once."""
         if self.version < 0:
             self.update(0)
         assert not self.resting, "`update` must come before generating"

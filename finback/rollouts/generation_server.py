@@ -62,7 +62,7 @@ class TokenAnswer:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What answers must match: the model in training, and what the stage needs of them."""
+    """What answers must match: the model in training, and what the stage needs from them."""
 
     vocab_size: int
     layers: int
@@ -99,7 +99,7 @@ class GenerationServer(ABC):
         return self._checked(prompt, self._answer(prompt))
 
     def answers(self, prompts: Sequence[TokenPrompt]) -> Iterator[tuple[int, TokenAnswer]]:
-        """Continues several prompts, each with its place as it is done; errors as `answer`."""
+        """Continues several prompts; yields (place, answer) as each is done. Errors as in `answer`."""
         for place, answer in self._answers(prompts):
             yield place, self._checked(prompts[place], answer)
 
@@ -112,20 +112,20 @@ class GenerationServer(ABC):
         """The raw answer of the server."""
 
     def likeliest(self, token_ids: Sequence[int], k: int) -> list[Likeliest]:
-        """Its k likeliest tokens at each place of a text but the first, at temperature 1; UserError where it does not say so many."""
+        """The model's k likeliest tokens at each position of a text except the first, at temperature 1; UserError if it reports fewer."""
         found = [sorted(pairs, key=lambda pair: -pair[1])[:k] for pairs in self._likeliest(token_ids, k)]
         if len(found) != len(token_ids) - 1 or any(len(pairs) < k for pairs in found):
-            remedy = f"Start it so that it gives {k} (vLLM: --max-logprobs {k}), or lower top_k."
-            raise self.unfit(f"does not say its {k} likeliest tokens at each place of a text", remedy)
+            remedy = f"Start it so that it returns {k} (vLLM: --max-logprobs {k}), or lower top_k."
+            raise self.unfit(f"does not report its {k} likeliest tokens at each position of a text", remedy)
         if not all(0 <= token < self.model.vocab_size for pairs in found for token, _ in pairs):
             raise self.unfit(
-                f"names ids beyond the vocabulary of {self.model.vocab_size:,}", "Serve a model with this one."
+                f"reports ids beyond the vocabulary of {self.model.vocab_size:,}", "Serve a model with this one."
             )
         return found
 
     def _likeliest(self, token_ids: Sequence[int], k: int) -> list[Likeliest]:
-        """At least those, in any order."""
-        raise self.unfit("does not say how likely a text's tokens are", "Use vLLM, SGLang or `finback serve`.")
+        """At least the k likeliest tokens at each position, in any order."""
+        raise self.unfit("does not report log-probabilities of a text's tokens", "Use vLLM, SGLang or `finback serve`.")
 
     @abstractmethod
     def load(self, weights: Any, version: str) -> None:

@@ -61,7 +61,7 @@ class LiveEngine:
     def answers(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int], patience: float
     ) -> Iterator[tuple[int, Completion] | None]:
-        """Each answer with its place, as it is done; None after `patience` seconds in which steps were made but none finished.
+        """Yields (place, answer) as each is done; None after `patience` seconds in which steps were made but no answer finished.
 
         In an idle engine the answers are bit-identical to those of `Engine.generate`.
         """

@@ -1,4 +1,4 @@
-"""What a fleet needs of Ray: joining it, reserving resources, calls with a timeout, and errors. The only file that uses Ray.
+"""What a fleet needs from Ray: joining it, reserving resources, calls with a timeout, and errors. The only file that uses Ray.
 
 Ray is imported when a fleet is opened, not before.
 """

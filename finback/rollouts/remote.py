@@ -76,7 +76,7 @@ class RemoteRollouts(Rollouts):
 
     @abstractmethod
     def _write(self, model: Transformer, label: str) -> tuple[Any, int]:
-        """Stores weights where engines find them. Returns what `load` takes, and the bytes."""
+        """Stores weights where engines find them. Returns the argument of `load`, and the number of bytes."""
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class RemoteRollouts(Rollouts):
     ) -> Iterator[tuple[int, Completion]]:
         def ask(server: GenerationServer, places: Sequence[int]) -> Iterator[tuple[int, TokenAnswer]]:
             asked = [self._prompt(prompts[place], sampling, seeds[place], self.version) for place in places]
-            # the last versions before an engine has the newest, and all that arrive while it answers
+            # in flight: accept the previous version, the newest, and all that arrive while the engine answers
             flying, first = self.policy.in_flight != "none", max(0, len(self.sent) - 2)
             for number, answer in server.answers(asked):
                 server_checks.check_version(server, answer, list(self.sent)[first:] if flying else ())

@@ -52,8 +52,8 @@ def lost(rows: Sequence[Mapping[str, float]], num_generations: int) -> str:
 
 
 def overlap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Statistics of asynchronous rollouts over a run's steps: mean age of tokens, idle shares, and how many times as long as learning
-    generation takes (`generating`), which is the number of engines that keep the trainer busy."""
+    """Statistics of asynchronous rollouts over a run's steps: mean age of tokens, idle shares, and the ratio of generation
+    time to learning time (`generating`), which is the number of engines that keep the trainer busy."""
     steps = [row for row in rows if "staleness" in row]
     if not steps:
         return {}

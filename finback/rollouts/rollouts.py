@@ -102,7 +102,7 @@ def in_parts(rows: Sequence[T], width: Callable[[T], int], micro_tokens: int) ->
 
 
 def padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
-    """A batch with one row per answer, prompt included, without what is to be replayed."""
+    """A batch with one row per answer, prompt included, without choices to replay."""
     shape = len(rows), max(r.length for r, _ in rows)
     tokens, padding_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     labels, logprobs = torch.full(shape, IGNORE), torch.zeros(shape)

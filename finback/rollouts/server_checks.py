@@ -59,8 +59,8 @@ def check_logprobs(server: GenerationServer, prompt: TokenPrompt, model: Transfo
 
 
 def check_version(server: GenerationServer, answer: TokenAnswer, accepted: Collection[str] = ()) -> None:
-    """Raises UserError if an answer comes from other weights than those sent or first seen, or, if its weights may change during
-    the answer, than the accepted ones."""
+    """Raises UserError if an answer comes from weights other than those sent (or first seen) or, if weights may change during
+    the answer, the accepted ones."""
     said = server.version() if answer.versions is None else None
     versions = {said} if answer.versions is None else {version for version, _, _ in answer.versions}
     if versions == {None}:

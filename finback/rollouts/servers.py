@@ -57,7 +57,7 @@ class Servers(Backend):
             check_url(url, "rollouts.urls", "http://127.0.0.1:8000")
 
     def clients(self, field: str) -> dict[str, Client]:
-        """A client of each server by its url; UserError, in the name of the stage's knob, where the key cannot be read."""
+        """A client for each server, by url; UserError about the stage's knob if the key cannot be read."""
         key = read_key(self.key_file, f"{field}.key_file")
         return {url: Client(_root(url), key, self.timeout, max_bytes=LONGEST_REPLY) for url in self.urls}
 
@@ -80,7 +80,7 @@ class ServerRollouts(RemoteRollouts):
                 self._prepare(server, knobs)
             for server in self.servers if policy.run.is_writer else ():
                 if not server_checks.has_tokenizer(server, policy.tokenizer, SAME):
-                    said = f"{server.url} has no tokenizer to compare; its log-probabilities are"
+                    said = f"{server.url} has no tokenizer; only its log-probabilities are compared"
                     policy.run.say(f"{policy.run.name:10} {said}")
         except BaseException:
             self.close()
@@ -105,7 +105,7 @@ class ServerRollouts(RemoteRollouts):
 
 
 def connected(clients: dict[str, Client], field: str, model: ServedModel) -> list[GenerationServer]:
-    """The servers at these addresses; UserError where one does not answer or is none that finback knows."""
+    """The servers at these addresses; UserError if one does not answer or finback does not know its program."""
     found = []
     for url, client in clients.items():
         try:

@@ -1,6 +1,6 @@
 """Answers to one prompt in one row: the prompt is read once, and the answers attend to it but not to each other.
 
-A row holds the prompt without its last token, then each answer preceded by a copy of that token, which predicts its first.
+A row holds the prompt without its last token, then each answer preceded by a copy of that token, which predicts the answer's first token.
 """
 
 from collections.abc import Callable, Sequence
@@ -98,7 +98,8 @@ def _choices(
 ) -> Tensor | None:
     """(rows, tokens, modules, k) choices of rows that share prompts, -1 for padding; None if they are unknown.
 
-    moved: they are entries, counted from the start of prompt and answer, and an answer's own tokens are further on in its row.
+    moved: the choices are entries, numbered from the start of prompt and answer; those among an answer's own tokens are shifted to
+    its position in the row.
     """
     first = of(lines[0][0][0])
     if first is None:

@@ -19,7 +19,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def split(name: str) -> tuple[str, str]:
-    """Splits BASE+ADAPTER; a name without +, or of something that exists, gives itself and ""."""
+    """Splits BASE+ADAPTER; a name without +, or of an existing path, is returned with ""."""
     base, plus, adapter = name.rpartition("+")
     return (base, adapter) if plus and base and adapter and not Path(name).exists() else (name, "")
 
@@ -27,7 +27,7 @@ def split(name: str) -> tuple[str, str]:
 def places(path: Path) -> tuple[Path, Path | None]:
     """The paths of a model's base and of its adapter (None if it has none); UserError if one is missing.
 
-    Only what is itself named as the hub's is fetched: not the base that an adapter from there names.
+    Only the names given here are fetched from the hub, not the base that a fetched adapter names.
     """
     name, own = split(str(path))
     path = fetched(Path(name))

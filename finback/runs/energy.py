@@ -20,11 +20,11 @@ RAPL = Path("/sys/class/powercap")
 
 # maximal power of one component: if a counter could have wrapped around since the last reading, it is not trusted
 WATTS_AT_MOST = 1000.0
-# a counter that went down has wrapped around, or was reset; more than this power, or half as much again as seen before,
-# means a reset
+# a counter that went down has wrapped around, or was reset; more than this power, or than 1.5 times
+# the highest power seen, means a reset
 WATTS_OVER_THE_TURN = 400.0
 GPU_WATTS_AT_MOST = 2000.0
-# how far a counter may run ahead: it is updated at its own times
+# how far a counter may run ahead: its updates are not synchronized with the readings
 SLACK_JOULES = 100.0
 # longest time between readings while a stage logs steps, in seconds
 LOOK_SECONDS = 60.0
@@ -169,7 +169,7 @@ def _gpus() -> list[Any]:
         handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in ids]
         for handle in handles:
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # older GPUs lack this counter
-    except Exception:  # the library's own exceptions, which need it to be named
+    except Exception:  # pynvml's exceptions can be named only if it is installed
         return []
     return handles
 

@@ -1,4 +1,4 @@
-"""The run folder: what a stage reads of earlier ones, and all that reports read.
+"""The run folder: everything that later stages and reports read.
 
 runs/<recipe>/recipe.json            the recipe and seed of this folder, and the commits of hub models
 runs/<recipe>/<stage>/config.json    the stage's knobs, resolved

@@ -101,7 +101,7 @@ def _download(path: Path, repo: str, revision: str, wanted: Sequence[str], ignor
             )
         )
     except errors.GatedRepoError:
-        problem = f"{repo} is gated: it is given to accounts that have accepted its terms"
+        problem = f"{repo} is gated: only accounts that have accepted its terms can download it"
         remedy = f"Accept them on {page}, and log in: `hf auth login`."
     except errors.RepositoryNotFoundError:
         problem = f"no such file or folder, and the hub has no model {repo} for you"
@@ -110,10 +110,10 @@ def _download(path: Path, repo: str, revision: str, wanted: Sequence[str], ignor
         problem = f"{repo} has no revision {revision!r}"
         remedy = f"Its branches, tags and commits are on {page}/tree/main."
     except errors.LocalEntryNotFoundError as error:  # no connection, and not completely cached
-        problem = f"no such file or folder, and the hub cannot be asked for {repo}: {_first_line(error)}"
+        problem = f"no such file or folder, and the hub cannot be reached for {repo}: {_first_line(error)}"
         remedy = "Check the path, or go online once; fetched files stay in the cache."
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
-        problem = f"the hub did not give it: {_first_line(error)}"
+        problem = f"the download from the hub failed: {_first_line(error)}"
         remedy = "Run the command again: downloaded files are reused."
     raise UserError("model", str(path), problem, remedy)
 

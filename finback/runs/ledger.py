@@ -1,4 +1,4 @@
-"""The bill: sums and prices what ledger.jsonl records of a stage. Does not import torch."""
+"""Sums and prices what a stage's ledger.jsonl records. Does not import torch."""
 
 import json
 from collections.abc import Iterable

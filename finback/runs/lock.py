@@ -129,7 +129,7 @@ def _demand_dead(root: Path, theirs: dict[str, Any], job: str) -> None:
     age = _age(root)
     if age < STALE:
         raise _taken(root, theirs, f", last sign of life {max(age, 0.0):.0f} s ago")
-    problem = f"no sign of life for {age:.0f} s from {_named(theirs)}, which cannot be looked at from {platform.node()}"
+    problem = f"no sign of life for {age:.0f} s from {_named(theirs)}, which cannot be checked from {platform.node()}"
     remedy = f"If it has ended, delete {root / OWNER} and start again."
     raise UserError("runs", str(root), problem, remedy)
 

@@ -207,7 +207,7 @@ def has_summary(root: Path) -> bool:
 
 
 def damaged(root: Path) -> list[str]:
-    """The files of a run, beside its stages', that are there and cannot be read."""
+    """The files of a run, outside its stages, that exist and cannot be read."""
     return [name for name in (RECIPE, SUMMARY) if plain_file(root, name) and not _object(root, name, lenient=True)]
 
 

@@ -16,7 +16,7 @@ UNLIMITED = 100_000  # maximal line length in a file or pipe
 
 
 def columns() -> int:
-    """How wide the terminal is; a file or a pipe is as wide as it need be."""
+    """Width of the terminal in columns; practically unlimited for a file or a pipe."""
     return Console().width if sys.stdout.isatty() else UNLIMITED
 
 
@@ -51,7 +51,7 @@ def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = (), indent: in
 
 
 def _apart(headers: Sequence[str], row: Sequence[str], width: int, margin: str) -> Iterator[str]:
-    """A row as lines: its first cell, and what the others are that hold something."""
+    """A row as lines: its first cell, then each nonempty cell after its header."""
     yield margin + row[0]
     for header, cell in ((h, c) for h, c in zip(headers[1:], row[1:], strict=True) if c):
         for place, line in enumerate(textwrap.wrap(f"{header}  {cell}".strip(), max(8, width - 2 * GAP))):

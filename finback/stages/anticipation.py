@@ -1,9 +1,9 @@
 """Anticipatory routing: after a loss spike, experts are chosen by weights that are some updates old (V4, training stability).
 
-A router and the experts that it chooses among learn at once, and a spike feeds on that. For a while the choice for a step's rows
-therefore comes from the weights of a fixed number of updates before; gates and everything else come from the present
-ones. No old weights are kept: the rows of a later step are read ahead, and the experts that the present weights choose for them are
-noted until that step is taken. MTP modules' routers choose by themselves.
+A router and its experts learn at the same time, which amplifies a spike. For some steps after one, the experts for a step's rows
+are therefore chosen by the weights of a fixed number of updates earlier; gates and everything else use the current weights.
+No old weights are stored: the rows of a later step are read ahead, and the experts that the current weights choose for them are
+recorded until that step is taken. The routers of MTP modules are not affected.
 """
 
 from collections import deque
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 
 
 class Anticipation:
-    """What a Pretraining knows of its next steps; a checkpoint's tensors include the choices noted for them."""
+    """Expert choices for the next steps of a Pretraining; a checkpoint's tensors include them."""
 
     def __init__(self, training: "Pretraining", ahead: Loader) -> None:
         """ahead: reads the same rows as the training's own loader, some steps earlier."""
         self.training, self.ahead = training, ahead
         self.routing = trace_routers(training.trainer.model)
-        # steps that are still to be taken so
+        # remaining steps with older choices
         self.left = 0
-        # tokens of all steps up to the last one looked at
+        # tokens of all steps up to the last one read ahead
         self.tokens = 0
         # for each of the next steps, the experts of this rank's rows: (rows, seq_len, layers, k) int16
         self.choices: deque[Tensor] = deque()
 
     def start(self) -> None:
-        """Routes the next `anticipatory_steps` steps so."""
+        """Uses older choices in the next `anticipatory_steps` steps."""
         self.left = self.training.stage.anticipatory_steps
         self.choices.clear()
 
     def routed(self, loop: Loop) -> AbstractContextManager[None]:
-        """A context for the passes of the step that comes next; called before the step draws its rows."""
+        """A context for the passes of the next step; called before the step draws its rows."""
         delay = self.training.stage.anticipatory_delay
         if not self.left:
             return nullcontext()
-        if not self.choices:  # no weights are older than those that training returned to
+        if not self.choices:  # right after a rewind there are no older weights
             self._catch_up(0)
             for _ in range(min(delay, self.left)):
                 self._look(loop)
@@ -58,7 +58,7 @@ class Anticipation:
         return self.routing.replaying(given)
 
     def _catch_up(self, steps: int) -> None:
-        """Puts the reader ahead by so many steps."""
+        """Moves the reader to `steps` steps after the training's own."""
         self.ahead.load_state(self.training.loader.state())
         self.tokens = self.training.tokens
         for _ in range(steps):
@@ -74,7 +74,7 @@ class Anticipation:
 
     @torch.no_grad()
     def _look(self, loop: Loop) -> None:
-        """Notes the present weights' choices for one more step."""
+        """Records the current weights' choices for one more step."""
         model, world = self.training.trainer.model, self.training.world
         batch = self._drawn().to(world.device)
         tokens, padding_mask, document_ids = batch.inputs
@@ -91,7 +91,7 @@ class Anticipation:
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Restores a Pretraining's `state`, after the choices, the loader and the number of tokens."""
+        """Restores the saved state; called after the choices, the loader and the number of tokens are restored."""
         self.left = state["left"]
         if self.choices:
             self._catch_up(len(self.choices))

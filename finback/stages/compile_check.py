@@ -19,7 +19,7 @@ def check_compiler(stage: Any, config: ModelConfig, run: StageRun) -> None:
         return
     if config.index_topk or config.attention == "compressed":
         raise stage.wrong("compile", "the tensor shapes of sparse attention depend on the data", "Leave it out.")
-    from finback.train import compiling  # seconds of imports that only it needs
+    from finback.train import compiling  # takes seconds to import
 
     problem = compiling.why_not()
     if problem:

@@ -2,8 +2,8 @@
 
 R1 distilled by SFT on traces only, which the SFT stage does. If teacher and student share a tokenizer, the student can
 learn from the teacher's full distribution at every token. On-policy (GKD, 2306.13649), the student answers the questions
-of a task, and the teacher supplies its distribution along these answers; of several teachers, as in V4, the specialist for
-the question's domain.
+of a task, and the teacher supplies its distribution for each of their tokens; with several teachers, as in V4, the
+specialist for the question's domain does.
 """
 
 import random
@@ -84,7 +84,7 @@ class Distill(SFT):
         self._check_teachers()
 
     def _check_teachers(self) -> None:
-        """UserError where a domain has no teacher, or a teacher cannot teach as the other knobs want it."""
+        """Raises UserError if a domain has no teacher, or a teacher does not support the other knobs."""
         if isinstance(self.teacher, dict):
             if self.task is None:
                 raise self.wrong("teacher", "given lessons have no domains", "Name one teacher, or give a task.")
@@ -93,19 +93,19 @@ class Distill(SFT):
                 problem = f"no teacher for the domain {lacking[0]!r}"
                 raise UserError(f"{self.name}.teacher", sorted(self.teacher), problem, "Name one for each task.")
             if unknown := sorted({*self.teacher} - names):
-                problem = "no task of that name is learnt"
+                problem = "no task has that name"
                 raise UserError(f"{self.name}.teacher", unknown[0], problem, did_you_mean(unknown[0], names))
         if any(isinstance(teacher, Servers) for teacher in self.teachers.values()):
             if not self.top_k:
-                problem = "servers say no more than their likeliest tokens"
-                raise self.wrong("top_k", problem, "Say how many; vLLM gives 20 unless --max-logprobs says otherwise.")
+                problem = "servers report only their likeliest tokens"
+                raise self.wrong("top_k", problem, "Set their number; vLLM allows 20 unless --max-logprobs is higher.")
             if self.layout is not None and self.layout.cp > 1:
                 problem = "servers read whole rows"
                 raise UserError(f"{self.name}.layout.cp", self.layout.cp, problem, "Use dp and ep.")
 
     @property
     def teachers(self) -> dict[str, str | Servers]:
-        """By their domains; "" where one teaches all."""
+        """Teachers by domain; the key is "" if one teaches all."""
         return self.teacher if isinstance(self.teacher, dict) else {"": self.teacher}
 
     def inputs(self) -> tuple[str, ...]:
@@ -189,7 +189,7 @@ class OnPolicyBatches(Batches):
         return replace(of_lessons(made, self.depths), teachers=numbers), self.stage.prompts_per_step
 
     def _teacher(self, problem: Problem) -> int:
-        """Which of the teachers a problem's domain has."""
+        """Index of the teacher for a problem's domain."""
         domains, task = list(self.stage.teachers), self.stage.task
         assert task is not None, "checked at the beginning"
         return domains.index(part_of(task, problem).name) if len(domains) > 1 else 0

@@ -36,7 +36,7 @@ from finback.tasks.task import Problem, Task
 class OfSuite:
     """Questions of a suite, asked and judged as in `finback compare`."""
 
-    # the suite as --tasks takes it, such as gym:chain_sum?level=easy
+    # the suite as written for --tasks, such as gym:chain_sum?level=easy
     spec: str
 
     def __post_init__(self) -> None:

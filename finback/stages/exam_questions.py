@@ -56,7 +56,7 @@ class ExamQuestions:
         return self.decontaminator.find(Document(tuple(messages)))
 
     def asks(self, problem: Problem) -> str | None:
-        """The exam that asks this problem of a list, or None."""
+        """The exam that asks this problem, which comes from a list, or None."""
         return self.find((Message("user", problem.question),))
 
     def without(self, task: Task, problems: Sequence[Problem]) -> list[Problem]:

@@ -40,7 +40,7 @@ class Stopping:
 
     @property
     def total(self) -> int:
-        """Number of steps of the run, as far as it is known."""
+        """Number of steps of the run, as currently planned."""
         return sum(self.decay)
 
     def lr(self, step: int) -> float:

@@ -75,7 +75,7 @@ class Decontaminate:
     """Removes real text that contains held-out problems, found by `ngram` consecutive words or as a whole question.
 
     The problems are those that an evaluation of the same run draws: the first `problems` of each task, or all if there are
-    fewer. Questions of the training side show which n-grams belong to the task rather than to one problem.
+    fewer. Training questions show which n-grams belong to the task rather than to one problem.
     """
 
     # tasks whose held-out problems are removed

@@ -2,7 +2,7 @@
 
 The learning rate follows `phases`, such as V3's. Without phases it warms up, stays constant, and decays once a probe is
 passed: training ends because the model can do something, not at a fixed count. If the probe is never passed, training
-ends at `max_tokens` and says so.
+ends at `max_tokens` and reports it.
 """
 
 from dataclasses import dataclass
@@ -108,9 +108,9 @@ class Pretrain(Stage):
     spike_sigma: float = 8.0
     # after so many skipped steps in a row, return to the last checkpoint and continue with the data that follow
     spike_patience: int = 3
-    # then choose experts with older weights for so many steps (V4's anticipatory routing); 0: with the present ones
+    # after such a return, the number of steps with V4's anticipatory routing: experts chosen by older weights; 0: none
     anticipatory_steps: int = 0
-    # how many updates older; V4's number is not published
+    # how many updates older these weights are; V4's number is not published
     anticipatory_delay: int = 4
     # how a model too large for one rank is sharded; None: a full copy on each rank
     layout: Layout | None = None
@@ -154,7 +154,7 @@ class Pretrain(Stage):
             raise self.wrong("expert_kernel", problem, "Use auto or loop.")
         check_knobs(self, {"compute": "fp8", "recompute": "attention"})
         if self.anticipatory_steps and (self.layout is not None or self.compile):
-            problem = "is for whole copies on each rank, whose routers are not compiled"
+            problem = "needs a full copy on each rank and routers that are not compiled"
             raise self.wrong("anticipatory_steps", problem, "Leave out layout and compile, or use 0.")
         if self.layout is not None:
             self.layout.check_length(self.seq_len)

@@ -63,7 +63,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         fp4.use_fp4(model)
     check_compiler(stage, config, run)
     if stage.compile:
-        from finback.train import compiling  # seconds of imports that only it needs
+        from finback.train import compiling  # takes seconds to import
 
         compiling.compile_blocks(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -93,12 +93,12 @@ def _with_values(
 
 
 def _prepare(stage: "Pretrain", config: ModelConfig, model: Transformer) -> None:
-    """Freeze what a stage does not teach of a model, in place, and have its indexers learn where they do."""
+    """Freezes the parameters that a stage does not train, in place, and sets up the training of indexers."""
     teaches = _teaches_indexers(stage, config)
     if teaches and config.index_topk and stage.layout is not None and stage.layout.cp > 1:
-        problem = "indexers are taught on whole rows"
+        problem = "indexers are trained on whole rows"
         raise UserError(
-            f"{stage.name}.layout.cp", stage.layout.cp, problem, "Use 1; SFT and RL of such models take it."
+            f"{stage.name}.layout.cp", stage.layout.cp, problem, "Use 1; SFT and RL of such models support it."
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.learns(name) and (teaches or ".indexer." not in name))
@@ -108,7 +108,7 @@ def _prepare(stage: "Pretrain", config: ModelConfig, model: Transformer) -> None
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingOptions(ShardedOptions):
-    """Those of a stage that says what of a model learns."""
+    """Options of pre-training, where `prepare` selects the parameters that learn."""
 
     prepare: Callable[[Transformer], None] = lambda model: None
 
@@ -124,9 +124,9 @@ def _teaches_indexers(stage: "Pretrain", config: ModelConfig) -> bool:
 
 
 def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
-    from finback.train.sharded_trainer import ShardedTrainer  # a second of imports that only it needs
+    from finback.train.sharded_trainer import ShardedTrainer  # takes a second to import
 
-    assert stage.layout is not None, "without a layout there is nothing to share out"
+    assert stage.layout is not None, "a sharded trainer needs a layout"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values: int | Stored = run.seed("weights")
     if stage.model is not None:
@@ -135,7 +135,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         config, values = models.stored(_start(stage, run), world.rank, world.size)
         had, config = config.index_topk, stage.adapted(config)
         if config.index_topk and not had:
-            raise stage.wrong("layout", "the indexers of a model that has none are drawn on one rank", "Leave it out.")
+            raise stage.wrong("layout", "indexers can be added to a model on one rank only", "Leave it out.")
     if stage.qat != "none":
         fp4.check(config, f"{stage.name}.qat")
     precision = _precision(stage, config, run, world)
@@ -144,7 +144,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     options = PretrainingOptions(**knobs, prepare=partial(_prepare, stage, config))
     if stage.probe is not None:
         whole = 4 * count.parameters(config) / 2**20
-        run.say(f"{stage.name:10} each probe gathers the whole model, {whole:,.0f} MiB, on every rank for a while")
+        run.say(f"{stage.name:10} each probe gathers the whole model, {whole:,.0f} MiB, on every rank temporarily")
     try:
         trainer = ShardedTrainer(config, stage.layout, stage.batch_size, values, options, device)
         stage.layout.check_steps(config, stage.batch_sizes, stage.batch_size)

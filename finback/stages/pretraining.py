@@ -195,7 +195,7 @@ class Pretraining(Training):
         return {name: value for name, value in bits.items() if value is not None}
 
     def _maybe_validate(self, loop: Loop, before: int) -> None:
-        """Measures compression every `valid_tokens`, and stores the best model if asked to."""
+        """Measures compression every `valid_tokens`, and stores the best model if `keep_best` is set."""
         stage, run = self.stage, self.run
         if not stage.valid_tokens or self.tokens // stage.valid_tokens == before // stage.valid_tokens:
             return

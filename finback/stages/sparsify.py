@@ -15,7 +15,7 @@ from finback.train.rates import Level
 class Sparsify(Pretrain):
     """Adds DSA's indexers to a model with latent attention, and trains only them, on pre-training data.
 
-    A V4 model has indexers already, which are trained further; `index_topk` may change. During this stage every token
+    A V4 model already has indexers; they are trained further, and `index_topk` may change. During this stage every token
     attends to all earlier ones, in V4 to all entries. A Pretrain stage that starts from the result is sparse: each token
     attends to `index_topk` of them, the token loss trains everything else, and the indexers keep learning. V3.2 took 1,000
     steps of 16 rows of 128K tokens at a learning rate of 1e-3, then 15,000 steps of 480 rows at 7.3e-6.

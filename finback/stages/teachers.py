@@ -31,21 +31,21 @@ FOREIGN = "Their probabilities cannot be compared: sample traces with a reject s
 
 
 class Teacher(ABC):
-    """One teacher of a stage. What it says of a batch's labels goes to `divergence` in as many pieces as the student's states."""
+    """One teacher of a stage. Its outputs for a batch's labels (`says`) go to `divergence` in chunks, like the student's states."""
 
     def __init__(self, stage: "Distill", vocab: int) -> None:
         self.stage, self.vocab = stage, vocab
 
     @abstractmethod
     def says(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Of each label that is learnt, row by row; for all ranks at once where the student lies on many."""
+        """The teacher's outputs, one row per learnt label. Collective if the student is sharded."""
 
     @abstractmethod
     def divergence(self, logits: Tensor, *said: Tensor) -> Tensor:
-        """(n,) of the student's logits (n, vocab) from what was said of as many labels."""
+        """Divergences (n,) of the student's logits (n, vocab) from the teacher's outputs for the same n labels."""
 
     def flops(self, lengths: Sequence[int]) -> float:
-        """Of reading documents of these lengths on this machine."""
+        """FLOPs on this machine of reading documents of these lengths."""
         return 0.0
 
     def close(self) -> None:  # noqa: B027 - models hold nothing
@@ -53,7 +53,7 @@ class Teacher(ABC):
 
 
 class ModelTeacher(Teacher):
-    """A model in this process, whole, or shared out as the student's."""
+    """A model in this process, whole or sharded like the student."""
 
     def __init__(self, stage: "Distill", run: StageRun, name: str, trainer: Trainer, tokenizer: Tokenizer) -> None:
         super().__init__(stage, tokenizer.vocab_size)
@@ -66,13 +66,13 @@ class ModelTeacher(Teacher):
         longest, window = stage.seq_len if stage.task is None else stage.max_tokens, self.config.max_position_embeddings
         if longest > window:
             problem = f"reads {window} tokens, lessons may have {longest}"
-            remedy = "Shorten seq_len or max_tokens, or take another teacher."
+            remedy = "Shorten seq_len or max_tokens, or use another teacher."
             raise stage.wrong("teacher", problem, remedy)
         if tokenizer.as_json() != Tokenizer(folder).as_json():
             raise stage.wrong("teacher", "does not have the student's tokenizer", FOREIGN)
 
     def says(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Its last states (n, hidden)."""
+        """Final hidden states (n, hidden_size)."""
         device, learnt = batch.tokens.device, batch.learnt
         if not len(batch.tokens):
             if not self.in_step:
@@ -84,7 +84,7 @@ class ModelTeacher(Teacher):
         return (states[learnt] if len(learnt) else states[:0, 0],)
 
     def divergence(self, logits: Tensor, *said: Tensor) -> Tensor:
-        theirs = self.model.logits(said[0])[:, : self.vocab]  # a head may be padded, and otherwise than the student's
+        theirs = self.model.logits(said[0])[:, : self.vocab]  # the head may be padded differently from the student's
         return distillation(logits, theirs, self.stage.divergence, self.stage.top_k)
 
     def flops(self, lengths: Sequence[int]) -> float:
@@ -92,7 +92,7 @@ class ModelTeacher(Teacher):
 
 
 class ServerTeacher(Teacher):
-    """Servers of one model, which share the rows."""
+    """Servers of one model; each reads some of the rows."""
 
     def __init__(self, stage: "Distill", run: StageRun, knobs: Servers, tokenizer: Tokenizer) -> None:
         super().__init__(stage, tokenizer.vocab_size)
@@ -119,7 +119,7 @@ class ServerTeacher(Teacher):
     def says(self, batch: Batch) -> tuple[Tensor, ...]:
         """Ids of the likeliest tokens, and their log-probabilities, both (n, top_k)."""
         tokens, padding_mask, _ = batch.inputs
-        assert padding_mask is not None, "answers have rows of their own"
+        assert padding_mask is not None, "each answer has its own row"
         texts = [ids[mask].tolist() for ids, mask in zip(tokens, padding_mask, strict=True)]
 
         def ask(server: GenerationServer, places: Sequence[int]) -> Iterator[tuple[int, list[Likeliest]]]:
@@ -142,7 +142,7 @@ class ServerTeacher(Teacher):
 
 
 class DistillationTeacher:
-    """The main loss of a student that learns from probabilities, of each row those of its teacher."""
+    """The main loss of a student that learns, for each row, from the probabilities of that row's teacher."""
 
     def __init__(self, stage: "Distill", run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
         self.stage, self.student, self.vocab = stage, trainer.model, tokenizer.vocab_size
@@ -159,7 +159,7 @@ class DistillationTeacher:
             raise
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The divergence summed over labels, SFT's loss mixed in as asked."""
+        """The divergence summed over labels, mixed with SFT's loss by the weight `hard`."""
         stage, soft = self.stage, list[Tensor]()
         rows = min(CHUNK, rows_at_once(self.vocab))
         for number, teacher in enumerate(self.teachers):
@@ -179,7 +179,7 @@ class DistillationTeacher:
         return (1 - stage.hard) * divergence + stage.hard * hard
 
     def flops(self, batch: Batch) -> float:
-        """Of the teachers' reading, as far as they read here."""
+        """FLOPs of the teachers on this machine."""
         taught = [(teacher, batch.taught_by(number)) for number, teacher in enumerate(self.teachers)]
         return sum(teacher.flops(rows.lengths()) for teacher, rows in taught)
 

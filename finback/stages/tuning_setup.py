@@ -1,4 +1,4 @@
-"""Setup of SFT, distillation and RL: the trainer for their layout, and frozen models next to it."""
+"""Setup of SFT, distillation and RL: the trainer for their layout, and other frozen models."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ def check_layout(stage: "SFT | GRPO") -> None:
         raise stage.wrong("qat", "rounds weights that learn, and an adapter's base does not", 'Use "none".')
     check_knobs(stage, {"recompute": "attention"})
     if stage.compile and (adapter is not None or stage.qat != "none"):
-        raise stage.wrong("compile", "is for training all weights without qat", "Leave it out.")
+        raise stage.wrong("compile", "works only if all weights are trained, without qat", "Leave it out.")
     if layout is None:
         return
     for name, value, usual, remedy in (
@@ -69,7 +69,7 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
         fp4.use_fp4(model)
     check_compiler(stage, model.config, run)
     if stage.compile:
-        from finback.train import compiling  # seconds of imports that only it needs
+        from finback.train import compiling  # takes seconds to import
 
         compiling.compile_blocks(model)
     named = [(name, p) for name, p in learnt_parameters(model) if not name.startswith(frozen)]
@@ -79,7 +79,7 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
 def _sharded(
     stage: "SFT | GRPO", run: StageRun, layout: Layout, weight_decay: float, frozen: tuple[str, ...]
 ) -> Trainer:
-    from finback.train import sharded_adapter, sharded_tuning  # a second of imports that only it needs
+    from finback.train import sharded_adapter, sharded_tuning  # takes a second to import
 
     world, lora = World.of(run), stage.adapter
     base, begun = adapters.places(run.input(stage.start))
@@ -126,7 +126,7 @@ def _check_merged(stage: Stage, knob: str, adapter: Path | None) -> None:
 def frozen_share(
     stage: Stage, path: Path, trainer: Trainer, compute: torch.dtype, prefix: str, qat: Qat = "none"
 ) -> "FrozenShare":
-    """The frozen model at a path, sharded like the trainer's; arguments as FrozenShare has them."""
+    """The frozen model at a path, sharded like the trainer's; arguments as for FrozenShare."""
     from finback.train import sharded_tuning
 
     assert isinstance(trainer, sharded_tuning.UnevenRows), "a trainer on a layout"
@@ -140,7 +140,7 @@ def frozen_share(
 
 
 def followed(stage: "GRPO", model: Transformer) -> Choices | None:
-    """The choices that RL replays; UserError if the model makes no such choices."""
+    """The choices that RL replays; raises UserError if the model makes no such choices."""
     kinds = {"routing_replay": ("experts", "routed experts"), "indexer_replay": ("entries", "indexers")}
     has = {"experts": model.config.n_routed_experts, "entries": model.config.indexers}
     asked = [name for name in kinds if getattr(stage, name)]

@@ -1,7 +1,7 @@
 """Prompts that RL answers every few steps, to show how the model's reasoning changes. They are not trained on.
 
-The answers are in watched.jsonl in the stage's folder and on the page of the run, with the log-probabilities of their tokens, then
-and at the next look, and the experts they are routed to. samples.jsonl has the same for one group of training answers.
+The answers are in watched.jsonl in the stage's folder and on the page of the run, with the log-probabilities of their tokens, when
+sampled and at the next look, and the experts they are routed to. samples.jsonl has the same for one group of training answers.
 """
 
 from dataclasses import dataclass, replace
@@ -107,7 +107,7 @@ class Watcher:
         answers = [self._answer(i, completion) for i, completion in sorted(pairs, key=lambda pair: pair[0])]
         flops = forward_flops_of(self.rollouts.model_config, [r.length for r in answers])
         loop.spend(evaluation=flops)
-        # an answer of which only the token ids are known
+        # only the token ids of former answers are stored
         former = [self._answer(i, Completion(ids, [0.0] * len(ids), "stop")) for i, ids in enumerate(self.former)]
         found = self._described([*answers, *former], loop)
         then = [d["logprobs"] for d in found[len(answers) :]] or [None] * len(answers)
@@ -118,7 +118,7 @@ class Watcher:
         self.former = [r.completion.tokens for r in answers]
 
     def before(self, groups: "list[Group]", loop: Loop) -> Seen | None:
-        """A group of rank 0's that is about to be learned from, if possible one with different rewards."""
+        """A group of rank 0 that training is about to use, if possible one with different rewards."""
         if not self._is_due(loop.step):
             return None
         chosen = [g.rollouts for g in groups if g.differs] or [g.rollouts for g in groups]
