@@ -100,8 +100,8 @@ def test_problems_lie_on_one_side_of_the_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "{FILE}:1 = '{': no JSON (Expecting property name"),
-        ("[1]", "{FILE}:1 = [1]: no JSON object. Correct the data file."),
+        ("{", "{FILE}:1 = '{': not JSON (Expecting property name"),
+        ("[1]", "{FILE}:1 = [1]: not a JSON object. Correct the data file."),
         ('{"question": "\\ud800"}', "{FILE}:1 'question' = '\\ud800': half a character"),
         ({"question": " "}, "{FILE}:1: question = ' ': expected a text."),
         ({"tests": []}, "{FILE}:1: tests = []: expected a list of tests."),
@@ -112,16 +112,16 @@ def test_problems_lie_on_one_side_of_the_split(tmp_path: Path) -> None:
         ({"entry": "import"}, "{FILE}:1: entry = 'import': expected the name of a function."),
         (
             {"entry": "f"},
-            "{FILE}:1: tests[0] = {'stdin': 'one', 'stdout': 'one\\n'}: a test has, with 'entry', args and",
+            "{FILE}:1: tests[0] = {'stdin': 'one', 'stdout': 'one\\n'}: a test has the fields args and expected (with",
         ),
         (
             {"tests": [{"args": [], "expected": 1}]},
-            "{FILE}:1: tests[0] = {'args': [], 'expected': 1}: a test has, without",
+            "{FILE}:1: tests[0] = {'args': [], 'expected': 1}: a test has the fields stdin and stdout (without",
         ),
         ({"tests": [{"stdin": "", "stdout": 5}]}, "{FILE}:1: tests[0].stdout = 5: expected a text."),
         ({"entry": "f", "tests": [{"args": 5, "expected": 5}]}, "{FILE}:1: tests[0].args = 5: expected a list."),
         ('{"question": "?", "entry": "f", "tests": [{"args": [], "expected": NaN}]}', '{FILE}:1 = \'{"question"'),
-        ("", "code.path = '{FILE}': no problem in it. Correct the data file."),
+        ("", "code.path = '{FILE}': the file has no problems. Correct the data file."),
         (
             json.dumps(ITEMS[1]) + "\n" + json.dumps(ITEMS[1]),
             "{FILE}:2: question = 'Echo.': the question occurs twice.",

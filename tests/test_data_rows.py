@@ -228,7 +228,7 @@ def test_windows_without_documents_are_learnt_whole(tmp_path: Path) -> None:
 def test_states_of_other_packings_and_older_versions(tmp_path: Path) -> None:
     shards(tmp_path, {"a": many(1)})
     stream, fitted = loader(tmp_path, {"a": 1}, "stream"), loader(tmp_path, {"a": 1})
-    with pytest.raises(AssertionError, match="used other packing"):
+    with pytest.raises(AssertionError, match="used another packing"):
         fitted.load_state(stream.state())
     stream.draw(7)
     older = loader(tmp_path, {"a": 1}, "stream")

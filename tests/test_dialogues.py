@@ -199,7 +199,7 @@ def test_a_record_gives_the_turns_that_were_meant(record: dict[str, Any], turns:
         ({"messages": [{"role": "narrator", "content": "a"}, SAID]}, r"messages\[0\].role: no such role"),
         ({"messages": "not JSON"}, "messages: not a list"),
         ({"conversations": [{"from": "martian", "value": "a"}, {"from": "gpt", "value": "9"}]}, "no such role"),
-        ({"conversations": [{"from": "function_call", "value": "add(4)"}]}, "function_call: no JSON of a call"),
+        ({"conversations": [{"from": "function_call", "value": "add(4)"}]}, "function_call: not a call in JSON"),
         ({"messages": [ASKED, {"role": "tool", "content": "9"}, SAID]}, r"messages\[1\].role: no tool was called"),
         *(
             (
@@ -213,7 +213,7 @@ def test_a_record_gives_the_turns_that_were_meant(record: dict[str, Any], turns:
                         },
                     ]
                 },
-                r"messages\[1\].tool_calls: no JSON object of arguments",
+                r"messages\[1\].tool_calls: the arguments are not a JSON object",
             )
             for bad in ('{"a": 4', "4, 5", "[4, 5]")
         ),

@@ -475,7 +475,7 @@ TEXT_ONLY = 'the model reads text only. Send parts of type "text".'
         (
             [said("9", tool_calls=[{}])],
             {},
-            "messages[0].tool_calls[0].function = None: not an object. Send the call as",
+            "messages[0].tool_calls[0].function = None: not an object. Send the call unchanged",
         ),
         (
             [said("9", tool_calls=[call("")])],
@@ -485,7 +485,7 @@ TEXT_ONLY = 'the model reads text only. Send parts of type "text".'
         (
             [said("9", tool_calls=[call("f", {1: {2}})])],
             {},
-            "messages[0].tool_calls[0].function.arguments = 'dict': no JSON",
+            "messages[0].tool_calls[0].function.arguments = 'dict': not JSON",
         ),
         ([said("9", tool_calls=[call(number=7)])], {}, "messages[0].tool_calls[0].id = 7: not a text."),  # type: ignore[arg-type]
         ([user(), result("9")], {}, "messages[1].role = 'tool': no tool was called before it. Put it directly after"),

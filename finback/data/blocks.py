@@ -23,7 +23,7 @@ def blocks(text: str, size: int = BLOCK) -> Iterator[str]:
 def pieces(text: str, size: int = BLOCK) -> Iterator[str]:
     """The parts of a text, at most 2 x `size` characters each, that tokenize exactly as the whole.
 
-    If no word boundary occurs for so long, a word is cut; only its own tokens differ then.
+    If no word boundary occurs for so long, a word is cut, and only its tokens differ.
     """
     start = 0
     while len(text) - start > size:

@@ -24,7 +24,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 @dataclass
 class CleaningCounts:
-    """Number of documents read, and of those dropped by reason; the first applicable reason counts."""
+    """Numbers of documents read, dropped (by the first reason that applies) and kept, and of redactions."""
 
     read: int = 0
     empty: int = 0
@@ -125,7 +125,10 @@ class DocumentFilter:
     def sift(
         self, given: Iterable[CheckedDocument], note: Callable[[dict[str, Any]], None] | None = None
     ) -> Iterator[tuple[int, CheckedDocument]]:
-        """Kept documents with their index in the source; `note` receives a record of each that was dropped for its similarity to another."""
+        """Kept documents with their index in the source.
+
+        `note` receives a record of each document dropped for its similarity to another one or to a question.
+        """
         for number, checked in enumerate(given):
             fault, like = self._fault(checked)
             self.counts.read += 1

@@ -1,6 +1,6 @@
 """Turns sources into shards: read and clean, store, encode, write; each step of a source is done only once.
 
-work/stamps.json          files that the rest was made from; if they change, it is discarded
+work/stamps.json          size and time of the source files; if they change, the folder is discarded
 work/<source>.read.json   written when a source has been read and cleaned
 work/<source>.pack.json   written when its shards are complete
 """
@@ -143,7 +143,7 @@ class Corpus:
         return record
 
     def finish(self) -> None:
-        """Deletes what only the passes needed, and incomplete files of a killed one."""
+        """Deletes files that only the passes needed, and incomplete files of a killed run."""
         shutil.rmtree(self.folder)
         for part in self.stage_run.folder.glob("*.part"):
             part.unlink()
@@ -152,7 +152,7 @@ class Corpus:
         return self.folder / f"{name}.{step}.json"
 
     def _known(self, name: str, found: Record, rng: random.Random | None) -> Record:
-        """Restores the counts of an interrupted call for a source."""
+        """Restores a source's counts, random state and signatures, as an interrupted call stored them."""
         self.documents[name] = found["kept"]
         if rng:
             version, state, gauss = found["rng"]
@@ -205,7 +205,7 @@ class Corpus:
 
     @contextmanager
     def _removed(self, name: str) -> Iterator[Callable[[Record], None] | None]:
-        """A function that records what was removed because of a similarity; None if no rule does so."""
+        """A function that records documents removed for a similarity; None if no rule removes such."""
         if self.rules.decontaminator is None and self.index is None:
             yield None
             return

@@ -13,7 +13,7 @@ _BEGINS = re.compile(r"(?<![a-z0-9+\-*/=^%])\S")
 
 
 class Decontaminator:
-    """Whether a document gives away a question: by an n-gram of words, or by containing a whole question.
+    """Finds documents that give away a held-out question: by an n-gram of words, or by containing the whole question.
 
     n-grams (13 in GPT-3's appendix C, 10 for R1's data) find long questions in prose regardless of punctuation; those that
     also occur in training-side questions are a task's common wording and are ignored. Short questions have no n-gram: they are

@@ -1,4 +1,4 @@
-"""Converts records in common formats to dialogues for training; refuses unusable ones by name.
+"""Converts records in common formats to dialogues for training; UserError names the faulty field of an unusable one.
 
 A record has one of these; the first that exists counts:
 
@@ -93,7 +93,7 @@ def _checked(messages: list[Message], tools: Sequence[Tool]) -> Dialogue:
             raise UserError(f"messages[{i}].content", message.content, "empty", _REMEDY)
         bad = [call.arguments for call in message.tool_calls if not isinstance(_parsed(call.arguments), Mapping)]
         if bad and message.learnt:
-            raise UserError(f"messages[{i}].tool_calls", bad[0][:60], "no JSON object of arguments", _REMEDY)
+            raise UserError(f"messages[{i}].tool_calls", bad[0][:60], "the arguments are not a JSON object", _REMEDY)
     is_empty = [m.role == "assistant" and not m.content.strip() and not m.tool_calls for m in messages]
     learnt = tuple(replace(m, learnt=m.learnt and not none) for m, none in zip(messages, is_empty, strict=True))
     if not any(m.role == "assistant" and m.learnt for m in learnt):
@@ -183,7 +183,7 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
     """Calls in ShareGPT's format, or the single call of OpenAI's older format."""
     value = _parsed(given)
     if isinstance(value, str):
-        raise UserError(f"{where}.{_CALL}", value[:60], "no JSON of a call", _REMEDY)
+        raise UserError(f"{where}.{_CALL}", value[:60], "not a call in JSON", _REMEDY)
     return [{"function": call} for call in (value if isinstance(value, list) else [value])]
 
 
@@ -249,7 +249,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _split(message: Message, where: str) -> Message:
-    """Moves a chain of thought from the answer, or with its markers, to its own field."""
+    """Moves a chain of thought from the answer to `reasoning`, and removes its markers."""
     if message.role != "assistant":
         return message
     reasoning, behind = _reasoning(message.reasoning, where)

@@ -41,7 +41,7 @@ class DocumentWriter:
         self.close()
 
     def paths(self, documents: int) -> list[Path]:
-        """The files that so many documents occupy."""
+        """The files that contain the first `documents` documents."""
         return [self._path(i) for i in range(-(-documents // self.segment))]
 
     def _path(self, number: int) -> Path:

@@ -14,15 +14,15 @@ from finback.checkpoint.gguf_keys import field, of_each_token
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # gguf.TokenType
 SPACE = "▁"
-# in a model's name: llama.cpp then lets the tokens of texts, but for PLAIN ones, take the spaces behind them, and opens no file
-# that lacks one of NEEDED
+# If a model's name contains one of STRIPPED, llama.cpp lets each added token except PLAIN absorb the spaces after it, and
+# rejects a file that lacks one of NEEDED.
 STRIPPED = ("phi-3", "phi3")
 PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 NEEDED = ("</s>", *PLAIN)
 
 
 def tokenizer_of(reader: Any) -> tokenizers.Tokenizer:
-    """The tokenizer of such a file."""
+    """The tokenizer of a GGUF file with a sentencepiece vocabulary."""
     pieces: list[str] = field(reader, "tokenizer.ggml.tokens")
     kinds, scores = of_each_token(reader, "token_type", 1), of_each_token(reader, "scores")
     named = zip(pieces, kinds, strict=True)
@@ -78,7 +78,7 @@ def _merges(plain: set[str], scores: dict[str, float], vocabulary: dict[str, int
 
 
 def is_model(text: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is such a vocabulary: BPE on pieces with explicit spaces, not on bytes."""
+    """Whether a tokenizer.json has a vocabulary of this kind: BPE on pieces with explicit spaces, not on bytes."""
     steps = [*_steps(text.get("normalizer"), "normalizers"), *_steps(text.get("pre_tokenizer"), "pretokenizers")]
     spaces = [s for s in steps if s.get("content") == SPACE or s.get("replacement") == SPACE]
     plain = all(s["type"] in ("Prepend", "Replace", "Metaspace") or s.get("pattern") == {"String": " "} for s in steps)

@@ -74,7 +74,7 @@ def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str
     if model == "llama":
         return gguf_sentencepiece.tokenizer_of(reader).to_str(pretty=True), _settings(reader, _tokens(reader))
     if model != "gpt2" or (rules not in RULES and rules != DEEPSEEK):
-        remedy = f"It knows sentencepiece (llama), and byte-level BPE (gpt2) with the rules {', '.join(RULES)} and deepseek-v3."
+        remedy = f"Supported are sentencepiece (llama), and byte-level BPE (gpt2) with the rules {', '.join(RULES)} and deepseek-v3."
         raise UserError("tokenizer", f"{path}: {model}/{rules}", "not a supported type", remedy)
     tokens, kinds = _tokens(reader), _kinds(reader)
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]

@@ -14,7 +14,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
 def keys(tokenizer: Tokenizer, rows: int, name: str = "model") -> dict[str, Any]:
-    """The keys of a tokenizer for a model with this name and so many rows; UserError if GGUF has no name for its split rules."""
+    """The keys of a tokenizer for a model with `rows` embeddings; UserError if GGUF has no name for its split rules."""
     text = json.loads(tokenizer.as_json())
     is_pieces = gguf_sentencepiece.is_model(text)
     rules = "" if is_pieces else rules_of(text)
@@ -31,7 +31,7 @@ def keys(tokenizer: Tokenizer, rows: int, name: str = "model") -> dict[str, Any]
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in text["model"]["merges"]]
         found |= {"model": "gpt2", "pre": rules, "merges": merges}
     ends = [n for n in (tokenizer.eos, *tokenizer.ends.get("template", ()), *tokenizer.stops) if n >= 0]
-    # llama.cpp reads three, and finds more by their text
+    # llama.cpp reads three end tokens from keys, and finds more by their text
     for key, number in zip(("eos", "eot", "eom"), dict.fromkeys(ends), strict=False):
         found[f"{key}_token_id"] = number
     for key, number in (("bos", tokenizer.bos), ("padding", tokenizer.pad)):

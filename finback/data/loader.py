@@ -43,8 +43,10 @@ class Loader:
         self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, without padding
 
     def draw(self, rows: int, rank: int = 0, ranks: int = 1, document_ids: bool = True) -> list[Row]:
-        """This rank's rows / ranks rows of the next `rows`; with `document_ids`, also the document of each token. Every rank
-        advances over all rows and reads its own."""
+        """This rank's share of the next `rows` rows; with `document_ids`, also the document of each token.
+
+        Every rank advances over all rows and reads only its own.
+        """
         assert rows % ranks == 0, f"{rows} rows do not divide among {ranks} ranks"
         picked = []
         for row in range(rows):
@@ -69,7 +71,7 @@ class Loader:
             state = {"tokens": {n: c * self.length for n, c in state["drawn"].items()}, "at": state["drawn"]}
         assert set(state["at"]) == set(self.orders), "the checkpoint used other sources"
         for name, place in state["at"].items():
-            assert isinstance(place, int) == (self.packing == "stream"), "the checkpoint used other packing"
+            assert isinstance(place, int) == (self.packing == "stream"), "the checkpoint used another packing"
             self.orders[name].load_state(place)
         self.drawn = {name: int(count) for name, count in state["tokens"].items()}
 

@@ -61,7 +61,7 @@ def encode_prompt(
     """Token ids that prompt the next assistant turn, and whether they end inside a chain of thought.
 
     `think`: True opens the chain, False requests none, None leaves it to the model. `effort` and `reply_schema` are used by
-    forms that have words for them. `continue_last`, or `prefix` in the last message, continues the assistant's last message:
+    forms that can state them. `continue_last`, or `prefix` in the last message, continues the assistant's last message:
     in its reasoning if it has no content yet, else in its answer. An answer that is continued has no reasoning unless it came
     with some, whatever `think` is; but if the prompt says whether the model thinks, `think` counts. UserError names what is
     invalid, as in `messages[2].content`.
@@ -164,8 +164,8 @@ def _taught(
 ) -> tuple[list[str], list[str]]:
     """The prompt for a turn, and the turn as its answer.
 
-    If the prompt says whether the model thinks, it does if the turn has reasoning; with tools, if any turn has: the turns
-    are then one dialogue in one mode.
+    If the form's prompts state whether the model thinks, it thinks if the turn has reasoning; with tools, if any turn has,
+    since all turns then share one mode.
     """
     thinks = any(m.reasoning for m in (messages if tools else [messages[turn]]))
     think = None if form.thinks is None else thinks
@@ -204,9 +204,9 @@ def _template_lesson(asked: Sequence[Message], answer: Message, tokenizer: Token
 
 
 def _template_reply(text: str, begun: Message, think: bool | None, is_whole: bool = False) -> tuple[str, bool]:
-    """What follows a template's prompt: reasoning and answer so far; and whether it ends inside the reasoning.
+    """The text after a template's prompt, reasoning and answer so far, and whether it ends inside the reasoning.
 
-    Templates tend to rewrite a last message, so what was begun is appended to the prompt for a new message.
+    Templates tend to rewrite a last message, so a begun one is appended to the prompt for a new message.
     """
     is_open = text.rstrip().endswith(THINK)
     gap = "" if text.endswith(THINK) else "\n"  # V3.1 writes no newlines around a chain

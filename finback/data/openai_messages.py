@@ -1,4 +1,4 @@
-"""Reads messages and tools in OpenAI's and DeepSeek's format; refuses invalid ones by name."""
+"""Reads messages and tools in OpenAI's and DeepSeek's format; UserError gives the location of invalid ones."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], developer: bool = False
     """Reads messages; UserError gives the location, as in `messages[2].content`.
 
     Tool results are sorted into the order of the turn's calls, since most models see no ids. A developer's messages count as the
-    system's, as OpenAI intends, except in models that know a `developer`, where some are to be answered.
+    system's, as OpenAI intends, except in models that know a `developer`, who may also ask.
     """
     if not messages:
         raise UserError("messages", [], "no messages", "Send at least one.")
@@ -100,13 +100,13 @@ def _calls(given: Any, where: str) -> tuple[ToolCall, ...]:
     found = []
     for i, call in enumerate(given or ()):
         at, function = f"{where}[{i}].function", call.get("function") if isinstance(call, Mapping) else None
-        function = _mapping(function, at, "Send the call as the model's answer had it.")
+        function = _mapping(function, at, "Send the call unchanged, as in the model's answer.")
         arguments = function.get("arguments") or "{}"
         if not isinstance(arguments, str):
             arguments = _json(arguments, f"{at}.arguments")
         name, call_id = _text(function.get("name"), f"{at}.name"), call.get("id")
         _demand(bool(name), f"{at}.name", name, "empty", "Name the function that was called.")
-        _demand(isinstance(call_id, str | None), f"{where}[{i}].id", call_id, "not a text", "Send the id as it came.")
+        _demand(isinstance(call_id, str | None), f"{where}[{i}].id", call_id, "not a text", "Send the id unchanged.")
         found.append(ToolCall(name, _text(arguments, f"{at}.arguments"), call_id))
     return tuple(found)
 
@@ -148,7 +148,7 @@ def _json(value: Any, where: str) -> str:
     except UserError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(where, type(value).__name__, f"no JSON ({error})", "Send plain JSON.") from None
+        raise UserError(where, type(value).__name__, f"not JSON ({error})", "Send plain JSON.") from None
 
 
 def _mapping(value: Any, where: str, remedy: str) -> Mapping[str, Any]:

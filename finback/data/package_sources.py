@@ -83,7 +83,7 @@ POSTGRES = PackageSource(
 
 
 def _json(path: Path, key: str) -> Iterator[str]:
-    """All words under a key of a JSON file, which may be compressed."""
+    """All texts under a key of a JSON file, which may be compressed, without their HTML markup."""
     raw = path.read_bytes()
     return map(plain, _strings(json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw), key))
 

@@ -271,6 +271,6 @@ def _library() -> Any:
     try:
         import phonenumbers
     except ImportError:
-        problem = "the package `phonenumbers` is not installed, which telephone numbers are found with"
+        problem = "the package `phonenumbers`, which finds telephone numbers, is not installed"
         raise UserError("text", "phone", problem, how_to_install("phonenumbers")) from None
     return phonenumbers

@@ -36,7 +36,7 @@ class PromptForm(ABC):
 
     @abstractmethod
     def prompt(self, messages: Sequence[Message], options: PromptOptions) -> list[str]:
-        """A dialogue up to the assistant's next turn: its mark, and that of the chain of thought."""
+        """A dialogue, and the start of the assistant's next turn: its mark, and that of the chain of thought."""
 
     @abstractmethod
     def calls(self, calls: Sequence[ToolCall]) -> list[str]:

@@ -30,7 +30,7 @@ def form_of(tokenizer: Tokenizer) -> PromptForm:
 
 
 def knows_developer(tokenizer: Tokenizer) -> bool:
-    """Whether a developer may ask in the model's dialogues."""
+    """Whether the model's dialogues have turns of a developer."""
     return tokenizer.template is None and form_of(tokenizer).has_developer
 
 

@@ -76,8 +76,8 @@ class Fitted:
 
     A longer document is cut every `length` tokens into pieces that overlap by one token, so that each of its tokens is
     predicted once; only its last piece shares a row. If a piece fills its row and the document continues, the `extra` tokens
-    are the document's, for MTP. Pieces are permuted every epoch and packed 1,024 at a time: a state is an epoch, a window of
-    pieces, and a row in it.
+    (for MTP) come from the same document. Pieces are permuted every epoch and packed 1,024 at a time: a state is an epoch,
+    a window of pieces, and a row in it.
     """
 
     def __init__(self, name: str, shard: Shard, length: int, extra: int, seed: int) -> None:
@@ -106,7 +106,7 @@ class Fitted:
         begin = 0
         for number, piece in enumerate(place):
             start, size = int(self.starts[piece]), int(self.sizes[piece])
-            if size > self.length:  # it fills the row, and MTP needs what follows
+            if size > self.length:  # it fills the row, and MTP needs the tokens after it
                 whole = self.ends[np.searchsorted(self.ends, start, side="right")]
                 size = min(int(whole) - start, self.length + self.extra)
             tokens[begin : begin + size] = self.shard[start : start + size]

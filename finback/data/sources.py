@@ -179,7 +179,7 @@ class Hub(Source):
         return self.hub.load(f"{self.name}.path")
 
     def content_versions(self) -> dict[str, str]:
-        """Versions of fields that are not files."""
+        """The data set's version, by the field that names the data set."""
         return {"path": self.hub.version()}
 
     @property

@@ -206,7 +206,7 @@ class Tokenizer:
         return self._full.encode(text, add_special_tokens=False).ids
 
     def encode_whole(self, text: str) -> list[int]:
-        """The same, with what the vocabulary's post-processor adds before and after a text."""
+        """Like `encode_marked`, with the tokens that the vocabulary's post-processor adds before and after a text."""
         return self._full.encode(text).ids
 
     def encode_pieces(self, pieces: Iterable[str], encode: Callable[[str], list[int]] | None = None) -> list[int]:
@@ -253,7 +253,7 @@ def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 def _read(path: Path) -> TokenizerFiles:
     """The contents of a folder, a tokenizer.json or a GGUF file; a template next to a GGUF file overrides its own."""
     if is_gguf(path):
-        from finback.data import gguf_tokenizer  # brings torch, which workers that encode text need not load
+        from finback.data import gguf_tokenizer  # imports torch, which workers that encode text do not need
 
         text, settings = gguf_tokenizer.convert(path, SPLITS)
         tokenizer_files.add_templates(path.parent, settings)

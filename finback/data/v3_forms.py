@@ -147,8 +147,8 @@ DEVELOPER = "\n\n# The user's message is: "
 class V32Form(PromptForm):
     """V3.2's form, after the encoder published with the weights (encoding_dsv32.py, MIT).
 
-    Reasoning is kept until the user's next turn; results of calls follow their turn without a role mark. A developer, known to
-    search agents, asks as a user does; tools are the system's nevertheless.
+    Reasoning is kept until the user's next turn; results of calls follow their turn without a role mark. A developer's turn,
+    which search agents use, asks like a user's; tools remain in the system text.
     """
 
     has_developer = True

@@ -151,7 +151,7 @@ def _compared(problem: Problem, given: str) -> Verdict:
 
 
 def _counted(problem: Problem, wanted: Number, given: str) -> Verdict | None:
-    """The verdict on a number; None if the answer may be equal as mathematics."""
+    """The verdict on a number; None if the answer must be compared as mathematics."""
     value = number(given)
     is_whole = wanted.value.denominator == 1 and wanted.form != "fraction"
     if value is not None and is_whole and value.form == "fraction" and value.value.denominator == 1:

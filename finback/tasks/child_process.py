@@ -52,7 +52,7 @@ def watch(
 ) -> ChildOutput:
     """Reads the streams until the process ends, `seconds` have passed, or one stream exceeds `most` bytes.
 
-    `info` is the descriptor of bubblewrap's information: killing the first process inside ends all others in there.
+    `info` is the descriptor on which bubblewrap reports the first process inside; killing that one ends all others inside.
     """
     start = time.monotonic()
     seen = ChildOutput({name: bytearray() for name in streams.values()})

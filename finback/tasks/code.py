@@ -37,7 +37,6 @@ class Code:
 
     A test is {"stdin": text, "stdout": text} for a program or {"args": [...], "expected": value} for the function.
     A problem's canonical form is its question. The limits apply to each program run; for a function, to all calls together.
-    of a function together.
     """
 
     # a JSONL file
@@ -142,7 +141,7 @@ def _load(path: str) -> dict[str, _Item]:
                 _refuse(f"{path}:{number}: question", item.problem.question, "the question occurs twice")
             items[item.problem.key] = item
     if not items:
-        raise UserError("code.path", path, "no problem in it", "Correct the data file.")
+        raise UserError("code.path", path, "the file has no problems", "Correct the data file.")
     return items
 
 
@@ -150,9 +149,9 @@ def _item(line: str, where: str) -> _Item:
     try:
         data = json.loads(line, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        _refuse(where, line, f"no JSON ({error})")
+        _refuse(where, line, f"not JSON ({error})")
     if not isinstance(data, dict):
-        _refuse(where, data, "no JSON object")
+        _refuse(where, data, "not a JSON object")
     check_characters(data, line, where)
     for key in data.keys() - _LINE:
         raise UserError(f"{where}: {key}", _short(data[key]), "no such field", did_you_mean(key, _LINE))
@@ -174,8 +173,8 @@ def _tests(tests: Any, keys: set[str], where: str) -> tuple[dict[str, Any], ...]
     for number, test in enumerate(tests):
         at = f"{where}: tests[{number}]"
         if not isinstance(test, dict) or test.keys() != keys:
-            kind = "with 'entry', args and expected" if keys == _CALL else "without 'entry', stdin and stdout"
-            _refuse(at, test, f"a test has, {kind}")
+            kind = "args and expected (with 'entry')" if keys == _CALL else "stdin and stdout (without 'entry')"
+            _refuse(at, test, f"a test has the fields {kind}")
         for key in keys - {"expected"}:
             wanted, name = (list, "list") if key == "args" else (str, "text")
             if not isinstance(test[key], wanted):
@@ -184,7 +183,7 @@ def _tests(tests: Any, keys: set[str], where: str) -> tuple[dict[str, Any], ...]
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _short(value: Any) -> Any:

@@ -35,7 +35,7 @@ class _Block:
 
     @property
     def is_page(self) -> bool:
-        """Whether it is Markdown, which may contain blocks of its own."""
+        """Whether it is Markdown, which may contain other blocks."""
         return bool(re.fullmatch(r"(?i)markdown|md", self.info.strip()))
 
 
@@ -110,7 +110,7 @@ def _inner(line: str, before: str) -> str:
 
 
 def _acts(source: str) -> bool:
-    """Whether a program does anything, beyond bare values and prompts of a shell or of Python."""
+    """Whether a block has a statement, and does not start with the prompt of a shell or of Python."""
     lines = [line for line in source.split("\n") if line.strip() and not line.lstrip().startswith("#")]
     return any(_CODE.match(line) for line in lines) and not all(
         re.match(r"\s*(?:>>>|\$|\.\.\.)", line) for line in lines[:1]

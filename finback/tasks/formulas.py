@@ -30,7 +30,7 @@ _KIND = re.compile(
 )
 _ROWS = re.compile(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])*\s*\]")
 _CHOSEN = re.compile(r"C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)|(?:\{\}\s*)?[\^_]\{?(\d+)\}?\s*C_\{?(\d+)\}?")
-# \{x \in \mathbb{R} \mid x > 2\} of the real numbers; what follows the bar may be a range of x
+# a set of real numbers, \{x \in \mathbb{R} \mid x > 2\}; the part after the bar may be a range of x
 _BUILDER = re.compile(
     r"\\?\{\s*([a-zA-Z])\s*(?:(?:\\in\s*)(?:\\mathbb\s*\{?\s*R\s*\}?|R)\s*)?(?:\\mid(?![a-zA-Z])|\||:)\s*(.+?)\s*\\?\}",
     re.DOTALL,

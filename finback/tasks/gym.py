@@ -108,7 +108,7 @@ _DATASETS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="u
 SUPPORTED: dict[str, Form] = {name: _FORMS[form] for form, names in _DATASETS["forms"].items() for name in names}
 REFUSED: dict[str, str] = {name: reason for reason, names in _DATASETS["refused"].items() for name in names}
 
-# Some generators produce wrong or ambiguous problems, which their metadata reveal; these are not asked.
+# Some generators produce wrong or ambiguous problems, which their metadata reveal; these are not used.
 _SOUND: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     # It divides with //, and without parentheses it evaluates from left to right.
     "basic_arithmetic": lambda gold, data: (evaluate(data["expression"]) or (None,))[0] == _number(gold),

@@ -83,8 +83,8 @@ def bubble(files: int, may_fork: bool) -> Iterator[Launch]:
 
 @contextlib.contextmanager
 def folder(request: dict[str, Any]) -> Iterator[Launch]:
-    """An empty folder; as root also an unprivileged user that owns nothing else, so it can neither write nor signal."""
-    # No new folders: removing what a program nests within a second can take a minute on disk.
+    """Starts in an empty folder; under root also as an unprivileged user, who can neither write elsewhere nor signal."""
+    # New folders are denied: a program can nest so many in a second that removing them takes a minute.
     request["filter"] = call_filter(may_fork=False, may_make_folders=False)
     stdlib, work = -1, Path(tempfile.mkdtemp(prefix="finback-"))
     try:
@@ -103,7 +103,7 @@ def folder(request: dict[str, Any]) -> Iterator[Launch]:
 
 @lru_cache
 def _free_users() -> range:
-    """User ids that no user has, by systemd's table; in a container only the first 65,536 may exist."""
+    """User ids that systemd's table leaves unused; in a container only the first 65,536 may exist."""
     counts = [int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     return range(1879048192, 2147483647) if max(counts) > 2147483647 else range(60706, 61184)
 

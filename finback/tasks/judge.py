@@ -1,4 +1,4 @@
-"""A judge for what no check can decide: another model, on an OpenAI-compatible server, compares answers in pairs.
+"""A judge for qualities that no check can decide: a model on an OpenAI-compatible server compares answers in pairs.
 
 As in R1, rewards for helpfulness consider final answers only, not chains (R1 2.3.4). Judges favor the answer they read
 first, so each pair is shown in both orders. A server is contacted only if a run has a judge. Does not import torch.
@@ -72,7 +72,7 @@ class Judge:
         check_url(self.url, "judge.url", "http://127.0.0.1:8000/v1")
 
     def prefer(self, question: str, answers: Sequence[str]) -> list[float]:
-        """For each answer the share of its comparisons that it wins, 0 to 1; 0.5 if there is no other answer."""
+        """The share of its comparisons that each answer wins, 0 to 1; 0.5 if there is only one answer."""
         shown = [self._shown(answer) for answer in answers]
         pairs = [(i, j) for i, j in _ring(len(shown)) for i, j in ((i, j), (j, i))]
         firsts = self._compare(question, [(shown[i], shown[j]) for i, j in pairs])

@@ -61,7 +61,7 @@ _DOTTED = re.compile(r"[vV]?[0-9]{1,9}(?:\.[0-9]{1,9}){2,9}")
 
 
 class Label(NamedTuple):
-    """The kind of label and its canonical value; for a time also what a clock shows."""
+    """The kind of label and its canonical value; for a time also hour, minute and second as written."""
 
     kind: str
     value: tuple[int | str | None, ...]
@@ -77,7 +77,7 @@ class Label(NamedTuple):
 
 
 def label(text: str, like: Label | None = None) -> Label | None:
-    """The date, time or digit string that a text is; None for anything else.
+    """Parses a text that is one date, time, ratio or digit string; None for anything else.
 
     When compared with `like`, 10/1917 can be a month, 9783161484100 a digit string, and "3 to 2" a ratio.
     """
@@ -135,7 +135,7 @@ def _time(text: str) -> Label | None:
 
 
 def _shown(text: str) -> str:
-    """What a clock shows, for phrases such as half past two or a quarter to three pm."""
+    """Writes phrases such as half past two or a quarter to three pm as on a clock: 2:30, 2:45 pm."""
     match = _CLOCK.fullmatch(text)
     if match is None:
         return re.sub(
@@ -147,7 +147,7 @@ def _shown(text: str) -> str:
         return text
     number = (number + 10) % 12 + 1 if way == "to" else number
     minutes = 30 if part == "half" else 15 if way == "past" else 45
-    # "a quarter to twelve" is before noon, like its hour
+    # am or pm stays as written
     return f"{number}:{minutes} {match['half'].lower()}m" if match["half"] else f"{number}:{minutes}"
 
 

@@ -38,7 +38,7 @@ _SUBJECT = re.compile(
     r"(?i:it|he|she|this|that|the(?: (?!(?:not?|never|hardly|rarely|or|and|n?either)\b)[a-z]+){1,5})"
     r"(?<! of)(?<! in)(?<! near)(?<! from)(?<! with)(?<! to)(?<! for)(?<! by)(?<! like)(?<! the)(?<! that)\s+(?P<verb>[a-z]+s\b.*)"
 )
-# after a letter on its own
+# words after a lone letter that take it back
 _RETRACTED = re.compile(
     r"\b(?:wait|actually|but|however|instead|rather|correction|sorry|guess|wrong|incorrect|false|maybe|perhaps|could|might|also|either|or)\b|"
     r"\bno[,.:!]|\bnot\s+[A-J]\b|[?？]|不|错",

@@ -21,9 +21,9 @@ def integer(text: str) -> int | None:
 class Chains:
     """Sums and differences of single digits, "3+1-3+6=?", solved one step at a time.
 
-    A guess is right about one time in ten; with the steps it is easy. That gap is what RL can discover. The canonical form
-    ignores the order of the terms, so a held-out problem is never a reordered training problem. `wording` adds words to
-    the steps: English, Chinese, or a mixture, as in models that were not trained for one language.
+    A guess is right about one time in ten; step by step it is easy, which RL can discover. The canonical form ignores the
+    order of the terms, so a held-out problem is never a reordered training problem. `wording` adds words to the steps:
+    English, Chinese, or a mixture, as in models that were not trained for one language.
     """
 
     # smallest number of terms

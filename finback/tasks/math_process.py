@@ -129,7 +129,7 @@ def _asked(process: "subprocess.Popen[bytes]", request: bytes, seconds: float) -
 
 
 def _is_balanced(text: str) -> bool:
-    """Whether braces match and brackets are not nested deeply: those take forever to parse."""
+    """Whether braces match and no brackets are nested deeply, which takes forever to parse."""
     braces = depth = 0
     for char in text:
         braces += (char == "{") - (char == "}")

@@ -1,4 +1,4 @@
-"""Decides whether two mathematical answers are equal. A program of its own, started and ended by `finback.tasks.math_process`.
+"""Decides whether two mathematical answers are equal. A separate program, started and ended by `finback.tasks.math_process`.
 
 math-verify parses with sympy. A model's text is therefore parsed in a process that can be killed, has little memory, and
 may not write files, start programs or open connections. It does not import finback. A line of stdin is

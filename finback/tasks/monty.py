@@ -1,6 +1,7 @@
 """Runs functions with pydantic-monty, an interpreter of a subset of Python without system calls. Does not import torch.
 
-It costs a hundredth of a process, but supports few kinds of classes and few modules, so a correct answer may fail.
+It takes a hundredth of the time of a process, but supports few kinds of classes and few modules, so a correct answer
+may fail.
 """
 
 import atexit
@@ -48,7 +49,7 @@ def call(source: str, entry: str, arguments: list[list[Any]], limits: "Limits") 
 
 
 def _values(texts: Any) -> tuple[Any, ...]:
-    """Results cross the border as text only, and are parsed as JSON here."""
+    """Results leave the interpreter as text only, and are parsed as JSON here."""
     is_list = type(texts) is list and all(type(text) is str for text in texts)
     return tuple(read_json(text) for text in texts) if is_list else ()
 

@@ -12,7 +12,7 @@ from finback.tasks.notation import latex, plain, undollared, unstyled, unwrapped
 from finback.tasks.spelt import figures, spelt
 from finback.tasks.units import COUNTED, SCALE, SCALES, Unit, known, product, units
 
-_CLOSE = Fraction(1, 10**6)  # relative; for decimals of a number with infinitely many
+_CLOSE = Fraction(1, 10**6)  # relative; for decimals of a number without a finite decimal form
 _LARGEST = 400  # largest decimal exponent
 _NONE = (Unit((), Fraction(1)),)
 _GROUPED = (
@@ -87,7 +87,7 @@ class Number(NamedTuple):
         shares = [unit.factor for unit in (*self.units, *other.units) if unit.dimension == (("share", 1),)]
         if not shares:
             return "sum" not in (self.form, other.form) and _same(self.value, other)
-        # Next to a bare number, 50 % may be 50 or a half; but if 0.5 is asked for, 0.5 % is wrong.
+        # Compared with a bare number, 50 % may be 50 or a half; but if the gold answer is 0.5, 0.5 % is wrong.
         if self.unit.dimension:
             return _same(self.value, other) or _same(self.value * shares[0], other)
         return _same(self.value / shares[0], other) or (abs(self.value) >= 1 and _same(self.value, other))

@@ -54,13 +54,13 @@ class Questions(RecordTask):
     Of several copies of a question, the first counts. Up to 1 % of records may fail the check with their own gold answer:
     they are left out. A user's function should depend on its arguments only. A call fails if it raises, takes longer than
     `timeout` seconds (in the main thread), or returns anything but a bool, a number from 0 to 1, or a dict of such numbers
-    whose sum is at most 1. A failed call makes the answer wrong. The first is shown; more than 1 % end the run with a
-    UserError.
+    whose sum is at most 1. A failed call makes the answer wrong. The first is printed; more than 1 % (and more than three)
+    end the run with a UserError.
     """
 
     # your own function for checking answers
     checker: Check | None = None
-    # seconds that a call of it may take
+    # seconds that one call of the checker may take
     timeout: float = 5.0
 
     def __post_init__(self) -> None:
@@ -199,7 +199,7 @@ class _Calls:
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Ends what runs inside after `seconds`, repeatedly if that is caught. Works in the main thread only, as signals do."""
+    """Raises _Late in the body after `seconds`, repeatedly if the body catches it; no limit outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -81,7 +81,7 @@ class RecordTask:
         return {} if self.source.startswith(_HUB) else {"source": [Path(self.source)]}
 
     def content_versions(self) -> dict[str, str]:
-        """Versions of fields that are not files."""
+        """The version of a hub data set, by the field that names it."""
         if not self.source.startswith(_HUB):
             return {}
         return {"source": HubRows(self.source.removeprefix(_HUB), self.subset, self.split).version()}

@@ -116,7 +116,7 @@ def _tagged(text: str) -> list[str]:
 
 
 def stated(text: str) -> list[str]:
-    """The rest of the line after each "Answer:"; also after "the answer is", once "Answer:" has occurred or if it never does."""
+    """The rest of the line after each "Answer:" and "the answer is"; the latter only after the first "Answer:", if any."""
     lines = [(m.start(), m.end(), True) for m in _LINE.finditer(text) if _is_line(text, m)]
     sentences = [(m.start(), m.end(), False) for m in _SENTENCE.finditer(text)]
     first = lines[0][0] if lines else 0
@@ -140,7 +140,7 @@ def stated(text: str) -> list[str]:
         followed = i + 1 < len(marks) and "\n" not in text[end : marks[i + 1][0]]
         if followed and len(content.split()) > 4:  # Answer: first we add them … The answer is 12.
             continue
-        if content.count("**") % 2:  # it began before "Answer:"
+        if content.count("**") % 2:  # the bold text began before "Answer:"
             content = content.replace("**", "", 1)
         line = text[text.rfind("\n", 0, start) + 1 : start]
         if i + 1 == len(marks) and _SECOND.search(text, end):

@@ -15,9 +15,9 @@ from finback.tasks.task import Verdict
 class Reward:
     """Weights of the reward's parts. The default is R1-Zero's: accuracy, and a little for the right form.
 
-    Thinking is not rewarded: if answers grow longer, it is because thinking makes them right. For any weights, a wrong
-    answer earns less than a right one, and an opened but empty chain earns nothing at all. `language` is R1's language
-    consistency: the share of the chain's words in `target`.
+    The default does not reward thinking: if answers grow longer, it is because thinking makes them right. For any weights,
+    a wrong answer earns less than a right one, and an opened but empty chain earns nothing at all. `language` is R1's
+    language consistency: the share of the chain's words in `target`.
     """
 
     # reward of a right answer; multiplied by the score if the check gives partial credit
@@ -30,7 +30,7 @@ class Reward:
     language: float = 0.0
     # target language, ISO 639-1
     target: str = "en"
-    # reward of a right answer, linear from this at length 0 to 0 at the limit
+    # reward of a right answer of length 0; falls linearly to 0 at the length limit
     brevity: float = 0.0
     # multiplied by the judge's score within the group
     preference: float = 0.0

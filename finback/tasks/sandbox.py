@@ -1,9 +1,8 @@
 """Runs Python that a model wrote in a separate process with as few rights as possible. Does not import torch.
 
-Two forms, the first that works is used: bubblewrap (own namespaces, no network, nothing of the host visible but what
-Python needs), and a subprocess under resource limits, which is not a security boundary. A third form, monty, interprets
-a subset of Python, for functions only and only on request. docs/concepts/sandbox.md states what each of them
-guarantees.
+There are three forms. bubblewrap (own namespaces, no network, only the host's files that Python needs) is used where it
+works, else a subprocess under resource limits, which is not a security boundary. monty, only on request, interprets a
+subset of Python, for functions only. docs/concepts/sandbox.md states what each of them guarantees.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from finback.tasks.isolation import Launch, bubble, bubblewrap, folder, pipe
 Isolation = Literal["bubblewrap", "rlimits", "monty"]
 Reason = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 
-_THREADS = 64  # threads, which the kernel counts like the allowed processes
+_THREADS = 64  # threads; the kernel counts them as processes
 _NOT_A_BOUNDARY = (
     "finback: bubblewrap does not work here, so code that a model wrote runs in a subprocess under resource limits. "
     "That is not a security boundary: it can read and change what its user can."
@@ -166,7 +165,7 @@ def _start(
     reports, reports_end = stack.enter_context(pipe())
     given = stack.enter_context(file_of(stdin))
     request_file = stack.enter_context(file_of(marshal.dumps(request)))
-    # -I would also ignore PYTHONHASHSEED, with which a program that prints a set prints the same in every run.
+    # -I would also ignore PYTHONHASHSEED, which makes a program that prints a set print the same in every run.
     python = [str(Path(sys.executable).resolve()), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _child_source()]
     setting = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
     before = list(launch.before)

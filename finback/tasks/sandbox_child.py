@@ -91,7 +91,7 @@ def _confine(request: dict[str, Any]) -> None:
 
 
 def _install(ctypes: Any, code: bytes) -> None:
-    """Installs the seccomp filter, irrevocably, and ties this process's life to the thread that started it."""
+    """Installs the seccomp filter, irrevocably; the kernel then kills this process when the thread that started it ends."""
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]  # noqa: RUF012

@@ -45,7 +45,7 @@ def call_filter(may_fork: bool, may_make_folders: bool = True) -> bytes:
             code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _EPERM)]
     # clone3 has its flags in memory, where a filter cannot see them; glibc falls back to clone.
     code += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ENOSYS)]
-    # Limits of other processes are off limits.
+    # prlimit may only address the calling process (pid 0).
     code += [(_EQUAL, 0, 4, _PRLIMIT[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_EQUAL, 0, 1, 0)]
     code += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)]
     code += [(_EQUAL, 1, 0, _CLONE[column]), (_RETURN, 0, 0, _ALLOW), (_LOAD, 0, 0, _FIRST_ARGUMENT)]

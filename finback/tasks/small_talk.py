@@ -1,4 +1,4 @@
-"""Small talk, with a check of what can be checked: the reply is a sentence of common words, not a sum.
+"""Small talk, with a simple check: the reply is a sentence of common words, not a sum.
 
 The prompts are first turns of the packaged Chit Chat corpus. Does not import torch.
 """

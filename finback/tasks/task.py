@@ -116,7 +116,7 @@ class Mixture:
 
 
 def part_of(task: Task, problem: Problem) -> Task:
-    """The task that a problem was drawn from, one of a mixture's."""
+    """The task that a problem was drawn from; for a mixture, one of its tasks."""
     return task.tasks[int(problem.tags["part"])] if isinstance(task, Mixture) else task
 
 

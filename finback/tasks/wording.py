@@ -21,7 +21,9 @@ _LIFE = re.compile(r"(?<=[^\W\d_]{2})([*_]{0,2}) \((?:born |b\. |c\. )?[0-9]{3,4
 _YES = re.compile(
     r"(?:(?P<yes>yes)|no),\s+(?:it|they|he|she|there|that|this|you|we|i)\s+(?:is|are|was|were|does|do|did|can|could|has|have|will|would|am)(?P<not>n't| not)?"
 )
-_DRAWN = re.compile(r"(\\triangle|△|\\angle|∠)\s*\{?\s*([A-Z](?:\s*[A-Z]){2})\s*\}?")  # with the letters of its corners
+_DRAWN = re.compile(
+    r"(\\triangle|△|\\angle|∠)\s*\{?\s*([A-Z](?:\s*[A-Z]){2})\s*\}?"
+)  # a triangle or angle, with the letters of its corners
 _GLOSS = re.compile(r"(.{2,}?) \(([^()]{1,60})\)")
 _OTHERWISE = re.compile(r"\b(?:not?|never|or|and|wrong|neither|nor)\b|n't|[不非没]|\bне\b|ليس", re.IGNORECASE)
 _SHORT_NAME = re.compile(r"[A-Z][A-Za-z0-9_₀-₉{}^+-]{0,8}")  # an abbreviation or a chemical formula
