@@ -20,7 +20,7 @@ What = str | Path | Sequence[Stage]  # a recipe file, or a recipe's stages
 
 
 class Results(dict[str, Any]):
-    """Values by name, as the command line's --json gives them; printed, they are its text."""
+    """The values that the command line prints with --json. `print` shows the text that it prints without."""
 
     def __init__(self, values: dict[str, Any], text: str) -> None:
         super().__init__(values)
@@ -43,9 +43,9 @@ def run(
 ) -> Results:
     """Run a recipe or continue it, in the folder runs/NAME, and return its summary.
 
-    A recipe file gives the folder its name, a list of stages has `name`. One rank works in this process, several are
-    started from a file. `settings` change knobs, as in ("zero.steps=10",). Ctrl-C stops at a safe point, from where the
-    same call continues.
+    The folder is named after the recipe file; for a list of stages it is `name`. One rank runs in this process; several
+    ranks are separate processes and need a recipe file. `settings` change knobs, as in ("zero.steps=10",). Ctrl-C stops
+    at a safe point, and the same call continues from there.
     """
     settings = (settings,) if isinstance(settings, str) else tuple(settings)
     found = _recipe(recipe, name, settings)
@@ -67,7 +67,7 @@ def run(
 
 
 def plan(what: What = "", **options: Any) -> Results:
-    """What a recipe or a preset will take: time, money, energy and memory; `options` are those of `finback plan`."""
+    """Estimate time, money, energy and memory of a recipe or a preset; `options` are those of `finback plan`."""
     from finback.planner import calibration_file, command
     from finback.planner.options import PlanOptions
 
@@ -81,13 +81,13 @@ def plan(what: What = "", **options: Any) -> Results:
 
 
 def compare(*models: str | Path, tasks: Iterable[str], **options: Any) -> Results:
-    """Ask models the same questions; `options` are those of `finback compare`, and `out` the folder that it continues."""
+    """Ask models the same questions; `options` are those of `finback compare`. Answers in the folder `out` are reused."""
     from finback.comparison import compare as comparing
     from finback.comparison.options import CompareOptions
 
     check_names(CompareOptions, options)
     wanted = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    chosen = CompareOptions(models=models, tasks=wanted, **options)  # type: ignore[arg-type] # made paths there
+    chosen = CompareOptions(models=models, tasks=wanted, **options)  # type: ignore[arg-type] # Options makes them paths
     report, text, _ = comparing.run(chosen, os.environ)
     return Results(report, text)
 

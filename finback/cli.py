@@ -79,7 +79,7 @@ def _end(code: int) -> None:
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context,
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """finback builds, trains, checks and serves DeepSeek-class language models."""
     if show_version:

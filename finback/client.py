@@ -1,7 +1,7 @@
-"""The one HTTP client: JSON goes to a server, its reply comes back whole or as a stream of events. Does not import torch.
+"""The one HTTP client: sends JSON and returns the reply whole or as a stream of events. Does not import torch.
 
-No proxies and no redirects: a request and its key go to the address that was named, and nowhere else. The key stands
-in no error. httpx is imported by the first client, because it takes longer than all else that a command starts with.
+It uses no proxies and follows no redirects, so a request and its key go only to the given address. No error shows the
+key. httpx is imported when the first client is made, because that import is slower than the rest of a command's start.
 """
 
 import email.utils
@@ -29,7 +29,7 @@ _LONGEST_RETRY_AFTER = 1e6  # seconds
 
 class RequestFailed(Exception):
     """No usable reply. `final`: the same request fails again; `busy`: the server is overloaded; `retry_after`: seconds;
-    `silent`: nothing came for as long as the client waits."""
+    `silent`: the server sent nothing within the timeout."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class RequestFailed(Exception):
 
 
 def check_url(url: str, field: str, example: str, query: bool = False) -> urllib.parse.SplitResult:
-    """The parts of a server's url; UserError if it is none, or has a query where there should be none."""
+    """The parts of a server's url; UserError if it is not one, or has a query and `query` is False."""
     try:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and (query or not parts.query):
@@ -70,8 +70,8 @@ def read_key(file: str | None, field: str) -> str:
 class Client(AbstractContextManager["Client"]):
     """Connections to one server, shared by threads. The paths of requests are relative to `url`.
 
-    `timeout` is how many seconds the server may be silent, `deadline` how many a whole request may take, looked at when a
-    piece of the reply arrives. A reply of more than `max_bytes` is refused.
+    `timeout` is the longest silence of the server in seconds. `deadline` limits the seconds of a whole request; it is
+    checked when a piece of the reply arrives. A reply of more than `max_bytes` is refused.
     """
 
     def __init__(
@@ -97,17 +97,17 @@ class Client(AbstractContextManager["Client"]):
         self.close()
 
     def close(self) -> None:
-        """Let go of its connections."""
+        """Close its connections."""
         self._http.close()
 
     def reply(self, path: str, body: Any = None) -> Any:
-        """The JSON value that the server replies with to a body, or without one has there; RequestFailed if it has none."""
+        """The JSON value of the reply to a POST of `body`, or to a GET without one; RequestFailed if there is none."""
         with self._open(path, body) as (_, chunks):
-            # before any of it is cut for a message, the key is gone from it
+            # remove the key first: an error message may cut the reply in the middle of it
             return parse_json(self._bytes_without_key(b"".join(chunks)))
 
     def has(self, path: str) -> bool:
-        """Whether there is anything at a path, whatever it says."""
+        """Whether a GET of the path succeeds."""
         try:
             with self._open(path, None):
                 return True
@@ -115,7 +115,7 @@ class Client(AbstractContextManager["Client"]):
             return False
 
     def stream(self, path: str, body: Any) -> Iterator[bytes]:
-        """The data of each server-sent event as it arrives; a reply that is no stream is one event, followed by DONE."""
+        """The data of each server-sent event as it arrives; a reply that is not a stream is one event, followed by DONE."""
         with self._open(path, body) as (response, chunks):
             if "text/event-stream" in response.headers.get("Content-Type", ""):
                 yield from _events(chunks)
@@ -124,7 +124,7 @@ class Client(AbstractContextManager["Client"]):
                 yield DONE
 
     def without_key(self, text: str) -> str:
-        """A text in which the key, which some servers repeat, is not shown."""
+        """The text with [key] in place of the key, which some servers repeat."""
         return text.replace(self._key, "[key]") if self._key else text
 
     def _bytes_without_key(self, body: bytes) -> bytes:
@@ -140,7 +140,7 @@ class Client(AbstractContextManager["Client"]):
         url = f"{self._parts.scheme}://{self._parts.netloc.rpartition('@')[2]}{base}{path}{query}"
         headers = {"Content-Type": "application/json"} if body is not None else {}
         if not (self._key.isascii() and (self._key.isprintable() or not self._key)):
-            # the library's own message would show it
+            # the message of httpx would show the key
             raise RequestFailed("the key has characters that a header cannot carry", final=True)
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -162,7 +162,7 @@ class Client(AbstractContextManager["Client"]):
             raise RequestFailed(self.without_key(f"{type(cause).__name__}: {cause}"), silent=silent) from None
 
     def _refusal(self, response: "httpx.Response", chunks: Iterator[bytes]) -> RequestFailed:
-        """What another status means for this request and for the next ones; the key is taken out, then it is cut."""
+        """The error for a status other than 200. The key is removed from the reply before the reply is shortened."""
         status, start = response.status_code, b""
         while len(start) < 400 + len(self._key) and (chunk := next(chunks, b"")):
             start += chunk
@@ -182,7 +182,7 @@ class Client(AbstractContextManager["Client"]):
 
 
 def parse_json(raw: bytes) -> Any:
-    """The JSON value of a reply; RequestFailed if it is none."""
+    """The JSON value of a reply; RequestFailed if it is not JSON."""
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):
@@ -190,7 +190,7 @@ def parse_json(raw: bytes) -> Any:
 
 
 def retry_after(header: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header, which is a number of seconds or a date; None for anything else."""
+    """Seconds to wait according to a Retry-After header, a number of seconds or a date; None for anything else."""
     if not header:
         return None
     if header.isascii() and header.replace(".", "", 1).isdigit():
@@ -202,7 +202,7 @@ def retry_after(header: str | None) -> float | None:
 
 
 class RateLimit:
-    """How fast one server is asked by several threads: `rate` requests a minute, 0 for any number."""
+    """Limits the requests of several threads to one server: `rate` requests a minute, 0 for no limit."""
 
     def __init__(self, stop: threading.Event, rate: float = 0.0) -> None:
         self.stop = stop
@@ -212,7 +212,7 @@ class RateLimit:
         self._resume = 0.0
 
     def wait(self) -> bool:
-        """Wait for this request's turn; False when it will not come because all is to stop."""
+        """Wait for this request's turn; False if `stop` is set."""
         with self._lock:
             turn = max(time.monotonic(), self._next)
             self._next = turn + self._gap
@@ -222,7 +222,7 @@ class RateLimit:
         return not self.stop.is_set()
 
     def pause(self, seconds: float) -> None:
-        """Let nobody ask for a while: a server that is busy for one is busy for all."""
+        """Hold back the requests of all threads: a server that is busy for one is busy for all."""
         self._resume = max(self._resume, time.monotonic() + seconds)
 
 
@@ -239,7 +239,7 @@ class Retries:
     longest_wait: float = 300.0
 
     def wait(self, error: RequestFailed, failures: int) -> float:
-        """Seconds before the next try, after so many failures of which this is the last."""
+        """Seconds before the next try, after so many failures; `error` is the last one."""
         asked = error.retry_after
         return min(self.longest_wait, self.backoff * 2 ** min(failures - 1, 6) if asked is None else asked)
 
@@ -262,7 +262,7 @@ class Retries:
 
 
 def _events(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The data of each server-sent event; comments, by which servers hold a connection open, are left out."""
+    """The data of each server-sent event; comments, which servers send to keep a connection open, are left out."""
     data: list[bytes] = []
     for line in _lines(chunks):
         if line.startswith(b"data:"):
@@ -270,7 +270,7 @@ def _events(chunks: Iterator[bytes]) -> Iterator[bytes]:
         elif not line and data:
             yield b"\n".join(data)
             data = []
-    if data:  # the last event may lack its empty line; half an event is no JSON
+    if data:  # the last event may lack its empty line; half an event is not JSON
         yield b"\n".join(data)
 
 

@@ -36,11 +36,10 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def check_fields(config: Any, where: str = "", but: Sequence[str] = ()) -> None:
-    """Raise UserError for the first field of a dataclass, `but` some, whose value does not fit its annotation.
+    """Raise UserError for the first field of a dataclass, not in `but`, whose value does not fit its annotation.
 
-    `where` is the stage that the field is of, if any, or "--" for options of the command line: UserError then names the
-    flag. An `int` passes for a `float`, infinity and nan do not; a list does not pass for a tuple (it would make the
-    config unhashable).
+    `where` is the field's stage, if any, or "--" for options of the command line: UserError then names the flag. An `int`
+    passes for a `float`, infinity and nan do not; a list does not pass for a tuple (it would make the config unhashable).
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -106,7 +105,7 @@ def override(config: Any, path: Sequence[str], text: str, where: str) -> Any:
 
 
 def _within(value: Any, path: Sequence[str], text: str, where: str) -> Any:
-    """A copy of a knob's value with what lies at `path` in it set from `text`."""
+    """A copy of a knob's value with the field at `path` in it set from `text`."""
     if isinstance(value, tuple) and len(path) > 1 and all(map(dataclasses.is_dataclass, value)):
         if not path[0].isdigit() or int(path[0]) >= len(value):
             remedy = f"They are numbered from 0 to {len(value) - 1}." if value else "It is empty."
@@ -168,7 +167,7 @@ def _integer(text: str) -> int:
         return int(text)
     except ValueError:
         number = float(text)  # 2e6 is how people write token counts
-    if not number.is_integer():  # nor are inf and nan
+    if not number.is_integer():  # inf and nan are not integers either
         raise ValueError(text)
     return int(number)
 

@@ -40,7 +40,7 @@ def kind(path: Path) -> str:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file name has a suffix of compression."""
+    """Whether the file name has a compression suffix."""
     return path.suffix.lower() in COMPRESSED
 
 

@@ -65,7 +65,7 @@ def test_another_model_answers_and_a_dialogue_goes_on(model: Path, tmp_path: Pat
     talk = Conversation(model, 0, max_tokens=2)
     "".join(talk.reply("Hello"))
     before = talk.llm
-    assert "answers now" in talk.command(f"/model {model}") and talk.llm is not before and len(talk.messages) == 2
+    assert "now chatting with" in talk.command(f"/model {model}") and talk.llm is not before and len(talk.messages) == 2
     with pytest.raises(UserError):
         talk.command("/model /nowhere")
     with pytest.raises(UserError, match="/new"):

@@ -188,7 +188,7 @@ def weights_alone(folder: Path) -> None:
         (cache, "is a repository in the hub's cache, not a model's folder. Name the snapshot: .*/snapshots/abc"),
         (within, "holds no model itself, but one of its folders does. Name the folder: .*/hf"),
         (weights_alone, "holds weights but no config.json. Add the model's config.json."),
-        (lambda folder: None, "neither a Hugging Face folder nor a .gguf file. Stages' models go out with"),
+        (lambda folder: None, "neither a Hugging Face folder nor a .gguf file. Export a stage's model with"),
     ],
 )
 def test_a_path_that_holds_no_model_says_where_one_is(

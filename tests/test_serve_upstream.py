@@ -105,7 +105,7 @@ def wide(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_answers_are_held_to_schemas_grammars_and_calls(kind: str, wide: Path) -> None:
-    """As the built-in engine's are; behind a chain of thought too; and an engine that does not hold to them is not believed."""
+    """As with the built-in engine, also after a chain of thought; an answer that violates them is an error."""
     engine, tokenizer = open_engine(wide, "fp32", EngineConfig(8, 4096))
     with served(engine) as client:
         expected = [message(client.post(CHAT, json=body(more))) for more in HELD]
@@ -122,7 +122,7 @@ def test_answers_are_held_to_schemas_grammars_and_calls(kind: str, wide: Path) -
             server.unheld = True
             for more in HELD:
                 refused = client.post(CHAT, json=body(more))
-                assert refused.status_code == 500 and "does not hold to the schema" in refused.text, refused.json()
+                assert refused.status_code == 500 and "violates the schema" in refused.text, refused.json()
             server.fault = lambda path, asked: 400 if "generate" in path else None
             refused = client.post(CHAT, json=body({}))
             assert refused.status_code == 500 and "engine behind this server fails: HTTP 400" in refused.text

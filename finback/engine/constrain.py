@@ -30,7 +30,7 @@ class Grammars:
         return LLTokenizer(json.dumps(state), n_vocab=self.vocab, eos_token=stops)
 
     def of(self, schema: str | None, grammar: str | None) -> "Constraint | None":
-        """The constraint that a request asks for, by its schema or else its grammar; None if by neither."""
+        """The constraint for a request's schema, else for its grammar; None if it has neither."""
         if schema is not None:
             return self.constraint(schema)
         return None if grammar is None else self.lark(grammar)

@@ -44,7 +44,7 @@ class EngineConfig:
     chunk: int = 8192
     # share cached pages of common prefixes
     reuse: bool = False
-    # draft tokens, in steps where that was found to pay
+    # draft tokens in steps where measurements show a gain
     speculate: bool = False
     # record the experts that each token is routed to
     return_routed_experts: bool = False

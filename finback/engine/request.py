@@ -65,9 +65,8 @@ class SamplingParams:
     grammar: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(
-            self, but=("logit_bias", "stop", "stop_token_ids")
-        )  # any sequence will do, and a bias may be infinite
+        # these may be any sequence, and a bias may be infinite
+        check_fields(self, but=("logit_bias", "stop", "stop_token_ids"))
         least = 0 if self.prompt_logprobs is not None else 1
         checks = (
             ("temperature", self.temperature >= 0, "negative", "Use 0 for greedy or a positive number."),

@@ -95,9 +95,8 @@ class Runner:
         each = torch.tensor([known.index(p) for _, p in forked], device=hidden.device)
         self._sample(rows, self.model.logits(hidden)[each])
         for r in rows:
-            r.drafts_from = (
-                len(r.prompt) - 1 if self.pool.lined else 0
-            )  # row state is stored before MTP has read these tokens
+            # row state is stored before MTP has read these tokens
+            r.drafts_from = len(r.prompt) - 1 if self.pool.lined else 0
         self._draft(rows, states[each][:, None], [len(r.prompt) - 1 for r in rows], [1] * len(rows))
         for r in rows:
             if r.finish_reason is None:
@@ -113,9 +112,8 @@ class Runner:
             if not r.reads or (rows and (rows[0].computed == 0) != (r.computed == 0)):
                 continue  # reading a prompt from its start is cheaper, so these are not mixed
             count = min(left, self.chunk)
-            if (
-                self.scheduler.lined and count == left and count > 1
-            ):  # stop once at the end of the last page that can be shared
+            # stop once at the end of the last page that can be shared
+            if self.scheduler.lined and count == left and count > 1:
                 count = max((r.length - 1) // PAGE * PAGE - r.computed, 0) or left
             if rows and (len(rows) + 1) * max(*counts, count) > self.chunk:
                 break
@@ -164,7 +162,7 @@ class Runner:
                 self.scheduler.keep_line(r, self.pool.line)
 
     def _guesses(self, r: Request) -> list[int]:
-        """Drafts of the tokens after a row's next; none of them beyond max_tokens."""
+        """Drafts of the tokens after a row's next token, none of them beyond max_tokens."""
         room = r.end - r.length - 1
         if self.drafting == "mtp":
             return [r.draft] if r.draft >= 0 and room > 0 else []

@@ -103,9 +103,8 @@ class Sampler:
             counts = r.counts(logits)
             logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
         if r.constraint is not None and r.thinking:
-            logits[list(self.stops)] = float(
-                "-inf"
-            )  # a schema requires an answer, so the chain must not end the request
+            # a schema requires an answer, so the chain must not end the request
+            logits[list(self.stops)] = float("-inf")
         elif r.constraint is not None:
             allowed = r.constraint.allowed()[: len(logits)].to(logits.device)
             if not r.tokens and self._open >= 0:
@@ -120,7 +119,7 @@ class Sampler:
         return not r.tokens and self._open >= 0 and (self._open, float("-inf")) not in r.sampling.logit_bias
 
     def chains(self, r: Request, token: int) -> bool:
-        """Whether a token that comes next is of its chain of thought."""
+        """Whether `token`, if it comes next, belongs to the request's chain of thought."""
         return r.thinking or (token == self._open and self.may_open(r))
 
     def follow(self, r: Request, token: int, free: bool) -> FinishReason | None:
@@ -219,8 +218,8 @@ def sample(logits: Tensor, batch: SamplingBatch, uniform: Tensor) -> tuple[Tenso
 def narrow(p: Tensor, batch: SamplingBatch) -> Tensor:
     """Zeroes the probabilities (n, vocab) excluded by top-k, then top-p, then min-p; the rest is not renormalized.
 
-    top-p keeps the smallest set of tokens whose share of what top-k left reaches it; min-p keeps those with at least that
-    share of the likeliest token's probability. The likeliest token always remains, and so do ties with the last one.
+    top-p keeps the smallest set of tokens whose share of the probability left by top-k reaches it; min-p keeps those with at
+    least that share of the likeliest token's probability. The likeliest token and ties with the last one always remain.
     """
     if batch.top_k is not None:
         best = p.topk(batch.most, dim=-1).values

@@ -36,12 +36,11 @@ class Scheduler:
         self.on_preempt: Callable[[Request], None] = lambda request: None
         # called with a request that starts after cached pages, and the row state stored there
         self.on_continue: Callable[[Request, Line], None] = lambda request, line: None
-        self._refused: tuple[Request, int, int] | None = (
-            None  # the request that lacked pages, and the state at that time
-        )
+        # the request that lacked pages, and the state at that time
+        self._refused: tuple[Request, int, int] | None = None
 
     def admit(self) -> None:
-        """Admits waiting requests while rows and pages last; nobody overtakes a request that lacks pages."""
+        """Admits waiting requests while rows and pages last; no request overtakes one that lacks pages."""
         if self.running and len(self._slots) < self.patience:
             return
         held_back: list[Request] = []
@@ -128,7 +127,7 @@ class Scheduler:
         return True
 
     def follow(self, request: Request, leader: Request) -> None:
-        """Lets a waiting request start after its leader's prompt, if it has the same one and it is not read yet."""
+        """Lets a waiting request start after its leader's prompt, if both are equal and the leader still reads it."""
         same = request.prompt == leader.prompt and request.salt == leader.salt
         alone = request.sampling.prompt_logprobs is not None or request.sampling.max_tokens == 0
         if same and not alone and leader.finish_reason is None and not leader.tokens:

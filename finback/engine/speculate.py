@@ -1,4 +1,4 @@
-"""Drafts without a module of their own, and when drafting pays off: steps with and without drafts are timed, acceptance measured."""
+"""Drafts from n-grams, and the decision when to draft: steps with and without drafts are timed, acceptance is measured."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,22 +14,22 @@ PROBE = 64  # decisions between two measurements without drafts
 FORGET = 512  # decisions after which drafting is tried again
 
 
-# drafts by the model's MTP module, one token a step, or from what stands in prompt and answer already
+# mtp: the model's MTP module drafts one token a step; ngram: drafts repeat what followed the same tokens before
 Drafting = Literal["mtp", "ngram"]
-GRAMS = 3, 2  # lengths of the runs of tokens that are looked up, the first that is found counts
+GRAMS = 3, 2  # lengths of the runs of tokens to look up, in this order; the first one found is used
 NGRAM_DRAFTS = 4  # tokens per step
 
 
 class PromptLookup:
-    """Drafts what followed a request's last tokens where they last stood before (prompt lookup decoding, Saxena 2023)."""
+    """Drafts what followed the previous occurrence of a request's last tokens (prompt lookup decoding, Saxena 2023)."""
 
     def __init__(self) -> None:
-        # of each run of tokens: where its last occurrence ends, those at the very end of the text left out
+        # run of tokens -> end of its last occurrence, not counting one at the very end of the text
         self._ends: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 
     def drafts(self, tokens: Sequence[int], most: int) -> list[int]:
-        """At most `most` tokens that may come after these; the same sequence as in the last call, or a longer one."""
+        """At most `most` tokens that may follow `tokens`, which must start with the sequence of the last call."""
         for end in range(self._indexed + 1, len(tokens)):
             for size in GRAMS:
                 if end >= size:
@@ -45,12 +45,13 @@ class PromptLookup:
 class Speculation:
     """Decides for each decoding step whether to use drafts, by tokens per second measured in this process.
 
-    A step with drafts reads two tokens per row and also runs the MTP module, or up to five from n-grams. With few rows that is almost free, because a
-    step is bound by reading the weights; with many rows it is not. Batches of similar size are compared.
+    A step with MTP drafts reads two tokens per row and also runs the MTP module; one with n-grams reads up to five. With few
+    rows that is almost free, because reading the weights takes most of a step; with many rows it is not. Batches of similar
+    size are compared.
     """
 
     def __init__(self) -> None:
-        # accepted drafts per draft of MTP's, or per row
+        # accepted drafts per MTP draft, or per row with n-grams
         self.acceptance = 0.8  # V3 reports 85 to 90 % (5.4.3); soon replaced by measurements
         self._plain: dict[int, float] = {}
         self._drafting: dict[int, float] = {}
@@ -79,7 +80,7 @@ class Speculation:
         return (1 + self.acceptance) * self._plain[size] > self._drafting[size]
 
     def saw(self, rows: int, kind: str, seconds: float, drafted: int, accepted: int) -> None:
-        """Records the time of a step and the result of its drafts; of n-grams `drafted` is the number of rows."""
+        """Records the time of a step and the result of its drafts; for n-grams, `drafted` is the number of rows."""
         times = self._drafting if kind == "draft" else self._plain
         size = rows.bit_length()
         times[size] = SLOW * times.get(size, seconds) + (1 - SLOW) * seconds
@@ -90,7 +91,7 @@ class Speculation:
 
 
 def speculation_of(draft: Drafting, mtp_modules: int, config: "ModelConfig") -> Speculation | None:
-    """When to draft; None if nothing drafts. UserError where n-grams cannot."""
+    """A Speculation, or None if nothing can draft. UserError if the model does not support n-gram drafts."""
     if draft == "ngram" and config.attention == "compressed":
         problem = "V4's compressed cache takes back one token at a time, and n-grams draft several"
         raise UserError("draft", draft, problem, 'Use "mtp", or leave out drafts.')

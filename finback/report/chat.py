@@ -28,7 +28,7 @@ from finback.runs.files import write_json
 THINKING = {"on": True, "off": False, "auto": None}
 HELP = (
     "/new starts a new dialogue, /model MODEL changes the model, /think on|off|auto, /seed N, /save FILE (JSON lines). "
-    "Ctrl-C stops a reply or clears the line, twice quits, as does Ctrl-D. Start a text that begins with / with //."
+    "Ctrl-C stops a reply or clears the line; Ctrl-C twice or Ctrl-D quits. Write // for a / at the start of a text."
 )
 COMMANDS = ("/new", "/model", "/think", "/seed", "/save", "/help")
 TWICE = 1.0  # seconds between two Ctrl-C that quit
@@ -90,7 +90,7 @@ class Conversation:
         if word == "/model" and rest:
             found = find_model(Path(rest))
             self.use(found)
-            return f"{found} answers now"
+            return f"now chatting with {found}"
         if word == "/help":
             return HELP
         raise UserError(
@@ -181,7 +181,7 @@ def _ask(person: bool) -> str | None:
             if now - stopped < TWICE:
                 return None
             stopped = now
-            print("(the line is cleared; once more to leave)", file=sys.stderr)
+            print("(line cleared; press Ctrl-C again to quit)", file=sys.stderr)
 
 
 def _pasted() -> str:

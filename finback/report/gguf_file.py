@@ -53,7 +53,7 @@ def _modelfile(tokenizer: Tokenizer, file: Path) -> str:
 
 
 def quoted(text: str) -> str:
-    """A value of a Modelfile, which knows no escapes: three quotes around what has quotes or lines of its own."""
+    """A value of a Modelfile, which has no escapes: text with quotes or line breaks gets three quotes on each side."""
     mark = '"""' if set(text) & {'"', "\n", "\r"} else '"'
     return f"{mark}{text}{mark}"
 

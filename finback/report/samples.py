@@ -9,8 +9,8 @@ from finback.runs import reader
 
 
 def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
-    """Records of samples.jsonl with their stage: of all RL stages and the first, middle and last step of each, or of one
-    stage or one step. UserError lists the stages or steps that exist."""
+    """Records of samples.jsonl with their stage: of the first, middle and last step of every RL stage, or only of one
+    `stage` or one `step`. UserError lists the stages or steps that exist."""
     if not reader.is_run(root) and reader.is_run(root.parent):
         root, stage = root.parent, stage or root.name  # root is the folder of a stage
     sampled = {s.name: s for s in reader.stages(root) if s.has_samples}
@@ -26,7 +26,7 @@ def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
         wanted = {step} if step else {there[0], there[len(there) // 2], there[-1]}
         found += [{"stage": name, **r} for r in records if r["step"] in wanted]
     if not found:
-        raise UserError("--step", step, "no samples of it", f"{', '.join(last)}.")
+        raise UserError("--step", step, "no samples of this step", f"{', '.join(last)}.")
     return found
 
 

@@ -13,7 +13,7 @@ from finback.runs.files import is_gguf
 
 SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café 北京 🐋\r\n  <b>end</b>"
 TEXTS = 1000
-UNUSED = 8  # up to one row in so many may have no token: models pad their embeddings
+UNUSED = 8  # at most 1 in 8 embedding rows may have no token; models pad their embeddings
 # texts that tokenizers treat differently: digits, case, contractions, accents in both forms, scripts, signs, spaces
 PIECES = (
     *(
@@ -121,7 +121,7 @@ def texts(marks: Sequence[str], count: int = TEXTS) -> list[str]:
 
 
 def faults(tokenizer: Tokenizer, rows: int) -> list[str]:
-    """Errors in a tokenizer for a model with so many embedding rows."""
+    """Errors in a tokenizer for a model with this many embedding rows."""
     found = []
     if tokenizer.decode(tokenizer.encode(SAMPLE), skip_special=False) != SAMPLE:
         found.append("encoding and decoding changes a text")
@@ -180,5 +180,5 @@ def against_transformers(tokenizer: Tokenizer, path: Path) -> Finding:
     if not different:
         return True, f"same ids as transformers for {len(samples):,} texts", []
     built = type(theirs).__name__
-    why = f"transformers builds {built} of it, which gives {len(different):,} texts other ids, {different[0]!r} first"
+    why = f"transformers builds {built} from it, which gives other ids for {len(different):,} texts, first {different[0]!r}"
     return False, f"other ids than transformers for {len(different):,} of {len(samples):,} texts", [why]

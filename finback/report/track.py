@@ -1,6 +1,6 @@
 """A run's curves in external viewers: TensorBoard, trackio, Weights & Biases.
 
-They read metrics.jsonl during or after the run, so stages need not know of them and never wait.
+This reads metrics.jsonl during or after the run, so stages do not depend on the viewers and never wait for them.
 """
 
 import importlib

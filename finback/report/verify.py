@@ -81,7 +81,7 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
     """Verifies a Hugging Face folder or a GGUF file, and compares it with another checkpoint if `against` is given."""
     path, against = fetched(path), None if against is None else fetched(against)
     problem = "neither a Hugging Face folder nor a .gguf file"
-    demand_checkpoint(path, "FOLDER", "Stages' models go out with `finback export`.", problem)
+    demand_checkpoint(path, "FOLDER", "Export a stage's model with `finback export`.", problem)
     weights, audit = examine(path)
     config = audit.config
     depth, copies = config.num_nextn_predict_layers, _copies(audit, weights)
@@ -89,7 +89,7 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
     checks = [_tensors(audit, weights), _parameters(audit, weights), *_routers(audit, weights), mtp, copies]
     checks.append(_tokenizer(path, config.vocab_size))
     if not audit.holds or copies.holds is False:
-        checks.append(Check("logits", None, "not compared: the tensors do not hold"))
+        checks.append(Check("logits", None, "not compared: the tensors do not match"))
     elif short := shortage(config):  # a model too large to build is read one tensor at a time
         stored = ((name, weights.read(name)) for name in audit.loaded)
         checks += [_values(stored), Check("logits", None, f"not compared: {short}")]
@@ -99,7 +99,7 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
         model = models.load(path, weights="bf16" if quantized else "fp32").eval()
         checks.append(_values(model.state_dict().items()))
         if any(side % fp8.BLOCK for shape in quantized for side in shape):
-            text = "transformers not asked: it dequantizes partial FP8 blocks wrongly (seen in 5.23)"
+            text = "not compared: transformers dequantizes partial FP8 blocks wrongly (seen in 5.23)"
             checks.append(Check("logits", None, text))
         else:
             checks.append(_agrees("transformers", against_transformers(model, path, max_kl)))

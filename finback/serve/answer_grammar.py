@@ -150,7 +150,7 @@ def readable(schema: Any, strict: bool, param: str) -> tuple[Any, tuple[str, ...
 
     made = walk(schema, "#")
     if not can_end(made):
-        raise bad(f"{param}: it demands itself within itself, so that no answer could end", param)
+        raise bad(f"{param}: the schema requires itself, so no answer could end", param)
     return (made | {"x-guidance": COMPACT} if isinstance(made, dict) else made), tuple(notes[:8])
 
 

@@ -33,9 +33,8 @@ ADDS = {
     "text": ("text_delta", "text"),
     "tool_use": ("input_json_delta", "partial_json"),
 }
-_KEY = secrets.token_bytes(
-    32
-)  # signs chains of thought: nobody checks the signature, but clients drop chains without one
+# signs chains of thought: nobody checks the signature, but clients drop chains without one
+_KEY = secrets.token_bytes(32)
 
 
 class MessagesReply(PartsReply):
@@ -153,7 +152,7 @@ class MessagesReply(PartsReply):
 
 
 class InputGate:
-    """Passes the JSON of a call on as long as it is a valid prefix of an object: clients parse it as it arrives."""
+    """Passes on the JSON of a call while it is a valid prefix of an object, because clients parse it as it arrives."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -161,15 +160,15 @@ class InputGate:
         self._broken = False
 
     def push(self, text: str) -> str:
-        """The part of the text so far that may be sent and was not."""
+        """The unsent part of the text, or "" if it may not be sent yet."""
         self._text += text
-        # so that the total work stays linear in the length
+        # wait for enough new text, so that the total work stays linear in the length
         if self._broken or (len(self._text) - self._sent) * 32 < len(self._text):
             return ""
         return self._release()
 
     def end(self) -> str:
-        """The rest; an empty object if nothing was one."""
+        """The rest; an empty object if nothing was sent."""
         rest = "" if self._broken else self._release()
         return rest if self._sent else "{}"
 

@@ -71,7 +71,7 @@ class CompletionReply(Reply):
         }
 
     def _chunk(self, choices: list[dict[str, Any]], newest: bool = False) -> bytes:
-        """One event; `newest`: nothing later is known yet, so it may be the last."""
+        """One event; `newest`: it has the newest choice, so it may be the last event."""
         chunk = self._envelope("chat.completion.chunk") | {"choices": choices}
         if self.include_usage:
             chunk["usage"] = None
@@ -83,7 +83,7 @@ class CompletionReply(Reply):
 class TextChoice:
     """One choice of a text completion; `echo` is the prompt text that it starts with.
 
-    `scored`: it says how likely the tokens of the prompt are.
+    `scored`: it includes the log-probabilities of the prompt's tokens.
     """
 
     def __init__(

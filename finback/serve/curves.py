@@ -127,7 +127,7 @@ def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[
 
 
 def damage(stage: StageFolder) -> list[dict[str, Any]]:
-    """What cannot be read of a stage: a torn file, or broken rows of the ledger."""
+    """The unreadable parts of a stage: a torn file, or broken rows of the ledger."""
     found = [("ledger", LEDGER, None, fault) for fault in stage.ledger_faults[:LISTED]]
     if stage.torn:
         text = f"{stage.torn} is torn: delete the folder {stage.name} and run the recipe again"

@@ -37,7 +37,7 @@ def fresh_id() -> str:
 
 
 class DeltaCollector:
-    """Collects the parser's output as deltas; whitespace is held back until it is known what follows."""
+    """Collects the parser's output as deltas; whitespace is held back until the text after it is known."""
 
     def __init__(self, tools: bool, new_id: Callable[[], str], single_call: bool) -> None:
         self.reasoning: list[str] = []

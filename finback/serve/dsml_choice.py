@@ -1,4 +1,4 @@
-"""Demanded calls in DSML as a Lark grammar: arguments one by one in the schema's order, the optional ones optionally.
+"""A Lark grammar for required calls in DSML: arguments in the schema's order; optional ones may be missing.
 
 Strings are free text up to the closing mark; values with further constraints are written as JSON.
 """

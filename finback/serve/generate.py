@@ -32,7 +32,7 @@ class TokenGeneration:
     """The endpoint that answers token ids with token ids."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request; the engine drops it however it ends."""
+        """Answers one request; the engine drops it in the end, even after an error."""
         service, owner = service_of(scope), scope["state"]["owner"]
         service.refuse_if_all_busy()
         body = await read(Request(scope, receive), TokensRequest)
@@ -53,7 +53,7 @@ async def _respond(service: Service, owner: bytes, body: TokensRequest, send: Se
                 finish = delta.finish
     finally:
         service.worker.cancel(outputs)
-    # for thousands of tokens the experts alone take megabytes
+    # in a thread, since the expert ids of thousands of tokens take megabytes
     content = await asyncio.to_thread(_content, body, request, outputs.versions)
     await JSONResponse(content)({"type": "http"}, _no_body, send)
 

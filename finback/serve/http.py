@@ -219,13 +219,13 @@ def _digest(key: str) -> bytes:
 def secured(options: Listen) -> Listen:
     """The options with digests of all keys; refuses to open an unprotected server to the network by mistake.
 
-    UserError as well for a certificate that cannot be used, before anything is read.
+    Also raises UserError for a certificate that cannot be used.
     """
     if options.ssl_certfile is not None:
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, lambda: "")
-        except OSError as error:  # of a key that wants a password too: nobody is there to type one
+        except OSError as error:  # also for a key with a password, which nobody could type
             problem = f"cannot be used ({error.strerror or error})"
             remedy = "Give a PEM file with the chain, and --ssl-keyfile with its key, without a password."
             raise UserError("--ssl-certfile", str(options.ssl_certfile), problem, remedy) from None

@@ -158,7 +158,7 @@ class Fence:
         return open_
 
     def _after(self, line: str) -> str:
-        """The value of `_mark` if the current line is this one."""
+        """The value of `_mark` after this line."""
         found = _FENCE.match(line)
         if found is None:
             return self._mark

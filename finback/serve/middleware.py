@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from finback.serve.upstream import ServedEngine
 
 OPEN = frozenset({"/health"})  # the only path without a key, besides the page's own if it is on
-ALLOWED = (
-    b"authorization, content-type, x-api-key"  # headers allowed for other origins, unless they ask for specific ones
-)
+# headers allowed for other origins, unless they ask for specific ones
+ALLOWED = b"authorization, content-type, x-api-key"
 _NAMES = re.compile(rb"[A-Za-z0-9_-]+(, *[A-Za-z0-9_-]+){0,63}")  # header names
 GONE = 499  # nginx's status for a client that disconnected before the answer
 

@@ -71,7 +71,7 @@ class ModelsFolder:
             raise ApiError(503, problem, "model", "insufficient_memory", retry_after=30)
 
     async def _unload(self, service: "Service") -> None:
-        log.info("letting %s go", service.options.name)
+        log.info("unloading %s", service.options.name)
         self._loaded.remove(service)
         self.first.all.remove(service)
         await service.schemas.close()
@@ -79,7 +79,7 @@ class ModelsFolder:
 
 
 def with_first(options: ServeOptions) -> ServeOptions:
-    """The options with a model to begin with: where none is named, the first of the folder. UserError where there is none."""
+    """The options with a model: the first of the folder if none is named. UserError if there is none."""
     if options.model is not None:
         return options
     if options.models_dir is None:

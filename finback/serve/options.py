@@ -100,9 +100,9 @@ class ServeOptions(ListenOptions):
         Option(parser=_number_or_none, metavar="N|none", help="Answers that may wait; more are refused with 503."),
     ] = 64
     reuse: Annotated[bool, "Cache common prefixes of prompts."] = True
-    speculate: Annotated[bool, "Draft tokens, in steps where that was found to pay."] = True
+    speculate: Annotated[bool, "Draft tokens in steps where measurements show a gain."] = True
     draft: Annotated[
-        Drafting, "What drafts: mtp, the model's module if it has one, or ngram, what followed the same tokens before."
+        Drafting, "Source of drafts: mtp (the model's module, if any) or ngram (what followed the same tokens before)."
     ] = "mtp"
     origins: Annotated[
         tuple[str, ...], Option("--allow-origin", help="A site whose pages may send requests; repeatable.")

@@ -186,7 +186,7 @@ class RequestPreparer:
         return think, ()
 
     def _closed(self, sampling: SamplingParams) -> SamplingParams:
-        """The same, but the answer cannot close a chain of thought that was not opened."""
+        """The sampling params with a ban on closing a chain of thought, since none was opened."""
         bans = [(self.tokenizer.ids[END_THINK], -math.inf)] if END_THINK in self.tokenizer.ids else []
         return replace(sampling, logit_bias=(*sampling.logit_bias, *bans))
 

@@ -47,7 +47,7 @@ def opened(options: ServeOptions) -> Iterator[tuple[UpstreamEngine, Tokenizer]]:
 
 def _started(options: ServeOptions, source: Path, stack: ExitStack) -> list[str]:
     """Addresses of newly started programs, which end with the context or this process; each gets an equal share of the GPUs."""
-    assert options.engine != "finback", "a program"
+    assert options.engine != "finback", "not an external program"
     program = EngineProgram(options.engine, options.engine_python, options.engine_flags, options.engine_env)
     program.check("--engine")
     model, flags = _folder(source, stack), FLAGS[options.engine]

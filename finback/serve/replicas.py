@@ -16,7 +16,7 @@ from finback.rollouts.server_kinds import SEEDS
 
 BLOCK = 64  # granularity of prefix matching, in tokens
 KNOWN = 1 << 16  # prefixes remembered per replica
-MORE = 8  # most requests that a replica may have above the least busy one because of its cache
+MORE = 8  # how many more requests than the least busy replica one may get because of its cache
 RESTS = 5.0  # pause after a failure, in seconds
 LONGEST = 256 << 20  # largest answer in bytes
 
@@ -82,7 +82,7 @@ class VllmReplica(Replica):
             "model": self.name,
             "token_ids": list(ids),
             "sampling_params": params | _bias(s),
-            "reasoning_ended": True,  # its own parser of chains waits for none
+            "reasoning_ended": True,  # apply the grammar at once, not after a chain of thought
             "cache_salt": salt,
             "stream": True,
         }
@@ -150,7 +150,7 @@ class SglangReplica(Replica):
 
 
 def _bias(sampling: SamplingParams) -> dict[str, Any]:
-    """What is added to logits, as far as those programs go."""
+    """The logit biases, clamped to -100..100, the range of both programs."""
     bias = {str(token): max(-100.0, min(100.0, value)) for token, value in sampling.logit_bias}
     return {"logit_bias": bias} if bias else {}
 

@@ -125,7 +125,7 @@ class Generation:
         self.dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request; the engine drops it however it ends."""
+        """Answers one request; the engine drops it in the end, even after an error."""
         service, owner = service_of(scope), scope["state"]["owner"]
         service.refuse_if_all_busy()
         body: Any = await read(Request(scope, receive), self.dialect.form)

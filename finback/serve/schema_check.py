@@ -68,7 +68,7 @@ class SchemaChecker:
         except (OSError, ValueError):  # the process has died, perhaps because of this schema
             await self.close()
             raise ApiError(503, "schemas cannot be checked at the moment", param) from None
-        except asyncio.CancelledError:  # otherwise its answer would be taken for the next one's
+        except asyncio.CancelledError:  # otherwise the next check would read this one's answer
             await self.close()
             raise
         if problem:
@@ -92,7 +92,7 @@ class SchemaChecker:
 
 
 def _in_one_line(problem: str) -> str:
-    """The first line, which of a regex says only that it is one that is wrong, and then what it says of the error."""
+    """The first line, and the reason, which llguidance writes on a later line if a regex is invalid."""
     first, *others = problem.splitlines()
     why = next((line.removeprefix("error:") for line in others if line.startswith("error: ")), "")
     return f"{first}{why}"[:500]

@@ -1,13 +1,13 @@
-"""Whether an answer to a JSON schema can end: one that demands itself within itself goes on for ever."""
+"""Whether an answer to a JSON schema can end: a schema that requires itself within itself has no finite answer."""
 
 from collections.abc import Mapping
 from typing import Any
 
-MOST_ROUNDS = 64  # each proves at least one more reference to end; people's schemas take two
+MOST_ROUNDS = 64  # each round proves that one more reference can end; ordinary schemas take two
 
 
 def target(schema: Any, reference: str) -> Any:
-    """What a local reference refers to; None where there is no such place."""
+    """The value that a local reference refers to; None if there is none."""
     if reference != "#" and not reference.startswith("#/"):
         return None
     for part in reference.split("/")[1:]:
@@ -17,7 +17,7 @@ def target(schema: Any, reference: str) -> Any:
 
 
 def can_end(schema: Any) -> bool:
-    """Whether some finite answer fits, as far as references and what is required say: their least fixed point."""
+    """Whether some finite answer fits, judged only by references and required parts (the least fixed point)."""
     proven: set[str] = set()
     for _ in range(MOST_ROUNDS):
         known = len(proven)

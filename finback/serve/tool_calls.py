@@ -1,8 +1,7 @@
 """Parses tool calls as models write them: DeepSeek V3 and R1, V3.1, V3.2 and V4, Hermes and Qwen, Qwen3-Coder, Kimi K2, GLM-4.5, Llama 3.1.
 
-Arguments are emitted as they arrive; those not written as JSON as soon as a value is complete. Markup that turns out not to
-be a call is emitted as text, unchanged; an incomplete call keeps what it had. No text is emitted as both.
-text is never both.
+JSON arguments are emitted as they arrive, others as soon as a value is complete. Markup that turns out not to be a call is
+emitted unchanged as text; an incomplete call keeps the arguments read so far. Nothing is emitted both as text and as a call.
 """
 
 import re

@@ -67,7 +67,7 @@ def form_of(tokenizer: Tokenizer) -> ToolForm:
 
 
 def _demanded(request: ChatRequest) -> dict[int, FunctionParam]:
-    """The functions of which one must be called, by index among the tools."""
+    """The candidates for the required call, by index among the tools."""
     choice, functions = request.tool_choice, _offered(request)
     if not functions:
         raise bad("a call is demanded, but there are no tools", "tool_choice")

@@ -41,7 +41,7 @@ class _Stay:
 
     request: Request
     failures: int = 0
-    # what ends it is the end of the chain of thought, before what a schema or a grammar describes
+    # whether it ends with the chain of thought, before the part that a schema or a grammar constrains
     chained: bool = False
     ended: bool = False
 
@@ -128,7 +128,7 @@ class UpstreamEngine:
                 self._take(run, news)
 
     def _held_to(self, sampling: SamplingParams) -> Constraint | None:
-        """What the answer is checked against as it comes, with whatever spaces between its parts: programs differ in these."""
+        """The constraint that checks the answer as it arrives; it allows any whitespace, in which the programs differ."""
         written = sampling.schema
         if written is not None and isinstance(schema := json.loads(written), dict):
             schema["x-guidance"] = {"whitespace_flexible": True, "coerce_one_of": True}
@@ -153,7 +153,7 @@ class UpstreamEngine:
         """Reader thread: passes on what a replica answers until the request ends or moves."""
         request, failed = run.request, None
         replica, sampling = self.router.take(ids, request.salt), request.sampling
-        if run.chained:  # an answer was promised, so the chain cannot be all
+        if run.chained:  # an answer must follow, so no stop token may end the output here
             bias = (*sampling.logit_bias, *((token, -math.inf) for token in self.stops))
             sampling = replace(sampling, schema=None, grammar=None, logit_bias=bias)
         salt = request.salt.hex() or "none"
@@ -217,7 +217,7 @@ class UpstreamEngine:
         held = request.constraint
         cut = reason == "stop" and token in self.stops and held is not None and not held.is_complete
         if cut or reason == "error":
-            self._fail(request, "does not hold to the schema or grammar")
+            self._fail(request, "violates the schema or grammar")
         elif reason:
             self._finish(request, reason)
 

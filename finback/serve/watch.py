@@ -42,7 +42,7 @@ Planned = Callable[[Path], dict[str, dict[str, float]]]  # run folder -> seconds
 
 
 class RunsApi:
-    """The API, with what has been read of the run folders so far; `planned` returns a run's planned costs."""
+    """The API, with a cache of what it has read of the run folders; `planned` returns a run's planned costs."""
 
     def __init__(self, root: Path, planned: Planned | None = None) -> None:
         self.runs, self.planned = Runs(root), planned
@@ -140,7 +140,7 @@ class RunsApi:
         return {"question": question, "said": found}
 
     def _planned(self, root: Path, begun: int) -> dict[str, dict[str, float]]:
-        """The planned costs of the stages, `begun` of which have begun."""
+        """The planned costs of a run's stages. `begun`, the number of stages that have begun, only serves as a cache key."""
         with suppress(UserError):  # the recipe may be gone; the run can be shown without a plan
             return self.planned(root) if self.planned else {}
         return {}
