@@ -279,7 +279,9 @@ def test_glm5_says_in_three_ways_which_layers_share(given: dict[str, Any], expec
 
 
 def test_what_cannot_share_is_told() -> None:
-    with pytest.raises(UserError, match=r"model\.shared_indexers = \(0,\): not layers of latent attention from 1 on"):
+    with pytest.raises(
+        UserError, match=r"model\.shared_indexers = \(0,\): not layers of latent attention from layer 1 on"
+    ):
         dataclasses.replace(SHARING, shared_indexers=(0,))
     with pytest.raises(UserError, match=r"layout\.pp = 2: stages do not hand on what an indexer selects"):
         Layout(pp=2, micro_batches=2).check(SHARING, 8)

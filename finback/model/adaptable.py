@@ -30,7 +30,7 @@ def adaptable(c: ModelConfig, layer: int) -> list[Adaptable]:
 
 def _adaptable_compressed(c: ModelConfig, layer: int) -> list[Adaptable]:
     """The matrices of V4's attention, without indexers; both projections of a compressor have all its series as rows."""
-    assert c.q_lora_rank is not None, "of compressed attention"
+    assert c.q_lora_rank is not None, "compressed attention has a query latent"
     d, heads, kind = c.hidden_size, c.num_attention_heads * c.head_dim, c.layer_type(layer)
     shapes = [("q_a_proj", c.q_lora_rank, d), ("q_b_proj", heads, c.q_lora_rank), ("kv_proj", c.head_dim, d)]
     shapes += [

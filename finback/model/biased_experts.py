@@ -27,7 +27,7 @@ class BiasedRouter(Router):
 
 
 class BiasedMoE(MoE):
-    """A mixture of such experts; `gate_up_bias` (e · 2m,) and `down_bias` (e · d,), one expert after the other."""
+    """A mixture of experts with biases: `gate_up_bias` (e · 2m,) and `down_bias` (e · d,), in the order of experts."""
 
     router: BiasedRouter
 
@@ -46,7 +46,7 @@ class BiasedMoE(MoE):
         return frozen.routed_experts(x, index, weight, experts, one, other, self.activation)
 
     def biases(self) -> tuple[Tensor, Tensor]:
-        """Those of gate_up (e, 2m) and of down (e, d)."""
+        """The biases of gate_up (e, 2m) and of down (e, d)."""
         c = self.config
         return self.gate_up_bias.view(-1, 2 * c.moe_intermediate_size), self.down_bias.view(-1, c.hidden_size)
 

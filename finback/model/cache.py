@@ -1,4 +1,4 @@
-"""The KV cache: pages of a pool, and the view of one forward pass on them.
+"""The KV cache: pages of a pool, and the view that one forward pass has of them.
 
 A page holds the entries of `size` consecutive tokens, at the same place for every layer. The engine decides which pages belong
 to which request; attention layers read and extend them.
@@ -22,8 +22,8 @@ FEW = 8  # up to this many new tokens per row, pages are read in place instead o
 class Pool:
     """Storage of all layers, (layers, pages · size, elements); for the last dimension see ModelConfig.cache_elements.
 
-    Page 0 is for the entries of padding. `drafts` adds a layer for the first MTP module; `choices` names what is stored of each
-    token besides: the "experts" that it is routed to, the "entries" that its indexers select.
+    Page 0 is for the entries of padding. `drafts` adds a layer for the first MTP module; `choices` names what else is stored
+    per token: the "experts" that it is routed to, the "entries" that its indexers select.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Pool:
             of_pages[target] = of_pages[source]
 
     def line(self, row: int) -> list[Tensor]:
-        """A copy of a running row's state besides its pages, for `continue_from`: here none."""
+        """A copy of the state that a running row has besides its pages, for `continue_from`; empty here."""
         return []
 
     def continue_from(self, row: int, line: list[Tensor]) -> None:
-        """Gives a row the state that another had besides its pages."""
+        """Restores in a row the state that `line` copied from another."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -80,7 +80,7 @@ class Pool:
 def choice_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """Shape (modules, k) and dtype of a token's choices, by kind.
 
-    experts: of all layers, 0 in dense ones. entries: of the layers with indexers, see picking.py.
+    experts: modules are all layers; dense ones store 0. entries: modules are the layers with indexers, see picking.py.
     """
     ids = torch.uint8 if config.n_routed_experts <= 256 else torch.int16
     places = torch.int16 if config.max_position_embeddings <= 1 << 15 else torch.int32
@@ -120,7 +120,7 @@ class Cache:
         if counts is not None and min(counts) < new:
             padding = torch.arange(new, device=device) >= torch.tensor(counts, device=device)[:, None]
             slots = slots.masked_fill(padding, 0)
-            # padding may lie beyond the last position; its rotation does not matter
+            # padding may be beyond the last position; its rotation does not matter
             self.positions = self.positions.masked_fill(padding, 0)
         self.slots = slots.flatten()
         self.few = new <= FEW
@@ -165,7 +165,7 @@ class LayerCache(PagedRows):
         return self.entries[pages * self.size + place % self.size]
 
     def last(self, window: int) -> "LayerCache":
-        """The same, restricted to the last `window` entries, for one new token per row, its own included."""
+        """This view restricted to the last `window` entries, the new token's included; for one new token per row."""
         starts = (self.lengths + 1 - window).clamp(min=0)
         return replace(self, starts=starts if self.starts is None else starts.maximum(self.starts))
 

@@ -35,8 +35,8 @@ def kept_per_layer(config: ModelConfig, layer: int) -> tuple[int, int, int, int]
 class CompressedPool(Pool):
     """Ring buffers for `rows` rows, and pages of compressed entries, per layer.
 
-    A token that is read and then rejected, such as a wrong draft, does no harm: its place in a ring is the one that the token
-    replacing it no longer needs, and an entry that it completed is written again.
+    A rejected token, such as a wrong draft, does no harm: the entry that it overwrote in a ring is outside the window of
+    the token that replaces it, and a compressed entry that it completed is written again.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class CompressedLayer(LayerCache):
     counts: Tensor
 
     def near(self, part: slice, new: int) -> Tensor:
-        """(b, part, size + new) bool, True for the ring's and new tokens that a query may attend to, apart from its window."""
+        """(b, part, size + new) bool, True for tokens of the ring and new ones that a query may attend to, window aside."""
         size, device = self.window.store.size(1), self.lengths.device
         index = torch.arange(size + new, device=device)
         own = self.lengths if self.starts is None else self.lengths - self.starts

@@ -97,7 +97,7 @@ class ModelConfig:
     n_shared_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
-    # this many layers at the bottom are dense, and these further up
+    # number of dense layers at the bottom, and further dense layers (0-based)
     first_k_dense_replace: int = 0
     dense_layers: tuple[int, ...] = ()
     n_group: int = 1
@@ -109,8 +109,8 @@ class ModelConfig:
     num_hash_layers: int = 0
     # SwiGLU clamps the gate to at most this, and the up side to ± this; None: no clamping
     swiglu_limit: float | None = None
-    # gpt-oss: one additional softmax logit per head without a value; the slope of the experts' gates, which have biases (as do
-    # routers) and an up side offset by 1; None: plain experts
+    # gpt-oss: whether each head has an additional softmax logit without a value; slope of the gate in experts with biases,
+    # whose up side is offset by 1 and whose routers have biases too (None: plain experts)
     attention_sinks: bool = False
     swiglu_alpha: float | None = None
     # mHC (V4 2.2): number of residual streams, 0: plain residual; Sinkhorn steps, and the epsilon of their divisions
@@ -125,7 +125,7 @@ class ModelConfig:
     rope_interleaved: bool = True
     # position of a block's norms: before attention and feed-forward, after them (OLMo 2), or both (Gemma)
     norms: Literal["pre", "post", "both"] = "pre"
-    # Gemma: norms multiply by 1 + weight, embeddings are scaled by sqrt(hidden_size), and scores use this instead of head_dim
+    # Gemma: norms multiply by 1 + weight, embeddings by sqrt(hidden_size), and scores are scaled by this, not head_dim
     norm_offset: bool = False
     scale_embeddings: bool = False
     query_pre_attn_scalar: int | None = None
@@ -164,45 +164,45 @@ class ModelConfig:
             self._check_experts()
         if self.index_topk:
             self._check_indexer()
-        hashed = "num_hash_layers", "layers that choose by a token's id"
-        self._require(not self.num_hash_layers or self.n_routed_experts > 0, *hashed, "Use 0, or give it experts.")
+        hashed = "num_hash_layers", "only routed experts are chosen by token id"
+        self._require(not self.num_hash_layers or self.n_routed_experts > 0, *hashed, "Use 0, or set n_routed_experts.")
         plain = self.norms == "pre" or not self.hc_mult
         self._require(plain, "norms", "residual streams support pre-norm only", 'Use "pre".')
 
     def _check_compressed(self) -> None:
         heads, groups, last = self.num_attention_heads, self.o_groups, self.qk_rope_head_dim
         self._require(heads % groups == 0, "o_groups", f"does not divide {heads} heads", "Use a divisor.")
-        self._require(self.head_dim >= last, "head_dim", f"below the {last} rotated", "Raise it.")
+        self._require(self.head_dim >= last, "head_dim", f"below the {last} rotated dimensions", "Raise it.")
         kinds = set(self.layer_types) <= {SLIDING, CSA, HCA} and len(self.layer_types) >= self.num_hidden_layers
         problem = f"not one of {SLIDING}, {CSA}, {HCA} for each layer"
         self._require(kinds, "layer_types", problem, "Name the kind of each layer.")
         picks = self.index_topk > 0 or CSA not in self.layer_types
-        self._require(picks, "index_topk", "layers of CSA have an indexer", "Set it > 0.")
-        problem = "the base of sliding layers, which rotate apart from the others"
+        self._require(picks, "index_topk", "CSA layers need an indexer", "Set it > 0.")
+        problem = "sliding layers need a RoPE base, different from the others'"
         self._require(self.local_rope_theta is not None, "local_rope_theta", problem, "Set it.")
         is_yarn = isinstance(self.rope_scaling, Yarn | None)
-        self._require(is_yarn, "rope_scaling", "compressed layers are scaled by YaRN", "Use yarn.")
+        self._require(is_yarn, "rope_scaling", "compressed attention supports YaRN only", "Use yarn.")
 
     def _check_indexer(self) -> None:
         latent = self.attention != "gqa" and self.q_lora_rank is not None
-        problem = "an indexer asks with the query latent of latent attention"
+        problem = "an indexer needs the query latent of latent attention"
         self._require(latent, "index_topk", problem, 'Use attention="mla" and a q_lora_rank, or 0.')
         self._require(self.index_n_heads > 0, "index_n_heads", "an indexer needs heads", "Set it > 0.")
         follow = set(self.shared_indexers) <= set(range(1, self.num_hidden_layers * (self.attention == "mla")))
-        self._require(follow, "shared_indexers", "not layers of latent attention from 1 on", "Correct it.")
+        self._require(follow, "shared_indexers", "not layers of latent attention from layer 1 on", "Correct it.")
         fits = self.index_head_dim >= self.qk_rope_head_dim
-        self._require(fits, "index_head_dim", f"below the {self.qk_rope_head_dim} rotated", "Raise it.")
+        self._require(fits, "index_head_dim", f"below the {self.qk_rope_head_dim} rotated dimensions", "Raise it.")
 
     def _check_gqa(self) -> None:
         if isinstance(self.rope_scaling, LongRope):
             pairs = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
-            problem = f"needs factors for {self.rope_dim // 2} rotary pairs, in layers that rotate alike"
+            problem = f"needs {self.rope_dim // 2} factors in each list, and no local_rope_theta"
             fits = pairs == {self.rope_dim // 2} and self.local_rope_theta is None
             self._require(fits, "rope_scaling", problem, "Correct it.")
         heads, shared, layers = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
         self._require(heads % shared == 0, "num_key_value_heads", f"does not divide {heads} heads", "Use a divisor.")
         is_share = 0 < self.partial_rotary_factor <= 1
-        self._require(is_share, "partial_rotary_factor", "not above 0 and up to 1", "Correct it.")
+        self._require(is_share, "partial_rotary_factor", "not above 0 and at most 1", "Correct it.")
         some = self.sliding_window is None or self.sliding_window > 0
         self._require(some, "sliding_window", "not above 0", "Set it > 0.")
         fits = not self.layer_types or len(self.layer_types) >= layers
@@ -252,7 +252,7 @@ class ModelConfig:
         return sum(map(self.has_indexer, range(self.num_hidden_layers)))
 
     def has_indexer(self, layer: int) -> bool:
-        """Whether layer `layer` has an indexer of its own."""
+        """Whether layer `layer` has its own indexer."""
         selects = self.index_topk > 0 and layer not in self.shared_indexers
         return selects and (self.attention == "mla" or self.layer_type(layer) == CSA)
 
@@ -260,7 +260,7 @@ class ModelConfig:
     def cache_elements(self) -> int:
         """Cached elements per token and layer: latent + rotary key for MLA (V2 2.1.4), plus DSA's key; keys + values for GQA.
 
-        None for compressed attention, whose layers differ: see compressed_cache.py.
+        0 for compressed attention, whose layers differ: see compressed_cache.py.
         """
         if self.attention == "mla":
             return self.kv_lora_rank + self.qk_rope_head_dim + (self.index_head_dim if self.index_topk else 0)

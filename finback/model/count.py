@@ -34,7 +34,7 @@ def attention_parameters(c: ModelConfig, layer: int = 0) -> int:
 
 def _compressed_matrices(c: ModelConfig, layer: int) -> int:
     """V4's projections: queries and entries, grouped outputs, and those of the compressor."""
-    assert c.q_lora_rank is not None, "of compressed attention"
+    assert c.q_lora_rank is not None, "compressed attention has a query latent"
     d, all_heads = c.hidden_size, c.num_attention_heads * c.head_dim
     window = (d + all_heads) * c.q_lora_rank + d * c.head_dim + c.o_lora_rank * (all_heads + c.o_groups * d)
     kind = c.layer_type(layer)
@@ -48,7 +48,7 @@ def _compressed_matrices(c: ModelConfig, layer: int) -> int:
 
 def _compressed_vectors(c: ModelConfig, layer: int) -> int:
     """Norm weights, sinks, and position biases of windows."""
-    assert c.q_lora_rank is not None, "of compressed attention"
+    assert c.q_lora_rank is not None, "compressed attention has a query latent"
     window = c.q_lora_rank + c.head_dim + c.num_attention_heads
     kind = c.layer_type(layer)
     if kind == HCA:
@@ -229,7 +229,7 @@ def _score_flops(c: ModelConfig, context: float, layer: int) -> float:
 
 def _compressed_score_flops(c: ModelConfig, context: float, layer: int) -> float:
     """The same for V4: a window, and the layer's entries; for CSA at most index_topk, plus the indexer's products."""
-    assert c.sliding_window is not None, "of compressed attention"
+    assert c.sliding_window is not None, "compressed attention has a window"
     near, far, indexed = _met(context, c.sliding_window), 0.0, 0.0
     kind = c.layer_type(layer)
     if kind == HCA:

@@ -40,7 +40,7 @@ class CompressedIndexer(IndexerQueries):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
-        assert c.q_lora_rank is not None, "of compressed attention"
+        assert c.q_lora_rank is not None, "compressed attention has a query latent"
         self.query = Linear(c.q_lora_rank, c.index_n_heads * c.index_head_dim)
         self.weight = Linear(c.hidden_size, c.index_n_heads)
         self.compressor = OverlappingCompressor(config, c.compress_rate_csa, c.index_head_dim)

@@ -1,7 +1,7 @@
 """DeepSeek Sparse Attention (DSA, V3.2 2.1): MLA restricted to the few tokens that a lightning indexer selects.
 
-The indexer is a small attention of its own: many query heads from MLA's query latent, one key per token, no values. It scores
-every earlier token (V3.2 eq. 1), and the main attention of a token sees only the `index_topk` best (itself included only if
+The indexer is a small separate attention: many query heads from MLA's query latent, one key per token, no values. It
+scores every earlier token (V3.2 eq. 1), and the main attention of a token sees only the `index_topk` best (itself only if
 selected). Up to `index_topk` tokens everything is selected, and DSA equals MLA.
 
 The release also multiplies the indexer's queries and keys by a Hadamard matrix and stores them in FP8. The matrix is orthogonal
@@ -202,14 +202,14 @@ class SharedDSA(DSA):
         MLA.__init__(self, config)
 
     def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Zeros in the place of keys."""
+        """Zeros in place of keys."""
         return x.new_zeros(*x.shape[:2], self.config.index_head_dim)
 
     def picker(self, asker: tuple[Tensor, ...], keys: Callable[[], Tensor], seen: Seen) -> Seen:
-        """As DSA.picker, without scores of its own."""
+        """As DSA.picker, without computing scores."""
         assert self.selection is not None, "layers that share are linked by share_selections"
         ids = self.selection.ids
-        assert ids.shape[:2] == asker[0].shape[:2], "the selection of another pass"
+        assert ids.shape[:2] == asker[0].shape[:2], "the selection is of another pass"
         return lambda part: marked(ids[:, part], seen(part))
 
 
@@ -225,7 +225,7 @@ def share_selections(blocks: Iterable[nn.Module]) -> None:
 
 
 def listed(picked: Tensor, seen: Tensor, k: int) -> Tensor:
-    """The places of the k selected entries (b, t, s) bool in ascending order, -1 throughout where all visible ones are: (b, t, k)."""
+    """picked (b, t, s) -> indices of the k selected entries (b, t, k), ascending; all -1 if every visible one is selected."""
     if k >= picked.size(-1):
         return torch.full((*picked.shape[:-1], k), -1, device=picked.device)
     ids = picked.to(torch.int8).topk(k, dim=-1).indices.sort(dim=-1).values
@@ -233,14 +233,14 @@ def listed(picked: Tensor, seen: Tensor, k: int) -> Tensor:
 
 
 def marked(ids: Tensor, others: Tensor) -> Tensor:
-    """The inverse of `listed`: places (b, t, k) -> (b, t, s) bool, those of `others` (b or 1, t, s) for tokens with -1."""
-    # one more column takes the -1
+    """The inverse of `listed`: indices (b, t, k) -> (b, t, s) bool; tokens with -1 get their row of `others`."""
+    # an additional column receives the -1
     known = torch.zeros(*ids.shape[:2], others.size(-1) + 1, dtype=torch.bool, device=ids.device)
     return torch.where(ids[..., :1] >= 0, known.scatter_(-1, ids.long() + 1, True)[..., 1:], others)
 
 
 def pick(scores: Tensor, seen: Tensor, k: int) -> Tensor:
-    """True for the k highest scores (b, t, s) among the visible ones, for all of these if there are fewer.
+    """True for the k highest scores (b, t, s) among the visible ones, or for all visible ones if there are fewer.
 
     Among equal scores (ReLU produces many zeros) the latest are taken: the selection depends neither on padding nor on how many
     tokens are computed at once.

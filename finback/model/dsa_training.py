@@ -2,8 +2,7 @@
 
 An indexer learns where the main attention looks. Its target for a token is the main attention's weights, summed over heads and
 normalized (in CSA those on compressed entries); its loss is KL(target || softmax(scores)), summed over layers and averaged over tokens.
-Its hidden states are detached and so is the target, so the token loss and this one share no
-parameters.
+Its hidden states and its target are detached, so the token loss and this one share no parameters.
 
   dense   all earlier tokens are attended to and are part of the target: for a model that is not sparse yet
   sparse  only selected tokens, as in inference
@@ -174,6 +173,6 @@ class TaughtCSA(Taught, CSA):
 
 
 def divergences(target: Tensor, scores: Tensor, looked: Tensor) -> Tensor:
-    """KL(target || softmax of the scores among those looked at): (b, t, s) each -> (b, t)."""
+    """KL(target || softmax of the scores where `looked` is True): (b, t, s) each -> (b, t)."""
     logp = scores.masked_fill(~looked, float("-inf")).log_softmax(dim=-1).masked_fill(~looked, 0.0)
     return (torch.special.xlogy(target, target) - target * logp).sum(dim=-1)

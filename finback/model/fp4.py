@@ -39,7 +39,7 @@ def check(config: ModelConfig, field: str) -> None:
 
 
 def use_fp4(model: Transformer) -> Transformer:
-    """Rounds a model's routed experts and indexers in every pass, in place. Comes after what else changes how experts compute."""
+    """Rounds a model's routed experts and indexers in every pass, in place. Call it after other changes to experts."""
     for module in model.modules():
         if isinstance(module, MoE):
             module.experts = RoundedExperts(_exact(module.experts))
@@ -83,7 +83,7 @@ class RoundedExperts:
 
 
 def _exact(form: moe_gemm.Experts) -> moe_gemm.Experts:
-    """FP8 products with such factors of their weights that FP4's numbers lose nothing in FP8."""
+    """Makes FP8 products scale weights by powers of two, so that FP4 numbers stay exact; keeps other forms."""
     if isinstance(form, partial) and "numerics" in form.keywords:
         return partial(form.func, numerics=replace(form.keywords["numerics"], weight_power_of_two=True))
     return form

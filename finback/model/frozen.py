@@ -82,7 +82,7 @@ def thaw(module: Linear | MoE, name: str, weight: Tensor) -> None:
 
 @torch.no_grad()
 def unfreeze(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """Makes a plain model again, in place, with parameters in `dtype`; inverse of `freeze` except for quantization error."""
+    """Makes a frozen model plain, in place, with parameters in `dtype`; undoes `freeze` except for quantization error."""
     for module in list(model.modules()):
         if isinstance(module, QuantizedLinear) and hasattr(module, "weight_scale"):
             thaw(module, "weight", module.matrix(dtype))

@@ -2,7 +2,7 @@
 
 A compressed entry is a per-channel mixture of its window's token values: softmax over the window of a gate that is linear in the
 hidden state, plus a bias for the position in the window. Windows do not overlap; a token sees the entries of all complete
-windows, including its own if it is the last token of it. An entry is rotated like its first token.
+windows, including the one that it completes. An entry is rotated like its first token.
 
 Letters: as in swa.py, plus m tokens of a window, w width of an entry.
 """

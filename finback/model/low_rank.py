@@ -14,7 +14,7 @@ class LowRank(nn.Module):
     """scale · B A for n matrices: a (n, rank, in), b (n, out, rank), in fp32 for any base.
 
     In a linear map of `parts` matrices of equal height, these belong to the ones at `places`; for experts spread over several ranks,
-    to those that are `held` here. A map with `groups` has one A for all groups, and each group's rows of B.
+    to those that are `held` here. A map with `groups` has one A for all groups; each group uses its rows of B.
     """
 
     # as in Linear

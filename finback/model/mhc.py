@@ -51,7 +51,7 @@ class HyperConnection(OwnStart):
     def add(streams: Tensor, made: Tensor, shares: Tensor, exchanged: Tensor) -> Tensor:
         """B X + C F: streams (b, t, n, d), the part's output (b, t, d), C and B from `forward` -> (b, t, n, d).
 
-        Row j of B says where stream j goes.
+        Row j of B distributes stream j over the new streams.
         """
         dtype = streams.dtype
         return shares.to(dtype)[..., None] * made[..., None, :] + exchanged.to(dtype).transpose(-1, -2) @ streams

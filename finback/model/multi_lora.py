@@ -103,7 +103,7 @@ class MultiLoraMLA(MLA):
     def _thin(self) -> list[tuple[Rows, LowRank]]:
         """The adapters of kv_up for rows of this pass."""
         found = self.kv_up
-        assert isinstance(found, MultiLoraLinear), "put on together"
+        assert isinstance(found, MultiLoraLinear), "MLA and kv_up are adapted together"
         return [(rows, p.low) for n, rows in found.selection.groups for p in found.pieces.get(n, ())]
 
     def _by_head(self, low: LowRank) -> Tensor:
@@ -179,7 +179,7 @@ def adapters_of_rows(model: Transformer, numbers: Sequence[int]) -> Iterator[Non
 def put_adapters(model: Transformer, adapters: Mapping[str, AdaptedTransformer]) -> MultiLoraTransformer:
     """Adds adapters, by the names that requests use, to an inference-only base, in place.
 
-    Each is given on a model of the same config, of which only the adapter is read.
+    Each is passed as a model of the same config; only its adapter is read.
     """
     use_native(model)  # adapters are layered over the kernels' modules
     found = recast(model, MultiLoraTransformer)

@@ -111,7 +111,7 @@ def stack_inputs(module: MLA | GQA, to: type[PackedMLA] | type[PackedGQA], names
 
 
 def product_of(model: Transformer, name: str) -> tuple[nn.Module, int]:
-    """The module that computes the linear map of this name, packed or not, and its first output."""
+    """The module that computes the linear map of this name, packed or not, and where its outputs begin."""
     above, _, leaf = name.rpartition(".")
     parent = model.get_submodule(above)
     if hasattr(parent, leaf):

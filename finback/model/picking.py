@@ -70,7 +70,7 @@ class Choices:
         """Records choices of passes within to the pool at `slots` (tokens,), and replays `given` ones, by kind."""
         stack = ExitStack()
         for name, replay in self.kinds.items():
-            if name == "entries":  # what another request has left; a pass that selects everything writes nothing
+            if name == "entries":  # clears another request's entries, since a pass that selects everything writes none
                 pool.choices[name][slots] = -1
             stack.enter_context(replay.recording(pool.choices[name], slots, given.get(name)))
         return stack

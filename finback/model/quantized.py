@@ -83,7 +83,7 @@ def matrices_product(moe: MoE, name: str, here: Callable[[Tensor], Tensor] = lam
 def expert_matrix(
     moe: MoE, name: str, expert: int, dtype: torch.dtype, here: Callable[[Tensor], Tensor] = lambda stack: stack
 ) -> Tensor:
-    """One expert's gate_up (2m, d) or down (d, m), as `name` says, in the dtype of the arithmetic.
+    """One expert's gate_up (2m, d) or down (d, m), by `name`, in the dtype of the arithmetic.
 
     `here` selects the part of the full expert stack in which `expert` is an index.
     """
@@ -94,10 +94,10 @@ def expert_matrix(
 
 
 def row_norms(module: Linear) -> Tensor:
-    """Norms of the rows of a stored weight, (out,) in fp32; of one that is sharded by rows each rank computes those of its own."""
+    """Norms of the rows of a stored weight, (out,) in fp32; if rows are sharded, each rank computes those of its own."""
     shards: Any = module.weight.detach()
     is_sharded = hasattr(shards, "full_tensor")
-    # formats pack each row separately, and know nothing of DTensors
+    # formats pack each row separately, and take no DTensors
     local: Callable[[Any], Tensor] = (lambda t: t.to_local()) if is_sharded else lambda t: t
     if isinstance(module, QuantizedLinear):
         norms = module.format.dequantize(local(shards), local(module.weight_scale), torch.float32).norm(dim=1)

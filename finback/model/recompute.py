@@ -4,7 +4,7 @@
   attention  keeps only the input of each attention: queries, keys, values and scores are recomputed
   block      keeps only the input of each block: about one more forward pass, for the least memory
 
-V3 (3.2.3) recomputes norms and up-projections, which lies between the first two. All policies give the same bits.
+V3 (3.2.3) recomputes norms and up-projections, which is between the first two. All policies give the same bits.
 """
 
 from collections.abc import Callable, Iterator

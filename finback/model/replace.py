@@ -1,4 +1,4 @@
-"""Modes applied from outside: modules of a model are replaced, and the model's code knows nothing of it.
+"""Modes applied from outside: modules of a model are replaced, without changes to the model's code.
 
 A mode that keeps the parameters but computes differently (FP8 products, compilation, C++ kernels, recomputation) is a subclass that
 overrides a method, and `recast` changes a module's class to it. A mode that stores weights differently (packed, quantized,

@@ -68,7 +68,7 @@ def softmax_scale(config: ModelConfig) -> float:
 def rotation(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin tables, (length, rope_dim / 2) each, in fp32; `first_row` gives their first row.
 
-    Each row also has that of sliding layers, if they differ; under LongRoPE the rows for long inputs follow below.
+    If sliding layers differ, a row is [other layers | sliding layers]. LongRoPE has a second table below, for long inputs.
     """
     scaling, positions = config.rope_scaling, torch.arange(length, dtype=torch.float32, device="cpu")
     if isinstance(scaling, LongRope):

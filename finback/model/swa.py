@@ -36,7 +36,9 @@ class SWA(OwnStart):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         c = self.config = config
-        assert c.q_lora_rank is not None and c.sliding_window is not None, "of compressed attention"
+        assert c.q_lora_rank is not None and c.sliding_window is not None, (
+            "compressed attention has a query latent and a window"
+        )
         self.window = c.sliding_window
         # which half of each row of the rotary tables this layer uses
         self.own = int(c.layer_type(layer) == SLIDING)
@@ -89,7 +91,7 @@ class SWA(OwnStart):
         return x
 
     def first(self, new: int) -> int:
-        """Place in whole rows of the first of this pass's tokens, which are `new`: here 0."""
+        """Position in whole rows of the first of this pass's `new` tokens: here 0."""
         return 0
 
     def far(
@@ -131,5 +133,5 @@ class SWA(OwnStart):
 
 
 def shifted(part: slice, by: int) -> slice:
-    """The same tokens counted from elsewhere; an open slice stays open."""
+    """A slice moved by some tokens; it may be open only if `by` is 0."""
     return slice(part.start + by, part.stop + by) if by else part

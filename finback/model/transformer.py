@@ -177,8 +177,8 @@ class Transformer(nn.Module):
 
         With a cache the tokens continue its rows. `padding_mask` (b, t) is True for tokens, False for padding, which is at the
         end of a row, so attention needs no mask for it. `document_ids` (b, t) are the contiguous documents that share a row:
-        they do not see each other, and each counts its positions from 0. With `prefixes` (b,), the first so many tokens of a
-        row, its document 0, precede each of the others.
+        they do not see each other, and each counts its positions from 0. With `prefixes` (b,), that many tokens at the
+        start of a row, its document 0, precede each of the others.
         """
         x = self.streams(tokens)
         cos, sin, attention_mask = self._positions(tokens.size(1), cache, document_ids, prefixes)
@@ -219,7 +219,7 @@ class Transformer(nn.Module):
         begins = torch.ones_like(document_ids, dtype=torch.bool)
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         positions = index - torch.where(begins, index, 0).cummax(dim=1).values
-        if prefixes is not None:  # padding may lie beyond the last position
+        if prefixes is not None:  # padding may be beyond the last position
             positions = (positions + prefixes[:, None] * (document_ids > 0)).clamp(
                 max=self.config.max_position_embeddings - 1
             )
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         cos, sin, attention_mask = self._positions(length, None, document_ids)
         for depth, module in enumerate(self.mtp, start=1):
             embedded = self.embedded(tokens[:, depth : depth + length])
-            assert isinstance(module, MTP | StreamMTP), "both kinds of MTP"
+            assert isinstance(module, MTP | StreamMTP), "the two kinds of MTP modules"
             carried = module(carried, embedded, cos, sin, None, padding_mask, attention_mask)
             outputs.append(module.states(carried))
         return outputs
@@ -273,7 +273,7 @@ class Transformer(nn.Module):
         """
         cos, sin, _ = self._positions(tokens.size(1), cache, None)
         module = self.mtp[0]
-        assert isinstance(module, MTP | StreamMTP), "both kinds of MTP"
+        assert isinstance(module, MTP | StreamMTP), "the two kinds of MTP modules"
         return module.states(module(carried, self.embedded(tokens), cos, sin, cache.layer(-1)))
 
     def with_config(self, config: ModelConfig, compute: torch.dtype) -> "Transformer":
