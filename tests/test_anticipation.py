@@ -1,4 +1,4 @@
-"""Anticipatory routing after a loss spike: whose choices are taken, by one rank and by two, and what is refused."""
+"""Anticipatory routing after a loss spike: which weights choose the experts, on one rank and two; refused settings."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ V4_SHORT = dataclasses.replace(V4, vocab_size=CONFIG.vocab_size, index_topk=4)
 def test_choices_after_a_spike_are_those_of_weights_two_updates_old(
     model: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three steps without a finite loss lead back to step 5; steps 6 to 9 are routed by older weights, 10 by its own."""
+    """Three steps without a finite loss lead back to step 5; older weights route steps 6 to 9, and step 10 its own."""
     broken_at(monkeypatch, 7, 8, 9)
     training = begin(
         prepared, pretrain(name=f"spiked-{model.attention}", model=model, document_mask=True, adam_lr=0.05, **KNOBS)
@@ -68,11 +68,11 @@ def test_choices_after_a_spike_are_those_of_weights_two_updates_old(
         older, present = (_chosen(model, weights[i], batches[at]) for i in (source, at))
         assert torch.equal(given[at], older)
         differs |= not torch.equal(older, present)
-    assert differs, "weights move between steps, and with them what they choose"
+    assert differs, "the weights change between steps, and so do their choices"
 
 
 def _chosen(config: Any, weights: dict[str, Tensor], batch: Batch) -> Tensor:
-    """The experts (tokens, layers, k) that a model with these weights chooses, -1 in layers without any."""
+    """The experts (tokens, layers, k) that a model with these weights chooses; -1 in layers without experts."""
     model = Transformer(config)
     model.load_state_dict(weights)
     tokens, padding_mask, document_ids = batch.inputs
@@ -89,7 +89,7 @@ def test_without_a_spike_nothing_is_otherwise(prepared: Path) -> None:
 
 
 def test_two_ranks_route_as_one_does(prepared: Path) -> None:
-    """Choices are noted for a rank's own rows, and a checkpoint has those of all: each number of ranks goes on from the other's."""
+    """A rank records its own rows' choices and a checkpoint has all: each number of ranks resumes from the other's."""
     losses = _losses(prepared, "one", range(1, 7))
     torch.save(losses, prepared / "one.pt")
     on_ranks(2, _on_two, str(prepared))
@@ -104,7 +104,7 @@ def _on_two(root: str) -> None:
 
 
 def _losses(root: Path, name: str, steps: range) -> list[float]:
-    """Losses of these steps, all of them but the first routed by older weights; a checkpoint is written after step 3."""
+    """Losses of these steps; older weights route all but the first. A checkpoint is written after step 3."""
     stage = pretrain(name=name, phases=(Phase(2000),), **KNOBS | {"anticipatory_steps": 9})
     training = _begun(root, stage)
     at, found = Loop(training), []

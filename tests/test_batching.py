@@ -1,4 +1,4 @@
-"""A request comes out the same however it is run: alone, in company, in pieces, from the cache, preempted, drafted."""
+"""A request has the same result alone, in a batch, in chunks, from the cache, after preemption and with drafts."""
 
 import dataclasses
 import itertools
@@ -59,7 +59,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def naive(model: Transformer, prompt: list[int], sampling: SamplingParams, seed: int) -> tuple[list[int], list[float]]:
-    """The whole text through the model for every token."""
+    """Runs the whole text through the model for every token."""
     tokens, logprobs, numbers = list(prompt), [], uniforms(seed, sampling.max_tokens)
     for i in range(sampling.max_tokens):
         with torch.no_grad():
@@ -73,7 +73,7 @@ def naive(model: Transformer, prompt: list[int], sampling: SamplingParams, seed:
 
 
 def finish(engine: Engine) -> int:
-    """Step until nothing is left to do; the number of steps."""
+    """Steps until the engine is idle; returns the number of steps."""
     for count in itertools.count():
         if not engine.busy:
             return count
@@ -182,7 +182,7 @@ def test_cached_pages_are_shared_only_under_the_same_salt() -> None:
 
 
 def test_rows_that_are_more_than_their_pages_begin_where_a_line_is_kept() -> None:
-    """V4: behind a whole prompt, behind its answer, not behind what is shared with a longer text alone; new weights forget."""
+    """V4: a request resumes after a cached prompt or its answer, not after a shared prefix; new weights clear it."""
     engine = Engine(MODELS["v4"], (), EngineConfig(rows=4, tokens=1024, reuse=True))
     first = engine.submit(PROMPT, SamplingParams(0.0, 30), 0)
     finish(engine)
@@ -204,9 +204,9 @@ def test_rows_that_are_more_than_their_pages_begin_where_a_line_is_kept() -> Non
 
 @pytest.mark.parametrize("groups", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_v4_drafts_from_its_streams_and_takes_wrong_drafts_back(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of eight tokens enough guesses are right, and wrong, across every boundary: the answers are those without drafts.
+    """With eight tokens many drafts are right and many wrong, at every boundary; answers equal those without drafts.
 
-    Among others, in pieces, behind a shared prompt, preempted, and in steps that draft, look on or do neither.
+    Requests run in a batch, in chunks, after a shared prompt, preempted, and in steps that draft, probe or do neither.
     """
     config = dataclasses.replace(V4, vocab_size=8, max_position_embeddings=256, num_nextn_predict_layers=1)
     model = Transformer(config).initialise(3).eval()
@@ -240,7 +240,7 @@ def test_an_answer_is_found_again_as_the_beginning_of_the_next_prompt() -> None:
     finish(engine)
     second = engine.submit(PROMPT + first.tokens + [9, 9], SamplingParams(0.0, 4), 0)
     finish(engine)
-    assert second.cached == (len(PROMPT) + 39) // PAGE * PAGE  # the last token was never read
+    assert second.cached == (len(PROMPT) + 39) // PAGE * PAGE  # the last token was never fed to the model
 
 
 def test_a_follower_waits_and_reads_nothing_twice() -> None:
@@ -252,7 +252,7 @@ def test_a_follower_waits_and_reads_nothing_twice() -> None:
 
 
 def prompt_tokens_read(engine: Engine) -> list[int]:
-    """How many tokens of prompts each of the engine's passes reads, padding left out."""
+    """Records how many prompt tokens each pass of the engine reads, without padding."""
     read: list[int] = []
     forward = engine.runner._forward
 
@@ -280,7 +280,7 @@ def prompt_tokens_read(engine: Engine) -> list[int]:
 )
 @pytest.mark.parametrize("size", [1, 16, 51])
 def test_a_group_reads_its_prompt_once(size: int, config: EngineConfig, kind: str) -> None:
-    """Pages that only the prompt fills are shared, the one that answers begin in is copied; nothing else changes."""
+    """Pages full of prompt tokens are shared, and the page in which answers begin is copied; results do not change."""
     model, sampling, prompt = MODELS[kind], SamplingParams(0.9, 20), PROMPT[:size]
     engine = Engine(model, (), config)
     if engine.speculation is not None:
@@ -302,7 +302,7 @@ def test_a_group_reads_its_prompt_once(size: int, config: EngineConfig, kind: st
 def test_followers_go_on_without_their_leader() -> None:
     engine = Engine(MODELS["mla"], (), EngineConfig(rows=2, tokens=1024, chunk=16))
     sampling, expected = SamplingParams(0.9, 8), naive(MODELS["mla"], PROMPT, SamplingParams(0.9, 8), 2)[0]
-    for steps in (1, 5):  # cancelled while it reads, and when it has read
+    for steps in (1, 5):  # cancelled while it reads its prompt, and after that
         leader = engine.submit(PROMPT, sampling, 1)
         followers = [engine.submit(PROMPT, sampling, seed, leader=leader) for seed in (2, 3, 4)]
         for _ in range(steps):
@@ -335,7 +335,7 @@ def test_cancelling_frees_pages_at_once() -> None:
         engine.cancel(s)
     assert engine.pages.free == engine.pages.count and not engine.busy
     assert {s.finish_reason for s in requests} == {"cancelled"} and len(requests[0].tokens) > 0
-    engine.cancel(requests[0])  # again: nothing happens
+    engine.cancel(requests[0])  # a second cancellation has no effect
 
 
 def test_what_can_never_be_served_is_refused() -> None:
@@ -450,7 +450,7 @@ def test_eos_can_be_ignored() -> None:
 def _greedy(model: Transformer, sampling: SamplingParams) -> list[int]:
     engine = Engine(model, (), EngineConfig(tokens=512))
     request = engine.submit(PROMPT, sampling, 0)
-    company = engine.submit(PROMPT, SamplingParams(1.0, 30), 1)  # whose logits must stay untouched
+    company = engine.submit(PROMPT, SamplingParams(1.0, 30), 1)  # whose logits must not change
     finish(engine)
     assert company.tokens == naive(model, PROMPT, SamplingParams(1.0, 30), 1)[0]
     return request.tokens
@@ -468,7 +468,7 @@ def _greedy_with(model: Transformer, change: Callable[[list[int], Tensor], Tenso
 
 
 def sure_model() -> Transformer:
-    """A model whose MTP module says what the trunk will say: both continue n with n + 1, whatever the context."""
+    """A model whose MTP module agrees with the trunk: both continue n with n + 1, whatever the context."""
     model = toy_model()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -528,7 +528,7 @@ def test_drafted_samples_follow_the_distribution() -> None:
     seen = np.append(counts.reshape(-1)[kept], counts.reshape(-1)[~kept].sum())
     wanted = np.append(expected[kept], expected[~kept].sum())
     chi2, freedom = ((seen - wanted) ** 2 / wanted).sum(), len(seen) - 1
-    assert chi2 < freedom + 3.3 * (2 * freedom) ** 0.5  # the 99.9 % point, to a good approximation
+    assert chi2 < freedom + 3.3 * (2 * freedom) ** 0.5  # approximately the 99.9 % point
 
 
 def test_drafts_are_switched_off_where_they_cost_more_than_they_bring() -> None:
@@ -541,7 +541,7 @@ def test_drafts_are_switched_off_where_they_cost_more_than_they_bring() -> None:
     assert speculation.worth(1) and not speculation.worth(64)
     alone, many = kinds[0::2], kinds[1::2]
     assert alone.count("draft") > 1100 and many.count("plain") > 1100
-    assert "probe" in alone[100:] and "draft" in many[100:]  # looked at again now and then
+    assert "probe" in alone[100:] and "draft" in many[100:]  # probed again from time to time
     assert abs(speculation.acceptance - 0.75) < 0.01
 
 
@@ -569,7 +569,7 @@ def test_stop_texts_end_the_answer_where_they_first_appear(said: str, stops: lis
     text.end()
     ends = [place for place in (said.find(s) for s in stops) if place >= 0]
     assert (used is not None) == bool(ends) == (text.stop is not None)
-    # the stop text that is complete first ends it, though another may have begun before
+    # the stop string that is complete first ends the answer, even if another one began earlier
     if ends:
         first = min(said.find(s) + len(s) for s in stops if s in said)
         assert (

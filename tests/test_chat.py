@@ -1,4 +1,4 @@
-"""`finback chat` as a person meets it: the line, what is a command, other models, going on later."""
+"""`finback chat` at a terminal: line editing, commands, switching models, and resuming a chat."""
 
 import io
 import os
@@ -90,7 +90,7 @@ def test_scripts_go_on_too(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_a_paste_is_one_message(model: Path, tmp_path: Path) -> None:
-    """In a real terminal, whose paste is marked as one."""
+    """In a real terminal, which marks a paste as one."""
     ours, theirs = pty.openpty()
     save = tmp_path / "saved.jsonl"
     env = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": str(tmp_path)}

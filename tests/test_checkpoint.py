@@ -1,4 +1,4 @@
-"""Open checkpoints in and out: the same logits as transformers in every family, every tensor accounted for."""
+"""Open checkpoints imported and exported: transformers' logits in every family, every tensor accounted for."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_they_agree_on_more_configs(family: str, data: st.DataObject) -> None:
 
 
 def agrees(config: Any, seed: int, released: bool, model_type: str = "") -> None:
-    """A random model out of transformers' files computes what it does there, and so does our export of it."""
+    """A random model from transformers' files computes the same logits, and so does our export of it."""
     theirs = build(config, seed)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
@@ -71,14 +71,14 @@ def agrees(config: Any, seed: int, released: bool, model_type: str = "") -> None
         expected = theirs(tokens).logits
         assert (ours.logits(ours(tokens)) - expected).abs().max() <= 1e-4
         assert (back(tokens).logits - expected).abs().max() <= 1e-4
-    # transformers chooses LongRoPE for a batch, where padding counts, and has padding in V4's windows
+    # transformers chooses LongRoPE's factors per batch, where padding counts, and lets V4's windows include padding
     is_alone = "longrope" in str(config.rope_parameters) or config.model_type == "deepseek_v4"
     for some in ((0,), (1,), (2,)) if is_alone else ((0, 1, 2),):
         same_greedy_text(ours, theirs, tokens, some)
 
 
 def transformers_loads(ours: Any, folder: Path) -> Any:
-    """Our export as transformers reads it, with no key missing and none left over."""
+    """Our export as transformers loads it, with no key missing and none unexpected."""
     export(ours, folder, "fp32")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
@@ -88,7 +88,7 @@ def transformers_loads(ours: Any, folder: Path) -> Any:
 
 
 def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor, some: tuple[int, ...]) -> None:
-    """32 tokens after prompts of unequal length, padded on the left there; a tie of their two best logits may go either way."""
+    """32 tokens after prompts of unequal lengths, left-padded for transformers; ties of the two best may differ."""
     prompts = [[tokens[0, :5].tolist(), tokens[1, :9].tolist(), tokens[2, :1].tolist()][row] for row in some]
     longest = max(map(len, prompts))
     padded = torch.tensor([[2] * (longest - len(p)) + p for p in prompts])
@@ -101,14 +101,14 @@ def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor, some: tuple[i
             eos_token_id=None,
             pad_token_id=2,
         )[:, longest:]
-    engine = Engine(ours, stops=(), config=EngineConfig(chunk=4))  # the longest prompt in pieces
+    engine = Engine(ours, stops=(), config=EngineConfig(chunk=4))  # reads the longest prompt in chunks
     mine = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=32), [0] * len(prompts))
     for prompt, ours_, their_ in zip(prompts, (c.tokens for c in mine), made.tolist(), strict=True):
         apart = next((i for i, pair in enumerate(zip(ours_, their_, strict=True)) if len(set(pair)) == 2), None)
         if apart is not None:
             with torch.no_grad():
                 logits = theirs(torch.tensor([prompt + their_[:apart]])).logits[0, -1]
-            assert logits[their_[apart]] - logits[ours_[apart]] <= 1e-5, f"token {apart} is no tie"
+            assert logits[their_[apart]] - logits[ours_[apart]] <= 1e-5, f"token {apart} differs without a tie"
 
 
 def test_kimi_is_deepseek_under_another_name() -> None:
@@ -132,7 +132,7 @@ def test_kimi_is_deepseek_under_another_name() -> None:
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        (  # tried with transformers 5.23: rope_scaling whole, the base beside it
+        (  # tried with transformers 5.23: rope_scaling is used whole, with the base from its own field
             {
                 "rope_theta": 5e5,
                 "rope_scaling": {"type": "linear", "factor": 2.0},
@@ -189,7 +189,7 @@ def test_a_config_survives_writing_and_reading(family: str, data: st.DataObject)
     assert model_config(raw_config(config, "float32")) == config
 
 
-# what transformers does not have: MTP and FP8
+# what transformers does not support: MTP and FP8
 
 SMALL = ModelConfig(
     vocab_size=60,
@@ -214,7 +214,7 @@ SMALL = ModelConfig(
 
 
 def small(seed: int = 0, **changes: Any) -> Transformer:
-    """A V3 with one MTP layer and router biases that matter."""
+    """A V3 model with one MTP layer and nonzero router biases."""
     model = Transformer(dataclasses.replace(SMALL, **changes)).initialise(seed).eval()
     generator = torch.Generator().manual_seed(seed)
     for router in model.routers():
@@ -223,7 +223,7 @@ def small(seed: int = 0, **changes: Any) -> Transformer:
 
 
 def same(a: Transformer, b: Transformer) -> bool:
-    """Whether two models have the same tensors to the bit."""
+    """Whether two models have bit-identical tensors."""
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
@@ -247,7 +247,7 @@ def test_mtp_layers_go_out_and_come_back_to_the_bit(shard_bytes: int, tmp_path: 
 
 @pytest.mark.slow
 def test_the_mtp_layer_of_a_model_as_deep_as_the_release_is_in_the_index(tmp_path: Path) -> None:
-    """As V3's own folders have it: shards, layer 61 among them, which transformers lets be."""
+    """As in V3's own folders: shards that include layer 61, which transformers ignores."""
     thin = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "q_lora_rank": 8, "vocab_size": 40}
     model = small(num_hidden_layers=61, first_k_dense_replace=60, **thin)
     export(model, tmp_path / "out", "fp32", shard_bytes=100_000)
@@ -272,7 +272,7 @@ def test_the_layers_that_transformers_lets_be_are_those_it_names() -> None:
 
 
 def test_mtp_is_what_the_paper_says(tmp_path: Path) -> None:
-    """V3 eq. 21-23 spelled out on the exported tensors: embedding first, the block, the head's own norm."""
+    """V3 eq. 21-23 computed from the exported tensors: embedding first, then the block, then the head's own norm."""
     model = small(3)
     export(model, tmp_path / "out", "fp32")
     shards = Shards(tmp_path / "out")
@@ -295,14 +295,14 @@ def test_mtp_is_what_the_paper_says(tmp_path: Path) -> None:
 
 
 def attention(x: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tensor:
-    """MLA head by head, as V2 2.1 writes it."""
+    """MLA head by head, as V2 section 2.1 writes it."""
     c = SMALL
     length = x.size(1)
 
     def norm(y: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         return y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain
 
-    def turned(y: torch.Tensor) -> torch.Tensor:  # complex numbers of neighbouring pairs
+    def turned(y: torch.Tensor) -> torch.Tensor:  # rotates neighbouring pairs as complex numbers
         angle = torch.outer(torch.arange(length).float(), c.rope_theta ** (-torch.arange(0, 8, 2) / 8.0))
         turn = torch.polar(torch.ones_like(angle), angle)
         return torch.view_as_real(torch.view_as_complex(y.reshape(*y.shape[:-1], 4, 2).contiguous()) * turn).flatten(-2)
@@ -408,10 +408,10 @@ def test_fp8_blocks_by_hand() -> None:
                 assert scale[n, r, c] == (block.abs().max() / 448)
     back = fp8.dequantize(values, scale, torch.float32)
     largest = fp8.expand_blocks(scale, 130, 260) * 448
-    # E4M3 has three bits of mantissa: half a step is 1/16 of a value, or of the smallest normal number
+    # E4M3 has three mantissa bits: half a step is 1/16 of a value, or of the smallest normal number
     assert ((back - weight).abs() <= (weight.abs() / 16).clamp(min=2**-10 / 448) + largest * 2**-16).all()
     again, factors = fp8.quantize(back)
-    assert torch.equal(fp8.dequantize(again, factors, torch.float32), back)  # what is in FP8 stays
+    assert torch.equal(fp8.dequantize(again, factors, torch.float32), back)  # requantizing loses nothing
 
 
 def test_every_e4m3_number_becomes_fp32_exactly() -> None:
@@ -439,7 +439,7 @@ def test_fp8_weights_go_out_and_come_back_within_their_rounding(kept: Any, tmp_p
     with torch.no_grad():
         a, b = exact.logits(exact(tokens)), back.eval().logits(back(tokens))
     assert (a - b).abs().max() <= {"fp32": 0.0, "bf16": 0.03, "fp8": 0.03}[kept] * a.abs().max()
-    if kept == "fp8":  # and out again: the same FP8 values
+    if kept == "fp8":  # exported again: the same FP8 values
         export(back, tmp_path / "again", "fp8")
         twice, _ = load(tmp_path / "again")
         assert (
@@ -462,7 +462,7 @@ def test_factors_may_lie_in_another_file_than_their_tensor(tmp_path: Path) -> No
     assert audit.holds and torch.isfinite(back.blocks[1].feed_forward.gate_up).all()
 
 
-# what is refused
+# refusals
 
 
 def damage_truncate(folder: Path) -> None:
@@ -476,7 +476,7 @@ def damage_header(folder: Path) -> None:
 
 
 def with_index(folder: Path, names: dict[str, str]) -> None:
-    """Weights that an index alone leads to: a file called as a single one counts before it."""
+    """Moves the weights to a file that only an index names: a single file by the standard name takes precedence."""
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
 
@@ -575,7 +575,7 @@ def test_what_is_wrong_is_named(damage: Any, message: str, tmp_path: Path) -> No
 
 def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")  # its own words for it
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # the message of safetensors
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
         patch.setattr("finback.checkpoint.export.save_file", full)
@@ -622,7 +622,7 @@ LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        # what transformers computes by
+        # fields that change what transformers computes
         ({"model_type": "qwen3", "is_causal": False}, "is_causal = False: finback supports True only"),
         ({"model_type": "mistral", "layer_types": KINDS}, "this family has a window in all layers or in none"),
         ({"model_type": "mixtral", "layer_types": KINDS}, "this family has a window in all layers or in none"),
@@ -635,7 +635,7 @@ LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
             {"model_type": "olmo3", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
             "rotates parts of heads, but this family rotates whole heads",
         ),
-        # and by what not
+        # and fields that do not
         ({"model_type": "olmo3", "partial_rotary_factor": 0.5}, ""),
         ({"model_type": "gemma3_text", "partial_rotary_factor": 0.5, "query_pre_attn_scalar": 8}, ""),
         ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 4.0} | LONG}, ""),
@@ -655,7 +655,7 @@ ODD: tuple[Any, ...] = ("x", "2", -1, 0, 1.5, True, None, [], [1], {}, {"a": 1},
 
 @pytest.mark.parametrize("family", FAMILY_OF)
 def test_a_field_of_any_type_is_read_or_named(family: str) -> None:
-    """Every field that a config of the family has, and what lies within an object, as something else."""
+    """Replaces every field of the family's config, nested ones included, by values of other types."""
     sizes = GQA_SIZES | {"num_key_value_heads": 2, "moe_intermediate_size": 16, "o_groups": 2}
     raw = FAMILY_OF[family].defaults | sizes | ({"num_key_value_heads": 1} if family == "deepseek_v4" else {})
     if family in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k2", "glm4_moe_lite"):

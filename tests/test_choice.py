@@ -1,4 +1,4 @@
-"""Multiple choice: exactly one letter is right, places are not learnable, ambiguous records are named."""
+"""Multiple choice: exactly one letter is right, positions are not learnable, and ambiguous records are named."""
 
 import json
 import random
@@ -92,7 +92,7 @@ def test_exactly_one_letter(answer: str, letter: str | None) -> None:
 
 
 def test_choices_that_look_like_letters_or_each_other() -> None:
-    assert named("A", ["B", "A"]) == "A"  # the letter, not the text
+    assert named("A", ["B", "A"]) == "A"  # the letter counts, not the text
     assert named("us", ["US", "us"]) == "B" and named("Us", ["US", "us"]) is None
     assert named("3.", ["3", "4"]) == "A" and named("3.5", ["3.5", "35"]) == "A"
 
@@ -107,7 +107,7 @@ def test_the_place_tells_nothing(tmp_path: Path) -> None:
     task = Choice(write(tmp_path / "a.jsonl", *records))
     problems = distinct(task, "train", 300, seed=0)
     places = Counter(p.answer for p in problems)
-    assert set(places) == set("ABCD") and max(places.values()) < 110  # 75 each, give or take four sigma
+    assert set(places) == set("ABCD") and max(places.values()) < 110  # 75 each, within four sigma
     questions = {p.key: p.question for p in problems}
     again = Choice(write(tmp_path / "b.jsonl", *records[::-1]))
     both = [p for p in distinct(again, "train", 300, seed=1) if p.key in questions]

@@ -1,4 +1,4 @@
-"""Bad input at the command line: exit code 2, one line with field, value and remedy, no traceback, nothing written."""
+"""Bad input on the command line: exit code 2, one line with field, value and remedy, no traceback, nothing written."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def test_a_bad_text_file(tmp_path: Path) -> None:
     done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 1)
     assert done.returncode == 2 and "empty" in done.stderr and "words.txt" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
-    # the same in this process: each rank of a command imports torch
+    # in this process, since each rank of a command imports torch
     for content, problem in (b"\x00\xff\xfe\x80" * 50, "UTF-8"), (b"a\0b", "NUL"):
         words.write_bytes(content)
         with pytest.raises(UserError, match=f"words.txt.*{problem}"):
@@ -106,7 +106,7 @@ def test_show() -> None:
 
 
 def test_show_explains_whatever_stands_in_a_recipe() -> None:
-    """Knobs with defaults and comments, those of a base class included; a default written again keeps its meaning."""
+    """Knobs with defaults and comments, inherited ones too; a redefined default keeps the comment of its base class."""
     stage = finback("show", "Sparsify").stdout
     assert "index_topk: int  (must be given)\n    earlier tokens that each token will attend to" in stage
     assert "adam_lr: float = 0.001" in stage and "seq_len: int = 128\n    tokens per row" in stage
@@ -117,7 +117,7 @@ def test_show_explains_whatever_stands_in_a_recipe() -> None:
     everything = objects.objects()
     described = [
         objects.describe(cls.__name__) for cls in everything if cls is not ModelConfig
-    ]  # its names are Hugging Face's
+    ]  # its fields have Hugging Face's names
     assert [(one.name, knob.name) for one in described for knob in one.knobs if not knob.comment] == []
     assert all(objects.describe(cls.__name__).as_text() for cls in everything) and len(everything) > 35
     assert objects.describe("grpo") == objects.describe("GRPO")
@@ -140,11 +140,11 @@ def test_the_front_page_and_help() -> None:
     ):
         done = finback(*arguments)
         assert done.returncode == 2 and words in done.stderr, done.stderr
-    assert "conftest" not in finback("run", "tests/nosuch.py").stderr  # a file without a recipe is none
+    assert "conftest" not in finback("run", "tests/nosuch.py").stderr  # a file without a recipe is not imported
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every optional part is named, and what is missing comes with a command for this installation."""
+    """Lists every optional part, and names for each missing one a command that fits this installation."""
     monkeypatch.setattr(compiling, "why_not", lambda: "no compiler")
     monkeypatch.setattr(extras, "_is_installed", lambda package: package != "pyarrow")
     found = json.loads(finback("doctor", "--json").stdout)["findings"]
@@ -156,7 +156,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "finback[" not in json.dumps(found)
     monkeypatch.setattr(doctor, "columns", lambda: 60)
     narrow = doctor.text([doctor.Finding("bf16", False, "word " * 30, "Run: " + "x" * 90)]).splitlines()
-    assert [len(line) <= 60 for line in narrow] == [True, True, True, False, True, True]  # a command stays whole
+    assert [len(line) <= 60 for line in narrow] == [True, True, True, False, True, True]  # a command is not wrapped
 
 
 def test_no_message_names_a_package_that_nobody_owns() -> None:
@@ -192,7 +192,7 @@ def test_chat_without_a_model(tmp_path: Path) -> None:
 
 
 def test_a_rank_ends_without_taking_the_interpreter_down() -> None:
-    """What would end a process by a signal on its way out, as threads that still hold tensors may, does not."""
+    """A rank exits with 0 even if its process would die by a signal at exit, as with threads that hold tensors."""
     code = "import atexit, os; atexit.register(os.abort); from finback.cli import main; main()"
     for rank, expected in (({"RANK": "1"}, 0), ({}, -6)):
         done = subprocess.run([sys.executable, "-c", code, "--version"], env=environment() | rank, capture_output=True)

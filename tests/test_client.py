@@ -1,4 +1,4 @@
-"""The HTTP client: where a request goes, how long it may take, what counts as a reply, and what is tried again."""
+"""The HTTP client: where a request goes, how long it may take, what counts as a reply, and what is retried."""
 
 import email.utils
 import logging
@@ -54,7 +54,7 @@ def test_the_key_stands_in_no_error_and_no_log(caplog: pytest.LogCaptureFixture)
 
 
 def test_a_whole_request_has_a_deadline() -> None:
-    """The server is never silent for long, yet never done."""
+    """The server is never silent for long, but never finishes."""
     with faking() as fake:
         fake.drip = 0.05
         error = failure(fake, timeout=5.0, deadline=0.3)
@@ -94,7 +94,7 @@ def test_events_come_as_they_are_sent() -> None:
     [
         (b"data: 1\n\ndata:2\n\n", [b"1", b"2"]),
         (b": alive\r\n\r\nevent: x\r\ndata: 1\r\ndata: 2\r\n\r\n", [b"1\n2"]),
-        ("data: \u2028\u0085\n\ndata: half".encode(), ["\u2028\u0085".encode(), b"half"]),  # no ends of lines
+        ("data: \u2028\u0085\n\ndata: half".encode(), ["\u2028\u0085".encode(), b"half"]),  # not line ends
         (b"", []),
     ],
 )
@@ -133,7 +133,7 @@ def test_retries_count_faults_and_overload_apart() -> None:
 
 def test_a_stop_ends_every_wait() -> None:
     stop = threading.Event()
-    limit = RateLimit(stop, rate=1)  # a minute apart
+    limit = RateLimit(stop, rate=1)  # one request a minute
     assert limit.wait()
     threading.Timer(0.05, stop.set).start()
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The code task: programs are paid for what they do, and bad data are refused by file, line and field."""
+"""The code task: programs are rewarded for what they do, and bad data are refused by file, line and field."""
 
 import json
 import random
@@ -55,7 +55,7 @@ def test_code_is_a_task_that_accepts_its_gold_answers(task: Code) -> None:
         (ADD, "", JUNK),
         (ADD, "```python\n```", JUNK),
         (ADD, "if __name__ == '__main__':\n    input()\n" + SUM, RIGHT),
-        (ECHO, "print('one')", WRONG),  # the second test has another answer
+        (ECHO, "print('one')", WRONG),  # the second test expects another answer
         (ECHO, "print(input() + '  \\n\\n')", RIGHT),
         (ECHO, "print(input())\nraise SystemExit(1)", WRONG),
         (ECHO, "print(input(), end='')\nimport os, sys\nsys.stdout.flush()\nos._exit(0)", RIGHT),
@@ -129,7 +129,7 @@ def test_problems_lie_on_one_side_of_the_split(tmp_path: Path) -> None:
     ],
 )
 def test_bad_data_name_file_line_and_field(line: Any, message: str, tmp_path: Path) -> None:
-    path = tmp_path / ("x" * 99 + ".jsonl")  # however long, a path is shown whole
+    path = tmp_path / ("x" * 99 + ".jsonl")  # a path is shown in full, however long
     path.write_text(line if isinstance(line, str) else json.dumps(ITEMS[1] | line))
     with pytest.raises(UserError) as caught:
         Code(str(path)).draw(random.Random(0))

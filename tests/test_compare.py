@@ -1,4 +1,4 @@
-"""The report: scores worked by hand, what is flagged and what is not ranked, and a cache that survives kill -9."""
+"""The comparison report: scores worked by hand, flags, refused rankings, and a cache that survives kill -9."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ Says = Callable[[EvalRequest], str | Answer | Failure]
 
 @dataclasses.dataclass
 class Actor:
-    """A contestant that says what a test wants."""
+    """A contestant whose answers a test scripts."""
 
     name: str
     says: Says
@@ -59,7 +59,7 @@ def gold(ask: EvalRequest) -> str:
 
 
 def choices(n: int = 40, name: str = "choices") -> Suite:
-    """Four answers, each as often right."""
+    """Questions with four possible answers, each equally often right."""
     suite = sums(n, name, chance=0.25)
     problems = tuple(dataclasses.replace(p, answer=str(i % 4 + 1)) for i, p in enumerate(suite.problems))
     return dataclasses.replace(suite, problems=problems)
@@ -81,8 +81,8 @@ def test_scores_by_hand(tmp_path: Path) -> None:
 
     s = scores_of(says, sums(2), tmp_path, 4, price=Price(per_hour=3600.0))
     assert (s["n"], s["answers"], s["failed"]) == (2, 8, 0)
-    assert s["accuracy"] == 0.25  # (2/4 + 0/4) / 2: what is cut off is wrong, whatever stands there
-    assert s["majority"] == 0.5  # 1 wins the first, 3 the second
+    assert s["accuracy"] == 0.25  # (2/4 + 0/4) / 2: a cut answer is wrong, whatever its text
+    assert s["majority"] == 0.5  # the majority is right on the first question only
     assert s["pass_at"] == {1: 0.25, 2: pytest.approx((1 - 1 / 6) / 2), 4: 0.5}
     assert (s["cut"], s["unparseable"], s["empty"]) == (1 / 8, 2 / 8, 1 / 8)
     assert s["dollars"] == pytest.approx(7 * 0.25 + 2.25) and s["dollars_per_answer"] == pytest.approx(0.5)
@@ -132,7 +132,7 @@ def test_always_the_same_is_flagged_though_it_is_right(tmp_path: Path) -> None:
 
 
 def test_always_the_same_letter_is_flagged_however_it_is_said(tmp_path: Path) -> None:
-    """The letters of long replies are what is compared and voted for; all golds are A, so it scores 100 %."""
+    """Compares and votes by the letter in a long reply; all correct answers are A, so the score is 100 %."""
     records = [{"question": f"Which is {i}?", "choices": [str(i), "none"], "answer": "A"} for i in range(20)]
     (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, records)))
     suite = load_suite(f"{tmp_path}/quiz.jsonl?shuffle=false", None, 0)
@@ -158,7 +158,7 @@ def test_a_failure_is_no_mistake(tmp_path: Path) -> None:
     report = compare(actors, [sums(20)], SamplingProtocol(samples=1), tmp_path)
     fails, half = report["scores"]
     assert (fails["accuracy"], fails["n"], fails["failed"]) == (1.0, 10, 10) and half["accuracy"] == 0.5
-    (pair,) = report["pairs"]  # on the questions that both have answered they are alike
+    (pair,) = report["pairs"]  # they agree on the questions that both have answered
     assert (pair["n"], pair["difference"], pair["better"]) == (10, 0, None)
     assert len(report["failures"]) == 10
     text = table.render(report)
@@ -185,7 +185,7 @@ def test_no_ranking_where_the_questions_do_not_tell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("without", "spoken"), [(4, True), (5, False)])
 def test_no_verdict_where_answers_lack_the_form(without: int, spoken: bool, tmp_path: Path) -> None:
-    """Above a tenth of 40 answers that are none of the asked form, a difference may be one of form."""
+    """If more than a tenth of 40 answers lack the requested form, a difference may be due to the form."""
 
     def says(ask: EvalRequest) -> str:
         return gold(ask) if ask.place < 5 else "I wonder" if ask.place < 5 + without else "0"
@@ -205,7 +205,7 @@ def test_no_verdict_where_answers_lack_the_form(without: int, spoken: bool, tmp_
 def test_language(tmp_path: Path) -> None:
     russian = "<think>Прибавим один к числу и прочтём сумму</think>"
     english = "<think>We add one to the number and read it</think>"
-    said = [russian, english, russian, ""]  # without a chain the answer counts, and a number has no words
+    said = [russian, english, russian, ""]  # without a chain the answer's language counts, and a number has no words
     s = scores_of(lambda ask: said[ask.place] + gold(ask), sums(4, language="ru"), tmp_path)
     assert s["language"] == pytest.approx(2 / 3)
     assert "67% of words in the expected language" in table.render(
@@ -226,7 +226,7 @@ def test_prices() -> None:
     )
     assert Price(None, 0.5, 2.0).of(one) == pytest.approx(0.0045)
     assert Price().of(one) is None and Price(per_hour=0.4).of(one) == pytest.approx(0.001)
-    assert Price(None, 0.5, 2.0).of(dataclasses.replace(one, tokens=None)) is None  # unknown is not free
+    assert Price(None, 0.5, 2.0).of(dataclasses.replace(one, tokens=None)) is None  # an unknown cost is not zero
     assert prices(["b=3", "1"], "--price-in", ["a", "b"]) == {"a": 1, "b": 3}
     for bad in ("c=1", "a=", "a=-1", "nan", "a=b=1"):
         with pytest.raises(UserError, match="--price-in"):
@@ -275,7 +275,7 @@ def test_a_key_changes_with_all_that_matters() -> None:
     others = [{a.key for a in eval_requests([suite], *rest)} for suite, *rest in changed]
     assert all(not keys & {a.key for a in plain} for keys in others)
     assert len(set().union(*others)) == sum(map(len, others))
-    # more samples or questions are asked in addition
+    # larger numbers of samples or questions only add requests
     assert {a.key for a in plain} < {a.key for a in eval_requests([sums(3)], SamplingProtocol(samples=8), base[2])}
 
 
@@ -346,7 +346,7 @@ def test_kill_minus_9_and_start_again(tmp_path: Path) -> None:
     running: list[subprocess.Popen[bytes]] = []
 
     def behave(n: int, body: dict[str, Any]) -> Reply:
-        if n == 13:  # it has some answers, and is waiting for others
+        if n == 13:  # some answers are stored, and others are pending
             os.kill(running[0].pid, signal.SIGKILL)
         return Reply(right(body), delay=0.02)
 
@@ -363,7 +363,7 @@ def test_kill_minus_9_and_start_again(tmp_path: Path) -> None:
         done = subprocess.run(drive, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.stdout.split() == ["24", "1.0"], done.stderr
         missing = {f"{i}+1=" for i in range(24)} - {f"{q.partition(':')[2]}+1=" for q in kept}
-        assert set(fake.asked[before:]) == missing  # what was on its way at the kill may arrive late, and twice
+        assert set(fake.asked[before:]) == missing  # requests in flight at the kill may arrive late, and twice
         assert f"{len(kept)} stored earlier" in done.stderr and "price NOT PROVIDED" in done.stderr
 
 
@@ -395,7 +395,7 @@ def test_words_behind_tasks() -> None:
 
 @pytest.fixture
 def catalogue(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, int]]:
-    """Suites by name, without the sources of real ones; what was loaded."""
+    """Replaces the loading of suites by name; returns the log of what was loaded."""
     loaded = []
 
     def load(spec: str, problems: int | None, seed: int) -> Suite:
@@ -540,7 +540,7 @@ def test_a_table_is_markdown() -> None:
 
 
 def test_a_picture_of_anything(tmp_path: Path) -> None:
-    """No price, no cost, no answer, one suite or many: warnings are errors here."""
+    """Draws reports with no price, cost or answer, and with one suite or many; warnings are errors here."""
     actors = [
         Actor("cheap", gold, Price(per_hour=0.01)),
         Actor("dear", gold, Price(per_hour=100.0)),

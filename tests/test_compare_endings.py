@@ -1,4 +1,4 @@
-"""How replies end and what servers put into them: mapped, or counted and named in the table, and billed in full."""
+"""How replies end and what servers add to them: mapped, or counted and named in the table, and billed in full."""
 
 import json
 from pathlib import Path
@@ -20,13 +20,13 @@ RULES = SamplingProtocol(samples=1, max_tokens=64)
 
 
 def whole(message: Any, finish: Any = "stop", **more: Any) -> Reply:
-    """A reply in one piece."""
+    """A reply that is not streamed."""
     body = {"model": "m", "choices": [{"index": 0, "message": message, "finish_reason": finish}], **more}
     return Reply(raw=json.dumps(body).encode(), stream=False)
 
 
 def asked(make: Any, out: Path, n: int = 4) -> tuple[dict[str, Any], str]:
-    """The score of an endpoint whose replies `make` makes from the right answers, and the whole table."""
+    """The score of an endpoint whose replies `make` builds from the correct answers, and the whole table."""
     with faking(lambda _, body: make(right(body))) as fake:
         endpoint = Endpoint(fake.url, "m", retries=Retries(2, backoff=0.01))
         report = compare([endpoint], [sums(n)], RULES, out)
@@ -90,7 +90,7 @@ def test_replies_without_an_answer(message: Any, remark: str, tmp_path: Path) ->
 
 
 def test_some_of_all_are_counted(tmp_path: Path) -> None:
-    """Of 6: one empty, one reasoning alone, one with a stop token, one filtered, one by another model."""
+    """Of 6 replies: one empty, one with reasoning only, one with a stop token, one filtered, one by another model."""
 
     def make(answer: str) -> Reply:
         return {

@@ -1,4 +1,4 @@
-"""Endpoints that stream, stall, lie and refuse: nothing lost, nothing counted wrong, what failed is asked again."""
+"""Endpoints that stream, stall, lie and refuse: no answer is lost or miscounted, and failed requests are retried."""
 
 import threading
 import time
@@ -32,7 +32,7 @@ def ask(
 
 
 def once(fault: Reply) -> Behaviour:
-    """The fault for the first request for each question, then the right answer."""
+    """Fails the first request for each question, then answers correctly."""
     seen: Counter[str] = Counter()
 
     def behave(n: int, body: dict[str, Any]) -> Reply:
@@ -108,7 +108,7 @@ def test_a_hopeless_endpoint_is_left_alone() -> None:
 
 
 def test_servers_of_one_model_share_the_questions() -> None:
-    """One that is not there is asked nothing more by whoever has found that out; the address alone says which they are."""
+    """A thread that finds a server unreachable asks it nothing more, and the others answer every question."""
     both = threading.Barrier(2)
 
     def behave(n: int, body: dict[str, Any]) -> Reply:
@@ -120,7 +120,7 @@ def test_servers_of_one_model_share_the_questions() -> None:
         endpoint = Endpoint(f"{one.url},http://127.0.0.1:9/v1,{two.url}", "m", concurrency=1, **FAST | {"timeout": 60})
         found = list(endpoint.answers(some(30), RULES))
         assert len(found) == 30 and all(isinstance(each, Answer) for each in found)
-        assert len(one.asked) + len(two.asked) == 30, "each once"
+        assert len(one.asked) + len(two.asked) == 30, "each question is asked once"
         assert sum(each.tries for each in found if isinstance(each, Answer)) <= 31
     with pytest.raises(UserError, match="--endpoint = 'nowhere': not the url of a server"):
         Endpoint.parse("http://127.0.0.1:9/v1,nowhere#m")
@@ -143,7 +143,7 @@ def test_nobody_there() -> None:
         ({"content": "so</think>3"}, "so", "3"),  # the prompt had opened the chain
         ({"content": "  3\n"}, "", "3"),
         ({"usage": False, "done": False}, "", "3"),
-        ({"finish": None}, "", "3"),  # [DONE] is an end too
+        ({"finish": None}, "", "3"),  # [DONE] also ends a stream
         ({"finish": "eos"}, "", "3"),
     ],
 )
@@ -153,7 +153,7 @@ def test_forms_of_replies(reply: dict[str, Any], thinking: str, text: str, strea
         assert isinstance(answer, Answer)
         assert (answer.thinking, answer.text, answer.whole) == (thinking, text, True)
         assert answer.tokens == (5 if reply.get("usage", True) else None)
-        named_last = stream and not reply.get("finish", "stop")  # only the chunk with the finish names the model
+        named_last = stream and not reply.get("finish", "stop")  # only the chunk with the finish reason names the model
         assert answer.model == ("" if named_last else "m-2")
 
 
@@ -162,7 +162,7 @@ def test_forms_of_replies(reply: dict[str, Any], thinking: str, text: str, strea
     [
         (Reply(None, finish="length", reasoning={"reasoning": "on and on"}), "length"),
         (Reply("<think>on and on", finish="length"), "length"),
-        (Reply(None, finish="length"), "length"),  # a null content is an empty one
+        (Reply(None, finish="length"), "length"),  # null content is an empty answer
         (Reply("", finish="content_filter"), "content_filter"),
     ],
 )
@@ -174,7 +174,7 @@ def test_answers_without_an_end_are_answers(reply: Reply, finish: str) -> None:
 
 
 def test_a_storm_of_429() -> None:
-    """The server takes one request in 50 ms and refuses the rest, telling nobody when to come back."""
+    """The server accepts one request in 50 ms and refuses the rest, without a Retry-After."""
     last = [0.0]
 
     def behave(n: int, body: dict[str, Any]) -> Reply:
@@ -197,7 +197,7 @@ def test_retry_after_holds_for_all() -> None:
     with faking(behave) as fake:
         assert len(ask(fake, some(6), concurrency=2)) == 6
         since = [at - fake.times[0] for at in fake.times]
-        # the second request was on its way already; all others wait, whoever sends them
+        # the second request was already in flight; all others wait, whichever thread sends them
         assert len(since) == 7 and sum(at < 0.95 for at in since) <= 2 and since[-1] < 20
 
 
@@ -208,7 +208,7 @@ def test_concurrency_and_rate() -> None:
     with faking() as fake:
         began = time.monotonic()
         ask(fake, some(5), concurrency=5, rate=1200)
-        assert all(at - began >= 0.05 * n for n, at in enumerate(sorted(fake.times)))  # none before its turn
+        assert all(at - began >= 0.05 * n for n, at in enumerate(sorted(fake.times)))  # no request before its turn
 
 
 def test_what_is_sent() -> None:

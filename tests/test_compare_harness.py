@@ -1,4 +1,4 @@
-"""lm-evaluation-harness as the one who asks: how it is called and read, and the real one where it is installed."""
+"""lm-evaluation-harness as a client: how finback calls it and reads its results; the real one too, if installed."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from tests.toy import CONFIG, ROOT, environment
 
 CLIENTS = Path(sys.prefix) / "clients" / "bin" / "python"
 
-# what the harness writes, and nothing else of it
+# writes what the harness writes, and nothing more
 STAND_IN = """
 import json, os, sys
 from pathlib import Path

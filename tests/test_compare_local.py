@@ -1,4 +1,4 @@
-"""Models in files: one model by three routes says the same, token for token; time and money add up; memory is freed."""
+"""Models in files: three routes give the same tokens; time and cost add up; memory is freed."""
 
 import dataclasses
 import gc
@@ -42,7 +42,7 @@ DIVERSE = SamplingProtocol(samples=3, temperature=1.0, top_p=0.9, max_tokens=16,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights in Hugging Face's form, spread enough that no two answers are alike."""
+    """A model with random weights in Hugging Face's format, spread out so that no two answers are alike."""
     words = small_tokenizer()
     config = dataclasses.replace(CONFIG, vocab_size=words.vocab_size, initializer_range=0.3, num_nextn_predict_layers=0)
     path = tmp_path_factory.mktemp("models") / "toy"
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def whales(n: int) -> Suite:
-    """Questions of different lengths, some with marks that a user cannot forge."""
+    """Questions of different lengths, some with special tokens that a user must not forge."""
     rng, problems = random.Random(7), []
     for i in range(n):
         text = " ".join(rng.choices(["The whale sang.", "4+5=9", "Ärger", "?", "<think>", "\n"], k=rng.randint(1, 9)))
@@ -90,7 +90,7 @@ def in_process(
 def over_our_server(
     folder: Path, wanted: list[EvalRequest], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Any], list[list[int]]]:
-    """The same of our server as an endpoint; its requests' tokens in no order."""
+    """The same from our server as an endpoint; its token lists are in arbitrary order."""
     engine, _ = open_engine(folder, "fp32", EngineConfig(8, 8192, 64, reuse=True, speculate=True))
     rows: list[request.Request] = []
     plain = engine.submit
@@ -101,7 +101,7 @@ def over_our_server(
 
 
 def over_transformers(folder: Path, wanted: list[EvalRequest]) -> tuple[list[Any], dict[str, list[int]]]:
-    """The same of transformers behind a server of OpenAI's shape: its own tokenizer, template, model and generate."""
+    """The same from transformers behind an OpenAI-style server: its own tokenizer, template, model and generate."""
     transformers = pytest.importorskip("transformers")
     words = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -146,7 +146,7 @@ class _Counted(Reply):
 @pytest.mark.parametrize("items", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_three_routes_give_the_same_tokens(items: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = whales(items)
-    # transformers' template knows no difference between marks and what a user writes like them
+    # transformers' template does not distinguish special tokens from the same text by a user
     suite = dataclasses.replace(
         suite,
         problems=tuple(dataclasses.replace(p, question=p.question.replace(THINK, "think")) for p in suite.problems),
@@ -158,10 +158,10 @@ def test_three_routes_give_the_same_tokens(items: int, folder: Path, monkeypatch
     assert our_tokens == {p.key: their_tokens[p.question] for p in suite.problems}
     assert sorted(our_tokens.values()) == sorted(served_tokens)
     assert said(ours) == said(served_ones)
-    # bytes that are no text are held back for so long and then written as they come, in streams but not in the whole
+    # bytes of invalid UTF-8 appear at different places in streams and in whole replies
     first = {key: (text.partition("\ufffd")[0], *rest) for key, (_, text, *rest) in said(ours).items()}
     assert first == {key: (text.partition("\ufffd")[0], *rest) for key, (_, text, *rest) in said(theirs).items()}
-    assert len({a.text for a in ours}) > items / 2, "answers that differ, or nothing has been compared"
+    assert len({a.text for a in ours}) > items / 2, "the answers must differ, or the comparison is empty"
 
 
 def test_samples_are_the_same_every_time_in_any_company(folder: Path) -> None:
@@ -194,7 +194,7 @@ def test_long_questions_fail_and_long_answers_are_cut(folder: Path) -> None:
     suite = dataclasses.replace(suite, problems=(suite.problems[0], long))
     rules = SamplingProtocol(
         samples=1, temperature=0.0, max_tokens=32768
-    )  # far beyond the window, as R1's budget is for a toy
+    )  # far more than the window, as R1's budget is for a toy
     found = list(Local(folder, "toy", "fp32").answers(eval_requests([suite], rules, {}), rules))
     (failure,) = (f for f in found if isinstance(f, Failure))
     assert failure.ask.place == 1 and "window is 256" in failure.problem
@@ -211,7 +211,7 @@ def test_thinking_is_opened_or_banned(think: bool, folder: Path) -> None:
         for a in Local(folder, "toy", "fp32").answers(eval_requests([whales(6)], rules, {}), rules)
         if isinstance(a, Answer)
     ]
-    if think:  # random weights hardly ever close what was opened: no answer then, but a chain
+    if think:  # random weights hardly ever close an open chain: there is a chain but no answer
         assert all(a.thinking and (a.closed or not a.text) for a in found) and not all(a.closed for a in found)
     else:
         assert all(a.closed and not a.thinking for a in found)
@@ -246,7 +246,7 @@ def test_the_model_leaves_the_memory(folder: Path, monkeypatch: pytest.MonkeyPat
     stream.close()  # type: ignore[attr-defined]
     gc.collect()
     assert len(models) == 2 and all(model() is None for model in models)
-    assert list(contestant.answers([], GREEDY)) == [] and len(models) == 2, "nothing to ask, nothing to load"
+    assert list(contestant.answers([], GREEDY)) == [] and len(models) == 2, "without requests no model is loaded"
 
 
 def test_the_digest_follows_what_is_in_the_files(folder: Path, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_the_digest_follows_what_is_in_the_files(folder: Path, tmp_path: Path) -
 
 
 def quiz(path: Path, n: int = 12) -> Path:
-    """Choices of several lengths, so that the likeliest differs from the likeliest per character."""
+    """Choices of several lengths, so that the likeliest one differs from the likeliest one per character."""
     rng = random.Random(3)
     words = ["4", "5", "whale", "the whale", "sang 4+5", "9=9", "The whale sang."]
     records = [
@@ -273,7 +273,7 @@ def quiz(path: Path, n: int = 12) -> Path:
 
 
 def test_choices_by_their_likelihood(folder: Path, tmp_path: Path) -> None:
-    """The likeliest continuation worked out anew, token by token, from one row at a time."""
+    """Recomputes the likeliest continuation token by token, one row at a time."""
     path, model, tokenizer = quiz(tmp_path / "quiz.jsonl"), *load(folder)
     right: dict[str, list[bool]] = {form: [] for form in likelihood.FORMS}
     for record in map(json.loads, path.read_text().splitlines()):
@@ -306,7 +306,7 @@ def test_examples_before_a_question(tmp_path: Path) -> None:
     path = quiz(tmp_path / "quiz.jsonl")
     suite = catalogue.load(f"{path}?score=texts&shots=2&shuffle=false", None, 0)
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    rng = random.Random(1234)  # the harness's seed, one draw after the other
+    rng = random.Random(1234)  # the harness's seed; draws are sequential
     for problem, record in zip(suite.problems, records, strict=True):
         others = [r for r in rng.sample(records, 3) if r != record][:2]
         put = [f"Question: {r['question']}\nAnswer: {r['choices'][r['answer']]}" for r in others]

@@ -1,4 +1,4 @@
-"""SFT and GRPO with compiled blocks: the losses of uncompiled ones, and a clear error where nothing can be compiled."""
+"""SFT and GRPO with compiled blocks: the losses of uncompiled ones, and an error where nothing can be compiled."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from finback.train import compiling
 from tests.test_grpo import reinforcement, steps, with_varied_rewards
 from tests.test_tuning import stage_folder, tune, write_traces
 
-# torch's own, while it traces
+# torch raises it itself while it traces
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 
@@ -37,7 +37,7 @@ def test_compiled_blocks_fine_tune_with_the_same_losses(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_learn_from_rewards_with_the_same_losses(tmp_path: Path) -> None:
-    """At a learning rate at which both sample the same answers; the gap says that trainer and engine still agree."""
+    """Uses a learning rate at which both sample the same answers; the gap shows that trainer and engine still agree."""
     if compiling.why_not():
         pytest.skip("torch.compile does not work here")
     found = []

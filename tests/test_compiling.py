@@ -1,4 +1,4 @@
-"""Compiled blocks: the same numbers as without, one compilation for all of them, and nothing compiled but training."""
+"""Compiled blocks: the numbers of uncompiled ones, one compilation for all blocks, and only training is compiled."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ from tests.toy import CONFIG, backward, backward_batch, toy_model
 
 __all__ = ["prepared"]  # a fixture
 
-# torch's own, while it traces
+# torch raises it itself while it traces
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 TOKENS = torch.randint(CONFIG.vocab_size, (4, 16 + 2), generator=torch.Generator().manual_seed(1))
@@ -33,13 +33,13 @@ TOKENS = torch.randint(CONFIG.vocab_size, (4, 16 + 2), generator=torch.Generator
 
 @pytest.fixture(autouse=True, scope="module")
 def compiler() -> None:
-    """Asked here and not while tests are collected: the answer takes seconds."""
+    """Checked here and not during collection, since the check takes seconds."""
     if compiling.why_not():
         pytest.skip("torch.compile does not work here")
 
 
 def two(compute: torch.dtype = torch.float32) -> tuple[Transformer, Transformer]:
-    """A model that is compiled, and the same one that is not."""
+    """A compiled model and the same model uncompiled."""
     plain = Transformer(CONFIG, compute).initialise(3).train()
     return compiling.compile_blocks(copy.deepcopy(plain)), plain
 
@@ -54,7 +54,7 @@ def graphs() -> int:
 
 
 def rows() -> Batch:
-    """Rows of two documents, the last of which has padding behind it."""
+    """Rows of two documents; the last row ends in padding."""
     documents = torch.zeros_like(TOKENS)
     documents[:, 7:] = 1
     real = torch.ones_like(TOKENS, dtype=torch.bool)
@@ -113,7 +113,7 @@ def test_one_compilation_for_all_blocks_steps_and_models() -> None:
         backward(compiled, TOKENS, 0.3, 1e-2)
     backward(two()[0], TOKENS, 0.3, 1e-2)
     assert graphs() == known
-    for count in (3, 2, 1):  # rows that come up by a ramp: once more for any other size, not for each
+    for count in (3, 2, 1):  # a growing number of rows does not recompile for each size
         backward(compiled, TOKENS[:count], 0.3, 1e-2)
     assert graphs() - known <= 10
     known = graphs()
@@ -161,7 +161,7 @@ def test_without_a_compiler_it_says_so(prepared: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_why_not_names_what_is_missing(tmp_path: Path) -> None:
-    """In a process of its own, since torch remembers a compiler that it has found."""
+    """Runs in a separate process, since torch remembers a compiler that it has found."""
     code = "from finback.train.compiling import why_not; print(why_not())"
     lacking = os.environ | {
         "CXX": "/nowhere/g++",

@@ -1,4 +1,4 @@
-"""Knobs: what fits a field, what `--set` makes of a text, and what the user is told when neither works."""
+"""Knobs: which values fit a field, how `--set` converts a text, and the error when neither works."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def changed(path: str, text: str) -> Any:
     "knobs",
     [
         {},
-        {"rate": 1},  # an int is a number too
+        {"rate": 1},  # an int is also a float
         {"limit": 7},
         {"sizes": (1, 2)},
         {"mixture": {"chitchat": 1, "chains": 0.5}},

@@ -1,4 +1,4 @@
-"""A run goes on with the files and the code that it was begun with, or says that they changed."""
+"""A resumed run continues with the files and code that it began with, or reports that they changed."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ from tests.toy import environment
 
 @dataclass(frozen=True, kw_only=True)
 class Reads(Stage):
-    """Names what it reads and does nothing with it."""
+    """Lists the files that it reads and does nothing with them."""
 
     task: Task | None = None
     text: tuple[Files | Hub, ...] = field(default_factory=tuple)
@@ -67,12 +67,12 @@ def test_a_changed_file_is_refused_when_a_run_goes_on(tmp_path: Path) -> None:
         path.write_text(LINE)
         begin(runs / name / "again", stage)
         assert read_json(runs / name / "again" / "reads" / "config.json") == config
-        path.unlink()  # a finished stage needs it no longer
+        path.unlink()  # a finished stage no longer needs it
         begin(runs / name, stage)
 
 
 def test_a_data_set_of_the_hub_that_moved_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its commit, online or in the cache; where neither can be told, as without a network, a run goes on."""
+    """Compares commits, online or in the cache; if the commit is unknown, as without a network, a run continues."""
     commits: list[str | None] = ["a" * 40]
     asked: list[Any] = []
 
@@ -111,7 +111,7 @@ def test_a_folder_read_as_a_data_set_is_known_by_its_files(tmp_path: Path, monke
     prepare.stage_run.folder.mkdir()
     assert [prepare.claim([source]) for _ in range(2)] == [False, True]
     (folder / "train.jsonl").write_text(LINE.replace("9", "8"))
-    assert not prepare.claim([source]), "what an interrupted call made of other rows is not gone on with"
+    assert not prepare.claim([source]), "the partial output of a call on other rows is not reused"
     assert [document.messages[1].content for document in source.documents()] == ["8"]
     with pytest.raises(UserError, match=r"^reads\.text\.0\.path = 'sha256 .*': the content has changed since"):
         begin(tmp_path / "runs", Reads(name="reads", text=(source,)))

@@ -1,4 +1,4 @@
-"""Context parallelism: parts of rows on several ranks train like whole rows on one."""
+"""Context parallelism: rows split over several ranks train like whole rows on one."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ PACKED = Way(MANY_HEADS, rows=(4, 8), packed=True, looks=(19,))
 
 
 def agrees(one: dict[Way, Any], layout: Layout, tmp_path: Path, way: Way) -> None:
-    """Losses within 1e-5, norms within 1e-5 of their size, biases within 1e-6 of one rank's, over 20 steps."""
+    """Over 20 steps: losses within 1e-5, norms within 1e-5 relative, biases within 1e-6 of those of one rank."""
     if way not in one:
         one[way] = on_one(way)
     on_ranks(layout.ranks, trained, layout, way, str(tmp_path / "out.json"))
@@ -65,7 +65,7 @@ def agrees(one: dict[Way, Any], layout: Layout, tmp_path: Path, way: Way) -> Non
 
 @pytest.fixture(scope="module")
 def one() -> dict[Any, Any]:
-    """What one rank makes of a way."""
+    """One rank's results by training setup."""
     return {}
 
 
@@ -101,9 +101,9 @@ def one() -> dict[Any, Any]:
     ],
 )
 def test_parts_of_rows_train_like_whole_rows(one: dict[Any, Any], layout: Layout, way: Way, tmp_path: Path) -> None:
-    """Losses, norms of gradients and router biases; documents and padding cross the cut, and so do MTP's labels.
+    """Losses, gradient norms and router biases; documents, padding and MTP's labels cross the boundaries between parts.
 
-    Two ranks with rows of their own, dp=2, are as far from one: its norm is a sum in fp32, theirs in fp64.
+    Two ranks with rows of their own, dp=2, differ as much from one rank: its norm is summed in fp32, theirs in fp64.
     """
     agrees(one, layout, tmp_path, way)
 
@@ -126,7 +126,7 @@ def test_a_part_holds_what_mtp_reads_behind_it() -> None:
 
 
 def _attention(heads: int, keys: int) -> None:
-    """Output and gradients of this rank's tokens are those of whole rows, under a mask and document by document."""
+    """Output and gradients of this rank's tokens equal those of whole rows, under a mask and document by document."""
     rank, size, generator = dist.get_rank(), dist.get_world_size(), torch.Generator().manual_seed(1)
     whole = [torch.randn(2, n, 12, d, generator=generator) for n, d in ((heads, 8), (keys, 8), (keys, 6))]
     ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
@@ -147,12 +147,12 @@ def _attention(heads: int, keys: int) -> None:
     ("ranks", "heads", "keys"), [(2, 4, 1), *(pytest.param(4, 12, n, marks=pytest.mark.slow) for n in (12, 6, 3, 2))]
 )
 def test_attention_over_heads_is_that_of_whole_rows(ranks: int, heads: int, keys: int) -> None:
-    """Keys that fewer ranks have than there are go to several: 6, 3 and 2 of them over 4 ranks."""
+    """Fewer key heads than ranks are replicated: 6, 3 and 2 of them over 4 ranks."""
     on_ranks(ranks, _attention, heads, keys)
 
 
 def _long() -> None:
-    """Rows long enough for no mask at all, and blocks done again: the loss of whole rows, by the model alone."""
+    """Rows too long for a mask, with recomputed blocks: the loss of whole rows through the model alone."""
     documents.LONGEST_MASKED = 4
     for batch in batches(PACKED, 1):
         terms, found = LossTerms(batch.counts(2).tolist()), []
@@ -195,15 +195,15 @@ def test_what_cannot_be_cut_is_refused(layout: Layout, words: str) -> None:
 
 
 def test_the_planner_counts_parts_of_rows() -> None:
-    """A rank's activations are those of its part; heads travel for tokens, by hand for TINY: 4 heads, 5 layers."""
+    """A rank's activations are those of its part of a row; TINY's exchange of heads by hand: 4 heads, 5 layers."""
     site = hardware.site("h100:8", ())
     whole, cut = (Workload(Layout(cp=n), rows=1, length=4096, precision="bf16") for n in (1, 2))
     memory = [rank_memory(TINY, work, site.known)[0] for work in (whole, cut)]
     assert memory[1].activations == memory[0].activations / 2 and memory[1].optimizer == memory[0].optimizer / 2
     sent = [traffic.of(TINY, work, site.machine) for work in (whole, cut)]
-    numbers = 4 * (48 + 48 + 32 + 32)  # of a query, a key, a value and what comes of them
+    numbers = 4 * (48 + 48 + 32 + 32)  # per query, key, value and attention output
     assert sent[0].context == 0 and sent[1].context == 2 * 2048 * 5 * numbers * 2 / 2 and sent[1].context_seconds > 0
-    shared = dataclasses.replace(DENSE, num_hidden_layers=1)  # its 2 keys and values go to 4 ranks
+    shared = dataclasses.replace(DENSE, num_hidden_layers=1)  # 4 ranks get copies of its 2 key and value heads
     of_keys = traffic.of(shared, dataclasses.replace(whole, layout=Layout(cp=4)), site.machine)
     assert of_keys.context == 2 * 1024 * 2 * 4 * (8 + 4) * 2 * 3 / 4
     forward = [cost.step(V2_LITE, work, site.machine, 0.4, site.known).durations.f for work in (whole, cut)]

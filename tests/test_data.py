@@ -1,4 +1,4 @@
-"""Text to batches: nothing is lost on the way to ids and back, nothing forged, nothing drawn twice."""
+"""Text to batches: encoding and decoding lose nothing, special tokens cannot be forged, no row is drawn twice."""
 
 import json
 import random
@@ -34,7 +34,7 @@ SPECIAL = (BOS, EOS, PAD, *ADDED)
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer that knows whales."""
+    """A tokenizer trained on text about whales."""
     return tokenizer.train(TEXT * 20, 340, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
@@ -63,7 +63,7 @@ DIALOGUE = [Message("user", "4+5?"), Message("assistant", "9", "4+5=9"), Message
 def test_prompts_by_hand(words: Tokenizer) -> None:
     e, i = words.encode, words.ids
     asked = [i[BOS], i[USER], *e("4+5?"), i[ASSISTANT], *e("9"), i[EOS], i[USER], *e("ok"), i[ASSISTANT]]
-    assert encode_prompt(DIALOGUE, words) == (asked, False)  # no chain of an earlier turn
+    assert encode_prompt(DIALOGUE, words) == (asked, False)  # without the chain of an earlier turn
     assert encode_prompt(DIALOGUE, words, think=True) == ([*asked, i[THINK]], True)
     assert encode_prompt([], words) == ([i[BOS], i[ASSISTANT]], False)
 
@@ -112,7 +112,7 @@ def test_what_was_said_is_parsed_as_it_was_meant(words: Tokenizer) -> None:
 
 
 def files(folder: Path, name: str, content: str | bytes) -> Files:
-    """A source of one file with this content."""
+    """A source that is one file with this content."""
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return Files((str(folder / name),), name="mine")
 
@@ -193,7 +193,7 @@ def test_files_that_are_not_text_are_refused(name: str, content: bytes, message:
 
 
 def test_letters_without_an_end_are_learnt_from_in_parts(tmp_path: Path) -> None:
-    """The time that a word takes grows with the square of its length: a megabyte of letters took hours."""
+    """A word takes time quadratic in its length: a megabyte of letters took hours."""
     run = "".join(random.Random(0).choices("abcdefgh", k=3000))
     cut = " ".join(run[i : i + 1024] for i in range(0, len(run), 1024))
     one, two = (tokenizer.train([text], 320, tmp_path / "t.json").as_json() for text in (run, cut))
@@ -282,7 +282,7 @@ def test_addresses_are_taken_out(text: str, expected: str, redacted: int) -> Non
 def test_odd_characters_are_normalised() -> None:
     kept, _ = cleaned("e\u0301te\x07 \ud83d and\r\nmore\ttext\x1b", "\udc80\ud800")
     assert kept == ["\u00e9te  and\nmore\ttext"]
-    kept[0].encode()  # no surrogate is left
+    kept[0].encode()  # raises if a surrogate is left
     assert [text.split() for text in cleaned("one\x0ctwo\rthree\x85four")[0]] == [["one", "two", "three", "four"]]
 
 
@@ -293,7 +293,7 @@ def test_long_unbroken_text_is_cleaned_quickly() -> None:
 
 
 def test_dialogues_stay_in_turns() -> None:
-    """A turn that is empty after cleaning must not leave two turns of one speaker side by side."""
+    """A turn that is empty after cleaning must not leave two consecutive turns of one speaker."""
     said = ["hi", " \0", "are  you\nthere?", "yes", "", "good"]
     roles = ("user", "assistant")
     messages = tuple(Message(roles[i % 2], text) for i, text in enumerate(said))  # type: ignore[arg-type]
@@ -346,14 +346,14 @@ def test_one_document_in_twenty_is_for_validation() -> None:
 
 
 def loader(folder: Path, mixture: dict[str, float], sizes: dict[str, int], **options: int) -> Loader:
-    """A loader over shards that count up from 0, so that a row's first token tells which window it is."""
+    """A loader over shards that count up from 0, so that a row's first token identifies its window."""
     for name, size in sizes.items():
         pack.write(folder / f"{name}.train.bin", [list(range(size))])
     return Loader(folder, mixture, **{"length": 8, "extra": 2, "seed": 5, **options})
 
 
 def windows_of(source: Loader, rows: int, rank: int = 0, ranks: int = 1) -> torch.Tensor:
-    """This rank's share of the next rows, (rows / ranks, length + extra) ids."""
+    """This rank's share of the next rows: (rows / ranks, length + extra) ids."""
     drawn = source.draw(rows, rank, ranks, document_ids=False)
     return torch.from_numpy(np.stack([row.tokens for row in drawn]).astype(np.int64))
 

@@ -1,4 +1,4 @@
-"""Long texts a block at a time: the same words, runs and tokens as of the whole, and never much of it at once."""
+"""Long texts in blocks: the same words, runs and tokens as for the whole text, with bounded memory."""
 
 import random
 import re

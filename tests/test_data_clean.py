@@ -1,4 +1,4 @@
-"""Rules for what stays: each by hand, near duplicates against the true Jaccard index, exams against plain search."""
+"""Cleaning rules by hand, near duplicates against the true Jaccard index, exam questions against a plain search."""
 
 import random
 import re
@@ -33,7 +33,7 @@ def sifted(
     [
         ("four words are few", "short"),
         ("five words are now enough", ""),
-        ("a b c d e\n" * 2 + "f g\nh i", ""),  # 1 of 4 lines said before
+        ("a b c d e\n" * 2 + "f g\nh i", ""),  # 1 of 4 lines is a repeat
         ("a b c d e\n" * 2 + "f g", "repetitive"),  # 1 of 3
         ("a b c d e\n\n\n a b c d e\nf g", "repetitive"),
         ("abc de 12345 678 90", "few_letters"),  # 5 of 15
@@ -110,7 +110,7 @@ def test_the_first_of_near_duplicates_stays_and_is_named() -> None:
 
 
 def test_sources_are_compared_near_but_not_exactly() -> None:
-    """An exact repeat in another source is a near duplicate if that is looked for, and stays if not."""
+    """An exact repeat in another source is dropped as a near duplicate if these are enabled, and stays otherwise."""
     near, text = NearDuplicates(), " ".join(WORDS[:80])
     for index, kept in ((SignatureIndex(near), 0), (None, 1)):
         rules = CleaningRules(signer=MinHashSigner(near, 0) if index else None)
@@ -155,7 +155,7 @@ PROSE = "How many songs does a blue whale sing in one year if it sings three of 
         (Document((Message("user", "12 + 7 = "), Message("assistant", "19"))), True),
         (Document(text="Homework\n 12 + 7 =\n13 + 7 ="), True),
         (Document(text="12 - 7 ="), False),  # another sum
-        (Document(text="Question: who wrote  Hamlet? Answer: he."), True),  # no n-gram, and no line of its own
+        (Document(text="Question: who wrote  Hamlet? Answer: he."), True),  # no n-gram, and not a line of its own
         (Document((Message("system", "Who wrote Hamlet? Or so."), Message("user", "Hi"))), False),
         (Document(text="She, who wrote Hamlet? Not I."), True),
         (Document(text="Who wrote Hamlets?"), False),

@@ -1,4 +1,4 @@
-"""Files of every kind are read as what they are, or refused by name: never learnt as markup or bytes."""
+"""Files of every kind are parsed in their own format or refused by name: markup and bytes are never learnt."""
 
 import gzip
 import io
@@ -28,7 +28,7 @@ def read(path: Path) -> list[Document]:
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
-    """A file, gzipped if its name says so."""
+    """Writes a file, gzipped if its name says so."""
     raw = content.encode() if isinstance(content, str) else content
     (folder / name).write_bytes(gzip.compress(raw) if name.lower().endswith(".gz") else raw)
     return folder / name
@@ -150,7 +150,7 @@ def test_pieces_of_pages_by_hand(html: str, text: str) -> None:
 
 
 def pdf(text: str) -> bytes:
-    """A PDF of one page with a line of text, as a printer driver would write it, without a table of its parts."""
+    """A PDF of one page with a line of text, as a printer driver writes it, without a cross-reference table."""
     stream = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET".encode()
     parts = [
         b"<< /Type /Catalog /Pages 2 0 R >>",

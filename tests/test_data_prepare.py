@@ -1,4 +1,4 @@
-"""The prepare stage: one pass after the other, killed anywhere, in one process or several: the same shards."""
+"""The prepare stage: its passes give the same shards in one process or several, and after a kill at any point."""
 
 import gc
 import hashlib
@@ -39,7 +39,7 @@ WORDS = re.findall(
 
 
 class Alone:
-    """One rank."""
+    """A process group of one rank."""
 
     rank, size = 0, 1
 
@@ -55,7 +55,7 @@ def sentences(seed: int, n: int) -> list[str]:
 
 
 def corpus(folder: Path) -> None:
-    """Three files of prose with a repeat and a near repeat, and dialogues."""
+    """Writes three files of prose with a repeat and a near repeat, and dialogues."""
     folder.mkdir()
     for seed in range(3):
         (folder / f"{seed}.txt").write_text("\n\n".join(sentences(seed, 60)))
@@ -88,7 +88,7 @@ def run(given: Prepare, root: Path, seed: int = 3) -> StageRun:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file of a folder and its digest."""
+    """Every file of a folder with its digest."""
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
     }
@@ -105,7 +105,7 @@ ALL = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A corpus, and the folder of a run that made shards of it with every knob in use."""
+    """A corpus, and the folder of a run that made shards of it with every knob set."""
     folder = tmp_path_factory.mktemp("prepare")
     corpus(folder / "text")
     return folder / "text", run(stage(folder / "text", **ALL), folder / "runs").folder
@@ -143,7 +143,7 @@ def test_the_record_says_what_was_read_and_what_became_of_it(made: tuple[Path, P
 def test_several_processes_make_the_same_files(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four files of prose are four pieces of reading, and with 50 documents a segment, four of encoding."""
+    """Four files of prose are read in four pieces, and with 50 documents a segment they are encoded in four."""
     pytest.importorskip("datatrove")
     text, folder = made
     monkeypatch.setattr(prepare, "ExecutorConfig", partial(ExecutorConfig, segment_documents=50))
@@ -200,7 +200,7 @@ t.run(t.stage(text, **t.ALL), root)
     "when", [200, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 100, 300, 330, 400, 520, 660))]
 )
 def test_killed_anywhere_it_goes_on_with_the_source_at_hand(when: int, made: tuple[Path, Path], tmp_path: Path) -> None:
-    """About 330 documents are stored and as many written: each moment is in another source or pass."""
+    """About 330 documents are stored and as many are written: each kill is in another source or pass."""
     text, folder = made
     command = [sys.executable, "-c", KILLED, str(text), str(tmp_path / "runs"), str(when)]
     root = Path(__file__).parent.parent
@@ -281,7 +281,7 @@ def test_many_documents_are_encoded_as_each_alone(made: tuple[Path, Path]) -> No
 
 
 def test_the_questions_that_are_kept_out_are_an_exams(tmp_path: Path) -> None:
-    """A run's exam of 50 problems, hidden in prose, in a dialogue and in a list, is found wholly."""
+    """A run's exam of 50 problems, hidden in prose, in a dialogue and in a list, is found completely."""
     task = Chains(2, 3)
     seed = StageRun(tmp_path, "x", 3, Alone()).seed("exam", task.name)
     exam = [p.question for p in tasks.distinct(task, "held_out", 50, seed)]
@@ -301,7 +301,7 @@ def test_the_questions_that_are_kept_out_are_an_exams(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_beyond_16_bits_has_wider_words(tmp_path: Path, made: tuple[Path, Path]) -> None:
-    """Without text for 65,536 entries to be learnt from: a tokenizer that says it has them."""
+    """The tokenizer only claims 129,280 entries, since learning more than 65,536 would need far more text."""
     text, folder = made
     words = Tokenizer(folder / "tokenizer.json")
     words.vocab_size = 129_280
@@ -322,7 +322,7 @@ def test_a_vocabulary_beyond_16_bits_has_wider_words(tmp_path: Path, made: tuple
 
 @pytest.mark.slow
 def test_a_corpus_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 5,000 documents no more live at a time than are encoded together."""
+    """Of 5,000 documents no more exist at a time than are encoded together."""
     lines = [json.dumps({"text": f"{i} {text}"}) for i, text in enumerate(sentences(1, 5000))]
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
     alive: list[int] = []

@@ -1,4 +1,4 @@
-"""Private data goes and what only looks like it stays, by hand-labelled lines; layout survives in every field."""
+"""Private data goes and text that only resembles it stays, by hand-labelled lines; layout survives in every field."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def test_what_stands_together_is_found_as_what_stands_alone() -> None:
 
 
 def test_every_field_of_a_document_is_redacted() -> None:
-    """The questions, the chains, the tools' arguments and results, names and systems."""
+    """Questions, chains, the tools' arguments and results, names and system messages."""
     private, clean = "write to ann@example.org or +44 20 7946 0958", "write to [email] or [phone]"
     call, hidden = (ToolCall("mail", json.dumps({"to": to}), "1") for to in (private, clean))
     roles = ("system", "user", "assistant", "tool", "assistant")
@@ -92,7 +92,7 @@ def test_many_numbers_and_none_take_no_longer_than_reading() -> None:
 
 
 def test_a_long_run_of_numbers_is_held_once() -> None:
-    """The places of its groups, 16 bytes each; not a stack of what was tried."""
+    """Memory holds the positions of the groups, 16 bytes each, and not a stack of attempts."""
     text = "123456 " * 30_000
     tracemalloc.start()
     assert redact(text) == (text, 0)

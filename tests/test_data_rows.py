@@ -1,4 +1,4 @@
-"""Rows with their documents: nothing is lost or learnt twice, whoever asks and wherever it was interrupted."""
+"""Rows of documents: no token is lost or learnt twice, on any number of ranks and after any interruption."""
 
 import json
 import random
@@ -24,7 +24,7 @@ LENGTH, EXTRA = 16, 3
 
 
 def shards(folder: Path, sizes: dict[str, list[int]]) -> None:
-    """Sources whose documents have these sizes; no two tokens of a source are equal, and 0 is none of them."""
+    """Writes sources whose documents have these sizes; tokens within a source are distinct, and none is 0."""
     for place, (name, lengths) in enumerate(sizes.items(), start=1):
         ends = np.cumsum([10_000 * place, *lengths]).tolist()
         documents = [list(range(a, b)) for a, b in pairwise(ends)]
@@ -41,7 +41,7 @@ def draw(source: Loader, rows: int, rank: int = 0, ranks: int = 1, documents: bo
 
 
 def real(batch: Batch) -> Any:
-    """(rows, length) True where a token is no padding."""
+    """(rows, length), True for tokens that are not padding."""
     padding = batch.inputs[1]
     return batch.inputs[0] >= 0 if padding is None else padding
 
@@ -52,7 +52,7 @@ def many(seed: int, n: int = 300) -> list[int]:
 
 
 def epoch(source: Loader, name: str) -> list[Batch]:
-    """The rows of the epoch at hand, one by one."""
+    """The rows of the current epoch, one by one."""
     order: Any = source.orders[name]
     rows, number = [draw(source, 1)], order.epoch
     while True:
@@ -65,7 +65,7 @@ def epoch(source: Loader, name: str) -> list[Batch]:
 
 
 def learnt(rows: list[Batch], depth: int = 0) -> Counter[tuple[int, int]]:
-    """Pairs of a token and the one `depth` + 1 further on that is to be predicted from it."""
+    """Pairs of a token and the label at distance `depth` + 1 that is predicted from it."""
     pairs: Counter[tuple[int, int]] = Counter()
     for row in rows:
         labels = row.labels_at(depth)
@@ -109,7 +109,7 @@ def test_every_token_is_predicted_once_an_epoch(
         ends = np.cumsum([10_000, *sizes]).tolist()
         wanted = {(t, t + 1) for a, b in pairwise(ends) for t in range(a, b - 1)}
         assert learnt(rows) == Counter(wanted)
-        for depth in range(1, extra):  # nothing of another document, nothing twice
+        for depth in range(1, extra):  # no label from another document, and none twice
             pairs = learnt(rows, depth)
             assert pairs == Counter(pairs.keys()) and all((t + depth, u) in wanted for t, u in pairs)
             assert all(u == t + depth + 1 for t, u in pairs)
@@ -145,7 +145,7 @@ def test_any_number_of_ranks_draws_the_rows_of_one(packing: str, documents: bool
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit"])
 def test_resuming_anywhere_gives_the_rows_that_remain(packing: str, tmp_path: Path) -> None:
-    """Also at the ends of epochs and of windows: there are more pieces than are fitted together."""
+    """Includes the ends of epochs and of windows: there are more pieces than are packed together."""
     shards(tmp_path, {"a": many(1, 1200)})
     steady = loader(tmp_path, {"a": 1.0}, packing)
     states, rows = [], []
@@ -156,7 +156,7 @@ def test_resuming_anywhere_gives_the_rows_that_remain(packing: str, tmp_path: Pa
     ends = [
         i for i, state in enumerate(states[1:], 1) if packing == "best_fit" and json.loads(state)["at"]["a"][2] == 1
     ]
-    assert len(ends) == 3 or packing == "stream"  # the start, a window's and an epoch's
+    assert len(ends) == 3 or packing == "stream"  # the start, the end of a window and that of an epoch
     for start in {*boundaries, *(i - 1 for i in ends), *ends}:
         resumed = loader(tmp_path, {"a": 1.0}, packing)
         resumed.load_state(json.loads(states[start]))
@@ -166,7 +166,7 @@ def test_resuming_anywhere_gives_the_rows_that_remain(packing: str, tmp_path: Pa
 
 
 def test_a_resume_at_an_epochs_last_row_goes_on(tmp_path: Path) -> None:
-    """An epoch that is used up must neither end training nor be skipped (verl 5725)."""
+    """An exhausted epoch neither ends training nor is skipped (verl 5725)."""
     shards(tmp_path, {"a": [17] * 4})
     steady = loader(tmp_path, {"a": 1.0}, seed=1)
     first = epoch(steady, "a")
@@ -240,7 +240,7 @@ def test_shards_that_do_not_know_their_documents_still_stream(tmp_path: Path) ->
     shards(tmp_path, {"a": [100]})
     wide = pack.read(tmp_path / "a.train.bin")
     assert wide.dtype == np.uint32
-    np.arange(100, dtype="<u2").tofile(tmp_path / "a.train.bin")  # as it was before shards were described
+    np.arange(100, dtype="<u2").tofile(tmp_path / "a.train.bin")  # the format before shards had descriptions
     (tmp_path / "a.train.json").unlink()
     assert loader(tmp_path, {"a": 1}, "stream").draw(1, document_ids=False)[0].tokens.shape == (LENGTH + EXTRA,)
     with pytest.raises(UserError, match="do not say where documents end"):

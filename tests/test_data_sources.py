@@ -1,4 +1,4 @@
-"""Sources of every kind: the same documents however a file is packed, and what is wrong with one is said."""
+"""Sources of every kind: a compressed file gives the same documents, and errors in a file are reported."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ DOCUMENTS = [
 
 
 def packed(folder: Path, name: str, content: bytes) -> Path:
-    """A file, compressed as its name says."""
+    """Writes a file, compressed as its name says."""
     pyarrow = pytest.importorskip("pyarrow")
     path = folder / name
     if path.suffix == ".gz":
@@ -153,7 +153,7 @@ def test_pages_by_hand() -> None:
 
 
 def test_packages_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A little of each package, in the places where they lie."""
+    """A small copy of each package, with its files in their usual places."""
     aws = {
         "operations": {"Sing": {"documentation": "<p>Sings.</p>", "input": {"shape": "S"}}},
         "documentation": "Whales <b>2</b>.",

@@ -1,4 +1,4 @@
-"""The C++ kernels and packed matrices against the plain lines they stand for."""
+"""The C++ kernels and packed matrices against the plain implementation."""
 
 import dataclasses
 import subprocess
@@ -22,7 +22,7 @@ from finback.model.transformer import Transformer
 from tests.test_model import DENSE, SPARSE, TOY, random_model
 from tests.toy import environment
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler: the plain lines are what runs")
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler: only the plain implementation runs")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 CONFIGS = {
     "mla": TOY,
@@ -37,7 +37,7 @@ CONFIGS = {
 
 
 def passes(model: Transformer) -> torch.Tensor:
-    """Hidden states of a prompt, single tokens and a pair of them, on scattered pages, one row ahead of the others."""
+    """Hidden states of a prompt, of single tokens and of a pair, on scattered pages, one row ahead of the others."""
     config = use_native(model).config
     pool = Pool(config, 13, model.compute, torch.device("cpu"))
     table = torch.tensor([[5, 2, 9, 12], [1, 8, 3, 10], [4, 6, 7, 11]])
@@ -73,7 +73,7 @@ def test_decoding_equals_the_plain_lines(config: ModelConfig, monkeypatch: pytes
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), SPARSE], ids=[*CONFIGS, "sparse"])
 def test_a_packed_model_answers_as_before(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 packed against bf16 plain, both against fp32: packing adds nothing to what bf16 costs."""
+    """Packed bf16 and plain bf16 against fp32: packing adds no error to that of bf16."""
     exact = passes(random_model(config))
 
     def in_bf16() -> Transformer:
@@ -85,7 +85,7 @@ def test_a_packed_model_answers_as_before(config: ModelConfig, monkeypatch: pyte
     plain = passes(in_bf16())
     monkeypatch.undo()
     fast = passes(pack(in_bf16(), "bf16"))
-    # the median: where two experts score alike, rounding chooses another one, and that token's state is quite different
+    # the median: where two experts score alike, rounding chooses another one, and that token's state differs a lot
     assert (fast - exact).abs().median() <= 1.3 * (plain - exact).abs().median()
     int8 = passes(pack(in_bf16(), "int8"))
     assert (int8 - exact).abs().median() <= 0.1 * exact.abs().median()

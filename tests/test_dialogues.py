@@ -1,4 +1,4 @@
-"""Records in the forms that people keep: each gives the turns that were meant, or says by name why it gives none."""
+"""Records in common formats: each gives the intended turns, or an error that names why it gives none."""
 
 import csv
 import gzip
@@ -126,7 +126,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
             },
             (USER, called("add", '{"a": 4}'), Message("tool", "9", name="add"), ANSWER),
         ),
-        # chains of thought, wherever they stand
+        # chains of thought under any key
         *(({"messages": [ASKED, {**SAID, name: "five more"}]}, (USER, THOUGHT)) for name in dialogues.REASONING),
         *(({"question": "4+5?", "answer": "9", name: "five more"}, (USER, THOUGHT)) for name in dialogues.REASONING),
         *(
@@ -162,7 +162,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
             {"question": "Tag?", "answer": "It is `<think>`."},
             (Message("user", "Tag?"), Message("assistant", "It is `<think>`.")),
         ),
-        # an empty answer is read, not learnt
+        # an empty answer is context without labels
         (
             {"messages": [ASKED, {"role": "assistant", "content": None}, ASKED, SAID]},
             (USER, Message("assistant", "", learnt=False), USER, ANSWER),

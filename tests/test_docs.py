@@ -1,4 +1,4 @@
-"""Documents of a run: every fact is a record's or an answer's, the forms are valid, and nothing is half-written."""
+"""Documents of a run: every fact comes from a record or an answer, the formats are valid, and files are complete."""
 
 import hashlib
 import json
@@ -60,12 +60,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """A copy of the run that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "toy"))
 
 
 def filled(**changed: Any) -> Answers:
-    """An answer to every question; names with __ for the dot."""
+    """An answer to every question; keywords have __ for the dot of a key."""
     given: dict[str, Any] = {"text": "words of the provider", "list": ["en"], "yes or no": False, "number": 1e20}
     answers = {q.key: given[q.kind] for q in QUESTIONS if q.key != "model.use_limits"}
     answers |= {"base.licence": "MIT", "model.eu_date": "2026-02-01", "data.latest": "12/2025"}
@@ -78,19 +78,19 @@ def texts(root: Path, answers: Answers, model: str = "zero") -> dict[str, str]:
 
 
 def holes(run: facts.RunFacts, answers: Answers) -> int:
-    """How often what people read says NOT PROVIDED."""
+    """The number of NOT PROVIDED entries in the documents for people."""
     drafts = build.drafts(run, answers, "2026-03-01").values()
     return sum(page.markdown(blocks).count(NOT_PROVIDED) for blocks in drafts)
 
 
 def test_a_run_that_was_told_everything_lacks_nothing(made: Path) -> None:
     found = texts(made, filled(model__use_limits="none"))
-    # CycloneDX wants a supplier of energy, whom nobody is asked for
+    # CycloneDX requires an energy supplier, which no question covers
     assert {name for name, text in found.items() if NOT_PROVIDED in text} == {"bom.cdx.json"}
     examined = build.examine(facts.read(made, "zero"), filled(), NOW)
     assert examined.holds and examined.as_text().endswith("Complete.")
     distilled = build.examine(facts.read(made), filled(), NOW)
-    assert any("evaluation" in hole for hole in distilled.unrecorded), "the last model was given no exam"
+    assert any("evaluation" in hole for hole in distilled.unrecorded), "the last model has no evaluation"
 
 
 def test_a_question_without_an_answer_prints_not_provided(made: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_question_without_an_answer_prints_not_provided(made: Path) -> None:
 
 
 def entries(root: Path) -> Iterator[tuple[Path, tuple[Any, ...]]]:
-    """Every entry of every manifest and every key of every ledger, as a file and a path into it."""
+    """Every entry of every manifest and every key of every ledger, as a file and the path within it."""
     yield root / "recipe.json", ("recipe",)
     yield root / "recipe.json", ("seed",)
     for path in sorted(root.glob("*/manifest.json")):
@@ -138,7 +138,7 @@ def removed(path: Path, where: tuple[Any, ...]) -> None:
 
 def test_each_entry_that_is_taken_away_is_seen_to_be_missing(run: Path) -> None:
     answers = filled(model__use_limits="none")
-    models = {"small": "small"}  # another model's own stage is told of in that model's documents
+    models = {"small": "small"}  # another model's own stage appears in that model's documents
     whole = {model: holes(facts.read(run, model), answers) for model in ("zero", "small")}
     there = list(entries(run))
     for path, where in there:
@@ -155,7 +155,7 @@ def test_the_page_needs_nothing_else_and_has_the_curves(made: Path) -> None:
     assert set(re.findall(r"https?://[^\"' <)]*", html)) <= {"http://www.w3.org/2000/svg", "https://example.org/m"}
     assert not re.search(r"<(script|link|img|iframe)|@import|url\(", html)
     assert "default-src 'none'" in html and "color-scheme: light dark" in html
-    further = {"mtp loss": 1, "thinks": 3, "mismatch kl": 1}  # lines of a picture beyond the first
+    further = {"mtp loss": 1, "thinks": 3, "mismatch kl": 1}  # curves per figure beyond the first
     lines = html.count("<polyline") - sum(n * html.count(f"{name}</text>") for name, n in further.items())
     assert html.count("<svg") == lines
     for name in ("base: loss", "base: router health: max violation", "zero: tokens per answer", "taught: loss"):
@@ -170,7 +170,7 @@ def test_what_a_model_or_a_provider_says_stays_text(run: Path) -> None:
     write_lines(path, [r | {"answer": f"{bad}\n````\n# heading"} for r in read_lines(path)])
     found = texts(run, filled(provider__name=bad))
     assert "<script" not in found["report.html"] and "&lt;script&gt;" in found["report.html"]
-    assert "`````text" in found["report.md"], "the fence is longer than the answer's own"
+    assert "`````text" in found["report.md"], "the fence must be longer than the answer's own"
     row = next(line for line in found["MODEL_CARD.md"].splitlines() if line.startswith("| provider"))
     assert r"\<script\>" in row and re.sub(r"\\.", "", row).count("|") == 3
 
@@ -183,7 +183,7 @@ def test_the_card_has_yaml_that_the_hub_reads(made: Path) -> None:
     assert header["license"] == "mit" and header["language"] == ["en", "de"] and header["metrics"] == ["accuracy"]
     data = ModelCard(card).data
     assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
-    assert data.base_model is None, "it began with random weights"
+    assert data.base_model is None, "it started from random weights"
     bare = yaml.safe_load(texts(made, Answers({}))["MODEL_CARD.md"].split("---")[1])
     assert "license" not in bare and "language" not in bare
 
@@ -216,13 +216,13 @@ def test_the_spdx_document_is_valid(made: Path, answers: Answers, tmp_path: Path
     with path.open("rb") as handle:
         spdx.JSONLDDeserializer().read(handle, objects)
     objects.link()
-    with (tmp_path / "again.json").open("wb") as handle:  # writing checks that nothing demanded is missing
+    with (tmp_path / "again.json").open("wb") as handle:  # the writer checks that every required entry is present
         spdx.JSONLDSerializer().write(objects, handle)
     (model,) = objects.foreach_type(spdx.ai_AIPackage)
     (document,) = objects.foreach_type(spdx.SpdxDocument)
     told = bool(answers.given)
     assert (model.suppliedBy is not None) == (model.releaseTime is not None) == told
-    assert (model.comment is None) == told, "what the profile demands and nobody told is named"
+    assert (model.comment is None) == told, "a comment names what the profile requires and no answer provides"
     profile = spdx.ProfileIdentifierType.ai
     assert (profile in list(document.profileConformance)) == told
     assert {d.name for d in objects.foreach_type(spdx.dataset_DatasetPackage)} == {"words", "chains", "lessons"}
@@ -263,7 +263,7 @@ def test_compute_is_counted_as_the_guidelines_say(run: Path) -> None:
     ledger("base", flops_training=8e22, flops_recomputed=5e22, flops_evaluation=9e24)
     ledger("taught", flops_training=1e22)
     ledger("zero", flops_training=2e22, flops_generation=9.9e24, flops_auxiliary=4e24)
-    ledger("small", flops_training=7e30)  # another model's
+    ledger("small", flops_training=7e30)  # another model's ledger entry
     found = facts.read(run, "zero")
     c = compute.of(found, Answers({}))
     assert c.training == pytest.approx(1.1e23) and c.cumulative == pytest.approx(1.001e25)
@@ -408,8 +408,8 @@ def test_documents_appear_when_all_are_written(run: Path, tmp_path: Path, monkey
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError):
         build.write(found, Answers({}), out, NOW)
-    assert (out / "report.md").read_bytes() == before, "the older ones are still whole"
-    assert [p.name for p in tmp_path.glob("out*")] == ["out"], "and nothing is left beside them"
+    assert (out / "report.md").read_bytes() == before, "the older documents must be intact"
+    assert [p.name for p in tmp_path.glob("out*")] == ["out"], "no temporary files may be left"
     monkeypatch.undo()
     build.write(found, Answers({}), out, NOW)
     assert NOT_PROVIDED in (out / "eu" / "copyright_policy.md").read_text()
@@ -527,7 +527,7 @@ def test_the_page_opens_in_a_browser(scheme: Any, paper: str, made: Path, tmp_pa
         opened.on("request", lambda request: asked_for.append(request.url))
         opened.goto(f"file://{tmp_path}/report.html")
         assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == paper
-        assert opened.evaluate("document.documentElement.scrollWidth") <= 390, "a phone need not scroll sideways"
+        assert opened.evaluate("document.documentElement.scrollWidth") <= 390, "no sideways scrolling on a phone"
         assert opened.locator("svg").count() == opened.locator("figure").count() > 5
         browser.close()
     assert said == [] and asked_for == [f"file://{tmp_path}/report.html"]
@@ -545,7 +545,7 @@ def test_what_a_paper_says_follows_from_the_run_folder_alone(made: Path) -> None
 
     found = texts(made, filled())
     ledgers = {p.parent.name: [json.loads(x) for x in p.read_text().splitlines()] for p in made.glob("*/ledger.jsonl")}
-    mine = ("prepare", "base", "taught", "zero")  # what the model comes from; a student's and exams' costs are theirs
+    mine = ("prepare", "base", "taught", "zero")  # the model's ancestors; students and exams have their own costs
     spent = {stage: [line for line in lines if line["seconds"]] for stage, lines in ledgers.items()}
     hours = sum(line["seconds"] * line["cores"] for s in mine for line in spent[s]) / 3600
     watt_hours = sum(line["cpu_seconds"] for s in mine for line in spent[s]) * 12 / 3600
@@ -579,7 +579,9 @@ def test_what_a_paper_says_follows_from_the_run_folder_alone(made: Path) -> None
     assert numbers(form, "total parameters, MTP included")[0] == counted[1]
     assert numbers(found["report.md"], "all parameters, MTP included")[0] == counted[1]
     assert {"name": "finback:parameters", "value": counted[1]} in properties(found["bom.cdx.json"])
-    assert all(f"{parameters - mtp:,}" not in text for text in found.values()), "one count, whatever it is of"
+    assert all(f"{parameters - mtp:,}" not in text for text in found.values()), (
+        "documents must agree on the parameter count"
+    )
     for name, digest in re.findall(r"^\| (\S+) \| ([0-9a-f]{64}) \|$", card, re.M):
         assert hashlib.sha256((made / "zero" / name).read_bytes()).hexdigest() == digest
     for exam in ("sampled", "greedy"):
@@ -662,7 +664,7 @@ def test_identifiers_are_this_documents_own_and_new_when_it_is(made: Path) -> No
         return set(names), json.loads(found["bom.cdx.json"])["serialNumber"]
 
     names, serial = named(filled())
-    assert named(filled()) == named(filled(), later) == (names, serial), "the time alone makes no other document"
+    assert named(filled()) == named(filled(), later) == (names, serial), "the time alone must not change identifiers"
     for other in (named(filled(model__version="2")), named(filled(use__limits="more")), named(filled(), model="small")):
         assert not other[0] & names and other[1] != serial
     assert run.chosen.name == "zero"
@@ -695,7 +697,7 @@ def test_open_licences_are_known_however_they_are_spelt(made: Path) -> None:
         "data.collection names a local file, which nobody else can read",
         "data.latest 03/2026 is after model.released 2026-02-01",
     ]
-    assert told[0] in build.outcome([], build.examine(found, local, NOW)), "said where papers are written too"
+    assert told[0] in build.outcome([], build.examine(found, local, NOW)), "writing reports it too"
 
 
 def test_ledgers_that_cannot_be_are_named_by_the_check(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""What people answer for documents is looked up in its register, however it is spelt, or refused with what to write."""
+"""Answers for documents are looked up in their registers, whatever the spelling, or refused with a correction."""
 
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def test_a_language_is_a_tag_of_bcp_47(wanted: str, spelt: str) -> None:
 )
 def test_answers_are_kept_in_one_spelling_or_refused(line: str, wanted: str | list[str] | None, tmp_path: Path) -> None:
     path, key = tmp_path / "answers.toml", f"model.{line.partition(' ')[0]}"
-    path.write_text(f"\ufeff[model]\n{line}\n", encoding="utf-8")  # as some editors begin a file
+    path.write_text(f"\ufeff[model]\n{line}\n", encoding="utf-8")  # a byte order mark, which some editors write
     if isinstance(wanted, str) and wanted.startswith("not "):
         with pytest.raises(UserError, match=wanted):
             questionnaire.read(path)

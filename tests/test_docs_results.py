@@ -1,4 +1,4 @@
-"""docs/results.md says what benchmarks/results says, and the pages name files that are there."""
+"""docs/results.md equals benchmarks/results, and the pages name existing files."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_readme_shows_what_was_measured() -> None:
-    """Its shares of right answers are those of the first seed in benchmarks/results/seeds.json."""
+    """Its shares of correct answers are those of the first seed in benchmarks/results/seeds.json."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     seed = json.loads((ROOT / "benchmarks/results/seeds.json").read_text(encoding="utf-8"))["seeds"][0]
     assert f"{seed['pretraining_tokens']:,}" in text
@@ -48,7 +48,7 @@ def test_the_readme_shows_what_was_measured() -> None:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a page's prose: code, tables, headings and comments left out."""
+    """The sentences of a page's prose, without code, tables, headings and comments."""
     for other in (r"^```.*?^```\s*$", r"^<!--.*?-->", r"^\$\$.*?^\$\$", r"^[|#].*?$"):
         text = re.sub(other, "", text, flags=re.M | re.S)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "x", text))
@@ -66,7 +66,7 @@ def test_half_of_the_sentences_are_short(page: Path) -> None:
 
 
 def test_the_site_shows_every_page() -> None:
-    """Each guide, concept and page of the reference has its place in the navigation, once."""
+    """Each guide, concept and reference page is in the navigation exactly once."""
     named = re.findall(
         r'"((?:guides|concepts|reference|cookbook)/[\w-]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8")
     )

@@ -1,6 +1,6 @@
-"""Every command and every block of code in README, guides, concepts and cookbook runs, and prints what the page says.
+"""Every command and code block in README, guides, concepts and cookbook runs, and prints what the page shows.
 
-`make test-slow` runs this; tests/documents.py says how a page is read. A quicker test holds pages to a form that can be run.
+`make test-slow` runs this; tests/documents.py explains how pages are run. A fast test checks that pages can be run.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from tests.toy import ROOT
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*/*.md"))]
 WITH_BLOCKS = [page for page in PAGES if blocks(page)]
-# what pages call the reader's own checkpoint
+# names that pages use for the reader's own checkpoint
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-7B", "DeepSeek-R1-Distill-Qwen-1.5B", "PATH/TO/MODEL")
 
 NOTEBOOKS = ROOT / ".venv/notebooks/bin/python"
@@ -28,7 +28,7 @@ MADE = (
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_blocks_say_what_becomes_of_them(page: Path) -> None:
-    """A language nobody runs comes with a file name or a reason."""
+    """A block in a language that cannot run has a file name or a reason."""
     for block in blocks(page):
         keys = {key for key, _ in block.said}
         known = {"file", "output", "output, other numbers", "with", "where", "before", "exit", "not run"}
@@ -69,7 +69,7 @@ def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(not NOTEBOOKS.is_file(), reason="make test-slow makes the environment of the notebooks")
 def test_notebooks_run(world: Path, tmp_path: Path) -> None:
-    """Every cell of every notebook, on the quickstart of toy size."""
+    """Runs every cell of every notebook on the toy-size quickstart."""
     folder = tmp_path / "reader"
     shutil.copytree(world, folder, symlinks=True)
     small = tuple(toy_settings(folder / "recipes/tiny.py")[1::2])

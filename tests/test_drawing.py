@@ -1,4 +1,4 @@
-"""Which questions are asked: none that the window does not hold, and of a file each once before one comes again."""
+"""Which questions are drawn: none that exceed the window, and each of a file's once before any repeats."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def questions(folder: Path, count: int = 20, longest: int = 0) -> Questions:
-    """A file of short questions, and of `longest` that no window holds; all of the training side."""
+    """A file of short questions and `longest` that exceed any window, all in the training split."""
     path = folder / f"{count}-{longest}.jsonl"
     asked = (f"{LONG * (i < longest)}{i}?" for i in range(10 * count))
     chosen = [q for q in asked if not is_held_out(q)][:count]
@@ -70,8 +70,8 @@ def test_a_files_questions_come_in_epochs(words: Tokenizer, tmp_path: Path) -> N
     task = questions(tmp_path)
     one = [p.question for p in drawn(order(task, words), 50)]
     assert len({*one[:20]}) == len({*one[20:40]}) == 20 and len({*one[40:]}) == 10
-    assert one[:20] != one[20:40], "each epoch has an order of its own"
-    assert one == [p.question for p in drawn(order(task, words), 50, seed=9)], "it follows from the seed of the run"
+    assert one[:20] != one[20:40], "each epoch must have a different order"
+    assert one == [p.question for p in drawn(order(task, words), 50, seed=9)], "only the run's seed counts"
     assert one != [p.question for p in drawn(order(task, words, seed=1), 50)]
 
 
@@ -120,7 +120,7 @@ def test_questions_that_are_too_long_are_left_out_before_the_first(words: Tokeni
 
 
 class Sometimes(Chains):
-    """Chains of which some are too long."""
+    """Chains, some of which are too long."""
 
     def draw(self, rng: random.Random) -> Problem:
         problem = super().draw(rng)
@@ -143,7 +143,7 @@ def loaded(folder: Path) -> tuple[Engine, Tokenizer]:
 
 
 def asked(folder: Path) -> list[str]:
-    """What was asked, in order: one question for each group of answers."""
+    """The questions asked, in order: one for each group of answers."""
     lines = read_lines(folder / "samples.jsonl")
     return [line["question"] for line in lines[::4]]
 
@@ -168,7 +168,7 @@ def test_rl_asks_a_files_questions_in_epochs_and_resumes_in_them(tmp_path: Path)
 
 
 class Cities:
-    """A user's own task whose problems are those of a list."""
+    """A user's task that draws its problems from a list."""
 
     name = "cities"
     all_problems = tuple(Problem(f"Where is city {i}?", str(i), f"where is city {i}?") for i in range(80))

@@ -62,7 +62,7 @@ def test_rows_that_end_leave_and_the_others_go_on_unchanged() -> None:
     model = toy_model()
     sampling = SamplingParams(temperature=1.0, max_tokens=40)
     free = Engine(model, ()).generate(PROMPTS, sampling, [1, 2, 3, 4])
-    eos = free[0].tokens[4]  # a token that some rows meet early
+    eos = free[0].tokens[4]  # a token that some rows generate early
     ended = Engine(model, [eos]).generate(PROMPTS, sampling, [1, 2, 3, 4])
     for a, b in zip(free, ended, strict=True):
         stop = a.tokens.index(eos) + 1 if eos in a.tokens else len(a.tokens)
@@ -78,7 +78,7 @@ def test_streaming_equals_generating() -> None:
 
 
 def test_samples_follow_the_distribution() -> None:
-    """Chi-square of 40,000 draws from 8 tokens, one of them impossible: below the 99.9 % point of 6 degrees."""
+    """Chi-square of 40,000 draws from 8 tokens, one of which is impossible: below the 99.9 % point of 6 degrees."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, float("-inf"), 1.5, -2.0])
     n = 40_000
     uniform = torch.from_numpy(uniforms(1, n))
@@ -111,7 +111,7 @@ def test_narrowing_is_that_of_transformers(k: int, p: float, m: float, temperatu
     )
     assert (warped.gather(1, tokens[:, None]) > -torch.inf).all()
     whole = (logits / temperature).log_softmax(-1)
-    torch.testing.assert_close(logp, whole.gather(1, tokens[:, None]).squeeze(1))  # of the whole distribution
+    torch.testing.assert_close(logp, whole.gather(1, tokens[:, None]).squeeze(1))  # of the full distribution
 
 
 @pytest.mark.parametrize(

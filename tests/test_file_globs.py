@@ -1,4 +1,4 @@
-"""Files are found by any glob as Python finds them, each once, and links that go round end."""
+"""Globs find the files that Python's own glob finds, each once, and cyclic links do not loop forever."""
 
 import glob
 import json
@@ -45,7 +45,7 @@ def test_globs_match_as_pythons_do(pattern: str, is_absolute: bool, tree: Path) 
 
 
 def test_links_that_go_round_are_named_and_end(tree: Path) -> None:
-    """Two in one folder: Python's own glob goes 2^40 ways."""
+    """Two cyclic links in one folder, where Python's own glob follows 2^40 paths."""
     for name, target in {
         "deep/up": "..",
         "deep/er/up": "..",

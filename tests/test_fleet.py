@@ -1,4 +1,4 @@
-"""A fleet on a real Ray: `Here`'s answers and weights, and what becomes of them when engines die. `make test-scale` runs it."""
+"""Fleets on a real Ray: answers and weights equal those of `Here`; dead engines are replaced. `make test-scale`."""
 
 import os
 import random
@@ -31,7 +31,7 @@ QUICK: dict[str, Any] = {"backoff": 0.05, "timeout": 30.0}
 
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[Any]:
-    """One Ray for all tests, whose workers see this package."""
+    """One Ray for all tests, whose workers can import this package."""
     found = pytest.importorskip("ray")
     os.environ["PYTHONPATH"] = str(ROOT)
     found.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", namespace="finback")
@@ -61,7 +61,7 @@ def pid(engine: RayEngine) -> int:
 
 @pytest.mark.parametrize("knobs", [{"routing_replay": True}, {"top_k": 8}, {"compute": "bf16"}])
 def test_one_engine_is_here_to_the_bit(knobs: dict[str, Any], tmp_path: Path) -> None:
-    """Tokens, log-probabilities and weights of three steps."""
+    """Compares tokens, log-probabilities and weights of three steps."""
     here = learning(tmp_path / "here", **knobs)
     first = sampled(here, 3)
     there = learning(tmp_path / "there", rollouts=Fleet(1, dtype="fp32", **QUICK), **knobs)
@@ -76,13 +76,13 @@ def test_one_engine_is_here_to_the_bit(knobs: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.parametrize("knobs", [{"routing_replay": True}, {"adapter": LoRA(rank=4, base="fp32")}])
 def test_two_engines_share_the_prompts(knobs: dict[str, Any], tmp_path: Path) -> None:
-    """An adapter is merged on its way to them, which rounds otherwise."""
+    """An adapter is merged before it is sent to them, which rounds differently."""
     here = sampled(learning(tmp_path / "here", **knobs), 3)
     agree(sampled(learning(tmp_path / "there", rollouts=Fleet(2, **QUICK), **knobs), 3), here)
 
 
 def test_an_engine_that_dies_comes_back(asked: Asked, tmp_path: Path) -> None:  # noqa: F811
-    """It is killed in mid-answer, then between two answers; each prompt is answered once, by the weights of the day."""
+    """Killed in the middle of an answer, then between answers; each prompt is answered once, by the current weights."""
     r = connected(asked, tmp_path, fleet=Fleet(2, **QUICK))
     r.update(0)
     for version in range(1, 4):
@@ -92,13 +92,13 @@ def test_an_engine_that_dies_comes_back(asked: Asked, tmp_path: Path) -> None:  
         asked.ask(r)
         killer.join()
         r.update(version)
-        assert len(r.ready) == 2, "the one that was lost has them too"
+        assert len(r.ready) == 2, "the replaced engine must have the weights too"
         asked.ask(r)
     assert r.take_tally().tokens == 6 * sum(len(c.tokens) for c in asked.answers)
 
 
 def test_random_kills_lose_nothing(asked: Asked, tmp_path: Path) -> None:  # noqa: F811
-    """Twenty kills of engines at random times, while prompts are answered without a pause."""
+    """Kills twenty engines at random times, while prompts are answered continuously."""
     rng, r = random.Random(0), connected(asked, tmp_path, fleet=Fleet(2, **QUICK | {"tries": 50}))
     r.update(0)
     end, killed = threading.Event(), 0
@@ -131,7 +131,7 @@ def test_random_kills_lose_nothing(asked: Asked, tmp_path: Path) -> None:  # noq
 
 
 def python(folder: Path) -> str:
-    """What stands for the Python of an engine's environment: `-m MODULE` is the test's own server."""
+    """Replaces the Python of an engine's environment: `-m MODULE` starts the test's own server."""
     script = folder / "python"
     script.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.engine_servers "$@"\n')
     script.chmod(0o755)
@@ -140,7 +140,7 @@ def python(folder: Path) -> str:
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_programs_on_ray(engine: Any, asked: Asked, tmp_path: Path) -> None:  # noqa: F811
-    """Started on a worker, each in its own process; one whose worker is killed goes with it, and another takes its place."""
+    """Each program is a process of a worker; it ends when its worker is killed, and another one replaces it."""
     r = connected(asked, tmp_path, fleet=Fleet(2, engine=engine, python=python(tmp_path), **QUICK))
     r.update(0)
     asked.ask(r)
@@ -158,16 +158,16 @@ def test_programs_on_ray(engine: Any, asked: Asked, tmp_path: Path) -> None:  # 
 
 
 def ended(url: str) -> None:
-    """Wait until a program does not answer any more."""
+    """Waits until a program no longer answers."""
     until = time.monotonic() + 60
     with Client(url, timeout=2) as client:
         while client.has("/health") and time.monotonic() < until:
             time.sleep(0.1)
-        assert not client.has("/health"), "it has ended with its worker"
+        assert not client.has("/health"), "the program must end with its worker"
 
 
 def test_a_silent_engine_is_replaced(asked: Asked, tmp_path: Path) -> None:  # noqa: F811
-    """A stopped process answers nothing; after `timeout` another takes its place."""
+    """A suspended process does not answer; after `timeout` another one replaces it."""
     r = connected(asked, tmp_path, fleet=Fleet(1, **QUICK | {"timeout": 4.0}))
     r.update(0)
     stopped = pid(engines(r)[0])
@@ -204,7 +204,7 @@ recipe = [GRPO(name="zero", start={base!r}, task=Chains(2, 3), steps=8, prompts_
 
 
 def test_a_trainer_that_is_killed_goes_on(ray: Any, base: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Two kills at random steps; all steps are done once, tokens made are tokens accounted for, and engines go with it."""
+    """Two kills at random steps: every step runs once, all tokens are in the ledger, and engines end with it."""
     (tmp_path / "r.py").write_text(RECIPE.format(base=str(base)))
     command = [sys.executable, "-m", "finback", "run", str(tmp_path / "r.py"), "--runs", str(tmp_path), "--ranks", "1"]
     command += ["--ray", ray.get_runtime_context().gcs_address]
@@ -247,7 +247,7 @@ recipe = [GRPO(name="here", **knobs), GRPO(name="there", rollouts=fleet, **knobs
 
 
 def test_trainer_ranks_share_a_fleet(ray: Any, base: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Two ranks, each of which asks for its own prompts, of one model that is cut in two: as with engines of their own."""
+    """Two ranks with their own prompts and one model sharded over both: the same answers as with their own engines."""
     (tmp_path / "r.py").write_text(SHARED.format(base=str(base)))
     command = [sys.executable, "-m", "finback", "run", str(tmp_path / "r.py"), "--runs", str(tmp_path), "--ranks", "2"]
     command += ["--ray", ray.get_runtime_context().gcs_address]

@@ -1,4 +1,4 @@
-"""Fleets of vLLM and SGLang, and engines that sleep: without Ray and without either. tests/test_fleet.py has the rest."""
+"""Fleets of vLLM and SGLang, and sleeping engines, without Ray, vLLM and SGLang. tests/test_fleet.py has the rest."""
 
 import gc
 import os
@@ -47,7 +47,7 @@ def test_programs_answer_sleep_and_come_back(
     asked: Asked,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """They get the weights of each version, let go of their memory in between, and one that dies is started on the newest."""
+    """Programs get each version's weights and release memory in between; a dead one restarts with the newest ones."""
     r = connected(asked, tmp_path, fleet=Fleet(2, engine=engine, colocated=True, **PROGRAM))
     for version in range(2):
         r.update(version)
@@ -66,20 +66,20 @@ def test_programs_answer_sleep_and_come_back(
         return "drop"
 
     def waits(path: str, body: dict[str, Any]) -> None:
-        assert failed.wait(300), "the first one is asked too"
+        assert failed.wait(300), "the first engine must be asked too"
 
     first.fault, second.fault = drops, waits
     lost, left = sorted(cluster.actors, key=lambda actor: actor.made.server is not first)
     lost.made.well = False
     asked.ask(r)
-    # it is started beside, and the other one has answered meanwhile
+    # it restarts in the background, and the other engine has answered meanwhile
     wait_for(lambda: len(cluster.servers) == 3 and r.members[lost.number]._server is not None and not lost.alive, 120)
     assert first.answered == answered
     r.update(2)
     asked.ask(r)
     assert cluster.servers[2].version == f"{r.token}-2" and cluster.servers[2].answered > 0
-    assert not first.seen[-1][0].startswith("/update"), "nobody asks the lost one"
-    # a rank that has not started it finds it by its actor
+    assert not first.seen[-1][0].startswith("/update"), "the lost engine must get no requests"
+    # a rank that did not start it finds it through its actor
     other = ProgramMember(r, left.number, r.served)
     other._start = lambda: left  # type: ignore[method-assign]
     assert other.answer(r._probe(2)).tokens == r.members[left.number].answer(r._probe(2)).tokens
@@ -97,12 +97,12 @@ def test_grpo_with_programs_that_sleep_is_grpo_here(
     fleet = Fleet(2, engine="vllm", colocated=True, **PROGRAM)
     r = learning(tmp_path, routing_replay=True, rollouts=fleet)
     agree(sampled(r, 3), here)
-    assert all(server.released == {"weights", "kv_cache"} for server in cluster.servers), "while it learns"
+    assert all(server.released == {"weights", "kv_cache"} for server in cluster.servers), "they sleep during training"
     assert r.stage.inputs() == ("base",) and (tmp_path / "zero" / ".weights").is_dir()
 
 
 def test_a_programs_server_errors_cost_no_engine(cluster: FakeCluster, asked: Asked, tmp_path: Path) -> None:  # noqa: F811
-    """One that says that it is busy, or that fails and is well, is asked again and not ended."""
+    """An engine that reports that it is busy, or fails once and is healthy, is asked again and not stopped."""
     r = connected(asked, tmp_path, fleet=Fleet(1, engine="vllm", **PROGRAM))
     r.update(0)
     faults = iter([503, 500, 503, 500])
@@ -112,7 +112,7 @@ def test_a_programs_server_errors_cost_no_engine(cluster: FakeCluster, asked: As
 
 
 def test_an_engine_that_sleeps_holds_no_weights(cluster: FakeCluster, asked: Asked, tmp_path: Path) -> None:  # noqa: F811
-    """finback's own: the model is gone, and made anew for the next weights; also for a policy that does not learn."""
+    """finback's own engine frees the model and rebuilds it for the next weights, even if the policy does not learn."""
     r = connected(asked, tmp_path, fleet=Fleet(1, colocated=True, **QUICK))
     r.policy = replace(r.policy, learns=False)
     r.update(0)
@@ -132,7 +132,7 @@ def test_rejection_sampling_pays_no_answer_twice(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A fleet keeps what the engine here keeps. A run that ended in mid-answer goes on with what was answered; each kept one has its cost."""
+    """A fleet keeps the answers that `Here` keeps. A resumed run reuses the answers it has; each is paid for once."""
     stage_folder(tmp_path, 1, "base")
     knobs: dict[str, Any] = {
         "start": "base",
@@ -168,11 +168,11 @@ def test_rejection_sampling_pays_no_answer_twice(
     spent = [sum(line.get("tokens_generated", 0) for line in read_lines(run.folder / "ledger.jsonl")) for run in runs]
     assert spent[0] == spent[1] == results["per_kept"]["tokens"] * results["kept"]
     assert results["per_kept"]["money_usd"] > 0 and {**results, "per_kept": 0} == {**expected, "per_kept": 0}
-    assert {line["cores"] for line in read_lines(runs[1].folder / "ledger.jsonl")} >= {3}, "the engines' are paid too"
+    assert {line["cores"] for line in read_lines(runs[1].folder / "ledger.jsonl")} >= {3}, "with the engines' cores"
 
 
 def test_distillation_asks_ahead_and_goes_on_behind_a_kill(tmp_path: Path) -> None:
-    """Answers are one update old where they may be; a second run takes up what the first one has asked for."""
+    """Answers may be one update old; a second run takes over the requests of the first."""
     knobs: dict[str, Any] = {"teacher": "other", "task": Chains(2, 3), "traces": (), "steps": 3, "prompts_per_step": 4}
     first = tune(tmp_path, Distill, max_tokens=6, max_staleness=1, checkpoint_steps=1, **knobs)
     looped, rows = first.loop(), []
@@ -188,7 +188,7 @@ def test_distillation_asks_ahead_and_goes_on_behind_a_kill(tmp_path: Path) -> No
     assert state is not None and looped.step == 1 and journaled >= 1
     again.load_state(state)
     row = looped.advance()
-    assert row["loss"] == rows[1]["loss"], "the same answers"
+    assert row["loss"] == rows[1]["loss"], "both runs must learn from the same answers"
     again.close()
 
 
@@ -199,7 +199,7 @@ def test_watched_prompts_are_answered_elsewhere_too(
     base: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """Greedily, without the stage's own top_k; and while the next step is answered ahead."""
+    """Greedy, without the stage's own top_k, and while the answers for the next step are generated."""
     watch, watched = Watch(("1+1=?", "hello"), every_steps=1), []
     with engine_server(base) as (url, _):
         there = Servers((url,), **QUICK) if backend == "servers" else Fleet(2, **QUICK)
@@ -240,7 +240,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 def test_a_program_ends_with_whoever_started_it() -> None:
-    """All that it has started too: the pipe to it closes, as it does when a process is killed."""
+    """So do its children: the pipe to the program closes, as it does when a process is killed."""
     port = free_port()
     process = EngineProcess([sys.executable, "-c", SERVER, str(port)], dict(os.environ), f"http://127.0.0.1:{port}")
     process.wait(60)
@@ -248,8 +248,8 @@ def test_a_program_ends_with_whoever_started_it() -> None:
     os.kill(worker, 0)
     assert process.is_well()
     watcher = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
-    assert os.getpgid(watcher) != os.getpgid(process.pid), "Ray ends the whole group of a worker"
-    os.kill(process.pid, signal.SIGKILL)  # as Ray does with the children of a worker that it ends
+    assert os.getpgid(watcher) != os.getpgid(process.pid), "Ray kills a worker's whole group"
+    os.kill(process.pid, signal.SIGKILL)  # as Ray does with the children of a worker that it stops
     process.close()
     assert not process.is_well() and not process.log.exists()
     stat = Path(f"/proc/{worker}/stat")

@@ -1,4 +1,4 @@
-"""FP8 training: numbers worked by hand, fast forms against plain ones, bounds against fp64, and what stays untouched."""
+"""FP8 training: numbers worked by hand, fast forms against plain ones, error bounds against fp64, what stays exact."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,17 +29,17 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def heavy(*shape: int, seed: int = 0) -> Tensor:
-    """Numbers over many powers of two, as gradients are."""
+    """Numbers that span many powers of two, as gradients do."""
     return normal(*shape, seed=seed) * normal(*shape, seed=seed + 1).mul(3).exp()
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """Relative, over all numbers together."""
+    """The relative error over all numbers together."""
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def grad_of(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """A function's value, and the gradients that its inputs get from a fixed one of its output."""
+    """A function's value, and the gradients of its inputs for a fixed gradient of its output."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     y = function(*leaves)
     y.backward(heavy(*y.shape, seed=77).to(y.dtype))
@@ -48,7 +48,7 @@ def grad_of(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, l
 
 @dataclass(frozen=True)
 class Exact:
-    """No rounding at all: what remains is the wiring of the three products. Notes what it is given."""
+    """Quantizes without rounding, so that only the wiring of the three products is tested. Records its inputs."""
 
     calls: list[tuple[str, bool, tuple[int, ...]]] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
@@ -82,12 +82,12 @@ def test_tiles_by_hand() -> None:
     row = torch.tensor([[448.0, 17.0, 19.0, -0.3, 2**-9, 2**-10, 3 * 2**-10, 447.0]])
     values, scale = fp8.quantize_tiles(row)
     assert scale.tolist() == [[1.0]]
-    # spaced by 2 from 16 on: ties go to even mantissas; spaced by 2^-9 near 0
+    # spacing is 2 from 16 on, and ties go to even mantissas; spacing is 2^-9 near 0
     assert values.float().tolist() == [[448.0, 16.0, 20.0, -0.3125, 2**-9, 0.0, 2**-8, 448.0]]
     five, two = torch.full((1, 1), 5.0), torch.full((1, 1), 7.0)
     assert fp8.quantize_tiles(five)[1].item() == pytest.approx(5 / 448)
     assert fp8.quantize_tiles(five, power_of_two=True)[1].item() == 2**-6  # 5/448 rounded up
-    assert fp8.quantize_tiles(two, power_of_two=True)[1].item() == 2**-6  # 7/448 is one already
+    assert fp8.quantize_tiles(two, power_of_two=True)[1].item() == 2**-6  # 7/448 is already a power of two
 
 
 def test_tiles_are_128_wide_and_the_last_one_shorter() -> None:
@@ -116,7 +116,7 @@ def test_a_bad_number_spoils_its_tile_and_no_other(bad: float, power_of_two: boo
 
 
 def test_zeros_and_tiny_gradients() -> None:
-    """A gradient of a mean over many tokens is far below the 1e-4 at which DeepSeek's inference code clamps."""
+    """The gradient of a mean over many tokens is far below the 1e-4 at which DeepSeek's inference code clamps."""
     x = torch.cat([torch.zeros(3, 128), 1e-12 * normal(3, 128), 1e38 * normal(3, 128).clamp(-3, 3)], dim=1)
     for back in (fp8.dequantize_tiles(*fp8.quantize_tiles(x)), round_tiles(x, 1)):
         assert not back[:, :128].any() and back.isfinite().all()
@@ -125,7 +125,7 @@ def test_zeros_and_tiny_gradients() -> None:
 
 
 def test_rounding_is_the_formats() -> None:
-    """Every E4M3 number, everything halfway between two, and their neighbours; E5M6 on numbers of its own."""
+    """Every E4M3 number, all midpoints between neighbours, and the floats next to them; chosen numbers for E5M6."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     exact = codes[codes.isfinite()].sort().values
     halves = (exact[1:] + exact[:-1]) / 2
@@ -147,7 +147,7 @@ def test_fast_operands_are_the_plain_ones_to_the_bit(
     if not compiled:
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:
-        pytest.skip("no C++ compiler: the plain lines are what runs")
+        pytest.skip("no C++ compiler: only the plain implementation runs")
     for shape in SHAPES:
         for x in (heavy(*shape), heavy(*shape).bfloat16(), normal(*shape) * 1e-20, torch.full(shape, 7.0)):
             for fast, plain in (
@@ -159,7 +159,7 @@ def test_fast_operands_are_the_plain_ones_to_the_bit(
 
 
 def test_powers_of_two_cost_nothing_when_tiles_turn() -> None:
-    """V3 3.3.3: from 1 x 128 to 128 x 1 a second rounding hurts, unless the factors are powers of two."""
+    """V3 3.3.3: requantizing from 1 x 128 to 128 x 1 rounds again, unless the factors are powers of two."""
     x = normal(256, 256)
     kept = {p: round_tiles(x, 1, p) for p in (True, False)}
     again = {p: round_tiles(k, 0, p) for p, k in kept.items()}
@@ -178,7 +178,7 @@ def test_one_product_is_the_promoted_one_but_for_the_order_of_summation(shape: t
     plain, fast = Products(), Emulated()
     for right, other in ((plain.tiles(b), fast.tiles(b)), (plain.blocks(w), fast.blocks(w))):
         left = plain.tiles(a)
-        # factors in fp64 to the very end
+        # the factors stay in fp64 to the end
         wide = fp8.expand_tiles(left[1].double(), k) * left[0].double()
         scale = reference._per_row(right[1].double(), n)
         exact_right = fp8.expand_tiles(scale, k) * right[0].double()
@@ -188,10 +188,10 @@ def test_one_product_is_the_promoted_one_but_for_the_order_of_summation(shape: t
 
 
 def tensor_core_sum(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) · b (n, k)^T of E4M3 numbers as Hopper's tensor cores add up, from its description (V3 3.3.2 and ISCA).
+    """a (m, k) · b (n, k)^T of E4M3 numbers, summed as Hopper's tensor cores do, as described in V3 3.3.2 and ISCA.
 
     An instruction takes 32 products. They and the running sum are shifted to the exponent of the largest of them, and
-    bits below 13 of its fraction are cut off; so is the new sum, kept in 1 + 8 + 13 bits. Needs (m, n, 32) numbers.
+    fraction bits below the 13th are cut off; the new sum is cut likewise, to 1 + 8 + 13 bits. Needs (m, n, 32) numbers.
     """
     total = a.new_zeros(a.size(0), b.size(0), 1)
     for start in range(0, a.size(1), 32):
@@ -211,14 +211,14 @@ def _last_bit(x: Tensor) -> Tensor:
 
 
 def test_tensor_cores_by_hand() -> None:
-    """13 bits behind the leading one: 2^-13 beside 1 stays, 2^-14 does not; negative ones are cut towards 0."""
+    """13 bits after the leading one: 2^-13 added to 1 stays, 2^-14 does not; negative numbers are cut towards 0."""
     for small, kept in ((2**-6, 1 + 2**-13), (2**-7, 1.0)):
         a, b = torch.tensor([[1.0, small]]), torch.tensor([[1.0, 2**-7]])
         assert tensor_core_sum(a, b).item() == kept
         assert tensor_core_sum(-a, b).item() == -kept
-    # cut off together, though 16 of them are worth keeping
+    # each is cut off, though the sum of all 16 is large enough to keep
     assert tensor_core_sum(torch.tensor([[1.0] + 16 * [2**-7]]), torch.tensor([[1.0] + 16 * [2**-7]])).item() == 1
-    # the next instruction's products meet the running sum
+    # the next instruction adds its products to the running sum
     late = torch.zeros(1, 64)
     late[0, 0], late[0, 40] = 1.0, 2**-7
     assert tensor_core_sum(late, late).item() == 1.0
@@ -226,12 +226,12 @@ def test_tensor_cores_by_hand() -> None:
 
 
 def test_promotion_is_why_fourteen_bits_are_enough() -> None:
-    """V3 3.3.2: at K = 4096 sums kept in 14 bits are up to 2 % wrong; promoted every 128 they are not."""
+    """V3 3.3.2: at K = 4096 sums in 14 bits are up to 2 % wrong; promoted every 128 products they are not."""
     a, b = (normal(16, 4096, seed=s).abs() for s in (0, 1))
     one, other = fp8.quantize_tiles(a), fp8.quantize_tiles(b)
     exact = reference.fp8_product(*one, *other).double()
     promoted = reference.fp8_product(*one, *other, accumulate=tensor_core_sum)
-    whole = fp8.e4m3(a * 64), fp8.e4m3(b * 64)  # one factor for all, as without promotion
+    whole = fp8.e4m3(a * 64), fp8.e4m3(b * 64)  # one factor for the whole tensor, as without promotion
     unpromoted = tensor_core_sum(*(t.float() for t in whole))
     true = whole[0].double() @ whole[1].double().T
     wrong = ((unpromoted - true) / true).abs().max().item()
@@ -240,10 +240,10 @@ def test_promotion_is_why_fourteen_bits_are_enough() -> None:
 
 
 def test_tiles_take_outliers_that_one_factor_cannot() -> None:
-    """V3 3.3.2: a channel that is thousands of times larger costs the tokens beside it their digits, or only their tile."""
+    """V3 3.3.2: a channel that is thousands of times larger ruins the other channels: in its tile, or everywhere."""
     x, w = normal(64, 512), normal(256, 512, seed=3)
     x[:, 7] *= 300_000
-    w[:, 7] = 0.0  # so that what is left of the others is what counts
+    w[:, 7] = 0.0  # removes the outlier's own contribution, so that the error of the other channels shows
     exact = x.double() @ w.double().T
     tensor_scale = x.abs().max() / 448
     coarse = fp8.e4m3(x / tensor_scale).double() * tensor_scale.double() @ w.double().T
@@ -252,7 +252,7 @@ def test_tiles_take_outliers_that_one_factor_cannot() -> None:
     assert error(fine, exact) < 0.5  # a quarter of the channels share the outlier's tile
 
 
-# the three products of a linear map, and what is built of them
+# the three products of a linear map, and modules that use them
 
 
 @pytest.mark.parametrize("numerics", [LINEAR, AFTER_ATTENTION])
@@ -264,7 +264,7 @@ def test_linear_is_three_products_with_the_papers_tiles(numerics: Numerics) -> N
     two = numerics.input_power_of_two
     seen = fp8.dequantize_tiles(*fp8.quantize_tiles(rows, two))
     weight = fp8.dequantize(*fp8.quantize(w), torch.float32)
-    kept = round_e5m6(rows) if numerics.keep_e5m6 else seen  # hence rounded twice
+    kept = round_e5m6(rows) if numerics.keep_e5m6 else seen  # hence two roundings
     turned = [fp8.dequantize_tiles(*fp8.quantize_tiles(t.T.contiguous(), q)) for t, q in ((grad, False), (kept, two))]
     wanted = (seen @ weight.T, fp8.dequantize_tiles(*fp8.quantize_tiles(grad)) @ weight, turned[0] @ turned[1].T)
     for got, exact in zip((y, d_x, d_w), wanted, strict=True):
@@ -274,14 +274,14 @@ def test_linear_is_three_products_with_the_papers_tiles(numerics: Numerics) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("numerics", [LINEAR, AFTER_ATTENTION])
 def test_linear_is_as_far_from_fp32_as_three_bits_are(numerics: Numerics, dtype: torch.dtype) -> None:
-    """Rounding to 3 bits is wrong by 2.6 % (rms), a product of two rounded ones by 3.7 %."""
+    """Rounding to 3 mantissa bits has an error of 2.6 % (rms), and a product of two rounded numbers one of 3.7 %."""
     x, w = normal(384, 300).to(dtype), normal(200, 300, seed=3)
     y, grads = grad_of(lambda x, w: fp8_train.linear(x, w, numerics), x, w)
     exact_y, exact = grad_of(lambda x, w: F.linear(x.float(), w), x, w)
     assert y.dtype == grads[0].dtype == dtype and grads[1].dtype == torch.float32
     for got, wanted in zip((y, *grads), (exact_y, *exact), strict=True):
         assert 0.02 < error(got, wanted) < 0.05
-    # no drift: the part along the exact gradient is the exact gradient
+    # no bias: the component along the exact gradient equals the exact gradient
     along = (grads[1] * exact[1]).sum() / exact[1].square().sum()
     assert along.item() == pytest.approx(1, abs=0.01)
 
@@ -289,7 +289,7 @@ def test_linear_is_as_far_from_fp32_as_three_bits_are(numerics: Numerics, dtype:
 def test_feed_forwards_without_rounding_are_the_plain_ones() -> None:
     x, gate_up, down = normal(40, 24), normal(6, 32, 24, seed=1), normal(6, 24, 16, seed=2)
     index = torch.rand(40, 6, generator=torch.Generator().manual_seed(4)).topk(2, dim=1).indices
-    index[index == 5] = 0  # an expert that nobody asks, and tokens that ask one twice
+    index[index == 5] = 0  # one expert without tokens, and tokens that choose an expert twice
     weight = normal(40, 2, seed=5).sigmoid()
     exact = replace(ROUTED, products=Exact())
     routed = grad_of(lambda *a: fp8_train.routed_experts(a[0], index, *a[1:], exact), x, weight, gate_up, down)
@@ -318,13 +318,13 @@ def test_experts_in_fp8_fast_against_plain_and_near_fp32(dtype: torch.dtype) -> 
             lambda *a, n=numerics: fp8_train.routed_experts(a[0], index, *a[1:], n), x, weight, gate_up, down
         )
     for fast, plain, exact in zip(*([y[n], *found[n]] for n in y), strict=True):
-        # an order of summation may turn a rounding of what comes after, seldom
+        # the order of summation occasionally changes a later rounding
         assert error(fast, plain) < 4e-3
         assert 0.02 < error(fast, exact) < 0.12
 
 
 def test_a_feed_forward_rounds_where_the_paper_does() -> None:
-    """Spelled out for one expert with ROUTED's numerics (V3 3.3.3)."""
+    """Computes one expert step by step with ROUTED's numerics (V3 3.3.3)."""
     x, gate_up, down = normal(200, 140), 0.1 * normal(260, 140, seed=1), 0.1 * normal(140, 130, seed=2)
     y, (d_x, d_gate_up, d_down) = grad_of(lambda *a: fp8_train.swiglu(*a, ROUTED), x, gate_up, down)
 
@@ -340,7 +340,7 @@ def test_a_feed_forward_rounds_where_the_paper_does() -> None:
     gate, up = hidden.chunk(2, dim=1)
     wanted_y = across(F.silu(gate) * up) @ w_out.T
     arrived = across(heavy(200, 140, seed=77), True)
-    gate, up = across(hidden).chunk(2, dim=1)  # kept in FP8, its SwiGLU computed again
+    gate, up = across(hidden).chunk(2, dim=1)  # stored in FP8; its SwiGLU is recomputed
     s = gate.sigmoid()
     d_act = arrived @ w_out
     d_hidden = torch.cat([d_act * up * (s + gate * s * (1 - s)), d_act * gate * s], dim=1)
@@ -351,11 +351,11 @@ def test_a_feed_forward_rounds_where_the_paper_does() -> None:
         along(arrived, True) @ along(gate * s * up).T,
     )
     for got, exact in zip((y, d_x, d_gate_up, d_down), wanted, strict=True):
-        assert error(got, exact) < 2e-3  # the order of summation turns a rounding now and then
+        assert error(got, exact) < 2e-3  # the order of summation occasionally changes a rounding
 
 
 def test_what_is_sent_is_quantized_once_with_powers_of_two() -> None:
-    """Tokens before their copies go to experts, and gradients before down: both V3 3.3.3."""
+    """Tokens are quantized before they are copied to experts, and gradients before down: both V3 3.3.3."""
     seen = Exact()
     numerics = replace(ROUTED, products=seen)
     index = torch.tensor([[0, 1]] * 10)
@@ -370,7 +370,7 @@ def test_what_is_sent_is_quantized_once_with_powers_of_two() -> None:
     assert tiles == [
         (True, (10, 24)),
         (False, (20, 16)),
-        (False, (20, 32)),  # x, down's input, SwiGLU's input to keep
+        (False, (20, 32)),  # x, down's input, SwiGLU's saved input
         (True, (20, 24)),
         (False, (20, 32)),  # gradients of down's output and of SwiGLU's input
     ]
@@ -386,7 +386,7 @@ def tokens(rows: int, length: int, vocab: int) -> Tensor:
 
 
 def test_exactly_the_papers_modules_are_in_fp8() -> None:
-    """Not embedding, head, routers, norms, attention or the MTP projection (V3 3.3.1; BF16 in the released weights)."""
+    """Not embedding, head, routers, norms, attention and the MTP projection (V3 3.3.1; BF16 in the release)."""
     seen = Exact()
     model = use_fp8(toy_model().train(), seen)
     backward(model, tokens(2, 12, 320), 0.3, 1e-4)
@@ -415,7 +415,7 @@ SPARSE = replace(CONFIG, index_topk=4, index_n_heads=4, index_head_dim=8)
 
 @pytest.mark.parametrize("config", [CONFIG, SPARSE, replace(V4, vocab_size=320)], ids=["v3", "v3.2", "v4"])
 def test_without_rounding_the_model_is_the_fp32_model(config: ModelConfig) -> None:
-    """V4's experts are clamped at 1, and its groups of heads are projected apart."""
+    """V4's experts are clamped at 1, and its groups of heads have separate projections."""
     losses, gradients = [], []
     made = [Transformer(replace(config, initializer_range=0.15)).initialise(1).train() for _ in range(2)]
     for model in (made[0], use_fp8(made[1], Exact())):
@@ -426,7 +426,7 @@ def test_without_rounding_the_model_is_the_fp32_model(config: ModelConfig) -> No
 
 
 def test_a_geglu_is_in_fp8_as_linear_maps() -> None:
-    """Of Gemma, whose feed-forward has no operator of its own."""
+    """Gemma's feed-forward has no operator of its own."""
     config = replace(DENSE, activation="gelu_tanh", norms="both", norm_offset=True)
     seen = Exact()
     plain, model = (Transformer(config).initialise(1).train() for _ in range(2))
@@ -441,9 +441,9 @@ def test_a_geglu_is_in_fp8_as_linear_maps() -> None:
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_the_models_gradient_in_fp8_is_near(compute: torch.dtype) -> None:
-    """A whole model, against the same without FP8; the form by the letter agrees with the fast one.
+    """A whole model against the same model without FP8; the plain form agrees with the fast one.
 
-    Every token asks all experts: a choice that turns would change gradients by more than rounding does.
+    Every token uses all experts, since a changed choice would change gradients by more than rounding does.
     """
     config = replace(TINY, num_hidden_layers=2, initializer_range=0.05, n_routed_experts=2)
     found: dict[str, tuple[float, dict[str, Tensor]]] = {}
@@ -494,7 +494,7 @@ def test_a_model_in_fp8_answers_and_has_the_plain_models_state() -> None:
     with torch.no_grad():
         logp = (model.logits(model(ids)) / 0.7).log_softmax(dim=-1)[0, len(prompt) - 1 : -1]
     whole = logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
-    # the engine reads latents in absorbed form, whose two products are not a linear map's
+    # the engine reads latents in absorbed form, whose two products are not those of a linear map
     assert (torch.tensor(answer.logprobs) - whole).abs().max() < 0.5
 
 
@@ -509,7 +509,7 @@ def test_masters_must_be_fp32() -> None:
 @pytest.mark.parametrize("shape", [(256, 384, 512), (100, 70, 300), (1, 3, 5)])
 @pytest.mark.parametrize("in_blocks", [True, False])
 def test_operands_are_laid_out_as_scaled_mm_wants_them(shape: tuple[int, int, int], in_blocks: bool) -> None:
-    """torch's own checks of shapes and strides, which run without a GPU; nothing is computed."""
+    """Checks shapes and strides through torch's own checks, which run without a GPU; nothing is computed."""
     m, n, k = shape
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -533,5 +533,5 @@ def test_hopper_multiplies_as_the_plain_form(shape: tuple[int, int, int]) -> Non
         left = plain.tiles(a)
         wanted = plain.multiply(left, right)
         bound = plain.multiply((left[0].float().abs(), left[1]), (right[0].float().abs(), right[1]))
-        # 13 bits behind the leading one of at most 128 terms, cut off
+        # 13 bits after the leading one of at most 128 terms, cut off
         assert ((fast.multiply(left, right) - wanted).abs() <= bound * 2.0**-9).all()

@@ -1,4 +1,4 @@
-"""What `import finback` offers: instant, the same whatever was imported before, and the verbs as plain functions."""
+"""The names of `import finback`: fast to import, independent of import order, with the verbs as plain functions."""
 
 import json
 import signal
@@ -41,7 +41,7 @@ print(done)
 
 
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run code that comes from no file, as a notebook's does."""
+    """Runs code that is not in a file, like a notebook's."""
     command = [sys.executable, "-"]
     return subprocess.run(
         command, input=code, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200
@@ -58,7 +58,7 @@ def test_a_cell_trains_two_steps_and_asks_the_model(tmp_path: Path) -> None:
 
 
 def test_names_are_the_same_whatever_was_imported_before(tmp_path: Path) -> None:
-    """A submodule called like a function would take its place on the package once somebody imports it."""
+    """A submodule with the name of a function would replace it on the package as soon as it is imported."""
     code = """
 import sys, types, finback
 assert "torch" not in sys.modules and set(finback.__all__) < set(dir(finback))
@@ -77,7 +77,7 @@ for name, value in before.items():
 
 @dataclass(frozen=True, kw_only=True)
 class Pressed(Stage):
-    """Somebody presses Ctrl-C while it runs for the first time."""
+    """Sends Ctrl-C to its own process on the first run."""
 
     def run(self, run: StageRun) -> dict[str, Any]:
         seen = run.folder / "seen"

@@ -1,4 +1,4 @@
-"""Whatever fits the interface's own document, or nearly fits it, gets an answer that the document foresees."""
+"""Requests that fit the server's OpenAI document, or almost fit it, get an answer that the document allows."""
 
 import copy
 import json
@@ -32,13 +32,13 @@ CHECKED = (
     "response_schema_conformance",
     "response_headers_conformance",
 )
-# what breaks the document must be refused as well
+# requests that violate the document must be refused
 NEGATIVE = (*CHECKED, "negative_data_rejection")
 
 
 @pytest.fixture(scope="module", params=[128])
 def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
-    """A server; its model's window is as long as the parameter says."""
+    """A server; the parameter is the length of its model's window."""
     engine = Scripted(rows=32, window=request.param)
     with served(engine, keys=digests([KEY]), queue=200) as client:
         yield client
@@ -50,7 +50,7 @@ def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
 
 
 def fuzz(client: httpx.Client, path: str, method: str, mode: GenerationMode, cases: int) -> None:
-    """Send this many cases for one operation."""
+    """Sends this many cases for one operation."""
     operation: Any = DOCUMENT[path][method]
     names = NEGATIVE if mode is GenerationMode.NEGATIVE else CHECKED
 
@@ -65,14 +65,14 @@ def fuzz(client: httpx.Client, path: str, method: str, mode: GenerationMode, cas
     @given(case=operation.as_strategy(generation_mode=mode))
     def send(case: Case) -> None:
         response = case.call(base_url=str(client.base_url), headers={"authorization": f"Bearer {KEY}"}, timeout=120)
-        is_too_large = response.status_code == 413  # refused as well, which the check of refusals does not know
+        is_too_large = response.status_code == 413  # also a refusal, which the refusal check does not know
         case.validate_response(response, checks=CHECKS.get_by_names(CHECKED if is_too_large else names))
 
     send()
 
 
 def modes(path: str, method: str) -> list[GenerationMode]:
-    """A GET without parameters cannot be wrong."""
+    """The modes that apply: a GET without parameters cannot be invalid."""
     is_plain = method == "GET" and "{" not in path
     return [GenerationMode.POSITIVE] if is_plain else [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
 
@@ -88,7 +88,7 @@ def test_a_few_requests_of_every_kind(client: httpx.Client, path: str, method: s
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "method", "mode"), [c for c in CASES if c[1] == "POST"])
 def test_a_hundred_requests_of_every_kind(client: httpx.Client, path: str, method: str, mode: GenerationMode) -> None:
-    # a case that is drawn from the document costs a hundred times as much as its answer, and names a model that there is not
+    # drawing a case costs a hundred times as much as its answer, and the case names a model that does not exist
     fuzz(client, path, method, mode, 100)
 
 
@@ -102,7 +102,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 FUNCTION = {"name": "add", "description": "Add.", "parameters": SCHEMA}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 BASE: dict[str, Any] = {"model": "toy", "seed": 1, "stream": False, "temperature": 0.5, "top_p": 0.9}
-# requests that are answered, by their path; what is fuzzed is one or more changes to one of them
+# valid requests by path; fuzzing applies one or more changes to one of them
 ANSWERED: dict[str, list[dict[str, Any]]] = {
     "/v1/messages": [
         BASE | {"max_tokens": 8, "system": "Sing.", "messages": SAID[3:], "stop_sequences": ["x"], "top_k": 3},
@@ -202,7 +202,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def changed(request: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """A request with one to three of its parts gone, replaced, doubled, wrapped or swapped."""
+    """A request with one to three of its parts removed, replaced, doubled, wrapped or swapped."""
     found: dict[str, Any] = copy.deepcopy(request)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         inside, key = rng.choice(places(found))
@@ -240,4 +240,4 @@ def test_changed_requests_are_answered_or_refused(client: httpx.Client, path: st
         elif reply.status_code != 200:
             error = reply.json()["error"]
             assert error["message"] and error["type"], (request, reply.text)
-    assert codes[200] > len(sent) // 5 and codes[400] > len(sent) // 5, codes  # both are looked at
+    assert codes[200] > len(sent) // 5 and codes[400] > len(sent) // 5, codes  # both outcomes are well represented
