@@ -100,7 +100,7 @@ def from_nf4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (..., rows, columns) -> bytes (..., rows, columns / 2) and E8M0 bytes (..., rows, columns / 32).
 
-    Quantizes as V4's release: the factor 2^⌈log2(max(largest, 6 · 2^-126) / 6)⌉ scales a block to at most 6, and ties go
+    Quantizes as V4's release does: the factor 2^⌈log2(max(largest, 6 · 2^-126) / 6)⌉ scales a block to at most 6, and ties go
     to even codes.
     """
     assert weight.size(-1) % MXFP4_BLOCK == 0, "columns must be a multiple of 32"

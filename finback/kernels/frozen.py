@@ -16,7 +16,7 @@ from finback.kernels.moe_gemm import Blocks
 from finback.kernels.places import added_up, laid_out
 from finback.kernels.swiglu import swiglu
 
-# returns a stored weight (out, in) in the compute dtype; the second takes the index of an expert first
+# return a stored weight (out, in) in the compute dtype; `Matrices` takes the index of an expert first
 Matrix = Callable[[torch.dtype], Tensor]
 Matrices = Callable[[int, torch.dtype], Tensor]
 # rows (m, in), laid out by expert in blocks -> (m, out)

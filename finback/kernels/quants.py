@@ -76,7 +76,7 @@ def _dequantize(
 
 
 def numbers(number: int, stored: Any) -> Tensor:
-    """Returns the values of a numpy array of ggml's type `number`, for blocks (..., bytes) -> (..., columns), in fp32.
+    """Dequantizes a numpy array of ggml's type `number`: blocks (..., bytes) -> (..., columns) in fp32.
 
     NotImplementedError for a type that the gguf library does not dequantize.
     """

@@ -1,6 +1,6 @@
-// Updates of parameters on a CPU, each in one pass over memory: AdamW, Muon's momentum, and the step along Muon's direction. A bf16
-// parameter is rounded up or down at random. Sums are contracted as torch's own kernels contract them, and nowhere else: the
-// numbers are the same bits. updates.py has the plain twins.
+// Updates of parameters on a CPU, each in one pass over memory: AdamW, Muon's momentum, and the step along Muon's direction. bf16
+// parameters are rounded stochastically. A multiplication and an addition are fused (fma) exactly where torch's kernels fuse
+// them, so that results agree to the bit. The plain twins are in updates.py.
 
 #include <algorithm>
 #include <cmath>
@@ -12,13 +12,13 @@
 namespace {
 
 constexpr int64_t BLOCK = 1 << 14;  // numbers that a thread updates at a time
-constexpr int64_t LANES = 8;        // of torch's vectors; what is left over at the end is contracted otherwise there
+constexpr int64_t LANES = 8;        // numbers in torch's vectors; torch fuses differently in the remainder at the end
 
 struct Part {
   int64_t row, first, last;
 };
 
-// The rows of a table, the last column but `sizes` of which counts numbers, in blocks.
+// Splits the rows of a table into blocks; column `sizes` has the count of a row's numbers.
 std::vector<Part> blocks(const int64_t* table, int64_t rows, int64_t columns, int64_t sizes) {
   std::vector<Part> found;
   for (int64_t row = 0; row < rows; ++row) {
@@ -28,7 +28,7 @@ std::vector<Part> blocks(const int64_t* table, int64_t rows, int64_t columns, in
   return found;
 }
 
-// 16 bits, a function of an index and a key alone (two rounds of a mixing function of 32 bits).
+// 16 random bits that depend only on an index and a key (two rounds of a 32-bit mixing function).
 inline uint32_t random16(uint32_t index, uint64_t key) {
   uint32_t x = index + uint32_t(key);
   for (int round = 0; round < 2; ++round) {
@@ -43,7 +43,7 @@ inline uint32_t random16(uint32_t index, uint64_t key) {
 }
 
 inline void store(float x, float* y, uint32_t, uint64_t) { *y = x; }
-inline void store(float x, bf16* y, uint32_t index, uint64_t key) {  // up with the probability of what is cut off
+inline void store(float x, bf16* y, uint32_t index, uint64_t key) {  // away from zero with the probability of the cut fraction
   const uint32_t bits = bits_of(x), usual = (bits & 0x7f800000u) != 0x7f800000u;
   y->bits = uint16_t((bits + usual * random16(index, key)) >> 16);
 }
@@ -93,7 +93,7 @@ void along(T* value, const float* update, Part part, float decay, float lr, floa
 
 extern "C" {
 
-// table (rows, 8): parameter, gradient, two moments, numbers, whether the parameter is bf16, the index of its first number, key;
+// table (rows, 8): parameter, gradient, two moments, count of numbers, whether the parameter is bf16, the index of its first number, key;
 // factors (rows, 2): square root of the second moment's bias correction, step size.
 void finback_adamw(const int64_t* table, const double* factors, int64_t rows, double scale, double decay, double beta1,
                    double beta2, double eps) {
@@ -109,7 +109,7 @@ void finback_adamw(const int64_t* table, const double* factors, int64_t rows, do
   }
 }
 
-// table (rows, 5): gradient, momentum, where the direction goes or 0, numbers, whether the direction is bf16.
+// table (rows, 5): gradient, momentum, output for the direction or 0, count of numbers, whether the direction is bf16.
 void finback_momentum(const int64_t* table, int64_t rows, double scale, double decay) {
   const std::vector<Part> parts = blocks(table, rows, 5, 3);
 #pragma omp parallel for schedule(static)
@@ -121,7 +121,7 @@ void finback_momentum(const int64_t* table, int64_t rows, double scale, double d
   }
 }
 
-// table (rows, 5): parameter, direction, numbers, whether the parameter is bf16, key; scales (rows,) of the directions.
+// table (rows, 5): parameter, direction, count of numbers, whether the parameter is bf16, key; scales (rows,) of the directions.
 void finback_along(const int64_t* table, const double* scales, int64_t rows, double decay, double lr) {
   const std::vector<Part> parts = blocks(table, rows, 5, 2);
 #pragma omp parallel for schedule(static)

@@ -1,7 +1,8 @@
-"""Updates of parameters: AdamW, Muon's momentum and the step along its direction, in one native pass where updates.cpp serves.
+"""Updates of parameters: AdamW, Muon's momentum and the step along its direction, each one pass in C++ if a kernel applies.
 
-The plain forms below are torch's own operations, and both give the same bits: tests/test_updates.py. A parameter is fp32, or bf16
-that is stochastically rounded: up with the probability of what is cut off, so that the mean over many steps is that of fp32.
+The plain forms use torch's operations, and both forms give the same bits (tests/test_updates.py). Parameters are fp32,
+or bf16 with stochastic rounding: away from zero with a probability equal to the fraction that is cut off, so that the mean
+over many steps is that of fp32.
 """
 
 import math
@@ -28,14 +29,14 @@ class AdamPart:
     first: Tensor
     second: Tensor
     steps: Tensor
-    # a bf16 parameter's random numbers: their seed, and how many of its numbers come before this part
+    # for rounding a bf16 parameter: the seed, and the index of this part's first number in the parameter
     seed: int = 0
     offset: int = 0
 
 
 @dataclass(frozen=True)
 class MuonPart:
-    """Some matrices of a parameter: gradient and momentum in fp32, and where their direction is put, None: nowhere."""
+    """Some matrices of a parameter: gradient and momentum in fp32, and the output for their direction, or None."""
 
     gradient: Tensor
     momentum: Tensor
@@ -44,7 +45,7 @@ class MuonPart:
 
 @dataclass(frozen=True)
 class Along:
-    """A parameter, its orthogonal direction in fp32, and what that is multiplied by; for bf16 a seed."""
+    """A parameter, its orthogonal direction in fp32, the factor of the direction, and a seed for rounding bf16."""
 
     value: Tensor
     direction: Tensor
@@ -79,7 +80,7 @@ def _plain_adamw(
     parts: Sequence[AdamPart], lr: float, betas: tuple[float, float], weight_decay: float, scale: float
 ) -> None:
     gradients = [p.gradient if scale == 1 else p.gradient * scale for p in parts]
-    values = [p.value.float() for p in parts]  # the same memory where they are fp32
+    values = [p.value.float() for p in parts]  # no copies of fp32 parameters
     moments = [p.first for p in parts], [p.second for p in parts]
     torch_adamw(
         values,
@@ -141,7 +142,7 @@ def step_along(parts: Sequence[Along], lr: float, weight_decay: float) -> None:
 
 
 def mixed(number: int) -> int:
-    """A key of 64 bits that differs in about half of them for neighbouring numbers (SplitMix64's finaliser)."""
+    """Hashes a number to 64 bits, about half of which differ between neighbouring numbers (SplitMix64's finalizer)."""
     z = (number + 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
     z = (z ^ z >> 27) * 0x94D049BB133111EB & ((1 << 64) - 1)
@@ -149,7 +150,10 @@ def mixed(number: int) -> int:
 
 
 def stochastically_rounded(values: Tensor, key: int, offset: int = 0) -> Tensor:
-    """fp32 values in bf16: each rounded away from zero with the probability of what is cut off, by its index and a key of 64 bits."""
+    """Rounds fp32 values to bf16, away from zero with a probability equal to the fraction that is cut off.
+
+    The random bits depend only on a value's index, from `offset` on, and on a key of 64 bits.
+    """
     bits = values.contiguous().view(torch.int32).view(-1).long() & WORD
     x = (torch.arange(offset, offset + bits.numel(), device=bits.device) + (key & WORD)) & WORD
     for turn in range(2):
@@ -168,15 +172,15 @@ def _key(part: AdamPart, steps: float) -> int:
 
 
 def _signed(key: int) -> int:
-    """The same 64 bits as a number that fits into a table."""
+    """The same 64 bits as a signed number, for tables of int64."""
     return key - (1 << 64) if key >> 63 else key
 
 
-# ---- which form serves ---------------------------------------------------------------------------------------------------
+# ---- choice of the form --------------------------------------------------------------------------------------------------
 
 
 def _sorted(parts: Sequence[Part], tensors: Callable[[Part], tuple[Any, ...]]) -> tuple[list[Part], list[Part]]:
-    """Those of which the native form takes all tensors, the first fp32 or bf16 and the others fp32; and the rest."""
+    """Splits parts into those that the C++ form takes (first tensor fp32 or bf16, others fp32), and the rest."""
     swift: list[Part] = []
     plain: list[Part] = []
     for part in parts:

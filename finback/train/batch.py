@@ -14,7 +14,7 @@ from finback.data.rows import Row
 
 @dataclass(frozen=True)
 class SharedRows:
-    """The same answers in rows that share prompts: each row holds a prompt once, followed by all of its answers."""
+    """A batch's answers in rows that share prompts: each row has a prompt once, followed by all of its answers."""
 
     # token ids, each row's positions, segments: (rows, tokens)
     tokens: Tensor
@@ -92,7 +92,7 @@ class Batch:
     indexer_topk: Tensor | None = None
     # (labels with loss, any), padded with -1: the token ids that top-k and top-p left at each label; None: all
     kept: Tensor | None = None
-    # the same answers in rows that share prompts; if given, the trunk reads these
+    # the batch's answers in rows that share prompts; if given, the trunk reads these
     shared: SharedRows | None = None
 
     def to(self, device: torch.device) -> "Batch":
@@ -137,7 +137,7 @@ class Batch:
         return replace(self, **each, seq_len=length)
 
     def widened(self, members: int) -> "Batch":
-        """The same rows, padded until their tokens divide among the members."""
+        """The same rows, padded so that their tokens divide evenly among the members."""
         more = -self.seq_len % members
         if not more or self.shared is not None:
             return self

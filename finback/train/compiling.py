@@ -1,8 +1,8 @@
 """Trains with compiled blocks: torch.compile fuses the operations between matrix products.
 
-Compiled are attention with both norms, the feed-forward of dense layers and shared experts, and the router with its balance
+It compiles attention with both norms, the feed-forward of dense layers and shared experts, and the router with its balance
 loss. Routed experts are not compiled, because their shapes depend on the router; moe_gemm.py fuses them by hand. All blocks
-of a model share the compiled code, so the cost is that of four parts, once: 10 to 60 seconds in the first step. Rollouts,
+of a model share the compiled code, so only four parts are compiled, once: 10 to 60 seconds in the first step. Rollouts,
 probes and validation run uncompiled, because their shapes keep changing.
 """
 

@@ -21,7 +21,7 @@ class Correction:
     """How much tokens and answers count where engine and trainer differ; the default corrects nothing.
 
     Truncated importance sampling: mode="token_truncate" or "sequence_truncate". IcePop (2510.18855): mode="token_mask",
-    clip_min=0.5, clip_max=5.0. V3.2 (2512.02556): off_policy_mask_threshold. Several forms multiply.
+    clip_min=0.5, clip_max=5.0. V3.2 (2512.02556): off_policy_mask_threshold. Weights of several forms multiply.
     """
 
     # weight of a token (exp d) or an answer (exp Σd): clipped to the bounds ("truncate"), or 0 outside them ("mask")

@@ -136,7 +136,7 @@ class LeanAdam:
 
 
 def adam_of(named: Named, weight_decay: float, moments: Moments, seed: int = 0) -> Adam | LeanAdam:
-    """The AdamW of fine-tuning and RL; `seed`: of the rounding of bf16 parameters."""
+    """The AdamW of fine-tuning and RL; `seed`: for rounding bf16 parameters."""
     if moments == "fp32":
         return Adam(named, BETAS, weight_decay, seed)
     return LeanAdam(named, BETAS, weight_decay, moments, seed)

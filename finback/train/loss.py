@@ -54,7 +54,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss of some logits (n, vocab), and their gradient, softmax - onehot, which may take their place."""
+    """The summed loss of some logits (n, vocab), and their gradient, softmax - onehot, which may overwrite them."""
     if native.serves(logits):
         losses = torch.empty(len(labels))
         native.call("cross_entropy", logits.dtype == torch.bfloat16, logits, labels.contiguous(), losses, *logits.shape)
@@ -153,13 +153,13 @@ def distillation(student: Tensor, teacher: Tensor, form: Literal["forward", "rev
 def likeliest_distillation(
     student: Tensor, ids: Tensor, logprobs: Tensor, form: Literal["forward", "reverse"]
 ) -> Tensor:
-    """The same with a teacher that says nothing but its k likeliest tokens and their log-probabilities, both (n, k)."""
+    """The same if only the teacher's k likeliest tokens and their log-probabilities are known, both (n, k)."""
     ours = student.float().log_softmax(dim=-1).gather(-1, ids)
     return _divergence(_with_rest(ours), _with_rest(logprobs.detach().float()), form)
 
 
 def _divergence(ours: Tensor, theirs: Tensor, form: Literal["forward", "reverse"]) -> Tensor:
-    """Between log-probabilities (n, outcomes) of the same outcomes."""
+    """KL divergence per row between log-probabilities (n, outcomes) of the same outcomes."""
     p, difference = (theirs.exp(), theirs - ours) if form == "forward" else (ours.exp(), ours - theirs)
     return (p * difference).sum(dim=-1)
 

@@ -15,7 +15,7 @@ from finback.parallel.mesh import World, flat_gradients
 
 MOMENTUM = 0.95
 BETAS = (0.9, 0.95)  # AdamW's, in every kind of training
-KEPT = "step", "exp_avg", "exp_avg_sq"  # what AdamW keeps of a parameter, by the names of torch's
+KEPT = "step", "exp_avg", "exp_avg_sq"  # AdamW's state of a parameter, under torch's names
 STEP = "muon.step"  # in checkpoints with bf16 parameters, whose rounding depends on it
 NORM_ROW = 1024  # numbers whose squares are summed in fp32
 Named = Sequence[tuple[str, nn.Parameter]]  # parameters by name
@@ -23,14 +23,14 @@ Named = Sequence[tuple[str, nn.Parameter]]  # parameters by name
 
 @dataclass(frozen=True)
 class NewtonSchulz:
-    """How Muon orthogonalizes: the coefficients a, b, c of each step, and what sqrt(max(rows, columns)) is multiplied by."""
+    """How Muon orthogonalizes: the coefficients a, b, c of each step, and the factor of sqrt(max(rows, columns))."""
 
     steps: tuple[tuple[float, float, float], ...]
     scale: float
 
 
 MuonForm = Literal["jordan", "v4"]
-# Jordan's coefficients are fast and leave singular values in about 0.7..1.2; V4 (algorithm 1) brings them to 1 by two steps more
+# Jordan's coefficients are fast and leave singular values in about 0.7..1.2; V4's last two steps bring them to 1 (algorithm 1)
 _FAST, _EXACT = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 MUON_FORMS: dict[MuonForm, NewtonSchulz] = {
     "jordan": NewtonSchulz(5 * (_FAST,), 0.2),
@@ -60,7 +60,7 @@ def seed_of(name: str, seed: int) -> int:
 
 
 def clip_scale(norm: float, max_norm: float) -> float:
-    """What gradients of this global norm are multiplied by in an update, so that their norm is at most `max_norm`."""
+    """The factor of gradients with this global norm in an update, so that their norm becomes at most `max_norm`."""
     return max_norm / norm if math.isfinite(norm) and norm > max_norm else 1.0
 
 
@@ -83,11 +83,11 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class MatrixGroup:
-    """Parameters whose matrices have the same shape, and are numbered in a row."""
+    """Parameters whose matrices have the same shape and are numbered consecutively."""
 
     # indices of the parameters, and the numbers of the matrices of each
     members: list[tuple[int, range]]
-    # how many matrices they have, and which of them this rank orthogonalizes
+    # the number of matrices, and those that this rank orthogonalizes
     count: int
     mine: range
 
@@ -108,7 +108,7 @@ class Muon:
     torch.optim.Muon takes single matrices; here matrices of the same shape, expert stacks included, go through Newton-Schulz
     as one batch. Ranks share that work: each orthogonalizes its part, and a sum over ranks combines the parts.
     `compute` is the dtype of Newton-Schulz, whose result need only be roughly orthogonal: bf16 where that is fast.
-    `seed`: of the rounding of bf16 parameters.
+    `seed`: for rounding bf16 parameters.
     """
 
     momentum = MOMENTUM
@@ -157,7 +157,7 @@ class Muon:
         step_along(along, lr, self.weight_decay)
 
     def _parts(self, index: int, numbers: range, mine: range, stack: Tensor) -> list[MuonPart]:
-        """A parameter's matrices, apart where this rank's share begins and ends; the directions of that share go to `stack`."""
+        """A parameter's matrices, split at the ends of this rank's share, whose directions go to `stack`."""
         name, p = self.named[index]
         assert p.grad is not None, f"{name} has no gradient"
         gradient, buffer = (t.view(-1, *p.shape[-2:]) for t in (p.grad, self.buffers[name]))
@@ -207,7 +207,7 @@ def newton_schulz(stack: Tensor, form: NewtonSchulz = MUON_FORMS["jordan"]) -> T
 
 
 class Adam:
-    """AdamW with a state that is saved under parameter names. `seed`: of the rounding of bf16 parameters."""
+    """AdamW with a state that is saved under parameter names. `seed`: for rounding bf16 parameters."""
 
     def __init__(self, named: Named, betas: tuple[float, float], weight_decay: float, seed: int = 0) -> None:
         self.named, self.betas, self.weight_decay = named, betas, weight_decay

@@ -33,7 +33,7 @@ def dtype_of(precision: str) -> torch.dtype:
 def choose_expert_kernel(model: Transformer, tokens: int) -> Literal["loop", "grouped_mm"]:
     """The faster kernel for a model's routed experts on its device, for passes of `tokens` tokens.
 
-    Measured on a GPU, where the grouped product must win clearly. On a CPU it is always the loop: grouped_mm does the same
+    On a GPU both are timed, and grouped_mm must be clearly faster. On a CPU it is always the loop: grouped_mm does the same
     products in 0.8 to 1.1 of the time, which is noise, and a fixed choice keeps runs reproducible.
     """
     config, device = model.config, model.embed.device
@@ -48,7 +48,6 @@ def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens:
     """Sets the kernel of a model's routed experts, in place, and returns the one used.
 
     "auto" means `choose_expert_kernel`. The kernels round sums in different orders: to reproduce a run on a GPU, name one.
-    names one of the two.
     """
     kernel = choose_expert_kernel(model, tokens) if kernel == "auto" else kernel
     if kernel == "grouped_mm":
@@ -106,7 +105,7 @@ class Fp8Linear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.groups is None:
             y = fp8_train.linear(x, self.weight, self.numerics)
-        else:  # tiles along tokens and inputs are a group's own
+        else:  # each group has its own tiles along tokens and inputs
             each = zip(x.unbind(-2), self.weight.chunk(self.groups), strict=True)
             y = torch.cat([fp8_train.linear(part, weight, self.numerics) for part, weight in each], dim=-1)
         return y if self.bias is None else y + self.bias.to(x.dtype)

@@ -116,7 +116,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
         self._tell()
 
     def _tell(self) -> None:
-        """Tells the generator that the weights have changed."""
+        """Marks the served weights as out of date."""
         if self._whole is not None:
             self._whole.learnt()
 

@@ -18,7 +18,7 @@ BATCH = 1 << 27
 
 
 class ShardedMuon:
-    """Muon for parameters of which this rank holds a shard (DTensors); so is the momentum.
+    """Muon for sharded parameters (DTensors); the momentum is sharded alike.
 
     Matrices that are whole on this rank, usually experts, need no exchange. Each other matrix is gathered on one rank,
     orthogonalized there and scattered again. A state can be loaded with a different sharding.
@@ -55,7 +55,7 @@ class ShardedMuon:
         return parts
 
     def _shapes(self, indices: list[int]) -> list[tuple[int, int]]:
-        """Shapes of all matrices of these parameters of which this rank has some rows."""
+        """Shapes of all matrices of these parameters that have rows on this rank."""
         parts = [(self.named[i][1], self.buffers[i]) for i in indices]
         return [(p.size(-2), p.size(-1)) for p, mine in parts for _ in range(len(mine) if p.ndim == 3 else 1)]
 

@@ -60,7 +60,7 @@ class ShardedOptions:
             use_fp4(model)
         use_recompute(model, self.recompute)
         if self.compile:
-            from finback.train import compiling  # seconds of imports that only it needs
+            from finback.train import compiling  # its imports take seconds
 
             compiling.compile_blocks(model)
         return model
@@ -77,7 +77,7 @@ class ShardedOptions:
         return like(round_mxfp4(local(part.value.detach())), part.value)  # shares have whole rows
 
     def written(self, shares: Iterable[Share]) -> list[Share]:
-        """What this rank writes of a model: the numbers that passes compute with."""
+        """This rank's shares for files, with the numbers that passes compute with."""
         if self.qat == "none":
             return list(shares)
         rounding = lambda s: is_expert_stack(s.name, s.shape)  # noqa: E731

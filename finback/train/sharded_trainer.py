@@ -41,7 +41,7 @@ from finback.train.trainer import Stateful, Trainer
 
 PLAIN = ShardedOptions()
 WHOLE = "whole copies"  # the name of the layout without sharding
-# from so many numbers on a shard counts as large and uses small blocks, in bytes; smaller models would become slower
+# with at least LARGE_SHARE numbers, a rank returns freed blocks of BLOCK bytes to the system; small models would be slower
 LARGE_SHARE, BLOCK = 1 << 25, 1 << 17
 
 
@@ -245,7 +245,7 @@ class ShardedTrainer(Trainer):
         save_shares(self.config, mine, folder, tokenizer.save)
 
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
-        """Restores the newest checkpoint, whatever layout, or single rank, wrote it."""
+        """Restores the newest checkpoint, no matter which layout or single rank wrote it."""
         self.settle()
         steps, (of_one, of_many) = self.steps(run), resharding.newest(run.folder)
         found = self._load_whole(run) if of_one > of_many else self.load(steps)
@@ -279,7 +279,7 @@ class ShardedTrainer(Trainer):
         return {name: bias for model in self.models for name, bias in router_buffers(model).items()}
 
     def _state(self, copies: bool) -> dict[str, Tensor]:
-        """Parameters, their averages and optimizer states: those that an earlier pipeline stage also has, or all others."""
+        """Parameters, their averages and optimizer states: only those that an earlier stage also has, or all others."""
         found: dict[str, Tensor] = {}
         everything = zip(self.stages, self.sharding.parts, self.optimizers, strict=True)
         for at, (number, parts, optimizers) in enumerate(everything):

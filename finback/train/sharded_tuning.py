@@ -1,7 +1,7 @@
 """SFT, distillation and RL of a sharded model without a pipeline; for adapters see sharded_adapter.py.
 
 Unlike in pre-training, a step's rows need not divide among the ranks, and rows are padded for context parallelism. All ranks
-make the same number of passes; a rank without rows uses one without loss.
+make the same number of passes; a rank without rows passes one that has no loss.
 """
 
 from collections.abc import Iterator
@@ -171,7 +171,7 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
         return found
 
     def _tell(self) -> None:
-        """Tells the generator that the weights have changed."""
+        """Marks the served weights as out of date."""
         if self._served is not None:
             self._served.learnt()
 
@@ -199,7 +199,7 @@ class FrozenShare:
         prefix: str = "frozen",
         qat: Qat = "none",
     ) -> None:
-        """prefix: starts its names in a checkpoint. qat: rounds its weights, as ShardedOptions has it."""
+        """prefix: starts its names in a checkpoint. qat: how its weights are rounded, as in ShardedOptions."""
         trainer.layout.check(config, trainer.layout.dp * trainer.layout.micro_batches)
         freezing = lambda model: (model if qat == "none" else use_fp4(model)).requires_grad_(False)  # noqa: E731
         made = build(config, trainer.layout, trainer.mesh, values, compute, put_on=freezing)

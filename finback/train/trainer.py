@@ -63,7 +63,7 @@ class Trainer(ABC):
     averages: Sequence[EMA] = ()
     # further state for checkpoints
     extras: list[Stateful]
-    # what an update multiplies the step's gradients by
+    # the factor by which an update multiplies the step's gradients
     scale: float = 1.0
     # whether all ranks must make the same number of passes
     in_step: bool = False
@@ -185,7 +185,7 @@ class ReplicatedTrainer(Trainer):
         # routers of a frozen MTP module are not balanced
         frozen = named is not None and not any(n.startswith("mtp.") for n, _ in named)
         self.routers = [m for m in (model.blocks if frozen else model).modules() if isinstance(m, Router)]
-        # what engines and files get where passes round the weights
+        # the weights for engines and files, if passes round them
         self.rounded = rounded_weights(model) if is_fp4(model) else None
 
     def zero(self) -> None:
@@ -253,7 +253,7 @@ class ReplicatedTrainer(Trainer):
     def gathered(self) -> Transformer:
         if self.rounded is None:
             return self.model
-        self.rounded.learnt()  # whatever has changed them
+        self.rounded.learnt()  # anything may have changed the weights
         return self.rounded()
 
     def served(self) -> ServedWeights:
@@ -265,7 +265,7 @@ class ReplicatedTrainer(Trainer):
 
 
 def rounded_weights(model: Transformer) -> ServedWeights:
-    """A frozen copy of a model trained with rounded weights, with those weights as they are rounded."""
+    """A frozen copy of a model that trains with rounded weights; the copy has them rounded."""
     copied, _ = whole_copy(model.config, model.compute, torch.float32, World(device=model.embed.device), round_indexers)
 
     @torch.no_grad()
