@@ -135,7 +135,7 @@ def _extra(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError("--extra", text, "not a JSON object", """Writes for example '{"reasoning_effort": "high"}'.""")
+        raise UserError("--extra", text, "not a JSON object", """Write for example '{"reasoning_effort": "high"}'.""")
     return value
 
 

@@ -32,7 +32,7 @@ class Answer:
 
     key: str
     suite: str
-    # the problem's key; it serves people who read the file
+    # the problem's key, for people who read the file
     question: str
     sample: int
     thinking: str

@@ -66,7 +66,7 @@ def measure(
 
 
 def find_python(given: Path | None) -> Path:
-    """The Python interpreter that has lm_eval; UserError, which names the install command, if it has not."""
+    """The Python interpreter that has lm_eval; if it has none, a UserError that names the install command."""
     if given is None:
         if importlib.util.find_spec("lm_eval") is not None:
             return Path(sys.executable)

@@ -10,7 +10,7 @@ from finback.tasks.answers import final_answer, spelling
 from finback.tasks.language import consistency
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, judged
 
-_LONGEST_VOTE = 200  # characters; longer answers are free text, of which no two are equal
+_LONGEST_VOTE = 200  # characters; longer answers are free text, and no two are equal
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,10 @@ def of(
     interval: tuple[float, float] | None,
     model: str,
 ) -> list[str]:
-    """Remarks on one contestant's answers to one suite; `failed` are the problems of failed requests, `model` is the model asked for."""
+    """Remarks on one contestant's answers to one suite.
+
+    `failed` are the problems of failed requests, `model` is the requested model.
+    """
     found = [f"{len(failed)} answers failed: the score covers the rest ({_counted(failed)})"] if failed else []
     if not judged:
         return [*found, "no answers"]

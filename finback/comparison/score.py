@@ -12,7 +12,7 @@ from finback.suites.intervals import LEVEL
 from finback.suites.statistics import Difference
 from finback.suites.suite import Suite
 
-MAX_NO_ANSWER = 0.1  # no verdict on a contestant of whose answers a larger share lacks the requested form
+MAX_NO_ANSWER = 0.1  # no verdict on a contestant if a larger share of its answers lacks the requested form
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ class Score:
 def score(
     contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed: Sequence[str] = (), model: str = ""
 ) -> Score:
-    """Summarizes one contestant's judged answers to one suite; `failed` are the problems of failed requests, `model` the model asked for."""
+    """Summarizes one contestant's judged answers to one suite.
+
+    `failed` are the problems of failed requests, `model` is the requested model.
+    """
     groups: dict[int, list[JudgedAnswer]] = defaultdict(list)
     for each in judged:
         groups[each.place].append(each)

@@ -88,9 +88,8 @@ class Tokenizer:
         self.ends = self._ends()
         self.stops = tuple(sorted({number for given in self.ends.values() for number in given}))
         marks = (BOS, EOS, *ADDED) if self.template is None else ()
-        self.lacks = [
-            token for token in marks if token not in self.ids
-        ]  # missing tokens, without which it cannot write dialogues
+        # missing tokens, without which it cannot write dialogues
+        self.lacks = [token for token in marks if token not in self.ids]
 
     @property
     def vocabulary(self) -> dict[str, int]:

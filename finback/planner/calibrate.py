@@ -31,7 +31,7 @@ from finback.planner.calibration_file import FORMAT
 from finback.planner.this_machine import Shape
 from finback.runs import processor
 from finback.runs.files import write_json
-from finback.stages import pretrain  # noqa: F401 - its libraries belong to what a rank's process takes
+from finback.stages import pretrain  # noqa: F401 - its libraries are part of a rank's process memory
 from finback.train.batch import of_windows
 from finback.train.loss import LossTerms, training_losses
 from finback.train.optim import Adam, Gradients, Muon, clip_scale, is_matrix
@@ -252,7 +252,7 @@ def _worst(work: Sequence[dict[str, float]], seconds: Sequence[float], costs: di
 
 
 def _training_rates(world: World, steps: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Counted FLOP/s of whole steps over all ranks, for the median model: used for stages about which no more is known."""
+    """Counted FLOP/s of whole steps over all ranks, for the median model; for stages not planned step by step."""
     rates: dict[str, float] = {}
     for name in COMPUTE:
         chosen = [s for s in steps if s["shape"].compute == name]

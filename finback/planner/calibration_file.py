@@ -24,7 +24,7 @@ def default_path(environment: Mapping[str, str]) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A calibration; UserError if the file is torn or something else."""
+    """A calibration; UserError if the file is damaged or contains something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -76,7 +76,7 @@ def machine(calibration: dict[str, Any], ranks: int) -> Machine:
 
 
 def site(calibration: dict[str, Any], ranks: int, precision: str) -> Site:
-    """This machine as a site with so many ranks, at the measured speed of its training steps."""
+    """This machine as a site with `ranks` ranks, at the measured speed of its training steps."""
     here, source = machine(calibration, ranks), f"measured here, {calibration['date']}"
     rate = calibration["training_flops_per_second"][precision] / calibration["ranks"]
     known = {"reserve": calibration["process_bytes"], "efficiency": rate / here.peak(precision)}

@@ -103,14 +103,14 @@ def _search(c: ModelConfig, work: Workload, site: Site, options: PlanOptions) ->
 
 
 def product_seconds(flops: float, site: Site) -> float:
-    """Seconds for so many FLOPs at the machine's MFU, or at the efficiency derived from others' MFU."""
+    """Seconds for `flops` FLOPs at the given MFU or the machine's, else at the efficiency derived from V3's MFU."""
     machine, devices, known = site.machine, site.devices, site.known
     share = known.get("mfu") or machine.mfu or cost.efficiency(V3, cost.V3_WORKLOAD, machine, known)
     return flops / (machine.bf16.value * share.value * devices)
 
 
 def by_flops(flops: float, site: Site, options: PlanOptions, least: float = 0.0, beside: float = 0.0) -> dict[str, Any]:
-    """Rough cost of so many FLOPs: at least `least` seconds, plus `beside` seconds."""
+    """Rough cost of `flops` FLOPs, which take at least `least` seconds, plus `beside` seconds of other work."""
     seconds = max(product_seconds(flops, site), least) + beside
     return {"seconds": seconds, **cost.spending(seconds, site, options.price), "how": "rough"}
 
@@ -130,7 +130,7 @@ def model_values(name: str, c: ModelConfig, length: int) -> dict[str, Any]:
         "training_flops_per_token_with_mtp": training_flops(c, length / 2, mtp=True),
         "forward_flops_per_token": forward_flops(c, length / 2),
         "forward_products_with_mtp": dataclasses.asdict(token_flops(c, length / 2, mtp=True)),
-        "counting": f"2 FLOPs per weight met, attention over T/2 = {length / 2:g} keys, training 3 x forward",
+        "counting": f"2 FLOPs per active weight, attention over T/2 = {length / 2:g} keys, training 3 x forward",
         "cache_bytes_per_token": cache_bytes(c),
     }
 

@@ -1,4 +1,4 @@
-"""`finback plan`: from what was asked to values and text. Does not import torch until a recipe or a calibration needs it."""
+"""`finback plan`: turns options into values and text. Imports torch only when a recipe or a calibration needs it."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ def preset(options: PlanOptions) -> tuple[dict[str, Any], str]:
     tokens = presets.count(options.tokens, "--tokens") if options.tokens else found.tokens
     rows, length = options.rows or found.rows, options.length or found.length
     if length > found.model.max_position_embeddings:
-        raise UserError("--length", length, f"{found.name} reads {found.model.max_position_embeddings}", "Lower it.")
+        raise UserError(
+            "--length", length, f"{found.name} reads at most {found.model.max_position_embeddings}", "Lower it."
+        )
     site = hardware.site(options.on, options.assume)
     work = cluster.workload(rows, length, site, options)
     planned = cluster.plan(found.name, found.model, work, tokens, site, options, found.source)

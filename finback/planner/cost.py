@@ -180,7 +180,7 @@ def durations_of(
 
 
 def launch_seconds(layers: float, known: dict[str, Fact]) -> float:
-    """Lower bound of a forward pass through so many layers, from kernel launches, in seconds."""
+    """Lower bound of a forward pass through `layers` layers, from kernel launches, in seconds."""
     return KERNELS * layers * known["launch"].value if "launch" in known else 0.0
 
 

@@ -29,7 +29,7 @@ SPARE = 0.1  # fraction of an engine that does not justify one more
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """What an RL stage has logged."""
+    """A typical step of an RL stage, from its log."""
 
     # tokens per step, seconds of learning from them, and tokens per second of one engine
     tokens: float
@@ -66,7 +66,7 @@ def wanted(tokens: float, learning: float, rate: float) -> int:
 
 
 def balance(tokens: float, learning: float, rate: float, engines: int, max_staleness: int) -> dict[str, float]:
-    """The result with so many engines: seconds of generating and of a step, and idle shares of trainer and engines."""
+    """A step with `engines` engines: seconds of generating and of the step, and idle shares of trainer and engines."""
     generating = tokens / (rate * engines)
     steps = overlapped(generating, learning, max_staleness, 50)
     each = (steps[-1].learnt - steps[-26].learnt) / 25  # after the start-up phase
@@ -150,5 +150,5 @@ def _engines(n: int) -> str:
 
 
 def of_plan(stages: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """The stages of a plan whose engines are known, with these."""
+    """The stages of a plan whose engines are known, each with the values of its engines."""
     return ((name, values["engines"]) for name, values in stages.items() if "engines" in values)

@@ -31,7 +31,7 @@ class Machine:
     # bytes/s
     memory_bandwidth: Fact | None = None
     fp8: Fact | None = None
-    # reached fp32 FLOP/s, for CPUs, which may train in fp32
+    # measured fp32 FLOP/s, for CPUs, which may train in fp32
     fp32: Fact | None = None
     # devices connected by the fast link
     node: Fact | None = None

@@ -100,7 +100,7 @@ def layer_activation(c: ModelConfig, moe: bool, precision: Precision, recompute:
 
 
 def cross_entropy(c: ModelConfig, tokens: int, precision: Precision, in_flight: int) -> float:
-    """Bytes of the trunk's loss and of each MTP module's, with so many micro-batches of `tokens` in flight at the head.
+    """Bytes of the trunk's loss and of each MTP module's, with `in_flight` micro-batches of `tokens` at the head.
 
     Each stores the gradients of its hidden states and of the head from its forward to its backward pass. In addition: a chunk of logits,
     and if activations are not fp32, their gradient and a copy of the head; or the head's gradient once more, scaled.

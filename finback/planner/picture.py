@@ -34,9 +34,8 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(14, 1.6 + 0.32 * ranks), layout="constrained")
     number = sum(len(slots) for slots in timeline.ranks) <= MOST_NUMBERS
     for rank, slots in enumerate(timeline.ranks):
-        bars: dict[
-            tuple[str, int, int], list[tuple[float, float]]
-        ] = {}  # bars of one kind and position form one object
+        # bars of one kind and position form one object
+        bars: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
         for start, end, slot in slots:
             for row, op in enumerate(slot):
                 bars.setdefault((op.kind, row, len(slot)), []).append((start, end - start))
@@ -73,7 +72,10 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
 
 
 def draw_engines(found: dict[str, Any], title: str, path: Path) -> None:
-    """Writes the picture of an RL stage from `engines.planned`: alternating, with the recommended engines, and with its own."""
+    """Writes the picture of an RL stage from `engines.planned`.
+
+    It shows the recommended engines in turn with the trainer and overlapped with it, and the recipe's engines.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -58,7 +58,7 @@ def planned_stages(configs: Iterable[dict[str, Any]]) -> list[PlannedStage]:
 
 
 def _model(knobs: dict[str, Any], earlier: dict[str, PlannedStage]) -> ModelConfig | None:
-    """The stage's own model, or that of its start."""
+    """The stage's own model, or that of the stage or checkpoint it starts from."""
     if isinstance(own := knobs.get("model"), dict):
         model: ModelConfig = _value(own)
         data = earlier.get(knobs.get("data", ""))
@@ -83,7 +83,7 @@ def _named(name: Any, earlier: dict[str, PlannedStage]) -> ModelConfig | None:
 
 
 def stored_model(path: Path) -> ModelConfig | None:
-    """The model of a finished stage or of a Hugging Face checkpoint; None if only opening it could tell.
+    """The model of a finished stage or of a Hugging Face checkpoint; None for anything else, such as a GGUF file.
 
     For models of the hub, only the config is fetched.
     """

@@ -31,7 +31,7 @@ LONG = 2**20  # tokens
 # context extension (V3 report 4.3): 1000 steps each with these (rows, tokens per row)
 EXTENSION = ((1920, 32768), (480, 131072))
 POST_TRAINING_HOURS = 5e3  # its number of tokens is not published
-# R1's supplement, B.4.4: (devices, hours) of each run; only hours for generating SFT data
+# R1's supplement, B.4.4: (devices, hours) of each run; device-hours alone for generating SFT data
 R1_RUNS = ((512, 198), (512, 80))
 R1_DATA_HOURS = 5e3
 
@@ -42,7 +42,7 @@ def claims(known: dict[str, Fact]) -> list[Claim]:
 
 
 def _of_models() -> list[Claim]:
-    causal = "3 x (2 x parameters met without the input embedding + attention over T/2 keys), T = 4096, without MTP"
+    causal = "3 x (2 x active parameters without the input embedding + attention over T/2 keys), T = 4096, without MTP"
     v3, v2 = (training_flops(model, 2048, mtp=False) / 1e9 for model in (V3, V2))
     isca = "arXiv 2505.09343"
     size, cache = parameters(V3, mtp=False) + router_biases(V3), "latent and rotary key, bf16, 61 layers"
@@ -57,7 +57,7 @@ def _of_models() -> list[Claim]:
 
 
 def _of_long_texts() -> list[Claim]:
-    """V4's products of a token that decodes behind 2^20 others, as shares of V3.2's."""
+    """V4's products for decoding one token after 2^20 others, as shares of V3.2's."""
     rule, sparse = "products with weights 1, head and attention 2, indexer 1 (V4: 1/2)", fp8_flops(V3_2, LONG)
     shares = (("V4-Flash", V4_FLASH, 10.0), ("V4-Pro", V4_PRO, 27.0))
     return [

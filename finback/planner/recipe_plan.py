@@ -150,7 +150,7 @@ def _here(stage: PlannedStage, options: PlanOptions, calibration: Calibrated | N
 
 
 def _measured(compute: str, model: ModelConfig | None = None) -> Precision:
-    """The calibrated precision by which another one is planned; FP8 is emulated in bf16."""
+    """The calibrated precision that stands for a compute dtype; FP8 is emulated in bf16."""
     if compute == "auto" and model is not None:
         compute = processor.precision(model.hidden_size)
     return "fp32" if compute in ("fp32", "auto") else "bf16"
@@ -167,13 +167,13 @@ def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dic
         problem = f"does not divide among {readers} ranks"
         raise UserError(f"{stage.name}.batch_size", knobs["batch_size"], problem, "Use --ranks.")
     if knobs["compute"] == "fp8":
-        notes.append("FP8 is emulated on this machine, and takes longer than bf16, as which it is planned")
+        notes.append("FP8 is emulated on this machine: it takes longer than bf16, but is planned as bf16")
     if knobs["compile"]:
         notes.append("compiled blocks take 0.85 to 0.95 of the planned time, plus up to a minute in the first step")
     if stage.layout is None:
         return _whole_copies(stage, calibration, ranks) | {"notes": notes}
     if stage.layout.ranks != ranks:
-        return {"how": f"needs {stage.layout.ranks} ranks, here are {ranks}", "notes": notes}
+        return {"how": f"needs {stage.layout.ranks} ranks, not {ranks}", "notes": notes}
     # one rank per core
     precision = _measured(knobs["compute"], stage.model)
     options = PlanOptions(precision=precision, optimizer=knobs["optimizer"])
@@ -228,10 +228,7 @@ def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[
             raise
         # another stage of the recipe may fit this mesh; MFU does not count MTP
         counted = training_flops(stage.model, stage.length / 2, mtp=False) * stage.work.tokens_trained
-        notes = [
-            *known,
-            f"no basis: no layout is possible ({error}), so it is FLOPs at the MFU that V3 reached on its own",
-        ]
+        notes = [*known, f"no basis: no layout is possible ({error}), so it is FLOPs at the MFU of V3's own layout"]
         rough = cluster.by_flops(counted, site, options, _least(stage, site))
         return values | rough | {"refused": str(error), "notes": notes}
 
@@ -252,7 +249,7 @@ def _least(stage: PlannedStage, site: Site) -> float:
 
 
 def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str, Any]:
-    """Pre-training with the stage's layout, or another if the options or nobody gives one."""
+    """Pre-training with the options' mesh, else with the stage's layout, else with a recommended layout."""
     knobs, given, model = stage.knobs, None if options.mesh else stage.layout, stage.model
     assert model is not None, "a stage that trains has a model"
     own = None if knobs["compute"] == "auto" else knobs["compute"]

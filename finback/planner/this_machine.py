@@ -43,7 +43,7 @@ class Shape:
 
     @property
     def newton_schulz_steps(self) -> int:
-        """Of Muon's orthogonalisation."""
+        """Newton-Schulz steps of Muon's orthogonalization."""
         return len(MUON_FORMS[self.muon_form].steps)
 
     @property
@@ -151,7 +151,8 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
     else:
         saved = a * (2 * d + c.head_dim * (2 * heads + 2 * c.num_key_value_heads)) + 4 * (2 + heads)
         if c.qk_norm:
-            saved += a * c.head_dim * (heads + 2 * c.num_key_value_heads)  # keys, cut off their values, as one piece
+            # the keys are stored once more: split from their values and made contiguous
+            saved += a * c.head_dim * (heads + 2 * c.num_key_value_heads)
     saved += 2 * a * d
     if not moe:
         return shape.tokens * (saved + 3 * a * c.intermediate_size)
@@ -193,9 +194,8 @@ def memory(shape: Shape, process: float) -> RankMemory:
     # directions, updates, and one group in progress; blocks freed by the backward pass are too small for these
     at_update = 4 * 2 * muon + 3 * max(_groups(c).values(), default=0) if muon else 0
     whole = dataclasses.replace(shape, recompute="none")
-    again = max(
-        _layer_bytes(whole, moe) - _layer_bytes(shape, moe) for moe in _layers(c)
-    )  # stored while it is recomputed
+    # stored while a layer is recomputed
+    again = max(_layer_bytes(whole, moe) - _layer_bytes(shape, moe) for moe in _layers(c))
     working = max(_backward_bytes(c) + again, at_update) + _compiled_bytes(shape)
     return RankMemory(process, 4.0 * p, 4.0 * p, 4.0 * muon + 8.0 * (p - muon), saved_bytes(shape), working)
 

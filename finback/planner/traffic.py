@@ -45,12 +45,9 @@ def of(c: ModelConfig, work: Workload, machine: Machine, skew: float = 0.0) -> T
     """Traffic of one step; `skew` is the Zipf exponent of expert popularity."""
     layout = work.layout
     network = link = seconds = 0.0
-    out = back = (
-        4.0 if work.precision == "fp32" else 2.0
-    )  # bytes per value on the way to an expert, and on any other way
-    if (
-        work.precision == "fp8" and layout.schedule == "dualpipe"
-    ):  # V3's schedule, for planning only, with its FP8 dispatch
+    # bytes per value sent to an expert, and in any other transfer
+    out = back = 4.0 if work.precision == "fp32" else 2.0
+    if work.precision == "fp8" and layout.schedule == "dualpipe":  # V3's schedule, for planning only, with FP8 dispatch
         out = 1 + SCALE
     load = None
     if layout.ep > 1:

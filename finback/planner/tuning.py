@@ -3,9 +3,9 @@
 Bytes per parameter: trained ones need fp32 weights, gradients and AdamW's two moments, 16 in total. A frozen base needs only
 what its format takes. Activations follow the policies of memory.py.
 
-A layout shards all of it except an adapter, of which each rank holds all but other ranks' experts; with `offload` the shards,
-their gradients and moments are in host memory. In addition: what FSDP gathers for a pass (both ends of the model throughout, and
-two layers at a time), and the full copy for generation.
+A layout shards all of these except an adapter: each rank holds the adapter without the experts of other ranks. With
+`offload` the shards, their gradients and moments are in host memory. In addition: the parameters that FSDP gathers for a
+pass (both ends of the model throughout, and two layers at a time), and the full copy for generation.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class TuningMemory:
     activations: float
     # logits, one recomputed layer, one dequantized matrix
     working: float
-    # cache of the answers sampled at a time: a whole batch, or what half of the remaining memory holds
+    # cache of the answers sampled at a time: a whole batch, or as many as half of the remaining memory holds
     cache: float
     reserve: float
     # with a layout: parameters gathered for a pass with their gradients, and a full copy for generation
@@ -182,7 +182,7 @@ def copy_bytes(c: ModelConfig, knobs: dict[str, Any]) -> float:
 
 
 def _served(c: ModelConfig, knobs: dict[str, Any], layout: Layout) -> float:
-    """Bytes of that copy, plus fp32 adapters of all experts if a rank trains only some of them."""
+    """Bytes of the full copy, plus fp32 adapters of all experts if a rank trains only some of them."""
     adapter = knobs.get("adapter")
     return copy_bytes(c, knobs) + (4.0 * _of_experts(c, adapter) if adapter and layout.ep > 1 else 0.0)
 
@@ -198,7 +198,7 @@ def _answering(c: ModelConfig, knobs: dict[str, Any], reserve: float, room: floa
 
 
 def _cache(rows: int, each: float, free: float) -> float:
-    """Cache bytes of so many answers: all of them, or as many as half of the free memory holds, at least one."""
+    """Cache bytes of `rows` answers: all of them, or as many as half of the free memory holds, at least one."""
     return min(rows * each, max(each, free / 2)) if rows else 0.0
 
 
@@ -244,7 +244,7 @@ def judged(stage: PlannedStage, device: float, reserve: float, known: dict[str, 
     if values["fits"]:
         return values
     taken, least = changes(stage.model, stage.knobs, reserve, room, stage.teachers, stage.layout)
-    with_them = f"with {', '.join(taken)} it" if taken else "no knob of it takes less: it"
+    with_them = f"with {', '.join(taken)} it" if taken else "no knob lowers this: it"
     change = f"{with_them} {'takes' if least <= room else 'still takes'} {least / 1e9:,.1f} GB"
     if least > room:
         more = "a layout of more ranks, or " if stage.layout else ""
