@@ -1,12 +1,12 @@
-"""A V3 of 97 M parameters, 18 M of them active, reads real text: about an hour on two CPU cores.
+"""Pre-trains a V3 of 97 M parameters, 18 M of them active, on real text: about an hour on two CPU cores.
 
     make corpora
     apt install wordnet-base python3-doc postgresql-doc
     finback run recipes/base100m.py
     python benchmarks/text_bits.py runs/base100m/base
 
-Dialogues, the documentation of two cloud APIs, WordNet and two manuals: a hundred megabytes whose makers allow it. What
-comes out continues such text; it knows nothing and cannot be asked. More tokens, more sense: --set base.max_tokens=...
+Dialogues, the documentation of two cloud APIs, WordNet and two manuals: a hundred megabytes whose licences allow it. The
+result continues such text, but does not answer questions. More tokens improve it: --set base.max_tokens=...
 """
 
 from finback.data.clean import Quality

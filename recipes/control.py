@@ -1,4 +1,4 @@
-"""The check on recipes/tiny.py: the same RL from the same base, but each answer is paid another answer's reward.
+"""The control experiment for recipes/tiny.py: the same RL from the same base, but each answer gets another answer's reward.
 
 If this gained anything, the gain would come from more training, not from the reward. Run recipes/tiny.py first.
 """

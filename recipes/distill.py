@@ -1,7 +1,7 @@
-"""Three ways to distill one teacher into one student, from what recipes/r1.py has made: run that first.
+"""Three ways to distill one teacher into one student. Uses the results of recipes/r1.py: run that first.
 
-Traces alone, as R1 did it; the teacher's probabilities on the same traces; and its probabilities on what the student says
-itself. All three see about as many tokens.
+Traces alone, as R1 did it; the teacher's probabilities on the same traces; and its probabilities on the student's own
+answers. All three see about as many tokens.
 """
 
 from finback.stages.distill import Distill
@@ -15,7 +15,7 @@ student, teacher, traces = "runs/r1/student-base", "runs/r1/dev2", ("runs/r1/kep
 
 
 def exam(name: str) -> Evaluate:
-    """What every student has to answer."""
+    """The exam of every student."""
     return Evaluate(name=f"of-{name}", start=name, exams=exams)
 
 

@@ -1,6 +1,6 @@
-"""Long texts, dense against sparse: a number is told once in a text eight times as long as pre-training's rows, and asked for at its end.
+"""Long texts, dense against sparse: a number appears once in a text eight times as long as pre-training's rows, and is asked for last.
 
-The way of V3.2 and V4 at toy size: short rows with dense attention first, then longer ones (YaRN), then a warm-up of indexers
+The steps of V3.2 and V4 at toy size: short rows with dense attention first, then longer ones (YaRN), then a warm-up of indexers
 at dense attention, then sparse attention for the rest. Both models, the dense one and the sparse one, take the same exams.
 """
 
@@ -21,12 +21,12 @@ from finback.tasks.task import Problem, Verdict
 
 ROW = 64  # tokens of pre-training's rows
 TIMES = 8
-WORDS = {1: 15, 2: 40, 4: 90, TIMES: 190}  # that fit so many such rows, question included
+WORDS = {1: 15, 2: 40, 4: 90, TIMES: 190}  # words that fit into so many rows, question included
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A number of two digits, told once between lines of dialogues; `least` to `most` words lie around it."""
+    """A two-digit number, stated once within `least` to `most` words of dialogues."""
 
     least: int
     most: int
@@ -76,7 +76,7 @@ recipe = [
         max_tokens=1_200_000,
         decay_tokens=250_000,
     ),
-    # dense attention on longer rows, as V3 and V4 do before any of it is sparse
+    # dense attention on longer rows, as in V3 and V4, before attention becomes sparse
     Extend(
         name="longer",
         start="base",

@@ -1,7 +1,7 @@
-"""A model taught a task by adapters alone, as one card teaches a 7B: SFT on a few gold answers, then RL, both by LoRA.
+"""Trains a model on a task by LoRA adapters only, as for a 7B on one card: SFT on a few gold answers, then RL.
 
-By itself it makes a base of toy size and takes minutes on two CPU cores. For a checkpoint of yours leave out `prepare` and
-`base`, and let `cold` start from it:
+As it stands it trains a toy base and takes minutes on two CPU cores. For your own checkpoint remove `prepare` and
+`base`, and start `cold` from it:
 
     finback plan recipes/lora.py --set cold.start=PATH/TO/7B --on 4090         # does it fit, and what to change
     finback run recipes/lora.py --set cold.start=PATH/TO/7B
@@ -49,7 +49,7 @@ recipe = [
         adapter=adapter,
     ),
     Evaluate(name="before", start="cold", exams=exams, dtype="auto"),
-    # goes on with the same adapter; its reference model is the one that SFT has made
+    # continues the same adapter; the reference model is the result of SFT
     GRPO(
         name="rl",
         start="cold",

@@ -1,12 +1,12 @@
-"""RL of a mixture of experts that is shared out among ranks: its weights, experts, optimizer and reference model.
+"""RL of a mixture of experts that is sharded over ranks: its weights, experts, optimizer and reference model.
 
-By itself it makes a base of toy size, on two ranks of this machine:
+As it stands it trains a toy base, on two ranks of this machine:
 
     finback run recipes/moe_rl.py --ranks 2
 
-For a checkpoint of yours leave out `prepare` and `base`, let `cold` start from it, and write the layout that your GPUs are:
-`Layout(dp=64, ep=32, nodes=4)` is 64 GPUs on 8 machines, of which 32 share one set of experts. Every rank puts a whole copy
-together to generate with; where none has room for one, an adapter on a base in bf16 takes an eighth of the rest.
+For your own checkpoint remove `prepare` and `base`, start `cold` from it, and write a layout for your GPUs:
+`Layout(dp=64, ep=32, nodes=4)` is 64 GPUs on 8 machines, of which 32 share one set of experts. Every rank gathers a whole
+copy for generation; if there is no room for it, an adapter on a base in bf16 reduces the rest to an eighth.
 """
 
 from finback.data.sources import Chitchat

@@ -1,8 +1,8 @@
-"""The whole road of DeepSeek-R1 at the size of a laptop: R1-Zero, cold start, RL, rejection sampling, SFT, RL, distillation.
+"""DeepSeek-R1's whole pipeline at laptop size: R1-Zero, cold start, RL, rejection sampling, SFT, RL, distillation.
 
-The base has read sums worded in English, in Chinese and in both at once, so pure RL (`zero`) learns to reason in whatever
-comes: R1-Zero's mixed languages. The road to R1 mends that, and gives small talk back. At the end a dense student a third
-as large learns from the kept traces, beside the same student with RL alone and with gold answers alone.
+The base has read sums worded in English, in Chinese and in both mixed, so pure RL (`zero`) reasons in mixed
+languages, as R1-Zero did. The later stages correct that and restore small talk. At the end a dense student a third as
+large learns from the kept traces; for comparison, the same student learns by RL alone and from gold answers alone.
 """
 
 from finback.data.sources import Chitchat
@@ -44,14 +44,14 @@ in_english = Reward(language=0.3, form=0.1)
 
 
 def rl(name: str, start: str, **knobs: object) -> GRPO:
-    """GRPO as all stages here do it: until its validation set stops rising."""
+    """GRPO with the settings of all stages here: until the validation score stops rising."""
     given = {"task": sums, "max_tokens": 128, "steps": 120, "lr": 2e-4, "warmup": 5} | knobs
     validation = Validation(task=given["task"], temperature=1.0, patience=2, max_tokens=128)  # type: ignore[arg-type]
     return GRPO(name=name, start=start, validation=validation, **given)  # type: ignore[arg-type]
 
 
 def exam(name: str, start: str) -> Evaluate:
-    """What every model has to answer."""
+    """The exams of every model."""
     return Evaluate(name=name, start=start, exams=exams)
 
 
@@ -72,7 +72,7 @@ recipe = [
         max_tokens=5_000_000,
     ),
     exam("of-base", "base"),
-    # R1-Zero: RL straight on the base
+    # R1-Zero: RL directly on the base
     rl("zero", "base"),
     exam("of-zero", "zero"),
     # cold start: chains of R1-Zero that are right and in one language

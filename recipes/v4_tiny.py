@@ -1,7 +1,7 @@
-"""DeepSeek-V4's block on the quickstart's road: compressed attention, residual streams and hash routing, then R1-Zero.
+"""DeepSeek-V4's block with the quickstart's steps: compressed attention, residual streams and hash routing, then R1-Zero.
 
-As large as the quickstart's model and trained on the same text. A window of 16 tokens is all that a token sees whole; what lies
-before it is seen through entries of 4 tokens (CSA) or 16 (HCA). Run recipes/tiny.py first: its text is read again here.
+The model is as large as the quickstart's and trained on the same text. A token attends to the last 16 tokens directly, and to
+earlier ones through entries of 4 tokens (CSA) or 16 (HCA). Run recipes/tiny.py first: this recipe reads its text.
 """
 
 from finback.model.config import CSA, HCA, SLIDING, ModelConfig
@@ -34,7 +34,7 @@ V4_TINY = ModelConfig(
     qk_rope_head_dim=16,
     o_groups=2,
     o_lora_rank=64,
-    index_topk=64,  # all entries of a row of 128 tokens: nothing is picked, and no indexer taught
+    index_topk=64,  # all entries of a row of 128 tokens: nothing is selected, and indexers are not trained
     index_n_heads=8,
     index_head_dim=16,
     rope_theta=40000.0,

@@ -1,7 +1,7 @@
-"""Teach a model a task of yours: a file of questions, and a function that says whether an answer is right.
+"""Train a model on your own task: a file of questions, and a function that checks an answer.
 
-questions.jsonl holds one JSON object a line, here {"question": "cat dog", "answer": "god tac"} and whatever else the check
-needs. With answers that are numbers, formulas or single words leave `checker` out: finback compares them itself.
+questions.jsonl holds one JSON object per line, here {"question": "cat dog", "answer": "god tac"} and any other fields that
+the check needs. If answers are numbers, formulas or single words, leave out `checker`: finback compares them itself.
 
     finback run recipes/your_task.py --set rl.start=PATH/TO/MODEL --set before.start=PATH/TO/MODEL
 """

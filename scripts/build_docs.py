@@ -1,11 +1,11 @@
-"""Build the documentation as a site, offline: build/docs is what is laid out, build/site what is built from it.
+"""Build the documentation as a site, offline: collects the pages in build/docs and builds build/site from them.
 
-    python scripts/build_docs.py          warnings, links that lead nowhere among them, are errors
-    python scripts/build_docs.py --serve  looks at the site while the pages of build/docs change
+    python scripts/build_docs.py          warnings, broken links included, are errors
+    python scripts/build_docs.py --serve  serves the site, and follows changes in build/docs
 
-The pages of docs/ and of the repository's root become a tree of their own, beside the reference that scripts/reference.py
-makes. A link to another file of the repository leads to a copy of it, Python files and notebooks as pages; equations are drawn by Temml,
-which the server's page ships. Nothing is fetched, and the built site fetches nothing.
+The pages of docs/ and of the repository's root are copied into one tree, with the reference that scripts/reference.py
+generates. A link to another file of the repository leads to a copy of it, Python files and notebooks as pages; Temml, which
+the server's page ships, draws equations. Neither the build nor the site downloads anything.
 """
 
 import base64
@@ -33,7 +33,7 @@ for (const element of document.querySelectorAll(".arithmatex")) {
 
 
 def place(path: Path) -> Path:
-    """Where a file of the repository lies among the pages, relative to them."""
+    """The path of a file's copy, relative to the folder of pages."""
     name = path.relative_to(ROOT)
     if name == Path("README.md"):
         return Path("index.md")
@@ -47,7 +47,7 @@ def place(path: Path) -> Path:
 
 
 def notebook(path: Path) -> str:
-    """A notebook as a page; its pictures are written beside it."""
+    """A notebook as a page; writes its pictures to the same folder."""
     parts = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -64,7 +64,7 @@ def notebook(path: Path) -> str:
 
 
 def lay_out(path: Path, seen: set[Path]) -> None:
-    """Copy a page, and all that it links to, with links that lead to the copies."""
+    """Copies a page and all that it links to; its links then lead to the copies."""
     if path in seen:
         return
     seen.add(path)
@@ -81,7 +81,7 @@ def lay_out(path: Path, seen: set[Path]) -> None:
     def led(match: re.Match[str]) -> str:
         there = Path(os.path.normpath(path.parent / match[2]))
         if not there.is_file() or not there.is_relative_to(ROOT):
-            return match[0]  # the build complains
+            return match[0]  # the build reports it
         lay_out(there, seen)
         return match[1] + os.path.relpath(place(there), place(path).parent) + match[3]
 

@@ -1,4 +1,4 @@
-"""Write docs/reference/cards.md: which models can be taught on which card, by the planner.
+"""Write docs/reference/cards.md: which models can be trained on which card, according to the planner.
 
 python scripts/cards.py [FILE]
 """
@@ -18,7 +18,7 @@ CARDS = (16, 24, 48, 80, 141)  # GB
 
 
 def dense(vocab: int, hidden: int, layers: int, heads: int, width: int, kv: int, tied: bool = False) -> ModelConfig:
-    """A model of Qwen's or Llama's kind."""
+    """A dense model, such as Qwen's or Llama's."""
     shape: dict[str, Any] = {"num_key_value_heads": kv, "head_dim": hidden // heads, "tie_word_embeddings": tied}
     return ModelConfig(vocab, hidden, layers, heads, width, attention="gqa", max_position_embeddings=131072, **shape)
 
@@ -53,17 +53,17 @@ SHORT = {
 }
 HEAD = """# What fits which card
 
-Written by `scripts/cards.py` (`make results`) from the planner; [Teach a 7B on one card](../guides/one-card.md) says how to train so. GB are 10⁹ bytes at the
-fullest moment on one card, arithmetic in bf16, adapters of rank 16 on attention, feed-forwards and experts, 2 GB for CUDA's context and
-fragments. A model fits if a tenth of the card stays free. Otherwise the cell says what makes it fit, mildest first: `blocks` is `recompute="block"`,
-`LoRA` and `QLoRA` are an adapter on a base in bf16 and NF4, `one row` is `batch_size=1`, or `micro_tokens=1` in RL; or "no". Nothing here is offloaded or
-cut among cards: several of them are in [many ranks](../guides/many-ranks.md). `finback plan RECIPE --on 4090` says it for a recipe of yours.
+Written by `scripts/cards.py` (`make results`) from the planner; [Teach a 7B on one card](../guides/one-card.md) shows such training. GB are 10⁹ bytes at the
+fullest moment on one card, with arithmetic in bf16, adapters of rank 16 on attention, feed-forwards and experts, and 2 GB for CUDA's context and
+fragments. A model fits if a tenth of the card stays free. Otherwise the cell names what makes it fit, mildest first: `blocks` is `recompute="block"`,
+`LoRA` and `QLoRA` are an adapter on a base in bf16 and NF4, `one row` is `batch_size=1`, or `micro_tokens=1` in RL; "no" means that nothing does. Nothing here is
+offloaded or sharded; for several cards see [many ranks](../guides/many-ranks.md). `finback plan RECIPE --on 4090` answers for your own recipe.
 """
 NOTES = {
     "SFT, 8 rows of 2,048 tokens": "",
-    "GRPO, 32 questions, 8 answers of up to 2,048 tokens, `micro_tokens=8192`, `beta=0.001`": "Answers are made as many at a time as half of what is "
-    "free beside weights and moments holds, which is in the figure (of the largest card). The reference model is a copy where all weights learn, and the "
-    "base without its adapter otherwise.\n\n",
+    "GRPO, 32 questions, 8 answers of up to 2,048 tokens, `micro_tokens=8192`, `beta=0.001`": "As many answers are generated at a time as fit into half "
+    "of the memory beside weights and moments; the figure includes them, for the largest card. The reference model is a copy if all weights learn, "
+    "else the base without its adapter.\n\n",
 }
 
 

@@ -120,7 +120,7 @@ def fp8(axes: Axes) -> None:
 
 
 def schedules(axes: Axes) -> None:
-    """Share of a step in which the most idle of 8 ranks waits, 24 micro-batches: what the tables of instructions take."""
+    """Share of a step in which the most idle of 8 ranks waits, 24 micro-batches, simulated from the tables of instructions."""
     shares = {}
     for schedule in SCHEDULES.values():
         unit = 0.5 if schedule.placement in ("loop", "fold") else 1.0  # two stages a rank are half as large
@@ -146,7 +146,7 @@ def grpo(axes: Axes) -> None:
 
 
 def r1(axes: Axes) -> None:
-    """Accuracy and language of every model on the road, first seed."""
+    """Accuracy and language of every model of R1's recipe, first seed."""
     models = result("road.json")["seeds"][0]["models"]
     names = [name for name in ("base", "zero", "dev1", "dev2", "dev3", "r1") if name in models]
     sums = [100 * models[name]["sums"]["accuracy"] for name in names]
@@ -160,7 +160,7 @@ def r1(axes: Axes) -> None:
 
 
 def distillation(axes: Axes) -> None:
-    """The student by way of teaching, all seeds."""
+    """The student's accuracy by training method, mean of all seeds."""
     seeds = result("road.json")["seeds"]
     names = {"student-base": "base", "student-gold": "bare answers", "student-rl": "RL alone", "distilled": "distilled"}
     means = [statistics.fmean(100 * seed["models"][name]["sums"]["accuracy"] for seed in seeds) for name in names]
@@ -169,12 +169,12 @@ def distillation(axes: Axes) -> None:
 
 
 def dsa(axes: Axes) -> None:
-    """Forward products of a token, dense and sparse, by length of the row."""
+    """Forward FLOPs of a token, dense and sparse, by length of the row."""
     _by_length(axes, {"V3 (dense)": V3, "V3.2 (sparse)": V3_2})
 
 
 def v4(axes: Axes) -> None:
-    """The same with V4's."""
+    """The same with V4's models."""
     _by_length(axes, {"V3 (dense)": V3, "V3.2": V3_2, "V4-Pro": V4_PRO, "V4-Flash": V4_FLASH})
 
 

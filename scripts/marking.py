@@ -1,10 +1,9 @@
-"""Score tests/data/marking.jsonl: is a right answer paid and a wrong one not, by everything that marks?
+"""Score tests/data/marking.jsonl: do all graders accept right answers and reject wrong ones?
 
 python scripts/marking.py [FILE] [--failures] [--kind KIND]
 
-Each row has a kind, a gold answer, an answer and a label that a person gave it. It is marked by the task that RL and
-exams use, and by the suite that compare uses, through compare's own judging. A right answer counts as paid if all of
-them pay it, a wrong one if any does.
+Each row has a kind, a gold answer, an answer and a person's label. It is graded by the task that RL and exams use, and
+by the suite that `finback compare` uses. A right answer counts as paid if both accept it, a wrong one if either does.
 """
 
 import argparse
@@ -37,7 +36,7 @@ TABLE = Path(__file__).parent.parent / "tests/data/marking.jsonl"
 
 @dataclass(frozen=True)
 class Row:
-    """An answer, and whether a person calls it right."""
+    """An answer, and whether a person labelled it right."""
 
     kind: str
     gold: str
@@ -55,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Mark:
-    """A row and who paid it."""
+    """A row, and whether each grader accepts it."""
 
     row: Row
     paid: tuple[bool, ...]
@@ -72,7 +71,7 @@ def rows(path: Path = TABLE) -> list[Row]:
 
 
 def marked(table: Sequence[Row], folder: Path, compared: bool = True) -> list[Mark]:
-    """Every row, marked by both, or by the task alone; `folder` takes the files that tasks read."""
+    """Grades every row by both, or by the task only; writes the files that tasks read to `folder`."""
     ways = {"choice": choices, "code": programs}
     marks = list[Mark]()
     for kind in dict.fromkeys(row.kind for row in table):
@@ -98,7 +97,7 @@ def mathematics(some: Sequence[Row], folder: Path) -> Marking:
 
 
 def choices(some: Sequence[Row], folder: Path) -> Marking:
-    """`Choice` for RL, the judge of MMLU and its kin for compare; each row has its choices in the order shown."""
+    """`Choice` for RL, the judge of MMLU and similar suites for compare; each row has its choices in the order shown."""
     by_question = {row.asked: row for row in some}
     lines = [
         json.dumps({"question": q, "choices": row.choices, "answer": LETTERS.index(row.gold)})
@@ -113,7 +112,7 @@ def choices(some: Sequence[Row], folder: Path) -> Marking:
 
 
 def programs(some: Sequence[Row], folder: Path) -> Marking:
-    """`Code` for RL, the judge of HumanEval and MBPP for compare; a program that prints has the former alone."""
+    """`Code` for RL, the judge of HumanEval and MBPP for compare; a program that prints is graded by `Code` only."""
     items = {row.asked: _item(row) for row in some}
     for name in ("entry", "stdin"):
         lines = [json.dumps(item) for item in items.values() if (name == "entry") == ("entry" in item)]
@@ -187,8 +186,8 @@ def _function(item: dict[str, Any]) -> FunctionTests:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, default=TABLE)
-    parser.add_argument("--failures", action="store_true", help="print each row that is marked wrongly")
-    parser.add_argument("--kind", help="rows of this kind alone")
+    parser.add_argument("--failures", action="store_true", help="print each row that is graded wrongly")
+    parser.add_argument("--kind", help="only rows of this kind")
     options = parser.parse_args()
     table = [row for row in rows(options.file) if options.kind in (None, row.kind)]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A newcomer's clock: clones, sets up, runs the quickstart and asks one question; records seconds and bytes of each step.
+"""Times a newcomer's first steps: clones, sets up, runs the quickstart and asks one question; records seconds and bytes of each.
 
     python scripts/newcomer.py [--repository .] [--folder DIR] [--quick] [--out benchmarks/results/newcomer.json]
 

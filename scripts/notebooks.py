@@ -2,8 +2,8 @@
 
     python scripts/notebooks.py FOLDER NOTEBOOK... [--set NAME=VALUE]
 
-FOLDER is where they run: it has the runs that they read. `--set` changes a variable of the cell that is tagged "parameters", and then the
-outputs are not written back.
+The notebooks run in FOLDER, which has the runs that they read. `--set` changes a variable in the cell tagged "parameters"; the outputs are
+then not written back.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def executed(path: Path, folder: Path, settings: list[str]) -> nbformat.Notebook
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when each cell ran
         for output in cell.get("outputs", ()):
-            if "text" in output:  # where the reader's files lie is nobody's business
+            if "text" in output:  # removes paths of this machine
                 output.text = re.sub(re.escape(str(folder.resolve())) + "/?", "", output.text)
     return notebook
 

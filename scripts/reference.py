@@ -1,4 +1,4 @@
-"""The reference pages of the site, made from the code: knobs, commands, HTTP and Python.
+"""Generates the reference pages of the site from the code: knobs, commands, HTTP and Python.
 
     python scripts/reference.py [FOLDER]
 
@@ -51,7 +51,7 @@ HEADS = {
 
 
 def prose(text: str) -> str:
-    """Plain text for Markdown: what stands between backticks stays, the rest loses its marks."""
+    """Plain text for Markdown: escapes special characters outside backticks."""
     parts = re.split(r"(`[^`\n]*`)", text)
     return "".join(part if i % 2 else re.sub(r"([<>\[\]|*_{}])", r"\\\1", part) for i, part in enumerate(parts))
 
@@ -135,7 +135,7 @@ def _http() -> Iterator[str]:
 
 
 def _operation(operation: Any, failures: dict[str, str]) -> Iterator[str]:
-    """A line for the request, each parameter and each good answer; errors are gathered in one table."""
+    """A line for the request, each parameter and each successful response; errors are gathered in one table."""
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     if body:
         yield f"- request: {_schema(body)}"
@@ -191,7 +191,7 @@ def _python() -> Iterator[str]:
 
 
 def _signature(name: str, value: Any) -> str:
-    """As it is written, without what a dataclass's signature of many knobs would make of it."""
+    """The signature as written in code; abbreviated for a dataclass with many fields."""
     if dataclasses.is_dataclass(value) and len(dataclasses.fields(value)) > 12:
         return (
             f"{name}(...)  # finback show {name}" if name in {c.__name__ for c in objects.objects()} else f"{name}(...)"

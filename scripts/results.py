@@ -1,4 +1,4 @@
-"""Write docs/results.md: figures of benchmarks/results by topic, and the rows of docs/results.in.md, which have no JSON.
+"""Write docs/results.md from docs/results.in.md, whose {placeholders} become rows of figures from benchmarks/results.
 
 python scripts/results.py [FILE]
 """
@@ -321,7 +321,7 @@ def newcomer(report: Report) -> Rows:
 
 
 def table(rows: str, file: str, command: str) -> Iterator[str]:
-    """The lines that stand for {rows file command}; none where nobody has measured it yet."""
+    """The lines that replace {rows file command}; none if the results file does not exist."""
     if not (RESULTS / file).is_file():
         return
     report = json.loads((RESULTS / file).read_text(encoding="utf-8"))

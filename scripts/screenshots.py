@@ -1,10 +1,10 @@
-"""Pictures of the page for the documentation: docs/screens/*.png, from a model and runs that are on this machine.
+"""Takes the documentation's screenshots of the page, docs/screens/*.png, with a model and runs of this machine.
 
     python scripts/screenshots.py MODEL RUNS [--run NAME] [--out docs/screens] [--parts PART ...] [--all] [--chromium PATH]
 
 MODEL is a stage of a run that has learned to think, such as runs/r1/r1; RUNS holds the run folders. `languages` shows the chats of
-languages.json; fonts for their scripts must be installed (Debian: fonts-noto-core and fonts-noto-cjk). Without --all of these only
-the pictures are taken that the documentation has.
+languages.json; fonts for their scripts must be installed (Debian: fonts-noto-core and fonts-noto-cjk). Without --all
+only those in the documentation are taken.
 """
 
 import argparse
@@ -40,12 +40,12 @@ SHOWN = (
 )  # in the documentation
 QUESTIONS = ("8-3+5+4-6=?", "5+9-4+7=?")
 PARTS = ("languages", "chat", "runs")
-STAGES = "zero,dev2,r1"  # shown in the curves where the run has them
+STAGES = "zero,dev2,r1"  # shown in the curves if the run has them
 
 
 @contextmanager
 def served(model: Path, runs: Path, port: int) -> Iterator[str]:
-    """The address of `finback serve`, for as long as it is needed."""
+    """Runs `finback serve` within the context; yields its address."""
     command = [
         sys.executable,
         "-m",
@@ -137,7 +137,7 @@ def exported(said: dict[str, str]) -> dict[str, Any]:
 
 
 def languages(browser: Browser, address: str, out: Path, everything: bool) -> None:
-    """One chat in each language, at each size, light and dark, as far as they are wanted."""
+    """One chat in each language, at each size, light and dark; only those in SHOWN unless `everything`."""
     for language, said in LANGUAGES.items():
         known = subprocess.run(["fc-list", f":lang={language}", "family"], capture_output=True, text=True, check=True)
         if not known.stdout.strip():
@@ -166,7 +166,7 @@ def languages(browser: Browser, address: str, out: Path, everything: bool) -> No
 
 
 def main() -> None:
-    """Take them all."""
+    """Takes the chosen screenshots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("runs", type=Path)

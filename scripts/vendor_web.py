@@ -1,9 +1,8 @@
 """Fetches the libraries of the web page from npm, at pinned versions, into finback/serve/web/vendor.
 
-Needs `npm`, which only downloads: nothing of a package is ever run; and `pip install fonttools[woff]`, which cuts the
-font. Every package is checked against its digest below before a file of it is taken, and vendor.json says what was
-taken from where, under which licence, with which SHA-256. `--check` compares the files that are there with
-vendor.json and needs no network.
+Needs `npm`, which only downloads (no code of a package is run), and `pip install fonttools[woff]`, which subsets the
+font. Every package is checked against its digest below before its files are copied, and vendor.json records their
+package, licence and SHA-256. `--check` compares the existing files with vendor.json and needs no network.
 """
 
 import argparse
@@ -51,7 +50,7 @@ MATH_FEATURES = ("ssty", "dtls", "flac")  # smaller forms in exponents, letters 
 
 @dataclass(frozen=True)
 class Package:
-    """One npm package: what is taken of it, under which name, and with which changes."""
+    """One npm package: which files are copied, under which names, and with which changes."""
 
     name: str
     version: str
@@ -154,9 +153,9 @@ AXE = Package(
 
 
 def main() -> None:
-    """Fetch everything anew, or check what is there."""
+    """Fetches everything again, or checks the existing files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare the files with vendor.json and leave")
+    parser.add_argument("--check", action="store_true", help="compare the files with vendor.json and exit")
     if parser.parse_args().check:
         wrong = damaged(TARGET)
         raise SystemExit(f"changed since they were fetched: {', '.join(wrong)}" if wrong else 0)
@@ -167,7 +166,7 @@ def main() -> None:
 
 
 def taken(package: Package, folder: Path, target: Path) -> dict[str, object]:
-    """Put a package's files and licence into `target`; what vendor.json says of it."""
+    """Copies a package's files and licence into `target`; returns its entry in vendor.json."""
     archive = packed(package, folder)
     files: dict[str, str] = {}
     with tarfile.open(archive) as tar:
@@ -191,7 +190,7 @@ def taken(package: Package, folder: Path, target: Path) -> dict[str, object]:
 
 
 def packed(package: Package, folder: Path) -> Path:
-    """The package's archive, as pinned; SystemExit when npm gives out another."""
+    """The package's archive, as pinned; SystemExit if npm delivers another one."""
     wanted = f"{package.name}@{package.version}"
     command = ["npm", "pack", wanted, "--silent", "--ignore-scripts"]
     name = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.split()[-1]
@@ -203,19 +202,19 @@ def packed(package: Package, folder: Path) -> Path:
 
 
 def edited(package: Package, name: str, content: bytes) -> bytes:
-    """A file as it is served: no pointer to a source map that is not there, a default export, the package's edits."""
+    """A file as it is served: without its link to a source map, with a default export and the package's edits."""
     if not name.endswith(".js") or package is AXE:
         return content
     lines = [line for line in content.decode().splitlines() if not line.startswith("//# sourceMappingURL")]
     text = "\n".join(lines) + "\n"
     for old, new in package.edits:
-        assert text.count(old) == 1, f"{name}: {old!r} is there {text.count(old)} times"
+        assert text.count(old) == 1, f"{name}: {old!r} occurs {text.count(old)} times"
         text = text.replace(old, new)
     return (text + (f"export default {package.exports};\n" if package.exports else "")).encode()
 
 
 def subset(font: bytes) -> bytes:
-    """The characters and forms that mathematics needs; the sizes and pieces of what grows come with them."""
+    """The characters and forms that mathematics needs; includes the sizes and pieces of growing symbols."""
     from fontTools import subset as cutter
 
     options = cutter.Options(layout_features=list(MATH_FEATURES), flavor="woff2", hinting=False)
@@ -228,7 +227,7 @@ def subset(font: bytes) -> bytes:
 
 
 def damaged(target: Path) -> list[str]:
-    """Names of files that are not as vendor.json has them, or that it does not know."""
+    """Names of files that differ from vendor.json, are missing, or are not listed in it."""
     known = {"vendor.json": ""}
     for entry in json.loads((target / "vendor.json").read_text(encoding="utf-8")):
         known |= entry["files"] | {entry["licence_text"]: ""}
@@ -241,7 +240,7 @@ def damaged(target: Path) -> list[str]:
 
 def _read(tar: tarfile.TarFile, inside: str) -> bytes:
     handle = tar.extractfile(f"package/{inside}")
-    assert handle is not None, f"{inside} is no file"
+    assert handle is not None, f"{inside} is not a file"
     return handle.read()
 
 

@@ -198,7 +198,7 @@ def test_v3s_recipe_is_planned_and_does_not_run(tmp_path: Path) -> None:
     ]
     assert own["total"]["dollars"] + post_training == pytest.approx(5.576e6, rel=0.03)
     run = finback("run", ROOT / "recipes" / "v3.py", "--runs", tmp_path, "--ranks", 1)
-    assert run.returncode == 2 and "is there to be planned" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 2 and "can be planned, not run" in run.stderr and "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))

@@ -72,7 +72,7 @@ def test_every_step_of_every_phase_fits_its_layout(size: str, ranks: int) -> Non
 def test_a_rank_count_that_does_not_fit_is_refused_by_its_knob(tmp_path: Path) -> None:
     """Nothing is prepared at V3's size; shrunk, the layout is named."""
     done = finback_process("run", RECIPE, "--runs", tmp_path, "--ranks", 2)
-    assert done.returncode == 2 and "size = 'v3': is there to be planned" in done.stderr
+    assert done.returncode == 2 and "size = 'v3': can be planned, not run" in done.stderr
     one = tmp_path / "one.py"
     one.write_text(
         f"""import runpy

@@ -118,7 +118,7 @@ class GRPO(Stage):
     qat: Qat = "none"
     # padded tokens per backward pass
     micro_tokens: int = 4096
-    # train an adapter on a frozen base instead of all weights; the reference model is then the base
+    # train an adapter on a frozen base instead of all weights; the reference model is then the base, with `start`'s adapter if it has one
     adapter: LoRA | None = None
     # how a model too large for one rank is sharded; each rank then generates with a full copy; None: a full copy on each rank
     layout: Layout | None = None
