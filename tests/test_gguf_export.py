@@ -1,4 +1,4 @@
-"""GGUF out and in again: what is written is read back as the same model, ids, ends and template; llama.cpp is a tier of its own."""
+"""GGUF export and import: a file loads as the same model, ids, stop tokens and template. test_llama_cpp.py does more."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ GEMMA = dataclasses.replace(
     local_rope_theta=500.0,
     rope_scaling=LinearRope(4.0),
 )
-# llama.cpp knows it by its layers, and scales its scores by other than the width of heads
+# llama.cpp recognizes it by its number of layers, and scales its scores by another width than that of heads
 GEMMA_27B = dataclasses.replace(GEMMA, num_hidden_layers=62, head_dim=16, layer_types=())
 OLMO = dataclasses.replace(DENSE, norms="post", qk_norm=True, qk_norm_over="projection")
 MODELS: dict[str, ModelConfig] = {
@@ -111,7 +111,7 @@ MODELS: dict[str, ModelConfig] = {
 
 
 def filled(config: ModelConfig) -> Transformer:
-    """Random weights; gates by softmax have no biases in files."""
+    """Random weights; files have no biases for softmax routers."""
     model = random_model(config)
     for router in model.routers():
         router.bias *= config.scoring_func == "sigmoid"
@@ -119,7 +119,7 @@ def filled(config: ModelConfig) -> Transformer:
 
 
 def written(writer: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """A file of the gguf library's own making."""
+    """Writes a file with the gguf library alone."""
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.detach().contiguous().numpy())
     for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
@@ -142,7 +142,7 @@ def test_what_is_written_is_read_back(config: ModelConfig, tmp_path: Path) -> No
 
 
 def test_other_forms_of_up_projections_and_experts_are_read(tmp_path: Path) -> None:
-    """Files of long ago keep kv_b whole, and give head counts and key lengths as they are in expanded form."""
+    """Old files store kv_b as one matrix, with the head counts and key lengths of the expanded form."""
     c = MODELS["V3"]
     model = random_model(c)
     settings = gguf_export._settings(c, "deepseek2")
@@ -178,7 +178,7 @@ def test_other_forms_of_up_projections_and_experts_are_read(tmp_path: Path) -> N
         ({"attention.value_length": 24}, "attention.value_length = 24"),
         ({"attention.sliding_window": 8}, "sliding_window = 8: finback knows no windows of this architecture"),
         ({"rope.dimension_count": 6}, "partial_rotary_factor = 0.5: qwen2 rotates whole heads"),
-        # of no consequence: what is so anyway, and what is not of an architecture
+        # no effect: a key with the default value, and one of another architecture
         ({"attention.causal": True, "rope.freq_base_swa": 10000.0, "expert_shared_count": 0}, ""),
         ({"attention.sliding_window": 4096, "pooling_type": 3, "rope.scaling.yarn_attn_factor": 2.0}, ""),
     ],
@@ -201,7 +201,7 @@ WRONG: tuple[Any, ...] = ("x", -1, 0, 2.5, [1, 2], ["a"], "")
 
 
 def test_a_key_of_any_type_is_read_or_named(tmp_path: Path, stage: Path) -> None:
-    """Every key of a file as something else, for the model and for its tokenizer."""
+    """Replaces every key of a file by values of other types, for the model and for its tokenizer."""
     config = dataclasses.replace(MODELS["qwen3"], num_hidden_layers=1, vocab_size=300)
     words = gguf_vocabulary.keys(Tokenizer(stage), 300)
     given = gguf_export._settings(config, "qwen3") | words | {"tokenizer.ggml.scores": [0.0] * 300}
@@ -232,7 +232,7 @@ def test_files_that_hold_no_model_or_scale_twice_are_named(tmp_path: Path) -> No
             gguf_export._add(writer, key, value)
         written(writer, held | {"rope_freqs.weight": more})
     back, _ = load_audited(tmp_path / "m.gguf")
-    assert isinstance(back.config.rope_scaling, Yarn)  # beside frequencies that are divided by 1
+    assert isinstance(back.config.rope_scaling, Yarn)  # in addition to frequency factors of 1
     (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1")
     for name, problem in (
         ("twice", "scales its rotation in 2 ways at once"),
@@ -244,7 +244,7 @@ def test_files_that_hold_no_model_or_scale_twice_are_named(tmp_path: Path) -> No
 
 
 def test_files_with_a_tensor_for_each_expert_are_named(tmp_path: Path) -> None:
-    """Mixtral's of 2023; llama.cpp's today wants experts in one tensor (check_tensor_dims: ffn_down_exps not found)."""
+    """Mixtral files of 2023; llama.cpp now wants experts in one tensor (check_tensor_dims: ffn_down_exps not found)."""
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     shapes = {"token_embd": (8, 4), "blk.0.ffn_gate.0": (6, 4), "blk.0.ffn_down.1": (4, 6)}
     written(writer, {f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()})
@@ -303,7 +303,7 @@ def test_a_mixed_file_is_read_as_the_model_up_to_its_rounding(tmp_path: Path) ->
     gguf_export.write(model, tmp_path / "m.gguf", "q4_k_m", {})
     back, audit = load_audited(tmp_path / "m.gguf")
     assert audit.notes == ["GGUF, dequantized from F16, F32, Q4_K, Q6_K"]
-    for layer, worst in ((0, 0.1), (1, 0.03)):  # four bits, then six
+    for layer, worst in ((0, 0.1), (1, 0.03)):  # four bits, then six bits
         down = model.blocks[layer].feed_forward.down.weight
         assert (back.blocks[layer].feed_forward.down.weight - down).abs().max() <= worst * down.abs().max()
 
@@ -340,7 +340,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(config: Any, problem:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a stage leaves: a model and its tokenizer."""
+    """A stage's output: a model and its tokenizer."""
     folder = tmp_path_factory.mktemp("stage")
     tokenizer.train(["hello world, 12 + 34 = 46. How are you today? hello hello world"], 290, folder / "tokenizer.json")
     save(folder, random_model(dataclasses.replace(LATENT, vocab_size=300)))
@@ -361,7 +361,7 @@ def test_a_stage_goes_out_with_its_words_ends_and_template(stage: Path, tmp_path
     )
     modelfile = (tmp_path / "m.Modelfile").read_text()
     assert "<｜User｜>{{ .Prompt }}" in modelfile and 'PARAMETER stop "<｜end▁of▁sentence｜>"' in modelfile
-    # Ollama reads what lies between quotes as it is
+    # Ollama reads quoted values literally
     values = quoted("<|end|>"), quoted("a\\b"), quoted("\n\n"), quoted('a "b" c')
     assert values == ('"<|end|>"', '"a\\b"', '"""\n\n"""', '"""a "b" c"""')
     assert "FROM ./m.gguf" in modelfile and "{{ if .System }}{{ .System }}{{ end }}" in modelfile
@@ -387,7 +387,7 @@ def test_rules_that_have_no_name_are_refused(change: dict[str, Any], problem: st
 
 
 def test_ends_of_a_file_are_llama_cpps(tmp_path: Path, stage: Path) -> None:
-    """eot and eom ids, Ollama's list, and marks found by their texts."""
+    """eot and eom ids, Ollama's list, and special tokens recognized by their texts."""
     found = gguf_vocabulary.keys(Tokenizer(stage), 300)
     tokens, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     tokens[290], kinds[290], tokens[291], kinds[291] = "<|im_end|>", 3, "<|end|>", 1

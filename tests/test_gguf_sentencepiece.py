@@ -1,4 +1,4 @@
-"""Sentencepiece vocabularies of GGUF files against llama.cpp's way of merging, written out plainly, and missing names of rules."""
+"""Sentencepiece vocabularies of GGUF files against a plain version of llama.cpp's merging; files without rule names."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ WORDS = "the they then hell hello held low lower world word old cold older 12 12
 
 
 def vocabulary() -> tuple[list[str], list[float], list[int]]:
-    """Marks, 256 bytes, letters, and every beginning and end of some words, of scores in an order of their own."""
+    """Special tokens, 256 bytes, letters, and all prefixes and suffixes of some words, with scores in another order."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "<|im_end|>"]
     kinds = [2, 3, 3, *[6] * 256, 4]
     letters = sorted(set("▁" + WORDS.replace(" ", "") + "abcé,."))
@@ -29,7 +29,7 @@ def vocabulary() -> tuple[list[str], list[float], list[int]]:
 
 
 def merged(text: str, pieces: list[str], scores: list[float], kinds: list[int], prefix: bool) -> list[int]:
-    """The pair of neighbours that makes the piece of the highest score is merged, the first of equal ones; the rest is bytes."""
+    """Merges the neighbours whose piece has the highest score, the first of equal ones; the rest becomes bytes."""
     known = {piece: n for n, piece in enumerate(pieces) if kinds[n] == 1}
     parts = list((" " * prefix + text).replace(" ", "▁")) if text else []
     while True:
@@ -72,7 +72,7 @@ def test_ids_are_those_of_merging_by_score(prefix: bool, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_a_vocabulary_goes_out_as_it_came(prefix: bool, tmp_path: Path) -> None:
-    """As its tokenizer.json, which has merges and no scores."""
+    """Goes through tokenizer.json, which has merges and no scores."""
     write(tmp_path / "m.gguf", prefix)
     (tmp_path / "words").mkdir()
     Tokenizer(tmp_path / "m.gguf").save(tmp_path / "words")
@@ -96,10 +96,10 @@ def test_a_file_that_names_no_rules_has_those_of_its_size(tmp_path: Path, monkey
 
 
 def stripping(path: Path, **flags: bool) -> Path:
-    """A folder whose vocabulary has Phi-3's tokens, of which all but three take the spaces behind them."""
+    """A folder whose vocabulary has Phi-3's tokens, of which all but three strip the spaces after them."""
     pieces, scores, kinds = vocabulary()
     path.mkdir()
-    pieces[258], kinds[258] = "<|endoftext|>", 3  # in the place of a byte
+    pieces[258], kinds[258] = "<|endoftext|>", 3  # replaces a byte
     writer = gguf.GGUFWriter(path / "m.gguf", "llama")
     for add, value in (
         ("tokenizer_model", "llama"),
@@ -119,7 +119,7 @@ def stripping(path: Path, **flags: bool) -> Path:
 
 
 def test_spaces_behind_tokens_go_by_the_models_name(tmp_path: Path) -> None:
-    """llama.cpp knows by it whether they are taken, and opens no file of that name that lacks some tokens."""
+    """llama.cpp infers from the name whether they are stripped, and rejects such a file if it lacks some tokens."""
     folder = stripping(tmp_path / "phi")
     words = Tokenizer(folder)
     found = keys(words, words.vocab_size, "mine")

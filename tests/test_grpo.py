@@ -1,4 +1,4 @@
-"""The machinery around GRPO's formulas, on a toy model; the formulas themselves are in test_policy.py."""
+"""The machinery around GRPO's formulas, on a toy model; test_policy.py tests the formulas."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -76,7 +76,7 @@ def gradient(r: Reinforcement) -> torch.Tensor:
 
 
 def with_varied_rewards(r: Reinforcement) -> Reinforcement:
-    """Pays every third answer, counted over the run."""
+    """Rewards every third answer, counted over the run."""
     calls = iter(range(10**6))
 
     class Third(Reward):
@@ -109,7 +109,7 @@ def test_gap_stays_small_while_the_policy_moves_and_mtp_and_bias_do_not(tmp_path
 
 @pytest.mark.parametrize("replay", [False, True])
 def test_gap_stays_small_for_compressed_attention(replay: bool, tmp_path: Path) -> None:
-    """V4: its rings and compressed entries in the engine, whole rows in the trainer; tables of hash routing stay."""
+    """V4: ring buffers and compressed entries in the engine, whole rows in the trainer; hash routing does not change."""
     config = dataclasses.replace(V4, vocab_size=320, max_position_embeddings=256, initializer_range=0.05)
     r = with_varied_rewards(
         reinforcement(tmp_path, lr=1e-3, max_tokens=24, routing_replay=replay, model=Transformer(config).initialise(1))
@@ -140,9 +140,9 @@ def test_groups_without_differences_carry_no_gradient(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 1e-12])
 def test_the_average_is_over_all_tokens_of_the_step(beta: float, tmp_path: Path) -> None:
-    """Groups without differences have no gradient but count, with a divergence and without (TRL's loss_type="dapo")."""
+    """Groups with equal rewards have no gradient but count, with and without a KL term (TRL's loss_type="dapo")."""
     gradients = []
-    for average in ("token", "answer"):  # all answers of this model are as long as may be: the averages must agree
+    for average in ("token", "answer"):  # all answers of this model have the maximal length, so the averages must agree
         objective = Objective(beta=beta, average=average)  # type: ignore[arg-type]
         r = reinforcement(tmp_path, objective=objective, max_grad_norm=1e9)
         calls = iter(range(4))
@@ -189,7 +189,7 @@ def test_why_a_step_taught_nothing(metrics: dict[str, float], words: str | None)
 
 
 def saying(r: Reinforcement, metrics: dict[str, float]) -> Reinforcement:
-    """A run whose steps all say this of their answers."""
+    """A run in which every step reports these metrics of its answers."""
     describe = r.sampler.describe
     r.sampler.describe = lambda *groups: describe(*groups) | SOUND | metrics  # type: ignore[method-assign]
     return r
@@ -206,7 +206,7 @@ def test_rl_that_teaches_nothing_says_so_and_stops(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err.count("warning: nothing was learned in 5 steps") == 1
     assert len(read_lines(r.run.folder / "metrics.jsonl")) == 7
     again = saying(reinforcement(tmp_path, steps=50, patience=9), nothing)
-    with pytest.raises(UserError, match="in the last 9 steps"):  # goes on from where it stopped
+    with pytest.raises(UserError, match="in the last 9 steps"):  # resumes from where it stopped
         loop.run(again)
     assert len(read_lines(r.run.folder / "metrics.jsonl")) == 9
 
@@ -231,7 +231,7 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere(tmp_path: Path) -> None
     rewards = torch.tensor([g.rewards for g in groups]).flatten()
     order = torch.tensor(reinforcement(tmp_path).sampler.shuffled_places(16, 1))
     torch.testing.assert_close(shuffled, advantages(rewards[order].view(4, 4)))
-    assert sorted(order.tolist()) == list(range(16)), "each reward is handed out once"
+    assert sorted(order.tolist()) == list(range(16)), "each reward is assigned once"
 
 
 def test_rl_runs_on_a_reasoning_gym_task(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_gap_above_the_limit_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_training_on_a_reward_raises_it(tmp_path: Path) -> None:
-    """The sign is right: paying for the lower half of the vocabulary makes it more frequent."""
+    """The sign is right: rewards for the lower half of the vocabulary make it more frequent."""
     r = reinforcement(tmp_path, lr=3e-3, prompts_per_step=8, num_generations=8, max_tokens=4, steps=90)
     rewarded = r.sampler.rewarded
 
@@ -298,14 +298,14 @@ def test_knobs_that_say_nothing_at_the_first_update_change_nothing(tmp_path: Pat
         Objective(beta=0.1),
         Objective(epsilon_high=10.0),
     ):
-        # at the start the policy is the reference, where k3 is flat, and the trainer agrees with the engine
+        # at the start the policy equals the reference, where k3 is flat, and the trainer agrees with the engine
         torch.testing.assert_close(gradient_after(tmp_path, objective=aim), plain, rtol=1e-3, atol=1e-6)
     kl = gradient_after(tmp_path, objective=Objective(beta=0.1, kl_estimator="k1"))
     assert not torch.allclose(kl, plain, rtol=1e-2), "k1 as a loss is noise even there"
 
 
 def test_averaging_per_answer_counts_every_answer_once(tmp_path: Path) -> None:
-    """Micro-batches must not change what 1/|o| and 1/G mean."""
+    """Micro-batches must not change the meaning of 1/|o| and 1/G."""
     aim = Objective(average="answer")
     one, two = (gradient_after(tmp_path, objective=aim, micro_tokens=m) for m in (40, 4096))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
@@ -315,7 +315,7 @@ def test_several_updates_and_epochs_move_further_and_clip(tmp_path: Path) -> Non
     knobs: dict[str, object] = {"lr": 3e-2, "max_grad_norm": 1e9}
     r = with_varied_rewards(reinforcement(tmp_path, updates=2, epochs=3, **knobs))
     metrics = step(r)
-    assert metrics["clip_share"] > 0 and metrics["gap_max"] <= 1e-4, "the gap is taken before the first update"
+    assert metrics["clip_share"] > 0 and metrics["gap_max"] <= 1e-4, "the gap is measured before the first update"
     (adam,) = r.trainer.optimizers
     assert {int(t) for n, t in adam.state().items() if n.endswith(".step")} == {6}
     with pytest.raises(UserError, match=r"zero\.updates = 3"):
@@ -347,7 +347,7 @@ def test_groups_that_say_nothing_are_replaced(tmp_path: Path) -> None:
     def earned(group: list[Rollout]) -> list[dict[str, float]]:
         nonlocal calls
         calls += 1
-        if calls in (1, 2, 5):  # the first two questions, and the first of those in their place
+        if calls in (1, 2, 5):  # the first two questions, and the first of their replacements
             return [plain] * len(group)
         return [plain | {"accuracy": float(i == 0)} for i in range(len(group))]
 
@@ -373,7 +373,7 @@ def test_long_answers_cost_and_cut_ones_teach_nothing(tmp_path: Path) -> None:
 
 
 def test_cut_answers_do_not_measure_the_others(tmp_path: Path) -> None:
-    """Rewards 1, 0 and, of a cut answer, 0.5: masked, it moves neither mean nor std, and a group of one left is idle."""
+    """Rewards 1, 0 and, for a cut answer, 0.5: it is masked and changes neither mean nor std; one lone answer is idle."""
     r = reinforcement(tmp_path, mask_truncated=True)
     groups = [
         Group([], [{"accuracy": x} for x in rewards], counted)
@@ -393,7 +393,7 @@ def test_cut_answers_do_not_measure_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_updates_share_out_all_answers_at_random(ranks: int, tmp_path: Path) -> None:
-    """Each answer is in one update, updates are equally large and mix the questions; ranks do not change who is where."""
+    """Each answer is in one update, updates have equal sizes and mix questions; the number of ranks changes nothing."""
     r = reinforcement(tmp_path, updates=2, prompts_per_step=8)
     shares: list[set[tuple[int, int]]] = [set(), set()]
     for rank in range(ranks):
@@ -403,14 +403,14 @@ def test_updates_share_out_all_answers_at_random(ranks: int, tmp_path: Path) -> 
         for share, pairs in zip(shares, r.sampler.of_updates(groups, 3), strict=True):
             share |= {answer for answer, _ in pairs}  # type: ignore[misc]
     assert len(shares[0]) == len(shares[1]) == 16 and not shares[0] & shares[1]
-    assert len({i for i, _ in shares[0]}) > 4, "not by question"
+    assert len({i for i, _ in shares[0]}) > 4, "updates must mix questions"
     order = torch.randperm(32, generator=torch.Generator().manual_seed(r.run.seed("updates", 3))).tolist()
     assert shares[0] == {divmod(place, 4) for place in order[:16]}
 
 
 @pytest.mark.parametrize("share", [False, True])
 def test_probabilities_are_counted_among_what_could_be_drawn(share: bool, tmp_path: Path) -> None:
-    """With top-k and top-p trainer and engine agree token by token, and a mass that is left out is none of the ratio's."""
+    """With top-k and top-p, trainer and engine agree on each token, and the ratio ignores the excluded probability."""
     knobs = {"top_k": 40, "top_p": 0.8, "lr": 1e-2, "share_prompts": share, "micro_tokens": 60, "updates": 2}
     r = with_varied_rewards(reinforcement(tmp_path, objective=Objective(beta=0.01), **knobs))
     asked, _ = r.sampler.sample(7)
@@ -426,7 +426,7 @@ def test_probabilities_are_counted_among_what_could_be_drawn(share: bool, tmp_pa
 
 
 def test_log_probabilities_among_some_ids_by_hand(tmp_path: Path) -> None:
-    """p = 1/2, 1/4, 1/8, 1/8 over four ids; among the first and the third 4/5 and 1/5."""
+    """p = 1/2, 1/4, 1/8, 1/8 over four ids; restricted to the first and the third: 4/5 and 1/5."""
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]] * 2).log()
     kept = torch.tensor([[0, 2, -1], [3, 1, 0]], dtype=torch.int32)
     found = logprobs.only(logits, kept).softmax(-1)
@@ -451,7 +451,7 @@ def test_biases_move_only_when_asked_and_by_the_load_of_the_update_alone(tmp_pat
     moved = r.model.routers()[0].bias - before[0]
     expected = 0.01 * torch.sign(0.25 - torch.tensor(load))
     torch.testing.assert_close(moved, expected - expected.mean(), atol=1e-6, rtol=0)
-    assert torch.equal(r.model.routers()[1].bias, before[1]), "the MTP module's stays"
+    assert torch.equal(r.model.routers()[1].bias, before[1]), "the MTP module's must not change"
 
 
 def test_samples_are_kept_and_rewound(tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_samples_are_kept_and_rewound(tmp_path: Path) -> None:
 
 
 def detail_of(r: Reinforcement, prompt: list[int], tokens: list[int]) -> tuple[list[float], list[list[list[int]]]]:
-    """How likely a plain pass of the model finds an answer's tokens, and the experts of those that it reads."""
+    """The log-probabilities of an answer's tokens by a plain pass of the model, and the experts of the tokens read."""
     sent: list[list[list[int]]] = []
     routers = [block.feed_forward.router for block in r.model.blocks if hasattr(block.feed_forward, "router")]
     hooks = [x.register_forward_hook(lambda _, given, made: sent.append(made[0].tolist())) for x in routers]
@@ -482,7 +482,7 @@ def detail_of(r: Reinforcement, prompt: list[int], tokens: list[int]) -> tuple[l
 def test_watched_prompts_are_answered_as_the_model_is_and_change_nothing(tmp_path: Path) -> None:
     for name in ("plain", "watched"):
         (tmp_path / name).mkdir()
-    # of three layers with experts two are described; the first layer has none
+    # two of three layers with experts are recorded; the first layer has none
     model = Transformer(dataclasses.replace(CONFIG, num_hidden_layers=4, initializer_range=0.2)).initialise(1)
     plain, watched = (
         with_varied_rewards(reinforcement(tmp_path / name, model, lr=1e-2, watch=watch))
@@ -494,7 +494,7 @@ def test_watched_prompts_are_answered_as_the_model_is_and_change_nothing(tmp_pat
     problems = [Problem(text, "2", text) for text in ("1+1=?", "Hello")]
     said = rollout(plain.rollouts, plain.tokenizer, plain.stage.task, problems, [0, 0], SamplingParams(0.0, 10))
     found: list[list[dict[str, Any]]] = []
-    told: list[Any] = []  # what a plain pass makes of the first watched answer at step 0 and 2, and of a learnt one
+    told: list[Any] = []  # a plain pass over the first watched answer at steps 0 and 2
     for r in (plain, watched):
         looped = r.loop()
         r.before(looped)
@@ -525,7 +525,7 @@ def test_watched_prompts_are_answered_as_the_model_is_and_change_nothing(tmp_pat
     assert any(s["logprobs"] != s["new_logprobs"] for s in group if s["advantage"])
     assert all(len(s["pieces"]) == s["tokens"] == len(s["new_logprobs"]) for s in group)
     risen = [sum(s["new_logprobs"]) - sum(s["logprobs"]) for s in sorted(group, key=lambda s: -s["advantage"])]
-    assert risen[0] > risen[-1]  # what earned more than its group has become likelier, beside the rest
+    assert risen[0] > risen[-1]  # answers with higher rewards have become likelier than others
     watched.run.rewind(2)
     assert [line["step"] for line in read_lines(path)] == [0, 0]
     assert watched.stage.work().tokens_generated - plain.stage.work().tokens_generated == 2 * 2 * 10
@@ -549,7 +549,7 @@ class Longest(Judge):
 
 
 class Anything(Chains):
-    """Right is no answer, well-formed is any: where only a judge can decide."""
+    """Accepts no answer as correct and any as well-formed, so that only a judge can decide."""
 
     def check(self, problem: Problem, answer: str) -> Verdict:
         return Verdict(correct=False, well_formed=bool(answer))
@@ -620,7 +620,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(value: float, tmp_path: Pat
 
 
 def test_the_learning_rate_is_what_its_knob_says(tmp_path: Path) -> None:
-    """Up to lr over the warm-up, lr for two thirds of the steps, then down to final_lr times it."""
+    """Rises to lr during the warm-up, stays for two thirds of the steps, then falls to final_lr times lr."""
     r = reinforcement(tmp_path, steps=30, lr=1e-3, warmup=4, final_lr=0.1)
     rates = [r.stopping.lr(step) for step in range(1, 31)]
     assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
@@ -630,7 +630,7 @@ def test_the_learning_rate_is_what_its_knob_says(tmp_path: Path) -> None:
 
 
 def test_a_question_too_long_for_the_window_is_named(tmp_path: Path) -> None:
-    """Not the engine's request, which the user never made."""
+    """The error names the question and not the engine's request, which the user never made."""
     r = reinforcement(tmp_path, max_tokens=10)
     window = r.model.config.max_position_embeddings
     problem = Problem("1+1 " * window, "2", key="long")

@@ -1,4 +1,4 @@
-"""GRPO that asks ahead: bounded staleness, answers that outlive a kill, and overlap."""
+"""GRPO that generates answers ahead of training: bounded staleness, answers that survive a kill, and overlap."""
 
 import sys
 import time
@@ -33,7 +33,7 @@ from tests.toy import toy_model
 
 @dataclass(frozen=True)
 class Counted(Here):
-    """The engine here; notes the seed and the length of each answer."""
+    """The local engine, which records the seed and the length of each answer."""
 
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
         opened = super().open(policy, sampling)
@@ -52,7 +52,7 @@ class Counted(Here):
 
 
 def ahead(folder: Path, **knobs: object) -> Reinforcement:
-    """Six steps of GRPO on the toy model, which pays by an answer's ids."""
+    """Six steps of GRPO on the toy model, with rewards by the sum of an answer's ids."""
     folder.mkdir(exist_ok=True)
     r = reinforcement(folder, lr=1e-3, steps=6, max_gap=9.0, **knobs)
 
@@ -69,7 +69,7 @@ def made(r: Reinforcement) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("most", "in_flight"), [(1, "continue"), (3, "drop")])
 def test_each_token_is_learnt_once_at_the_age_that_is_asked_for(most: int, in_flight: str, tmp_path: Path) -> None:
-    """The trainer waits until everything is made that may be: then all tokens are as old as they may be."""
+    """The trainer waits until all allowed answers exist, so that all tokens have the maximal staleness."""
     r = ahead(tmp_path, max_staleness=most, in_flight=in_flight, rollouts=Counted())
     looped, update = r.loop(), r._update
 
@@ -87,7 +87,7 @@ def test_each_token_is_learnt_once_at_the_age_that_is_asked_for(most: int, in_fl
         assert line["staleness"] == line["staleness_max"] == age and line["versions"] == 1
         assert line["staleness_shares"] == [float(i == age) for i in range(most + 1)]
         assert 0 <= line["trainer_idle"] <= 1 and 0 <= line["engines_idle"] <= 1 and line["learnt_per_second"] > 0
-        assert (abs(line["mismatch_kl"]) < 1e-4) == (age == 0), "only older weights are another model"
+        assert (abs(line["mismatch_kl"]) < 1e-4) == (age == 0), "only older weights may differ from the trainer's"
     seeds = [seed for seed, _ in made(r)]
     assert len(set(seeds)) == len(seeds) == 6 * 16
     assert r.totals["tokens_generated"] == sum(tokens for _, tokens in made(r))
@@ -100,7 +100,7 @@ def test_each_token_is_learnt_once_at_the_age_that_is_asked_for(most: int, in_fl
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_weights_come_between_two_steps_of_an_engine(drop: bool) -> None:
-    """Answers go on with them, and say so, or are begun again; those of the same weights are the same either way."""
+    """Answers continue with new weights and record it, or restart; under the same weights they are equal either way."""
     engine = Engine(toy_model(1), ())
     prompts, sampling = [[5, 6, 7], [8, 9], [5, 6, 7]], SamplingParams(max_tokens=8)
     plain = engine.generate(prompts, sampling, range(3))
@@ -125,7 +125,7 @@ def test_weights_come_between_two_steps_of_an_engine(drop: bool) -> None:
 
 
 def test_answers_outlive_a_kill(tmp_path: Path) -> None:
-    """A second run takes up the journal: nothing is asked twice, and what the first one learnt since its checkpoint is learnt again."""
+    """A second run reads the journal: it requests no answer twice, and learns again from those after the checkpoint."""
     first = ahead(tmp_path, max_staleness=2, checkpoint_steps=2, rollouts=Counted())
     looped = first.loop()
     for _ in range(3):
@@ -133,7 +133,7 @@ def test_answers_outlive_a_kill(tmp_path: Path) -> None:
         if looped.step == 2:
             looped.checkpoint()
     learnt = first.model.state_dict()["embed"].clone()
-    while len(made(first)) < 5 * 16:  # the steps 4 and 5 lie there when the process goes
+    while len(made(first)) < 5 * 16:  # the answers of steps 4 and 5 exist when the process ends
         time.sleep(0.01)
     with (first.run.folder / FOLDER / "00000005-0.jsonl").open("a") as torn:
         torn.write('{"seed": 1, "tok')
@@ -144,7 +144,7 @@ def test_answers_outlive_a_kill(tmp_path: Path) -> None:
     assert state is not None and looped.step == 2
     second.load_state(state)
     looped.advance()
-    assert torch.equal(second.model.state_dict()["embed"], learnt), "step 3 again, from the same answers"
+    assert torch.equal(second.model.state_dict()["embed"], learnt), "step 3 must learn from the same answers"
     while looped.step < 6:
         looped.advance()
     seeds = [seed for r in (first, second) for seed, _ in made(r)]
@@ -181,7 +181,7 @@ def test_mistakes_in_the_thread_are_raised_where_the_step_is_wanted(tmp_path: Pa
 
 
 def test_engines_wanted_by_hand() -> None:
-    """Generating takes 8 s, learning 5 s: 1.6 times as long, so that of two engines there should be four."""
+    """Generating takes 8 s and learning 5 s: 1.6 times as long, so that two engines should become four."""
     row = {"staleness": 1.0, "staleness_max": 1, "mismatch_kl": 0.0, "mismatch_chi2": 0.0, "trainer_idle": 0.4}
     row |= {"engines_idle": 0.0, "generating_seconds": 8.0, "update_seconds": 5.0}
     found = overlap([row] * 3)
@@ -199,7 +199,7 @@ def test_mismatch_by_hand() -> None:
 def test_a_fleet_without_ray_says_so_and_an_address_reaches_all_fleets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What needs no Ray; tests/test_fleet.py has the rest."""
+    """Checks what needs no Ray; tests/test_fleet.py has the rest."""
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"zero\.rollouts = 'Fleet': Ray is not installed here.*pip install"):
         reinforcement(tmp_path, rollouts=Fleet(2))

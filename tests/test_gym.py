@@ -1,4 +1,4 @@
-"""reasoning-gym tasks: gold answers pass, nothing is run, junk earns nothing, what cannot be judged is refused."""
+"""reasoning-gym tasks: gold answers pass, answers are never executed, junk earns nothing, unsuitable sets are refused."""
 
 import os
 import random
@@ -113,13 +113,13 @@ def test_sides_never_share_a_problem(dataset: str) -> None:
 
 
 def test_neighbouring_seeds_share_almost_nothing() -> None:
-    # Its own item i of seed s is item 0 of seed s + i, so that these two would have 999 of 1,000 in common.
+    # reasoning-gym's item i of seed s is item 0 of seed s + i, so these two would share 999 of 1,000 problems.
     one, two = draws("chain_sum", 1, 1000), draws("chain_sum", 2, 1000)
     assert len({p.key for p in one} & {p.key for p in two}) < 100
 
 
 def test_templates_and_their_contents_are_independent() -> None:
-    # Item 0 of gsm_symbolic gets its template and its first name from the same random number: here always Mia.
+    # reasoning-gym's item 0 of gsm_symbolic draws template and first name from one random number: here always Mia.
     questions = [p.question for p in draws("gsm_symbolic", 0, 3000) if "budgeted for" in p.question]
     assert len({question.split("'")[0] for question in questions}) > 3
 
@@ -148,7 +148,7 @@ for name in sorted(SUPPORTED.keys() - {SLOW}):
 
 @pytest.mark.slow
 def test_same_problems_in_another_process() -> None:
-    """Some generators walk through sets, whose order differs from process to process; those must be refused."""
+    """Some generators iterate over sets, whose order differs between processes; these must be refused."""
     root = str(Path(finback.__path__[0]).parent)
     outputs = []
     for hash_seed in "12":
@@ -166,9 +166,9 @@ def test_same_problems_in_another_process() -> None:
         ("2+25*(7-3)", RIGHT),
         ("-(3 - 7) * 25 + 2", RIGHT),
         ("25 * (7 - 3) - -2", RIGHT),
-        ("(7 - 3) / (1 / 25) + 2", WRONG),  # 102, but there is no 1
+        ("(7 - 3) / (1 / 25) + 2", WRONG),  # 102, but 1 is not available
         ("7 * 25 - 3 * 2", WRONG),  # 169
-        ("(7 - 3) * 25 + 2 + 2 - 2", WRONG),  # 2 three times
+        ("(7 - 3) * 25 + 2 + 2 - 2", WRONG),  # uses 2 three times
         ("100 + 2", WRONG),
         ("102", WRONG),
         ("25 * 2 * 2 + 2", WRONG),  # 102 without 3 and 7
@@ -192,7 +192,7 @@ def test_countdown_by_hand(answer: str, verdict: Verdict) -> None:
 
 
 def test_expressions_are_exact() -> None:
-    assert evaluate("8 / (3 - 8 / 3)") == (24, (3, 3, 8, 8))  # in floating point 23.99…
+    assert evaluate("8 / (3 - 8 / 3)") == (24, (3, 3, 8, 8))  # 23.99… in floating point
     assert evaluate(" 1/3 ") == (Fraction(1, 3), (1, 3))
     assert evaluate("-5") == (-5, (5,))
     assert evaluate("9" * 10) and not evaluate("9" * 11)
@@ -205,8 +205,8 @@ def test_expressions_are_exact() -> None:
         ("chain_sum", "1204", "+01,204.0", RIGHT),
         ("chain_sum", "1204", "12,04", JUNK),
         ("chain_sum", "1204", "1204.000000000000000000000001", WRONG),
-        ("chain_sum", "-4", "\u22124", JUNK),  # a typographic minus is not ours to guess
-        ("basic_arithmetic", "3", "6/2", JUNK),  # the question copied
+        ("chain_sum", "-4", "\u22124", JUNK),  # a typographic minus is not interpreted
+        ("basic_arithmetic", "3", "6/2", JUNK),  # copied from the question
         ("decimal_chain_sum", "2.10", "2.1", RIGHT),
         ("coin_flip", "0.3125", "10/32", RIGHT),
         ("coin_flip", "0.3125", "0.3125", RIGHT),
@@ -243,7 +243,7 @@ def test_forms_by_hand(dataset: str, gold: str, answer: str, verdict: Verdict) -
 
 
 def test_unsound_problems_are_not_asked() -> None:
-    """Left to itself, each of these generators gets some answers wrong or leaves them open."""
+    """Without a check, each of these generators gives wrong or ambiguous answers to some problems."""
     for problem in draws("basic_arithmetic", 0, 50, allow_parentheses=False):
         expression = problem.question.removeprefix("Calculate ").removesuffix(".")
         assert evaluate(expression)[0] == int(problem.answer)  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Hostile outputs: whatever a model writes, it is not paid, the host stays as it is, and the time is bounded."""
+"""Hostile outputs: no output of a model earns a reward by an attack, changes the host, or exceeds the time limit."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from finback.tasks.seccomp import call_filter
 from finback.tasks.task import Problem, Task, Verdict
 
 LIMITS = Limits(wall=1.0, cpu=1, memory=256 << 20, files=4 << 20)
-MARGIN = 4.0  # seconds that a busy machine may add
+MARGIN = 4.0  # extra seconds on a busy machine
 DATA = """\
 {"question": "program", "tests": [{"stdin": "17 25", "stdout": "42"}], "solution": "print(sum(map(int, input().split())))"}
 {"question": "function", "entry": "solve", "tests": [{"args": [17, 25], "expected": 42}, {"args": [0, 1], "expected": 1}], "solution": "def solve(a, b):\\n    return a + b"}
@@ -137,14 +137,14 @@ CASES = [*((name, "program") for name in PROGRAMS), *((name, "function") for nam
 
 
 def stamp(folder: Path) -> list[Any]:
-    """All that a folder holds, with its modes and owners."""
+    """Everything in a folder, with modes and owners."""
     paths = sorted([folder, *folder.rglob("*")])
     kept = [(p.name, p.lstat().st_mode, p.lstat().st_uid, p.lstat().st_nlink) for p in paths]
     return [kept, [p.read_bytes() for p in paths if p.is_file()]]
 
 
 def left_over() -> list[psutil.Process]:
-    """Processes of a sandbox that are not gone, wherever they are in the tree."""
+    """Processes of a sandbox that still exist, anywhere in the process tree."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -159,15 +159,15 @@ def left_over() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module", params=["bubblewrap", "rlimits"])
 def checked(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[tuple[str, str], Any]:
-    """Every case's verdict and seconds, in one form of the sandbox; then, what became of the host."""
+    """Every case's verdict and seconds in one kind of sandbox, after checking that the host is unchanged."""
     try:
         Sandbox(request.param)
     except UserError as error:
         pytest.skip(str(error))
     if request.param == "rlimits" and not call_filter(may_fork=False):
-        pytest.skip("nothing here would hold them")
+        pytest.skip("no system call filter here would contain them")
     data = tmp_path_factory.mktemp("data") / "data.jsonl"
-    # pytest's own folders are closed to other users, which would hide what the sandbox lets through.
+    # pytest's own folders are closed to other users, which would hide a leak of the sandbox.
     host = Path(tempfile.mkdtemp(prefix="canary-"))
     request.addfinalizer(lambda: shutil.rmtree(host))
     data.write_text(DATA)
@@ -188,7 +188,7 @@ def checked(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[tuple
         results: dict[Any, Any] = dict(zip(CASES, pool.map(check, CASES), strict=True))
     assert left_over() == []
     new = [path for path in set(Path("/tmp").iterdir()) - files if path.name.startswith("finback-")]
-    if request.param == "bubblewrap" or os.geteuid() == 0:  # else they are the same user's
+    if request.param == "bubblewrap" or os.geteuid() == 0:  # otherwise the files belong to the sandbox's own user
         assert stamp(host) == before
     assert psutil.Process().children() == children and new == []
     return results

@@ -1,4 +1,4 @@
-"""Models of the hub by their names: from a hub on this machine, which also refuses, breaks off and goes away."""
+"""Models from the hub by name, with a local hub that also refuses requests, breaks off and disappears."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ COMMIT = "0" * 40
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository: a model, and beside it what nobody needs who runs it."""
+    """A repository with a model and files that running it does not need."""
     made = tmp_path_factory.mktemp("repository") / "whale"
     export(toy_model(), made, "fp32")
     tokenizer.train([WORDS], 320, made / "tokenizer.json")
@@ -57,7 +57,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_a_model_is_fetched_once_and_nothing_but_it(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = hub.add("finback-tests/whale", folder)
     hub.cut.add("model.safetensors")
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 10)  # what has come in whole chunks is kept
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 10)  # only complete chunks are kept
     name = Path("finback-tests/whale")
     found = find_model(name)
     assert hub_models.commit(found) == commit and hub_models.model_name(found) == hub_models.model_name(name) == "whale"
@@ -72,7 +72,7 @@ def test_a_model_is_fetched_once_and_nothing_but_it(hub: Hub, folder: Path, monk
     blob = (found / "model.safetensors").resolve()
     assert hub_models.model_name(blob) == "whale"
 
-    hub.asked.clear()  # a commit that is whole here needs no hub, and a branch only the question where it stands
+    hub.asked.clear()  # a downloaded commit needs no hub, and a branch only one request for its commit
     assert find_model(Path(f"finback-tests/whale@{commit}")) == found and not hub.asked
     assert find_model(name) == found and not hub.files() and hub.asked
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -84,7 +84,7 @@ def test_a_model_is_fetched_once_and_nothing_but_it(hub: Hub, folder: Path, monk
 def test_what_is_here_is_taken_first(hub: Hub, folder: Path) -> None:
     shutil.copytree(folder, "finback-tests/whale")
     assert find_model(Path("finback-tests/whale")) == Path("finback-tests/whale")
-    with pytest.raises(UserError, match=r"no such file or folder\. Name a run"):  # a slip of the pen goes nowhere
+    with pytest.raises(UserError, match=r"no such file or folder\. Name a run"):  # a typo causes no request
         find_model(Path("finback-tests/whole"))
     for text in ("/no/where", "no/where.gguf", "nowhere", "no/where/at/all", "a+b", "no/../where"):
         assert not hub_models.is_name(Path(text)), text

@@ -1,4 +1,4 @@
-"""The order of imports: a folder knows only those below it, so that it can be read without the ones above."""
+"""The order of imports: a folder imports only folders of lower layers, so that it can be read without higher ones."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 import finback
 
 PACKAGE = Path(finback.__path__[0])
-LAYERS = (  # lowest first; names on one line do not know each other
+LAYERS = (  # lowest first; names on one line do not import each other
     "config extras",
     "options client readers hub",
     "runs",
@@ -105,7 +105,7 @@ def module_of(path: Path) -> str:
 
 
 def runtime_imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Import statements, those inside functions too; not what only a type checker reads."""
+    """Import statements, also inside functions, but not those for type checkers only."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
@@ -129,7 +129,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Chains of imports that come back to where they began."""
+    """Chains of imports that return to their first module."""
     done: set[str] = set()
     found: list[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""Intervals of scores and of differences: published and worked examples, another method beside them, and coverage by simulation."""
+"""Intervals of scores and of differences: published and worked examples, a second method, and simulated coverage."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ def test_mid_p_by_hand() -> None:
     for n in (5, 30, 1000):
         assert shares([0, n], [n, n])[0] == pytest.approx((0, 1 - 0.05 ** (1 / n)))
         assert shares([0, n], [n, n])[1] == pytest.approx((0.05 ** (1 / n), 1))
-    # of many answers it is the normal distribution's
+    # with many answers it equals that of the normal distribution
     assert shares([16_000], [32_000])[0] == pytest.approx(
         (0.5 - 1.96 / 2 / 32_000**0.5, 0.5 + 1.96 / 2 / 32_000**0.5), abs=1e-5
     )
@@ -73,7 +73,7 @@ def test_scores_of_0_and_1_are_a_share() -> None:
 
 
 def test_a_difference_by_hand() -> None:
-    # never seen to gain or lose: either may yet happen, as often as 0 of 5 allow
+    # no gains and no losses seen: either may still happen, at the rate that 0 of 5 allows
     once = 1 - 0.05 ** (1 / 5)
     assert limits([0] * 5) == pytest.approx((-once, once))
     # always gained: l = 0.05^(1/6) of 6 of 6 and u = 1 - l of 0 of 6, which would exclude each other's increase: 1 - (1 - l) - u
@@ -83,7 +83,7 @@ def test_a_difference_by_hand() -> None:
     # -sqrt(0.09786 x 0.13911 / (0.90214 x 0.86089)) = -0.13239
     low = 0.25 - math.sqrt(0.15214**2 + 0.13911**2 + 2 * 0.13239 * 0.15214 * 0.13911)
     assert limits([1] * 5 + [0] * 15) == pytest.approx((low, 0.47022), abs=2e-5)
-    # half gained, half lost: both 1 of 2, 0.025 to 0.975, the correlation -1: arms add up
+    # half gained, half lost: both 1 of 2, 0.025 to 0.975, with correlation -1: the distances add up
     assert limits([1, -1]) == pytest.approx((-0.95, 0.95))
 
 
@@ -153,7 +153,7 @@ def test_more_samples_help_as_far_as_questions_are_alike() -> None:
 
 
 def test_questions_alike_so_far_do_not_promise_the_next() -> None:
-    # 30 questions at 0.5 to 2 %: one like no other may come, but not as many as among 30 answers that were only right or wrong
+    # 30 questions at 0.5 to 2 %: an exception may come, but fewer than if the 30 answers were only right or wrong
     values = [1 / 64] * 20 + [2 / 64] * 5 + [0.0] * 5
     low, high = interval(values)
     assert low < np.mean(values) / 2 and 0.04 < high < 0.095
@@ -174,11 +174,11 @@ def test_intervals_from_a_standard_error() -> None:
 
 @pytest.fixture(scope="module")
 def coverage() -> ModuleType:
-    """benchmarks/coverage.py; pytest's plugins know another module of that name."""
+    """benchmarks/coverage.py; pytest's plugins import another module of that name."""
     spec = importlib.util.spec_from_file_location("interval_coverage", ROOT / "benchmarks/coverage.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their types
+    sys.modules[spec.name] = module  # dataclasses look up their types here
     spec.loader.exec_module(module)
     return module
 

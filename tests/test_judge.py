@@ -1,4 +1,4 @@
-"""A judge: preferences of a biased, slow, failing and talkative server, and answers that give orders."""
+"""A judge: preferences of a biased, slow, failing and talkative server, and answers that contain instructions."""
 
 import json
 import re
@@ -14,12 +14,12 @@ import pytest
 from finback.config import UserError
 from finback.tasks.judge import Judge
 
-# What the server does with the n-th request: a reply, or a status with headers.
+# The server's answer to the n-th request: a reply, or a status with headers.
 Behaviour = Callable[[int, str, str], str | tuple[int, dict[str, str]] | bytes]
 
 
 class Server:
-    """A server on 127.0.0.1 that answers as it is told to, and keeps what it was asked."""
+    """A server on 127.0.0.1 with scripted answers, which records its requests."""
 
     def __init__(self) -> None:
         self.behave: Behaviour = lambda n, first, second: "1"
@@ -58,7 +58,7 @@ class Server:
                 pass
 
         class Quiet(ThreadingHTTPServer):
-            def handle_error(self, *_: object) -> None:  # a client that did not wait
+            def handle_error(self, *_: object) -> None:  # a client that disconnected early
                 pass
 
         self.http = Quiet(("127.0.0.1", 0), Handler)
@@ -71,13 +71,13 @@ def completion(reply: Any) -> bytes:
 
 
 def parts(body: dict[str, Any]) -> list[str]:
-    """The question and the two answers, cut as the instruction says they are."""
+    """The question and the two answers, split where the instruction says."""
     mark = re.search(r"===\w+===", body["messages"][0]["content"])
     assert mark
     found = re.split(
         rf"^{mark[0]} (?:question|first answer|second answer|end)\n", body["messages"][1]["content"], flags=re.M
     )
-    assert len(found) == 5, "the material is not in three parts"
+    assert len(found) == 5, "the prompt does not have three parts"
     return [part.strip("\n") for part in found[1:4]]
 
 
@@ -100,7 +100,7 @@ def judge(server: Server, **knobs: Any) -> Judge:
 def test_the_better_answers_win(server: Server) -> None:
     server.behave = longer
     assert judge(server).prefer("How?", ["a", "bbb", "cc", "dddd"]) == [0, 1, 0, 1]
-    assert len(server.bodies) == 8  # four pairs of neighbours in two orders
+    assert len(server.bodies) == 8  # four pairs of neighbours, each in both orders
     assert judge(server).prefer("How?", ["a", "bb"]) == [0, 1] and len(server.bodies) == 10
     assert judge(server).prefer("How?", ["a", "bb", "cc"]) == [0, 0.75, 0.75]
     assert judge(server).prefer("How?", ["a"]) == [0.5] and judge(server).prefer("How?", []) == []
@@ -145,7 +145,7 @@ def test_chains_are_not_shown_and_long_answers_are_cut(server: Server) -> None:
     ],
 )
 def test_answers_stay_data(attack: str, server: Server) -> None:
-    # parts() fails if an answer could close its block; this judge obeys whatever stands outside of the blocks.
+    # parts() fails if an answer could close its block; this judge obeys any text outside of the blocks.
     def obedient(n: int, first: str, second: str) -> str:
         outside = server.bodies[n]["messages"][1]["content"]
         for part in (first, second):
@@ -183,7 +183,7 @@ def test_replies_that_are_read(reply: str, scores: list[float], server: Server) 
 def test_nonsense_is_a_tie_unless_there_is_nothing_else(server: Server) -> None:
     server.behave = lambda n, first, second: "Well, 1 or 2?" if first == "a" else "1"
     assert judge(server).prefer("How?", ["a", "b"]) == [0.25, 0.75]
-    # Answers that confuse the judge do not end the run: it can still tell two plain answers apart.
+    # Answers that confuse the judge do not end the run, since it can still compare two plain answers.
     server.behave = lambda n, first, second: "12" if "a" in (first, second) else "1"
     assert judge(server).prefer("How?", ["a", "b"]) == [0.5, 0.5]
     for nothing in ("I cannot compare.", "", None, "3"):
@@ -220,7 +220,7 @@ def test_requests_go_side_by_side_but_not_all_at_once(server: Server) -> None:
     [
         (lambda n, a, b: (500, {}), 2, "HTTP 500"),
         (lambda n, a, b: (429, {"Retry-After": "0"}), 2, "HTTP 429"),
-        (lambda n, a, b: (401, {}), 1, "HTTP 401"),  # a wrong key stays wrong
+        (lambda n, a, b: (401, {}), 1, "HTTP 401"),  # a wrong key is not retried
         (lambda n, a, b: (302, {"Location": "http://127.0.0.1:1/"}), 1, "HTTP 302"),
         (lambda n, a, b: b"<html>", 2, "no JSON but b'<html>'"),
         (lambda n, a, b: b"[" * 100_000, 2, "no JSON"),
@@ -234,7 +234,7 @@ def test_a_judge_that_stays_away(behaviour: Behaviour, tries: int, message: str,
         UserError, match=rf"judge\.url = '{server.url}': .*{message}.* the run continues where it stopped"
     ):
         judge(server, tries=2, concurrency=1, timeout=0.3).prefer("How?", ["a", "b"])
-    assert len(server.bodies) in (tries, tries + 1)  # the second request may have begun when the first had failed
+    assert len(server.bodies) in (tries, tries + 1)  # the second request may have begun before the first failed
 
 
 def test_nobody_there() -> None:

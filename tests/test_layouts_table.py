@@ -1,4 +1,4 @@
-"""benchmarks/layouts.py: by how much a router's choice was won, and tokens that went elsewhere by name."""
+"""benchmarks/layouts.py: the margins of a router's choices, and tokens that are routed differently by name."""
 
 import dataclasses
 import importlib.util
@@ -20,20 +20,20 @@ def layouts() -> Any:
     module = importlib.util.module_from_spec(spec)
     before = list(sys.path)
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    sys.modules["layouts_table"] = module  # where dataclasses look for it
+    sys.modules["layouts_table"] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     sys.path[:] = before
     return module
 
 
 def test_the_margin_of_a_choice_by_hand(layouts: Any) -> None:
-    """Two groups of four experts, one of them open, two experts chosen; and all groups open."""
+    """Two groups of four experts, one group open, two experts chosen; then with all groups open."""
     router = Router(dataclasses.replace(MANY, num_experts_per_tok=2))
     router.bias[3] = 0.25
     affinity = torch.tensor([[0.5, 0.4, 0.3, 0.0, 0.45, 0.375, 0.1, 0.1], [0.9, 0.8, 0.1, 0.5, 0.2, 0.2, 0.2, 0.2]])
     index = router.select(affinity)
     assert index.sort().values.tolist() == [[0, 1], [0, 1]]
-    # the groups' best two: 0.9 over 0.825; the second expert 0.4 over 0.3. Then 1.7 over 0.4, and 0.8 over 0.5 + 0.25
+    # the groups' top two: 0.9 to 0.825; the second expert 0.4 to 0.3. Then 1.7 to 0.4, and 0.8 to 0.5 + 0.25
     torch.testing.assert_close(layouts.won_by(router, affinity, index), torch.tensor([0.075, 0.05]))
     free = Router(dataclasses.replace(MANY, n_group=1, num_experts_per_tok=2))
     index = free.select(affinity)

@@ -1,4 +1,4 @@
-"""AdamW with moments in eight bits and in the host's memory, against torch's own."""
+"""AdamW with 8-bit moments and with moments in host memory, against torch's AdamW."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +20,7 @@ BETAS = (0.9, 0.95)
 
 
 def named(seed: int = 0) -> list[tuple[str, nn.Parameter]]:
-    """A matrix of rows of five blocks and of some slices and a half, one of short rows, and one that is too small for eight bits."""
+    """A matrix with rows of five blocks and several slices, one with short rows, and a vector too small for 8 bits."""
     g = torch.Generator().manual_seed(seed)
     return [
         (n, nn.Parameter(torch.randn(*s, generator=g))) for n, s in (("a", (13, 1280)), ("b", (96, 64)), ("c", (64,)))
@@ -62,7 +62,7 @@ def test_moments_in_eight_bits_step_by_hand_and_nearly_as_exact_ones(monkeypatch
             torch.testing.assert_close(first, unpack(codes, scale, signed=True))
         assert (second >= 0).all()
     exact, found = learnt(plain, 0, 40), learnt(lean, 1, 40)
-    assert torch.equal(exact[2], found[2]), "small ones stay exact"
+    assert torch.equal(exact[2], found[2]), "small parameters stay exact"
     for a, b, before in zip(exact[:2], found[:2], start[:2], strict=True):
         assert not torch.equal(a, b)
         assert (a - b).norm() < 0.1 * (a - before).norm()
@@ -71,11 +71,11 @@ def test_moments_in_eight_bits_step_by_hand_and_nearly_as_exact_ones(monkeypatch
 def test_levels_and_blocks() -> None:
     signed, unsigned = levels(True), levels(False)
     assert len(signed) == len(unsigned) == 256 and signed[-1] == unsigned[-1] == 1 and unsigned[0] == 0
-    # of the powers 1e-6: 0.55 in one interval or 0.325 and 0.775 in two; of 1 in 64 and 128
+    # around 1e-6: 0.55 in one interval, or 0.325 and 0.775 in two; around 1: 64 and 128 intervals
     assert unsigned[1:3].tolist() == pytest.approx([3.25e-7, 7.75e-7]) and signed[128].item() == pytest.approx(5.5e-7)
     assert signed[0].item() == pytest.approx(-(1 - 0.9 / 128)) and unsigned[-2].item() == pytest.approx(1 - 0.9 / 256)
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) ** 5
-    values[250:500] = 0  # one of four blocks of 250
+    values[250:500] = 0  # one of four blocks of 250 values
     for sign in (True, False):
         given = values if sign else values.abs()
         codes, scale = pack(given, sign)
@@ -83,7 +83,7 @@ def test_levels_and_blocks() -> None:
         assert scale.tolist() == [block.abs().max() for block in given.split(250)] and not again[250:500].any()
         assert ((again - given).abs() <= (0.07 if sign else 0.05) * scale.repeat_interleave(250)).all()
         twice = pack(again, sign)
-        if not sign:  # the largest magnitude is a level then, so nothing is lost again
+        if not sign:  # the largest magnitude is a level here, so packing again loses nothing
             assert torch.equal(twice[0], codes) and torch.equal(twice[1], scale)
 
 
@@ -102,13 +102,13 @@ def test_a_state_goes_on_with_the_same_bits(moments: Moments) -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_nearest_level_is_that_of_a_search(signed: bool) -> None:
-    """Of random numbers, of the levels, and of the middles between them and the floats on both sides."""
+    """For random numbers, the levels, the midpoints between levels, and the floats next to those."""
     known = levels(signed)
     middles = (known[1:] + known[:-1]) / 2
     random = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 0, 20_000)
     beside = [torch.nextafter(middles, torch.tensor(end)) for end in (-2.0, 2.0)]
     values = torch.cat([torch.tensor([0.0, 1.0]), known, middles, *beside, random.clamp(-1, 1)])
-    values = (values if signed else values.abs())[:, None]  # a block each, whose factor must be 1
+    values = (values if signed else values.abs())[:, None]  # one value per block, whose factor must be 1
     rows = torch.cat([torch.ones_like(values), values], dim=1)
     codes, scale = pack(rows, signed)
     expected = torch.bucketize(values, middles).clamp_min(0 if signed else (values > 0).int())
@@ -116,7 +116,7 @@ def test_the_nearest_level_is_that_of_a_search(signed: bool) -> None:
 
 
 def _shared_out(expected: str) -> None:
-    """On every rank: a share of the rows has what one rank has of them, to the bit, and so has what goes on from its state."""
+    """On every rank: a share of the rows equals one rank's rows to the bit, also after resuming from its state."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for moments, whole in torch.load(expected, weights_only=False).items():
         shared = [(name, nn.Parameter(distribute_tensor(p, mesh, [Shard(0)]))) for name, p in named()]
@@ -140,7 +140,7 @@ def _shared_out(expected: str) -> None:
 
 
 def test_ranks_with_some_rows_each_have_the_blocks_of_one(tmp_path: Path) -> None:
-    """Rows that do not divide among the ranks included."""
+    """Includes numbers of rows that the ranks do not divide."""
     kinds: tuple[Moments, ...] = ("int8", "host")
     one = {moments: LeanAdam(named(), BETAS, 0.1, moments) for moments in kinds}
     for optimizer in one.values():

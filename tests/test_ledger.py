@@ -1,4 +1,4 @@
-"""The ledger: what was spent by purpose, on what, with what, and energy where the machine can be asked."""
+"""The ledger: cost by purpose, hardware and inputs, and energy where the machine can measure it."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ TURN = 262_143_328_850  # µJ of a real package counter
 
 
 def powercap(root: Path, **counters: int) -> Path:
-    """A folder as the kernel lays it out; names of parts to their µJ."""
+    """A folder in the kernel's layout; maps the names of zones to their µJ."""
     for number, (name, value) in enumerate(counters.items()):
         folder = root / f"intel-rapl:{number}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,11 +52,11 @@ def test_a_counter_that_turns_over_counts_on(tmp_path: Path) -> None:
 
 def test_a_counter_that_nobody_looked_at_for_too_long_is_not_believed(tmp_path: Path) -> None:
     energy = counters.Energy(powercap(tmp_path, package_0=0))
-    energy.read(energy.at + 200)  # 262 kJ at 1,000 W are 262 s
+    energy.read(energy.at + 200)  # 262 kJ at 1,000 W take 262 s
     assert energy.certain
     energy.read(energy.at + 300)
     assert energy.take() is None
-    assert energy.take() == 0, "from the next look on it is believed again"
+    assert energy.take() == 0, "the next reading counts again"
 
 
 @pytest.mark.parametrize("broken", ["energy_uj", "name", "max_energy_range_uj"])
@@ -67,7 +67,7 @@ def test_a_machine_that_cannot_be_asked_meters_nothing(broken: str, tmp_path: Pa
 
 
 class Gpus:
-    """Stands in for torch with two GPUs, and for pynvml, whose counters count millijoules."""
+    """Replaces torch with two GPUs, and pynvml, whose counters count millijoules."""
 
     cuda: Any
 
@@ -138,8 +138,8 @@ def test_a_stage_writes_what_it_is_made_with_and_from(tmp_path: Path) -> None:
     (line,) = read_lines(run.folder / "ledger.jsonl")
     assert line["software"]["torch"] and line["software"]["finback"] and line["machine"]["cpu"]
     assert len(line["inputs"]["base"]) == 64 and line["inputs"]["nowhere"] is None
-    assert line["commit"] is None and line["dirty"] is None, "no recipe file, no checkout"
-    assert spent(run.folder) == {"seconds": 0.0, "core_seconds": 0.0}, "words are not added up"
+    assert line["commit"] is None and line["dirty"] is None, "without a recipe file there is no commit"
+    assert spent(run.folder) == {"seconds": 0.0, "core_seconds": 0.0}, "text entries are not summed"
 
 
 def test_flops_are_told_apart_by_purpose(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_metered_energy_takes_the_place_of_the_estimate(tmp_path: Path) -> None:
     )
     (tmp_path / "ledger.jsonl").write_text(text)
     told = cost(tmp_path)
-    # 500 J metered, and 60 core-seconds at 12 W that were not
+    # 500 J measured, and 60 core-seconds at 12 W that were not measured
     assert told["energy_wh"] == round((500 + 60 * 12) / 3600, 3)
     assert "energy of 25% of the time metered by RAPL" in told["basis"]
     assert told["device_hours"] == 80 / 3600
@@ -199,7 +199,7 @@ def test_stages_out_of_their_config_are_planned_as_the_recipe_is(name: str, tmp_
     assert any(stage["flops"] for stage in wanted.values())
     at_once = plan_vs_actual.planned(
         tmp_path, tmp_path / "no-calibration.json"
-    )  # what the page shows, of a run that goes on
+    )  # the plan that the page shows of a running recipe
     assert at_once == {
         name: {k: plan[k] for k in plan_vs_actual.SPENT if plan.get(k) is not None} for name, plan in wanted.items()
     }
@@ -237,9 +237,9 @@ def test_a_counter_that_was_reset_adds_nothing(tmp_path: Path) -> None:
         energy = counters.Energy(powercap(tmp_path, package_0=before))
         powercap(tmp_path, package_0=after)
         energy.read(energy.at + gap)
-        assert energy.joules == 0 and energy.take() is None, "it is estimated instead"
+        assert energy.joules == 0 and energy.take() is None, "a reset counter gives no measurement"
         powercap(tmp_path, package_0=after + 2_000_000)
-        assert energy.take() == 2, "and counts on from where it is"
+        assert energy.take() == 2, "it must count on from its new value"
     energy = counters.Energy(powercap(tmp_path, package_0=TURN - 9_000_000_000))
     powercap(tmp_path, package_0=6_000_000_000)
     energy.read(energy.at + 60)
@@ -247,7 +247,7 @@ def test_a_counter_that_was_reset_adds_nothing(tmp_path: Path) -> None:
     energy = counters.Energy(powercap(tmp_path, package_0=0))
     powercap(tmp_path, package_0=150_000_000_000)
     energy.read(energy.at + 60)
-    assert energy.take() is None, "2,500 W cannot be"
+    assert energy.take() is None, "2,500 W is impossible"
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("-5\n")
     assert energy.take() is None
 
@@ -277,14 +277,14 @@ def test_energy_follows_cpu_time_and_not_the_load_of_the_machine(tmp_path: Path)
         (tmp_path / name).mkdir()
         write_lines(tmp_path / name / "ledger.jsonl", [line])
     assert cost(tmp_path / "quiet")["energy_wh"] == cost(tmp_path / "loaded")["energy_wh"] == 390 * 12 / 3600
-    assert ledger.watt_hours([{"seconds": 300.0, "cores": 2}]) == 2, "an older ledger has wall time alone"
+    assert ledger.watt_hours([{"seconds": 300.0, "cores": 2}]) == 2, "an older ledger has only wall time"
     half = {"seconds": 10.0, "cores": 2, "joules": 36, "metered_core_seconds": 10.0, "cpu_seconds": 6.0}
     assert ledger.watt_hours([half]) == pytest.approx((36 + 3 * 12) / 3600)
 
 
 def test_cpu_time_is_that_of_the_process_and_of_its_children(tmp_path: Path) -> None:
     run, other = stage_run(tmp_path), counters.CpuTime([("elsewhere", 1)])
-    assert other.take() is None, "nobody here can be asked"
+    assert other.take() is None, "no counter exists here"
     run.begin(None, ())
     began = sum(os.times()[:4])
     subprocess.run([sys.executable, "-S", "-c", "sum(range(2_000_000))"], check=True)
@@ -292,9 +292,9 @@ def test_cpu_time_is_that_of_the_process_and_of_its_children(tmp_path: Path) -> 
     run.account()
     mine = sum(os.times()[:4]) - began
     busy = read_lines(run.folder / "ledger.jsonl")[-1]["cpu_seconds"]
-    assert busy > 0 and abs(busy - mine) < 0.15, "in ticks of a hundredth"
+    assert busy > 0 and abs(busy - mine) < 0.15, "within ticks of 10 ms"
     twice = counters.CpuTime([(platform.node(), os.getpid()), ("elsewhere", 7)])
-    assert twice.share == 0.5, "a rank elsewhere counts as one here"
+    assert twice.share == 0.5, "a remote rank counts like a local one"
 
 
 BAD = ("-5", "NaN", "Infinity", "-Infinity", "1e999", '"7"', "null", "true", "[1]", "1" + "0" * 400)

@@ -1,4 +1,4 @@
-"""What SFT reads of its sources: what it cannot use and what belongs to an exam is left out, counted and named."""
+"""What SFT reads from its sources: unusable records and exam questions are left out, counted and named."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def write(path: Path, *records: Any) -> Path:
 
 
 def read(root: Path, path: Path, *exams: Exam, **knobs: Any) -> tuple[list[Lesson], dict[str, Any]]:
-    """The lessons of a file in a recipe with these exams, and the results that speak of them."""
+    """The lessons of a file in a recipe with these exams, and the results about them."""
     stage_folder(root, 1, "base")
     stage = SFT(name="tuned", start="base", text=(Files((str(path),), name="mine"),), **knobs)
     run = StageRun(root, "tuned", 0, World())

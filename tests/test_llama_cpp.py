@@ -1,6 +1,6 @@
-"""Files that finback writes in a real llama.cpp, the `xllamacpp` wheel: the same log-probabilities and the same ids.
+"""Files that finback writes, in a real llama.cpp (the `xllamacpp` wheel): the same log-probabilities and the same ids.
 
-`pip install xllamacpp` brings it. Each file is opened in a process of its own: one that llama.cpp does not like ends it.
+Needs `pip install xllamacpp`. Each file is opened in a separate process, since llama.cpp aborts on a file it rejects.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ from tests.test_gguf_sentencepiece import vocabulary
 pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.slow
 ROWS = 320
-# what the quickstart leaves, by its own name or another
+# the output of the quickstart, in its default folder or another
 QUICKSTART = Path(os.environ.get("FINBACK_QUICKSTART", "runs/tiny"))
 
-# argv: a file and what to ask; the cache in F32 and no flash attention, else log-probabilities differ by 1e-3
+# argv: a file and the questions; the cache is in F32 without flash attention, or log-probabilities would differ by 1e-3
 ASK = """
 import json, os, sys, urllib.request
 import xllamacpp as x
@@ -76,7 +76,7 @@ def ask(
 
 
 def gelu_by_table(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-    """ggml's on a CPU: a table over fp16 numbers, of fp16 numbers."""
+    """ggml's GELU on a CPU: a table from fp16 to fp16 numbers."""
     found = gelu(x.half().float(), approximate=approximate).half().float()
     return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, found))
 
@@ -89,7 +89,7 @@ def test_log_probabilities_and_ids_are_ours(name: str, tmp_path: Path, monkeypat
     if name.startswith("gemma3"):
         monkeypatch.setattr(functional, "gelu", gelu_by_table)
     model = filled(dataclasses.replace(MODELS_HERE[name], vocab_size=ROWS, max_position_embeddings=256))
-    if "27B" in name:  # whose many layers would add up what that table leaves out
+    if "27B" in name:  # its many layers would accumulate the error of that table
         for block in model.blocks:
             block.feed_forward.norm.weight.data -= 0.9
     tokenizer.train(
@@ -116,7 +116,7 @@ WIDE = dataclasses.replace(
 
 @pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q5_0", "q4_0", "q4_k_m"])
 def test_quantized_files_mean_there_what_they_mean_here(kind: Any, tmp_path: Path) -> None:
-    """Mean KL of the next token; activations have 8 bits there, and all of them here."""
+    """Mean KL of the next token; llama.cpp's activations have 8 bits, ours are not quantized."""
     words = tokenizer.train(["hello world, 12 + 34 = 46."], 290, tmp_path / "tokenizer.json")
     gguf_export.write(filled(WIDE), tmp_path / "m.gguf", kind, keys(words, ROWS))
     ids = torch.randint(0, 288, (16, 40), generator=torch.Generator().manual_seed(2))
@@ -143,13 +143,13 @@ def test_sentencepiece_ids_are_ours(prefix: bool, tmp_path: Path) -> None:
     wrong = [text for text, ids in zip(said, found, strict=True) if words.encode(text) != ids]
     assert not wrong, wrong[:5]
     (tmp_path / "words").mkdir()
-    words.save(tmp_path / "words")  # whose tokenizer.json has merges and no scores
+    words.save(tmp_path / "words")  # its tokenizer.json has merges and no scores
     gguf_export.write(model, tmp_path / "again.gguf", "f32", keys(Tokenizer(tmp_path / "words"), len(pieces)))
     assert ask(tmp_path / "again.gguf", [], said)["ids"] == found
 
 
 def test_the_quickstarts_model_chats_there_as_it_does_here(tmp_path: Path) -> None:
-    """Its greedy answers to 50 sums, thoughts included, by llama.cpp's own reading of the template and the ends."""
+    """Compares greedy answers to 50 sums, chains included, with llama.cpp's own parsing of template and stop tokens."""
     if not (QUICKSTART / "zero/model.safetensors").is_file():
         pytest.skip(f"{QUICKSTART} holds no trained model; `finback run recipes/tiny.py` makes it")
     export_gguf(QUICKSTART / "zero", tmp_path / "m.gguf", "f32")

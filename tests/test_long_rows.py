@@ -1,4 +1,4 @@
-"""Long rows: attention document by document equals attention under a mask, and memory grows with tokens, not with their square."""
+"""Long rows: attention per document equals attention under a mask, and memory grows linearly with the tokens."""
 
 import dataclasses
 import json
@@ -22,24 +22,24 @@ IDS = torch.tensor([[0] * 9 + [1] + [2] * 14, [0] * 14 + [1] * 9 + [7]])
 
 
 def close(found: list[Tensor], expected: list[Tensor]) -> None:
-    """Within 1e-6 of the largest number."""
+    """Checks within 1e-6 of the largest number."""
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= 1e-6 * max(1.0, b.abs().max().item())
 
 
 def test_lengths_are_those_of_documents_row_after_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(mask_of(IDS), Tensor), "short rows keep their mask, and their bits"
+    assert isinstance(mask_of(IDS), Tensor), "short rows keep their mask and bit-identical results"
     monkeypatch.setattr(documents, "LONGEST_MASKED", 8)
     assert mask_of(IDS) == Documents((9, 1, 14, 14, 9, 1))
 
 
 @pytest.mark.parametrize("heads", [(3, 3, 12), (6, 2, 16)], ids=["mla", "gqa"])
 def test_document_by_document_equals_the_mask(heads: tuple[int, int, int]) -> None:
-    """Output and gradients; values may be narrower than keys, and keys shared."""
+    """Output and gradients; values may be narrower than keys, and heads may share keys."""
     queries, keys, width = heads
     generator = torch.Generator().manual_seed(1)
     shapes = (queries, 16), (keys, 16), (keys, width)
-    # as projections leave them: heads behind tokens
+    # the layout that projections give: heads after tokens
     given = [torch.randn(2, 24, *shape, generator=generator).transpose(1, 2) for shape in shapes]
     results = []
     for mask in (masked(IDS), Documents((9, 1, 14, 14, 9, 1))):
@@ -69,7 +69,7 @@ def test_a_model_reads_packed_rows_the_same_without_a_mask(
 
 
 def test_values_narrower_than_keys_take_the_fused_kernel() -> None:
-    """Otherwise torch would make the matrix of scores."""
+    """Otherwise torch would materialize the score matrix."""
     query, value = torch.randn(1, 2, 600, 24, requires_grad=True), torch.randn(1, 2, 600, 16)
     out = fused_attention(query, query, value, 0.2)
     assert out.shape == value.shape and out.grad_fn is not None
@@ -77,7 +77,7 @@ def test_values_narrower_than_keys_take_the_fused_kernel() -> None:
 
 
 def test_the_kernel_of_variable_length_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its signature and meaning as documented, by a stand-in: there is none for CPUs."""
+    """Checks signature and semantics as documented, with a stand-in, since CPUs have no such kernel."""
 
     def stand_in(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most: int, _: int, **more: Any) -> Tensor:
         assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 24 and cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k)
@@ -99,7 +99,7 @@ def test_the_kernel_of_variable_length_is_given_what_it_takes(monkeypatch: pytes
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["mla", "gqa"])
 def test_a_step_on_32768_packed_tokens_stays_below_3_gb(model: str) -> None:
-    """Above the process before it has a model; under a mask the scores of one layer alone would be 32 GB."""
+    """Above the memory of the process before it has a model; with a mask one layer's scores alone would take 32 GB."""
     script = ROOT / "benchmarks/long_rows.py"
     command = [sys.executable, str(script), "--child", model, "documents", "32768"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())

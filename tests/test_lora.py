@@ -1,4 +1,4 @@
-"""LoRA put on from outside: what it computes, what it learns, what stays frozen; and the formats of a frozen base."""
+"""LoRA applied to a finished model: what it computes, learns and leaves frozen; and formats of a frozen base."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ from finback.train.batch import of_windows
 from tests.toy import CONFIG, V4, backward_batch
 
 MLA = dataclasses.replace(CONFIG, initializer_range=0.15)
-# queries straight from the hidden state, as V2-Lite has them
+# queries projected straight from the hidden state, as in V2-Lite
 LITE = dataclasses.replace(MLA, q_lora_rank=None)
 GQA = ModelConfig(
     *(320, 32, 2, 4, 48),
@@ -45,7 +45,7 @@ EXPERTS = dataclasses.replace(
     GQA, attention_bias="none", qk_norm=True, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
 )
 POST = dataclasses.replace(GQA, norms="post", sliding_window=6, nope_layers=(1,), partial_rotary_factor=0.5)
-# gpt-oss: sinks, and experts with biases that files have transposed
+# gpt-oss: sinks, and experts with biases whose matrices are transposed in files
 OSS = dataclasses.replace(EXPERTS, qk_norm=False, attention_bias="all", attention_sinks=True, sliding_window=6)
 OSS = dataclasses.replace(OSS, scoring_func="softmax", swiglu_alpha=1.702, swiglu_limit=7.0)
 COMPRESSED = dataclasses.replace(V4, vocab_size=320, max_position_embeddings=256)
@@ -66,7 +66,7 @@ def base_of(family: str, form: BaseFormat = "fp32", std: float = 0.15) -> Transf
 
 
 def adapted(family: str, lora: LoRA, learnt: bool = True, std: float = 0.15) -> AdaptedTransformer:
-    """A base with an adapter that has learnt something."""
+    """A base with an adapter whose weights are not zero."""
     model = add_lora(freeze(base_of(family, lora.base, std), lora.base), lora, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, parameter in adapter_parameters(model):
@@ -96,7 +96,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_learnt_one_is_the_merged_model(fa
     torch.testing.assert_close(logits(adapted(family, lora, learnt=False)), plain, atol=1e-5, rtol=0)
     model = adapted(family, lora)
     found = logits(model)
-    assert (found - plain).abs().max() > 0.1, "the adapter counts"
+    assert (found - plain).abs().max() > 0.1, "the adapter must have an effect"
     with without_adapter(model):
         torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=0)
     whole = merge(copy.deepcopy(model), torch.float32)
@@ -132,7 +132,7 @@ def test_gradients_are_those_of_the_merged_weights(family: str, form: BaseFormat
 
 
 def test_gradients_of_dora_by_hand() -> None:
-    """With n = |W + s B A| by row, which has no gradient, W' = m / n (W + s B A): dL/dm and dL/dB out of dL/dW'."""
+    """With n = |W + s B A| by row, without gradient, W' = m / n (W + s B A): dL/dm and dL/dB from dL/dW'."""
     model = adapted("gqa", dataclasses.replace(DORA, targets=("q_proj", "v_proj", "o_proj")))
     for _, parameter in adapter_parameters(model):
         parameter.data *= 1 + 0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(6))
@@ -164,11 +164,11 @@ def test_a_frozen_base_computes_with_what_it_is_dequantized_to(form: BaseFormat)
         b.numel() * 4 for n, b in model.blocks.named_buffers() if n.endswith("_scale")
     )
     per_weight = stored / sum(p.numel() for p in plain.blocks.parameters())
-    assert per_weight < {"bf16": 2.01, "int8": 1.3, "nf4": 0.75}[form], "bytes, norms and factors of tiny rows included"
+    assert per_weight < {"bf16": 2.01, "int8": 1.3, "nf4": 0.75}[form], "norms and factors included"
 
 
 def test_the_engine_answers_as_the_merged_model_does() -> None:
-    """Prompts in expanded and tokens in absorbed form, where the adapter is on the very matrix that is absorbed."""
+    """Prompts use the expanded and tokens the absorbed form, with an adapter on the matrix that is absorbed."""
     prompts = [[5, 6, 7, 8, 9], [17] * 20]
     for family in ("mla", "gqa", "experts", "post"):
         model = adapted(family, LoRA(rank=3, alpha=5.0, base="fp32"))
@@ -193,7 +193,7 @@ def test_targets_are_groups_or_names_of_matrices() -> None:
     layer = model.blocks[0].attention.key_value
     assert isinstance(layer, LoraLinear)
     key, value = (layer.matrix(torch.float32) - layer.weight).chunk(2)
-    assert not key.any() and value.any(), "the adapter is on the values' half alone"
+    assert not key.any() and value.any(), "the adapter must change only the values' half"
     whole = merge(copy.deepcopy(model), torch.float32)
     torch.testing.assert_close(logits(model), logits(whole), atol=2e-5, rtol=0)
 
@@ -223,13 +223,13 @@ def test_nf4_packs_by_hand_and_loses_what_it_must() -> None:
     weight[0, 0], weight[0, 1], weight[0, 64], weight[1, 127] = 1.0, -1.0, 0.5, -3.0
     values, scale = formats.nf4(weight)
     assert values.shape == (2, 64) and scale.tolist() == [[1.0, 0.5], [0.0, 3.0]]
-    # level 7 is zero, 15 is the block's largest magnitude; the first of two numbers is in the high half
+    # level 7 is zero, 15 is the block's largest magnitude; the first of two numbers is in the high bits
     assert values[0, 0] == 0xF0 and values[0, 32] == 0xF7 and values[1, 63] == 0x70 and values[0, 1] == 0x77
     assert torch.equal(formats.from_nf4(values, scale, torch.float32), weight)
     normal = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
     error = (formats.from_nf4(*formats.nf4(normal), torch.float32) - normal).abs().mean().item()
-    assert 0.0720 < error < 0.0735, "as bitsandbytes has it (0.0725 to 0.073)"
-    short = torch.randn(3, 72)  # a block cut off at the end
+    assert 0.0720 < error < 0.0735, "the error of bitsandbytes is 0.0725 to 0.073"
+    short = torch.randn(3, 72)  # ends in an incomplete block
     assert (formats.from_nf4(*formats.nf4(short), torch.float32) - short).abs().max() < 0.5
     values, scale = formats.int8(normal)
     assert values.abs().max() == 127

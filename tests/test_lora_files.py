@@ -1,4 +1,4 @@
-"""Adapters in PEFT's files: merged, exported, refused. What peft itself makes of them is in test_peft.py."""
+"""Adapters in PEFT's files: merged, exported, refused. test_peft.py compares them with peft."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from tests.toy import finback
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """A base in Hugging Face's files, and an adapter of it as peft would write it: without our metadata."""
+    """A base in Hugging Face's files, and an adapter for it as peft writes it: without our metadata."""
     base, folder = tmp_path / "hf", tmp_path / "adapter"
     export(base_of("mla"), base, "fp32")
     folder.mkdir()
@@ -69,7 +69,7 @@ def test_dora_is_written_read_and_goes_on(folders: tuple[Path, Path], tmp_path: 
 
 
 def test_experts_one_by_one_are_the_fused_ones(folders: tuple[Path, Path]) -> None:
-    """As older tools wrote them: gate, up and down of each expert with adapters of their own."""
+    """The format of older tools: separate adapters for gate, up and down of each expert."""
     _, folder = folders
     before = logits(models.load(folder).eval())
     tensors, single = load_file(folder / FILES[1]), {}
@@ -77,7 +77,7 @@ def test_experts_one_by_one_are_the_fused_ones(folders: tuple[Path, Path]) -> No
     a, b = (tensors.pop(f"{stem}base_layer.lora_{each}.weight") for each in "AB")
     down_a, down_b = (tensors.pop(f"{stem}lora_{each}.weight") for each in "AB")
     for e in range(4):
-        # of experts, lora_A has the slowest index and lora_B the fastest
+        # for experts, lora_A has the slowest index and lora_B the fastest
         gate_b, up_b = b.view(len(b), 4, 4)[:, :, e].chunk(2)
         made = {"gate": (a.view(4, 4, -1)[e], gate_b), "up": (a.view(4, 4, -1)[e], up_b)}
         made["down"] = (down_a.view(4, 4, -1)[e], down_b.view(len(down_b), 4, 4)[:, :, e])
@@ -149,7 +149,8 @@ def test_adapters_of_another_base_are_refused(folders: tuple[Path, Path], tmp_pa
 def test_a_base_is_quantized_while_it_is_read(
     family: str, form: BaseFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bits and the digest of a base that is read whole first, out of both kinds of files; one matrix at a time is not packed."""
+    """Bits and digest equal those of a base that is read whole first, from either kind of file; one fill reads at most
+    two unpacked matrices."""
     export(base_of(family), tmp_path / "hf", "fp32")
     (tmp_path / "stage").mkdir()
     models.save(tmp_path / "stage", base_of(family))

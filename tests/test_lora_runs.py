@@ -1,4 +1,4 @@
-"""Whole runs that learn adapters: killed with -9 they end with the same bits, and two ranks learn what one does."""
+"""Whole runs that train adapters: killed with -9 they end with the same bits, and two ranks train like one."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def start(folder: Path, runs: str, ranks: int = 1) -> subprocess.Popen[bytes]:
 
 
 def ends_whole(child: subprocess.Popen[bytes]) -> bool:
-    """Whether a run came to its end; if not, one of its processes was killed."""
+    """Whether a run finished; otherwise one of its processes was killed."""
     _, err = child.communicate(timeout=500)
     assert child.returncode in (0, -9) or b"was killed (signal 9)" in err, err.decode()[-3000:]
     return child.returncode == 0
@@ -105,16 +105,16 @@ def test_runs_of_adapters_survive_kills_and_agree_on_two_ranks(tmp_path: Path) -
     child = start(tmp_path, "killed")
     while child.poll() is None and not list((killed / "cold").glob("step-*.safetensors")):
         time.sleep(0.005)
-    os.killpg(child.pid, signal.SIGKILL)  # while SFT learns, if this process was quick enough
+    os.killpg(child.pid, signal.SIGKILL)  # during SFT, if this process was fast enough
     ends_whole(child)
-    for answer in ("2", "2"):  # most of the model's answers are empty, and count for nothing
+    for answer in ("2", "2"):  # most of the model's answers are empty and do not count
         (tmp_path / "kill").write_text(answer)
         assert not ends_whole(start(tmp_path, "killed")) and not (killed / "rl/manifest.json").exists()
     assert ends_whole(start(tmp_path, "killed"))
 
     for stage in ("cold", "rl"):
         assert (killed / stage / WEIGHTS_FILE).read_bytes() == (whole / stage / WEIGHTS_FILE).read_bytes(), stage
-    # SFT alone: without rewards that differ the gradient of RL is rounding, and Adam makes steps of it (test_sharded_tuning.py has such)
+    # SFT only: with equal rewards RL's gradient is rounding noise, which Adam turns into steps (see test_sharded_tuning.py)
     recipe = (tmp_path / "r.py").read_text()
     (tmp_path / "r.py").write_text(recipe[: recipe.index("    GRPO(")] + "]\n")
     assert ends_whole(start(tmp_path, "two", ranks=2))

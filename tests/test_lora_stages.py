@@ -1,4 +1,4 @@
-"""Stages that learn an adapter: what they train, keep and write; adapters in files, and which base they belong to."""
+"""Stages that train an adapter: what they train, save and write; adapters in files, and the base they belong to."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def test_sft_learns_an_adapter_and_writes_it_alone(tmp_path: Path) -> None:
     losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
     assert losses[-1] < 0.7 * losses[0]
     changed = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
-    assert changed == {n for n, _ in adapter_parameters(model)}, "all of the adapter, and nothing else"
+    assert changed == {n for n, _ in adapter_parameters(model)}, "the whole adapter must change, and nothing else"
     written = {p.name for p in (tmp_path / "tuned").iterdir()}
     assert {*FILES, "model.json", "tokenizer.json"} <= written and "model.safetensors" not in written
     newest = store.load_newest(tmp_path / "tuned")
@@ -46,7 +46,7 @@ def test_sft_learns_an_adapter_and_writes_it_alone(tmp_path: Path) -> None:
     assert kept == {"adapter."} or all("adapter" in n for n in newest[1]), (
         "a checkpoint holds the adapter and its moments"
     )
-    # wherever the run goes, its stages find each other
+    # a moved run still finds its stages
     shutil.copytree(tmp_path, tmp_path / "moved", ignore=shutil.ignore_patterns("moved"))
     found = models.load(tmp_path / "moved/tuned")
     assert type(found) is Transformer and all(p.dtype == torch.float32 for p in found.parameters())
@@ -56,7 +56,7 @@ def test_sft_learns_an_adapter_and_writes_it_alone(tmp_path: Path) -> None:
 
 def test_an_interrupted_adapter_ends_with_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    loop.run(tune(tmp_path / "a", adapter=LoRA(rank=4, base="nf4"), recompute="none"))  # the same bits, in more memory
+    loop.run(tune(tmp_path / "a", adapter=LoRA(rank=4, base="nf4"), recompute="none"))  # bit-identical, in more memory
     two = tune(tmp_path / "b", adapter=LoRA(rank=4, base="nf4")).loop()
     for _ in range(3):
         two.advance()
