@@ -283,7 +283,7 @@ def test_what_cannot_share_is_told() -> None:
         UserError, match=r"model\.shared_indexers = \(0,\): not layers of latent attention from layer 1 on"
     ):
         dataclasses.replace(SHARING, shared_indexers=(0,))
-    with pytest.raises(UserError, match=r"layout\.pp = 2: stages do not hand on what an indexer selects"):
+    with pytest.raises(UserError, match=r"layout\.pp = 2: stages do not pass on what an indexer selects"):
         Layout(pp=2, micro_batches=2).check(SHARING, 8)
     with pytest.raises(UserError, match="GLM-5 alone has them"):
         raw_config(SHARING, "float32")

@@ -86,7 +86,7 @@ def _keep_own_experts(model: Transformer, mesh: Mesh, fsdp: bool) -> None:
 
 
 def shares(models: list[Transformer], mesh: Mesh) -> list[Share]:
-    """This rank's shares of parameters and router biases, including copies, as of ZeRO-1 and of the embedding at both ends."""
+    """This rank's shares of parameters and router biases, including copies (ZeRO-1, and the embedding at both ends)."""
     return [share for model in models for share in _shares(model, mesh)]
 
 
@@ -94,7 +94,7 @@ def _shares(model: Transformer, mesh: Mesh) -> list[Share]:
     found, experts = [], expert_parameters(model)
     for name, parameter in model.named_parameters():
         mine = share_of(name, parameter)
-        if name in experts and not isinstance(parameter, DTensor):  # which only the ep axis cuts
+        if name in experts and not isinstance(parameter, DTensor):  # split along the ep axis only
             members, member, (rows, *rest) = mesh.ep.size(), mesh.ep.get_local_rank(), mine.shape
             mine = Share(name, (members * rows, *rest), (member * rows, *(0 for _ in rest)), mine.local)
         found.append(mine)

@@ -7,7 +7,7 @@ are those of whole rows. Twin: the same model on whole rows.
 
 Sparse attention gathers instead what all heads share, and every rank attends for its own tokens with all heads: latents and the
 indexer's keys (DSA, 704 numbers per token and layer of V3.2, where queries, keys, values and outputs of all heads are 81,920), or
-entries and the inputs of compressed ones (V4). So a token's indexer runs on one rank, over whole rows, and selections do not travel.
+entries and the inputs of compressed ones (V4). So a token's indexer runs on one rank, over whole rows, and selections are not exchanged.
 """
 
 import math
@@ -123,10 +123,10 @@ class ContextMoE(MoE):
 
 
 class ContextSinkGQA(SinkGQA):
-    """Attention whose sinks go with their heads: each rank takes those of the heads that it computes whole rows of."""
+    """Attention with sinks: each rank uses those of the heads that it computes."""
 
     def attend(self, core: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-        if not isinstance(core, HeadExchange):  # of a pass with a cache
+        if not isinstance(core, HeadExchange):  # a pass with a cache
             return super().attend(core, query, key, value, mask)
         sink = self.sink.chunk(core.group.size())[core.group.rank()]
         whole = HeadExchange(core.group, partial(with_sinks, core.form, sink=sink))
@@ -179,7 +179,7 @@ def _exchanged(tensor: Tensor, group: dist.ProcessGroup, cut: int, joined: int) 
 
 
 def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows (b, members · t, w) from everybody's part (b, t, w); a part's gradient is the sum of all ranks' gradients at its place."""
+    """Rows (b, members · t, w) from all ranks' parts (b, t, w); a part's gradient is the sum of all ranks' gradients for it."""
     rows: Tensor = _Gathered.apply(group, part)
     return rows
 

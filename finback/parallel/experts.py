@@ -2,7 +2,7 @@
 
 A token is sent to a rank once, however many experts it chose there, and returns as one weighted sum. With several nodes
 there are two hops: the token goes once to each node, to the rank with the sender's local number, and from there once to
-each rank of that node. If expert groups lie on nodes, these are at most topk_group nodes (V3 3.2.2). Twin:
+each rank of that node. If each expert group is on one node, these are at most topk_group nodes (V3 3.2.2). Twin:
 moe_gemm.routed_experts with all experts on one rank.
 """
 
@@ -25,7 +25,7 @@ from finback.parallel.mesh import Mesh, swap
 
 
 def spread_experts(model: nn.Module, mesh: Mesh) -> None:
-    """Makes every MoE of a model exchange tokens along the ep axis; the model holds only this rank's experts already."""
+    """Makes every MoE of a model exchange tokens along the ep axis; the model already holds only this rank's experts."""
     axes = [axis for axis in (mesh.node, mesh.local) if axis.size() > 1]
     for module in model.modules():
         if isinstance(module, MoE):
@@ -41,7 +41,7 @@ def spread_experts(model: nn.Module, mesh: Mesh) -> None:
 
 
 class FrozenExpertsHere(FrozenMoE):
-    """A frozen mixture of experts of which this rank holds a part."""
+    """A frozen mixture of experts, some of which are on this rank."""
 
     def product(self, name: str) -> Product:
         return matrices_product(self, name, _here)
@@ -53,7 +53,7 @@ class FrozenExpertsHere(FrozenMoE):
 
 
 class BiasedExpertsHere(BiasedMoE):
-    """A mixture of experts with biases, of whose experts this rank has a part."""
+    """A mixture of experts with biases, some of which are on this rank."""
 
     def biases(self) -> tuple[Tensor, Tensor]:
         gate_up, down = super().biases()
@@ -70,7 +70,7 @@ class Exchange:
         form: moe_gemm.Experts = moe_gemm.routed_experts,
         beside: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
-        """axes: the widest first. beside: what of the experts here `form` reads besides the two matrices."""
+        """axes: the widest first. beside: returns what `form` reads of the local experts besides the two matrices."""
         self.axes, self.experts, self.form, self.beside = axes, experts, form, beside
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def _write(
     digests: list[dict[str, str]] = [{} for _ in held]
     dist.all_gather_object(digests, writer.digests, group=group)
     beside = () if fmt is None else export.lies_beside(config)
-    indexed = [name for name in sizes if not name.startswith(beside)]  # never, when there are none
+    indexed = [name for name in sizes if not name.startswith(beside)]  # an empty tuple is no prefix of any name
     weight_map = {kept: files[name] for name in indexed for kept in export.stored_as(name, sizes[name], writer.fmt)}
     return weight_map, {file: digest for some in digests for file, digest in some.items()}
 

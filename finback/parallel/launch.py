@@ -44,7 +44,7 @@ def threads(ranks: int) -> int:
 
 
 def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()) -> int:
-    """Run `python -m finback <arguments>` as `ranks` processes that find each other as under torchrun.
+    """Runs `python -m finback <arguments>` as `ranks` processes that find each other as under torchrun.
 
     Returns 0 when all succeed, otherwise the exit code of the first that fails; the others are then stopped. SIGTERM and
     the first Ctrl-C ask the ranks to stop at a safe point, the second Ctrl-C kills them. `keep_open` file descriptors are
@@ -52,7 +52,7 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
     """
     port, presses, asked = free_port(), 0, False
     children: list[subprocess.Popen[bytes]] = []
-    # Only rank 0 writes to the terminal; another rank's output is shown when it was the one to fail.
+    # Only rank 0 writes to the terminal; another rank's output is shown if that rank is the one that failed.
     output = [tempfile.TemporaryFile() for _ in range(1, ranks)]  # noqa: SIM115 - read at the end
 
     def on_signal(number: int, frame: FrameType | None) -> None:

@@ -120,7 +120,7 @@ class Layout:
             problem = f"does not divide among dp = {self.dp} ranks with {self.micro_batches} micro-batches each"
             raise UserError("rows", rows, problem, f"Use a multiple of {self.dp * self.micro_batches}.")
         if c.num_attention_heads % self.cp:
-            problem = f"does not divide the {c.num_attention_heads} heads, of which each rank gets an equal share"
+            problem = f"does not divide the {c.num_attention_heads} heads; each rank gets an equal share"
             raise UserError("layout.cp", self.cp, problem, "Use a divisor.")
         self._check_experts(c)
         if self.pp > 1:
@@ -129,7 +129,7 @@ class Layout:
     def check_length(self, length: int) -> None:
         """Raises UserError unless rows of `length` tokens can be split over cp ranks."""
         if length % self.cp:
-            problem = f"does not divide rows of {length:,} tokens, of which each rank gets an equal part"
+            problem = f"does not divide rows of {length:,} tokens; each rank gets an equal part"
             raise UserError("layout.cp", self.cp, problem, "Use a divisor, or change the length of rows.")
 
     def check_trainable(self, c: ModelConfig, rows: int, ranks: int) -> None:
@@ -159,7 +159,7 @@ class Layout:
 
     def _check_pipeline(self, c: ModelConfig, is_full: bool) -> None:
         if c.shared_indexers:
-            problem = "stages do not hand on what an indexer selects for layers that share it"
+            problem = "stages do not pass on what an indexer selects for layers that share it"
             raise UserError("layout.pp", self.pp, problem, "Use 1.")
         # all MTP modules are on the last stage
         most = c.num_hidden_layers + (c.num_nextn_predict_layers > 0)

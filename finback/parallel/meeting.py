@@ -58,7 +58,7 @@ class Party:
 
 
 def meet(store: Store, party: Party, address: tuple[str, int]) -> tuple[str, Heartbeat]:
-    """Waits until all ranks have come; returns the meeting's name and this rank's heartbeat.
+    """Waits until all ranks have connected; returns the meeting's name and this rank's heartbeat.
 
     UserError, on all ranks: their declarations differ, or a rank does not come. Interrupted, on all ranks: one was asked to
     stop. `address` is that of the store.

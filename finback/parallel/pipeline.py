@@ -244,7 +244,7 @@ def sum_copies(parts: list[ShardedParameter], mesh: Mesh, layout: Layout) -> Non
 
 
 def _other(mine: Tensor, mesh: Mesh, layout: Layout) -> Tensor:
-    """The tensor that the other end of the pipeline passes for `mine`."""
+    """The tensor that the other end of the pipeline sends in exchange for `mine`."""
     rank, group = mesh.pp.get_local_rank(), mesh.pp.get_group()
     peer = dist.get_global_rank(group, layout.pp - 1 if rank == 0 else 0)
     theirs = torch.empty_like(mine)

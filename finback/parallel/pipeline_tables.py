@@ -79,7 +79,7 @@ def interleaved(ranks: int, micro_batches: int) -> Table:
 
 
 class _Rank:
-    """Writes one rank's slots of DualPipe and ZB-V. Micro-batches pass it in two ways, 0 from the nearer end and 1 the other."""
+    """Writes one rank's slots of DualPipe and ZB-V. Micro-batches pass it in two directions: 0 from the nearer end, 1 from the other."""
 
     def __init__(self, stages: tuple[int, int], micro_batches: tuple[range, range]) -> None:
         self.stages, self.batches = stages, micro_batches

@@ -71,7 +71,7 @@ def whole_copy(
 
 
 def _lay_out(model: Transformer, storage: torch.UntypedStorage | None, device: torch.device) -> None:
-    """Gives a blank model memory; parameters lie one after another in `storage` if it is given."""
+    """Gives a blank model memory; parameters are placed one after another in `storage` if it is given."""
     start = 0
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
