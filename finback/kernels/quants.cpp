@@ -1,10 +1,10 @@
 // Products with matrices that stay quantized as in a GGUF file, for any number of rows. Twin: reference.quantized_product.
 //
-// A matrix is stored in panels of 16 rows: a permutation of the file's bits in as many bytes. A record of a panel holds the
-// factors of its 16 rows side by side, followed by the numbers, 32 columns at a time: vectors of 64 bytes in which row r has
-// four adjacent columns at byte 4r. With 4 bits, a vector holds four of eight columns in its low nibbles and the other four in
-// its high nibbles. An instruction that multiplies four pairs of bytes and sums them thus leaves each row's sum in its own
-// lane, so that no sum across lanes is needed.
+// A matrix is stored in panels of 16 rows, in as many bytes as in the file, with the bits in another order. A record of a
+// panel holds the factors of its 16 rows side by side, followed by the numbers, 32 columns at a time: vectors of 64 bytes in
+// which row r has four adjacent columns at byte 4r. With 4 bits, a vector holds four of eight columns in its low nibbles and
+// the other four in its high nibbles. An instruction that multiplies four pairs of bytes and sums them thus leaves each row's
+// sum in its own lane, so that no sum across lanes is needed.
 //
 // Activations are quantized to 8 bits with a factor per 32 numbers, as in llama.cpp. Sums of 32 products are integers and so
 // exact; blocks are summed in a fixed order. So a row's result does not depend on the number of rows. The compiler flags forbid
@@ -440,7 +440,7 @@ struct RecordFactors {
   }
 };
 
-// The numbers of the g-th four of 32 columns.
+// The numbers of columns 4g .. 4g + 3 of 32.
 template <class V, class K, int g>
 inline typename V::Bytes four_columns(const uint8_t* part, int64_t lane) {
   if (K::bits == 8) return V::load(part + g * 64 + 4 * lane);
@@ -451,7 +451,7 @@ inline typename V::Bytes four_columns(const uint8_t* part, int64_t lane) {
   return K::has_table ? V::lookup(levels<K>(), q) : q;
 }
 
-// sums[i][m] += the g-th and later fours of 32 columns times row m's activations; if `two`, i = 1 has the last 16 columns.
+// sums[i][m] += columns from 4g on, of 32, times row m's activations; if `two`, i = 1 has the last 16 columns.
 template <class V, class K, int M, int two, int g>
 [[gnu::always_inline]] inline void add_four(const uint8_t* part, int64_t lane, const int8_t* const* a, typename V::Ints (*sums)[M]) {
   constexpr bool is_wide = K::zero == 128;

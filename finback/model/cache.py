@@ -92,7 +92,7 @@ class Cache:
     """The rows of one forward pass: `new` tokens each, after the `lengths` that their pages already hold.
 
     table (rows, pages) lists each row's pages in order. Rows may have fewer tokens than `new`: `counts` gives their number, the
-    rest is padding at the end and is not stored. Entries before starts (rows,) are masked. `reaches` (rows,) is the known total
+    rest is padding at the end and goes to page 0. Entries before starts (rows,) are masked. `reaches` (rows,) is the known total
     length of each row, at least what is stored after this pass.
     """
 

@@ -162,7 +162,7 @@ class CompressedLayer(LayerCache):
         return is_own[:, None] & (index <= size + torch.arange(new, device=device)[part, None])
 
     def compress(self, record: Tensor, entries_of: Callable[[Tensor, CompressedWindows], Tensor]) -> int:
-        """Stores the entries of windows completed by the new tokens' records (b, t, r). Returns the largest number in any row."""
+        """Stores the entries of windows completed by the new tokens' records (b, t, r). Returns the most that a row has."""
         rows, device = self.records.extended(record), record.device
         first, after = self.lengths // self.rate, (self.lengths + self.counts) // self.rate
         number = first[:, None] + torch.arange(record.size(1) // self.rate + 1, device=device)
@@ -175,11 +175,11 @@ class CompressedLayer(LayerCache):
         return int(after.max())
 
     def read(self, number: Tensor, part: slice) -> Tensor:
-        """A slice of entries' elements: number (b, n) of each, counted from its row's first -> (b, n, part)."""
+        """A slice of some entries' elements: the index (b, n) of each in its row -> (b, n, part)."""
         return self.entries[:, part][self.at_entry(number)]
 
     def at_entry(self, number: Tensor) -> Tensor:
-        """Slots of entries: number (b, n) of each, counted from its row's first -> (b, n)."""
+        """Slots of some entries: the index (b, n) of each in its row -> (b, n)."""
         page = (self.rate * (number + 1) - 1) // self.size
         within = number - page * self.size // self.rate
         pages = self.table.gather(1, page.clamp(max=self.table.size(1) - 1))

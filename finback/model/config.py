@@ -293,7 +293,7 @@ def from_json(fields: dict[str, Any]) -> ModelConfig:
 
 
 # TINY: the quickstart's model, V3's layout at 1.4 M parameters (0.8 M active). An initializer_range of 0.006 suits width 7168; at
-# width 128 it starts too flat. SMALL: a few hours on one GPU, 0.3 B parameters.
+# width 128 it is too small. SMALL: a few hours on one GPU, 0.3 B parameters.
 _PRESETS = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
 TINY, SMALL, V2_LITE, V2, V3, V3_2, V4_FLASH, V4_PRO = (
     from_json(_PRESETS[name]) for name in ("TINY", "SMALL", "V2_LITE", "V2", "V3", "V3_2", "V4_FLASH", "V4_PRO")

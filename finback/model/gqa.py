@@ -37,7 +37,7 @@ class GQA(nn.Module):
         self.rotate = rotate_half if c.rope_dim == c.head_dim else rotate_first
         if layer in c.nope_layers:
             self.rotate = rotate_nothing
-        # which half of each row of the tables this layer uses, if they have two kinds
+        # which half of each row of the rotary tables this layer uses, if rows have two
         self.own = None if c.local_rope_theta is None else int(self.window is not None)
         bias = c.attention_bias != "none"
         self.query = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)

@@ -20,10 +20,10 @@ Packed = PackedLinear | BlockLinear
 
 
 def pack(model: Transformer, form: Form) -> Transformer:
-    """Packs the linear maps of a model that is no longer trained in place, layer by layer, without a second copy.
+    """Packs a model's linear maps for inference, in place, layer by layer, without a second copy.
 
-    Afterwards it is for inference only: its weights cannot be trained, saved or read back. Experts, the matrix that MLA absorbs
-    and those of V4's groups keep their form, and so do embeddings except with "kept".
+    Afterwards its weights cannot be trained, saved or read back. Experts, the matrix that MLA absorbs and those of V4's
+    groups keep their form, and so do embeddings except with "kept".
     """
     for module in list(model.modules()):
         if isinstance(module, GQA):

@@ -28,7 +28,7 @@ class TracedIndexer(IndexerQueries):
     number: int
 
     def select(self, scores: Tensor, seen: Tensor, part: slice) -> Tensor:
-        """As IndexerQueries.select, where nothing is given."""
+        """As IndexerQueries.select for tokens without a given choice."""
         given, sink = self.picking.given, self.picking.sink
         picked = super().select(scores, seen, part)
         if given is not None:

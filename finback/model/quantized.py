@@ -63,7 +63,7 @@ class QuantizedTransformer(Transformer):
 
 
 def keep_embedding(model: Transformer, form: Blocks, values: Tensor) -> None:
-    """Sets a model's embedding as bytes, and its head too if they are tied."""
+    """Replaces a model's embedding by bytes, and its head too if they are tied."""
     quantized = recast(model, QuantizedTransformer)
     quantized.embed_format, quantized.table = form, None
     model.embed = nn.Parameter(values, requires_grad=False)

@@ -20,7 +20,7 @@ class TracedRouter(Router):
     layer: int
 
     def select(self, affinity: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """As Router.select, where nothing is given."""
+        """As Router.select for tokens without a given choice."""
         given, sink = self.routing.given, self.routing.sink
         index = super().select(affinity, tokens)
         if given is not None:

@@ -3,8 +3,8 @@
 If a rank fails or gets a signal, torchrun prints its own traceback and exits with 1. The ranks have already reported the
 error, so this exits with 2 for a user's mistake and with 130 after a request to stop. It also reports agents that do not meet.
 
-Ranks get a new store at every start. torchrun's shared store belongs to the agent that came first; when another agent replaces it, agents
-send their ranks to different stores, and the ranks do not meet.
+Ranks get a new store at every start. torchrun's shared store belongs to the agent that came first; when another agent
+replaces it, agents send their ranks to different stores, and the ranks do not meet.
 """
 
 import os

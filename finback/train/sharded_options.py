@@ -66,7 +66,7 @@ class ShardedOptions:
         return model
 
     def whole(self, config: ModelConfig) -> Transformer:
-        """A whole model for an engine, without the values, which `read` has rounded already."""
+        """A whole model without values, for an engine; the values that `read` returns are rounded already."""
         model = replace(self, qat="none").put_on(Transformer(config, self.dtype))
         return model if self.qat == "none" else round_indexers(model)
 
