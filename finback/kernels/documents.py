@@ -38,8 +38,8 @@ class Windowed:
     size: int
 
 
-# The tokens that a token sees, never later ones than itself: a matrix (b, t, t), True where a query sees a key; those of
-# its document; those of its document and a prefix; those of a window; None: all earlier ones
+# The tokens that a token sees, never later ones than itself. A tensor is a matrix (b, t, t), True where a query sees a key.
+# Documents: the tokens of its document. Prefixed: also those of a prefix. Windowed: the last few. None: all earlier ones
 Mask = Tensor | Documents | Prefixed | Windowed | None
 
 

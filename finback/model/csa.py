@@ -1,4 +1,4 @@
-"""Compressed sparse attention (CSA, V4 2.3.1): one entry per 4 tokens, of which an indexer selects a few.
+"""Compressed sparse attention (CSA, V4 2.3.1): one entry per 4 tokens, and an indexer selects a few entries.
 
 Entries overlap: a token produces two series of values and gates, one for the entry of its own window and one for that of the
 next window, so that an entry mixes the values of 8 tokens, with a stride of 4. The lightning indexer is V3.2's (dsa.py), with

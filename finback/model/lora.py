@@ -212,7 +212,7 @@ def learn_lengths(module: Linear, adapter: LowRank, lengths: Tensor | None = Non
 
 
 def put_on_experts(module: MoE, ranks: tuple[int, int], scale: float) -> tuple[LowRank, LowRank]:
-    """Adds zero adapters for gate_up and down to routed experts, of which only some may be on this rank."""
+    """Adds zero adapters for gate_up and down to routed experts; this rank may hold only some of them."""
     hidden, width, experts = module.config.hidden_size, module.config.moe_intermediate_size, len(module.gate_up)
     found, places = recast(module, LoraMoE), tuple(range(experts))
     gate_up = LowRank((2 * width, hidden), ranks[0], scale, places, experts, module.gate_up, found.held)

@@ -153,7 +153,7 @@ def swap(t: Tensor, sent: list[int], received: list[int], group: dist.ProcessGro
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
-    """One fp32 buffer of which the gradients of all parameters become views, so that one collective sums them."""
+    """Makes the gradients of all parameters views of one fp32 buffer, which it returns, so that one collective sums them."""
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = gradient.view_as(p)

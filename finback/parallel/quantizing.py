@@ -19,7 +19,7 @@ from finback.parallel.gather import sampled
 
 
 class Quantizing(Values):
-    """Values for shares of which some are packed. Filling collects `samples`: each module's part of the base's digest."""
+    """Values for shares, some of which are packed. Filling collects `samples`: each module's part of the base's digest."""
 
     def __init__(self, values: Values, form: Format) -> None:
         self.values, self.form = values, form

@@ -190,7 +190,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
 
 
 def _parted(model: Transformer) -> dict[str, nn.Parameter]:
-    """The adapter's parameters of which each rank holds different rows, by name."""
+    """The adapter's parameters whose rows are distributed over ranks, by name."""
     parts = [(name, m) for name, m in model.named_modules() if isinstance(m, LowRank) and m.is_part]
     return {f"{name}.{leaf}": p for name, module in parts for leaf, p in module.named_parameters()}
 

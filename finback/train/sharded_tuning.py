@@ -76,7 +76,7 @@ class TuningOptions(ShardedOptions):
 
 
 class UnevenRows(Trainer):
-    """Passes over rows, of which ranks may have different numbers or none, whole or split along the sequence."""
+    """Passes over rows, whole or split along the sequence; ranks may have different numbers of them, or none."""
 
     layout: Layout
     mesh: Mesh
