@@ -79,7 +79,7 @@ class Failure:
 
 
 def parse_answer(ask: EvalRequest, text: str, reasoning: str = "", opened: bool = False, **more: Any) -> Answer:
-    """Builds an answer from a reply; `reasoning` is a chain of thought sent apart, `opened`: the prompt opened a chain."""
+    """Builds an answer from a reply; `reasoning` is a chain of thought sent separately, `opened`: the prompt opened one."""
     unopened = text.lstrip().startswith(END_THINK) if reasoning else opened or END_THINK in text
     if unopened and not text.lstrip().startswith(THINK):
         text = THINK + text  # a server without a reasoning parser does not repeat the <think> that ends the prompt

@@ -17,8 +17,8 @@ class Decontaminator:
 
     n-grams (13 in GPT-3's appendix C, 10 for R1's data) find long questions in prose regardless of punctuation; those that
     also occur in training-side questions are a task's common wording and are ignored. Short questions have no n-gram: they are
-    found if a message, a text or a line of either is exactly the question, with punctuation, since sums consist of it;
-    questions made of words are also found within a line.
+    found if a message, a text or a line of either equals the question, punctuation included, since it distinguishes
+    sums; questions made of words are also found within a line.
     """
 
     def __init__(self, held_out: Mapping[str, Sequence[str]], trained: Mapping[str, Sequence[str]], ngram: int) -> None:

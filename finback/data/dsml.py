@@ -47,7 +47,7 @@ class DsmlForm:
         return [*head, *(named or [self.blank]), "</", DSML, f"{self.space}invoke>"]
 
     def _argument(self, name: str, value: object) -> list[str]:
-        """A string as it is, anything else as JSON."""
+        """An argument: a string unchanged, anything else as JSON."""
         is_text = isinstance(value, str)
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         head = f'{self.space}parameter name="{name}" string="{"true" if is_text else "false"}">'

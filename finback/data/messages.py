@@ -2,7 +2,7 @@
 
 A tokenizer with a chat template formats dialogues with it, as transformers does; special tokens in a user's text are then
 effective. Without a template, one of DeepSeek's forms (prompt_forms.py) is written from ids, which no user text can forge. A
-prompt is always a prefix of the lesson that teaches its answer.
+prompt is always a prefix of the training example (`Lesson`) of its answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -134,10 +134,10 @@ def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[s
 
 
 def lessons(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool] = ()) -> list[Lesson]:
-    """The lessons of a dialogue: every answer that is `learnt`, after exactly the prompt that asks for it.
+    """The training examples of a dialogue: every answer that is `learnt`, after exactly its prompt.
 
-    Without a template, one lesson teaches the last answer and all answers whose prompts are prefixes of it; answers whose
-    reasoning it omits have lessons of their own. A template may rewrite past turns, so with one each answer has its own lesson.
+    Without a template, one example contains the last answer and all answers whose prompts are prefixes of it; answers
+    whose reasoning it omits get separate examples. A template may rewrite past turns, so with one each answer gets its own.
     """
     turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.learnt]
     if not turns:
@@ -221,7 +221,7 @@ def _template_reply(text: str, begun: Message, think: bool | None, is_whole: boo
 
 
 def _render(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool], think: bool | None) -> str:
-    """The prompt by the template; tools that it does not render are described in the system message, if the model can call."""
+    """Renders the prompt; tools that the template omits are described in the system message, if the model can call."""
     assert tokenizer.template is not None, "DeepSeek's form has no template"
     render = tokenizer.template.render_prompt
     switches = {} if think is None else {"thinking": think, "enable_thinking": think}

@@ -112,7 +112,7 @@ def _calls(given: Any, where: str) -> tuple[ToolCall, ...]:
 
 
 def _ordered(found: list[Message]) -> list[Message]:
-    """Sorts tool results behind the message whose calls they answer, in the order of the calls."""
+    """Sorts the tool results after each message into the order of its calls; UserError for results without a call."""
     ordered: list[Message] = []
     ids: list[str | None] = []  # ids of calls that may be answered now
     start = 0  # position of the first answer to them

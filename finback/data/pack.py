@@ -1,8 +1,8 @@
 """Token shards: flat files of 16- or 32-bit ids, one set per source and split, written completely or not at all.
 
-x.train.bin (x.train.001.bin, ... if large)   ids, one document after the other
-x.train.idx                                           where each document ends, 64-bit
-x.train.json                                          dtype, files and counts, written last
+x.train.bin    ids, one document after the other; if large, continued in x.train.001.bin and so on
+x.train.idx    where each document ends, 64-bit
+x.train.json   dtype, files and counts, written last
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Redacts private data: e-mail addresses, IP addresses and telephone numbers are replaced by a mark of their type.
 
-Lookalikes stay: versions, netmasks, dates, prices, decimals, slices in code. Does not import torch.
+Lookalikes are not redacted: versions, netmasks, dates, prices, decimals, slices in code. Does not import torch.
 """
 
 import ipaddress

@@ -62,7 +62,7 @@ def chain_mark(think: bool | None) -> str:
 
 
 def last_asked(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> int:
-    """Index of the last turn that asks; -1 if there is none."""
+    """Index of the last turn of one of these roles; -1 if there is none."""
     return max((i for i, m in enumerate(messages) if m.role in roles), default=-1)
 
 

@@ -117,7 +117,7 @@ class Files(Source):
         return file_globs.find(self.paths, f"{self.name}.paths")[1]
 
     def content_files(self) -> dict[str, list[Path]]:
-        """The files that a field names."""
+        """The user's files, by the field that names them."""
         return {"paths": self.files()}
 
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
@@ -202,7 +202,7 @@ def _from_record(record: Any, where: str) -> Document:
     shown = json.dumps(record, ensure_ascii=False, default=str)[:60]
     if isinstance(record, dict):
         has_more = any(record.get(name) for name in _BESIDE)
-        messages = record.get("messages")  # the richest form first: many sets also have the same as text
+        messages = record.get("messages")  # the richest form first: many data sets also have it as text
         if isinstance(messages, list) and messages and all(_is_message(m) for m in messages) and not has_more:
             return Document(tuple(_message(m) for m in messages))
         if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str) and not has_more:

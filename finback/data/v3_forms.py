@@ -24,9 +24,9 @@ from finback.data.turn import Message
 
 
 class V3Form(PromptForm):
-    """Common to V3, R1 and V3.1: system messages and tools first, calls between marks, results after which the assistant continues.
+    """The form common to V3, R1 and V3.1: system messages and tools come first, and marks enclose calls and results.
 
-    There is no mark between results and the assistant's reaction to them.
+    After results the assistant continues without a mark.
     """
 
     # beginning of an answer
@@ -100,7 +100,7 @@ V31_CALLS = (
 
 
 class V31Form(V3Form):
-    """V3.1's form, after its template: every answer starts with a mark for thinking or not, past ones with </think>."""
+    """V3.1's form, after its template: every answer starts with <think> or </think>, past ones with </think>."""
 
     begins = (ASSISTANT, END_THINK)
 

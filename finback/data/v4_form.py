@@ -67,7 +67,7 @@ ANY_OBJECT = (
 
 @dataclass(frozen=True)
 class Efforts:
-    """The words for each effort: little, the default, and the most."""
+    """The words that state each effort: low, high (the default) and maximum."""
 
     low: str
     high: str

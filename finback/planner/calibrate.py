@@ -162,7 +162,7 @@ def _steps(world: World, begin: float, say: Callable[[str], None]) -> list[dict[
 
 
 def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.inf) -> dict[str, float]:
-    """Seconds of (forward and backward) and of the update of a real step on this rank, without exchange.
+    """Seconds of forward and backward together, and of the update, in a real step on this rank, without exchange.
 
     The first round does not count: it initializes libraries, and oneDNN compiles a bf16 product for each new shape. All rounds
     are equal, with learning rate 0, like later steps of a long run. After `enough` seconds one round suffices.

@@ -1,7 +1,8 @@
 """How many engines a trainer needs so that neither waits for the other. Does not import torch.
 
-Generating a step's answers takes tokens / (engines x rate) seconds, learning takes its own time; when answers are generated ahead, the
-step takes the longer of the two. The rate is measured (`--measured RUN`), or DeepSeek's published one, scaled.
+Generating a step's answers takes tokens / (engines x rate) seconds. If answers are generated ahead, while the trainer
+learns from earlier ones, a step takes the longer of both times. The rate is measured (`--measured RUN`), or DeepSeek's
+published one, scaled.
 """
 
 import math
@@ -61,7 +62,7 @@ def overlapped(generating: float, learning: float, max_staleness: int, steps: in
 
 
 def wanted(tokens: float, learning: float, rate: float) -> int:
-    """Number of engines that generate a step's tokens while another step is learned."""
+    """Number of engines that generate a step's tokens while the trainer learns from an earlier step's."""
     return max(1, math.ceil(tokens / (rate * learning) - SPARE))
 
 
@@ -136,7 +137,7 @@ def text(found: dict[str, Any]) -> str:
     best, given = found["wanted"], found.get("given")
     said = (
         f"a step learns for {found['learning']:,.2g} s from {found['tokens']:,.0f} tokens, and an engine generates {found['rate']:,.0f} per second "
-        f"({found['source']}): with max_staleness of 1 or more {best['engines']} {_engines(best['engines'])} busy "
+        f"({found['source']}): with max_staleness of 1 or more, {best['engines']} {_engines(best['engines'])} busy "
         f"(trainer idle {best['trainer_idle']:.0%}, engines {best['engines_idle']:.0%})"
     )
     if given is None:

@@ -1,4 +1,4 @@
-"""Expert parallelism under real or given routing skew: load per rank, and traffic per wire.
+"""Expert parallelism under a given popularity of experts: load per rank, and traffic per wire.
 
 Does not import torch. Tokens choose experts by popularity with V3's group limit; experts are on ranks in order, groups on nodes.
 """

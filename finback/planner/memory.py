@@ -212,8 +212,8 @@ def serving(
 ) -> dict[str, float]:
     """Memory per device in serving, if experts are sharded over all devices and the rest is replicated.
 
-    Bytes of weights (one byte each for FP8, else two or four), bytes of bf16 cache per token, and the number of cached tokens
-    that fit on one device with a tenth left free.
+    Bytes of weights (one byte each for FP8, else two or four), bytes of cache per token (fp32 or bf16), and the number
+    of cached tokens that fit on one device with the margin left free.
     """
     width = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2}[precision]
     plain, routed = stage_parameters(c, split_layers(c, 1)[0], shared_ends=True)

@@ -38,7 +38,7 @@ def plan_and_actual(root: Path, calibration: Path) -> dict[str, Any]:
 
 
 def planned(root: Path, calibration: Path) -> dict[str, dict[str, float]]:
-    """The planned costs (`SPENT`) of the stages that have begun; without stages that announce no work."""
+    """The planned costs (`SPENT`) of the stages that have begun and that have a plan."""
     begun = [stage for stage in reader.stages(root, lenient=True) if not stage.torn]
     found, _ = _plan(root.name, begun, calibration)
     return {name: {k: stage[k] for k in SPENT if stage.get(k) is not None} for name, stage in found.items() if stage}

@@ -111,7 +111,7 @@ def _origins(stages: dict[str, Any], site: Site) -> dict[str, Any]:
 
 
 def _counted(stage: PlannedStage) -> dict[str, Any]:
-    """What a stage does, independent of hardware."""
+    """A stage's tokens, parameters and FLOPs, which do not depend on hardware."""
     model, values = stage.model, {"flops": None, "stage": stage.type, **dataclasses.asdict(stage.work)}
     if model is None:
         return values

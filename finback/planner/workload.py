@@ -16,7 +16,7 @@ Optimizer = Literal["adamw", "muon"]
 
 @dataclass(frozen=True)
 class Workload:
-    """What every rank does in one optimizer step."""
+    """One optimizer step over all ranks."""
 
     layout: Layout = Layout(sharding="zero1")
     # sequences per step, over all ranks

@@ -40,7 +40,7 @@ class _Gold(NamedTuple):
 
 
 def final_answer(text: str) -> str | None:
-    r"""The answer that a model gives; None if it gives two different ones, none, or one that is far too long."""
+    r"""The final answer in a reply; None if there is none, if two different ones occur, or if the reply is too long."""
     if len(text) > _LONGEST:
         return None
     found = replies.marked(text)

@@ -56,7 +56,7 @@ class Code:
         return self.label or f"code-{Path(self.path).stem}"
 
     def content_files(self) -> dict[str, list[Path]]:
-        """The files that a field names."""
+        """The user's files, by the field that names them."""
         return {"path": [Path(self.path)]}
 
     @property

@@ -78,7 +78,7 @@ def formula(text: str, like: str = "") -> str | None:
 
 
 def alike(one: str, other: str) -> tuple[str, str]:
-    """Two expressions in the same form: a range as an interval if the other is one, and x = 1, y = 2 as a tuple.
+    """Brings two expressions to one form: a range becomes an interval if the other is one, and x = 1, y = 2 a tuple.
 
     C(10, 3) is a binomial coefficient unless the other is a point.
     """

@@ -77,7 +77,7 @@ class RecordTask:
         return self.label or self.source.rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
     def content_files(self) -> dict[str, list[Path]]:
-        """The files that a field names."""
+        """The user's files, by the field that names them."""
         return {} if self.source.startswith(_HUB) else {"source": [Path(self.source)]}
 
     def content_versions(self) -> dict[str, str]:

@@ -25,7 +25,7 @@ _COMMON = 3  # occurrences in the corpus that make a word common
 class SmallTalk:
     """A reply is right if it has between `least` and `most` words, nearly all common, no digits, and little repetition.
 
-    This does not check that a reply makes sense: that takes people, or a judge.
+    This does not check that a reply makes sense, which needs people or a judge.
     """
 
     # fewest words of a right reply

@@ -115,7 +115,7 @@ def _part(share: re.Match[str]) -> Fraction:
 
 
 def _chinese(text: str) -> tuple[Fraction | None, str, str]:
-    """二百五十六, 百分之十五, 三点五. Not words such as 三国, so only little may follow."""
+    """二百五十六, 百分之十五, 三点五. Not words such as 三国: only a measure word may follow."""
     match = _CHINESE.fullmatch(text)
     if match is None or (match[4].strip() and match[4].strip() not in _MEASURES):
         return None, "", ""

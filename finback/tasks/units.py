@@ -165,7 +165,7 @@ def known(name: str) -> tuple[Unit, ...]:
 
 @lru_cache(maxsize=4096)
 def units(text: str) -> tuple[Unit, ...] | None:
-    """Possible meanings of the text after a number; None if it is no unit. Unknown words name a counted thing."""
+    """Possible meanings of the text after a number; None if it is not a unit. Unknown words name a counted thing."""
     text = re.sub(
         r"\\frac\{([^{}\d]+)\}\{([^{}\d]+)\}",
         r"\1/\2",
