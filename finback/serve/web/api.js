@@ -1,4 +1,4 @@
-// The way to the server: the key, errors in words, streams as objects.
+// Requests to the server: the key, error messages, streams as objects.
 import { Signal } from "./lib.js";
 
 const KEY = "finback.key";
@@ -22,7 +22,7 @@ export function setKey(value) {
   }
 }
 
-/** What the server refused. `code` is the API's own word for it; status 0: it did not answer at all. */
+/** A refused request. `code` is the API's error code; status 0: the server did not answer. */
 export class Refused extends Error {
   constructor(status, message, code = "", retryAfter = 0) {
     super(message);
@@ -45,7 +45,7 @@ export async function ask(path, { body, signal } = {}) {
   if (response.ok) return response;
   const reply = await response.json().catch(() => ({}));
   if (response.status === 401) locked.notify();
-  const { message = `The server says ${response.status}.`, code = "" } = reply.error ?? {};
+  const { message = `The server replied with status ${response.status}.`, code = "" } = reply.error ?? {};
   throw new Refused(response.status, message, code, Number(response.headers.get("retry-after")) || 0);
 }
 
@@ -58,8 +58,8 @@ export function query(path, parts) {
 }
 
 /**
- * The events of a stream as objects, until it ends; Refused where the server says that something failed. In a stream that
- * can be read on, each has its number as `at`; while it waits, its place in the queue comes as { queue }.
+ * The events of a stream as objects, until it ends; Refused if the server reports a failure. In a resumable stream, each has
+ * its number as `at`; while the request waits, its position in the queue arrives as { queue }.
  */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

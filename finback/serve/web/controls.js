@@ -1,4 +1,4 @@
-// Small things that both pages show: icons, dialogs, the theme, the question for a key.
+// Small components of both pages: icons, dialogs, the theme, the form for a key.
 import { key, setKey } from "./api.js";
 import { html, remember, remembered, useEffect, useLayoutEffect, useRef, useState } from "./lib.js";
 
@@ -29,22 +29,22 @@ const GLYPHS = {
   upload: "M12 16V5M7 9l5-5 5 5M5 20h14",
 };
 
-/** A drawn sign, hidden from screen readers: whatever holds it has words. */
+/** An icon, hidden from screen readers: the element around it has a label. */
 export const Glyph = ({ name }) => html`
   <svg class="glyph" viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="1.8" stroke-linecap="round"
     stroke-linejoin="round" aria-hidden="true"><path d=${GLYPHS[name]} /></svg>`;
 
-/** A button that is only a sign; `label` says what it does. */
+/** A button that shows only an icon; `label` says what it does. */
 export const Icon = ({ glyph, label, small, ...rest }) => html`
   <button type="button" class=${small ? "icon small" : "icon"} aria-label=${label} title=${label} ...${rest}>
     <${Glyph} name=${glyph} />
   </button>`;
 
-/** Give the focus back to what had it, or where that is gone to the field in which one writes. */
+/** Return the focus to the element that had it, or to the message field if that element is gone. */
 export function refocus(before) {
   setTimeout(() => {
     const { activeElement, body } = document;
-    if (activeElement && activeElement !== body) return; // somebody has taken it
+    if (activeElement && activeElement !== body) return; // another element has taken it
     const isThere = before && before !== body && before.isConnected;
     (isThere ? before : document.getElementById("say"))?.focus();
   });
@@ -89,7 +89,7 @@ export const Confirm = ({ title, text, yes, onYes, onClose }) => html`
 const NEXT = { system: "light", light: "dark", dark: "system" };
 const SIGN = { system: "screen", light: "sun", dark: "moon" };
 
-/** Light, dark, or as the system has it. */
+/** A button that switches between the light, the dark and the system's theme. */
 export function Theme() {
   const [theme, setTheme] = useState(document.documentElement.dataset.theme ?? "system");
   const change = () => {
@@ -121,7 +121,7 @@ export function KeyForm({ onKey }) {
     <main class="key-form">
       <form onSubmit=${enter}>
         <h1>This server wants a key</h1>
-        <p>Whoever started it has one. It stays in this tab and is forgotten when you close it.</p>
+        <p>Whoever started the server has one. It stays in this tab and is forgotten when you close it.</p>
         <div class="field">
           <label for="key">API key</label>
           <input id="key" type="password" ref=${field} autocomplete="off" required aria-describedby=${wrong ? "key-wrong" : undefined} />
@@ -144,7 +144,7 @@ export function useNarrow(limit = 760) {
   return narrow;
 }
 
-/** A state that is the same at the next visit. */
+/** A state that is restored at the next visit. */
 export function useRemembered(name, fallback) {
   const [value, setValue] = useState(() => remembered(name, fallback));
   return [value, (next) => (setValue(next), remember(name, next))];

@@ -1,6 +1,6 @@
-// Files that a page hands to the person.
+// Files that a page offers for download.
 
-/** Hand a text or a Blob to the person as a file. */
+/** Download a text or a Blob as a file. */
 export function download(name, content, type) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));

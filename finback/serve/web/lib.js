@@ -3,18 +3,18 @@ import { Component, h, render } from "./vendor/preact.js";
 import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./vendor/hooks.js";
 import htm from "./vendor/htm.js";
 
-/** Templates that become Preact nodes: html`<p>${text}</p>`. Texts are texts, never HTML. */
+/** Templates that become Preact nodes: html`<p>${text}</p>`. Texts are inserted as text, never as HTML. */
 export const html = htm.bind(h);
 export { Component, render, useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState };
 
-/** Draw a page in the place of what stood there until its scripts had come. */
+/** Draw a page in place of the content shown while its scripts load. */
 export function mount(view) {
   const app = document.getElementById("app");
   app.replaceChildren();
   render(view, app);
 }
 
-/** A component that is drawn again only when one of its properties is another object or value. */
+/** A component that is redrawn only when one of its properties is another object or value. */
 export function pure(draw) {
   return class extends Component {
     shouldComponentUpdate(next) {
@@ -28,7 +28,7 @@ export function pure(draw) {
   };
 }
 
-/** Something that can be listened to. */
+/** A source of notifications. */
 export class Signal {
   #listeners = new Set();
 
@@ -42,13 +42,13 @@ export class Signal {
   }
 }
 
-/** Draw a component again at every notification of the signal. */
+/** Redraw a component at every notification of the signal. */
 export function useSignal(signal) {
   const [, again] = useState(0);
   useEffect(() => signal.listen(() => again((n) => n + 1)), [signal]);
 }
 
-/** A value kept in localStorage under finback.NAME; the fallback where storage is off or holds nonsense. */
+/** The value stored in localStorage under finback.NAME; the fallback if storage is off or the value is not JSON. */
 export function remembered(name, fallback) {
   try {
     const text = localStorage.getItem(`finback.${name}`);
@@ -58,16 +58,16 @@ export function remembered(name, fallback) {
   }
 }
 
-/** Keep a value for the next visit. */
+/** Store a value for the next visit. */
 export function remember(name, value) {
   try {
     localStorage.setItem(`finback.${name}`, JSON.stringify(value));
   } catch {
-    // storage is off or full: the page works without a memory
+    // storage is off or full: the page works without stored values
   }
 }
 
-/** Keep a value no longer. */
+/** Remove a stored value. */
 export function forget(name) {
   try {
     localStorage.removeItem(`finback.${name}`);
@@ -82,7 +82,7 @@ export function fresh() {
   return Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join("");
 }
 
-/** Whether a key belongs to the writing of a character; Safari ends that before the key that ended it, which has the code 229. */
+/** Whether a key belongs to the composition of a character; in Safari the key that ends one comes after it, with code 229. */
 export const composes = (event) => event.isComposing || event.keyCode === 229;
 
 /** The address of a file of the page. */

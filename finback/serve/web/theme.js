@@ -1,4 +1,4 @@
-// Before anything is painted: the theme that was chosen last, so that a dark page never flashes white.
+// Applies the last chosen theme before anything is painted, so that a dark page never flashes white.
 try {
   const chosen = localStorage.getItem("finback.theme");
   if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;

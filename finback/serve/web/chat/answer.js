@@ -1,26 +1,26 @@
-// One answer being written: it reads the stream, keeps the time, and can be stopped.
+// One answer being written: it reads the stream, measures the time, and can be stopped.
 import { ask, events } from "../api.js";
 import { Signal } from "../lib.js";
 import { bodyOf, explained } from "./request.js";
 
-const AGAIN = [200, 800, 2000]; // milliseconds before each try to read on where a connection broke
+const AGAIN = [200, 800, 2000]; // milliseconds before each attempt to resume after the connection broke
 
-/** Some time, less where `signal` says that nobody waits any more. */
+/** Waits; `signal` ends the wait early. */
 const pause = (ms, signal) =>
   new Promise((done) => {
     setTimeout(done, ms);
     signal.addEventListener("abort", done, { once: true });
   });
 
-/** The answer `node` of `chat`. `updated` notifies at most once a frame; `ended` once. */
+/** The answer `node` of `chat`. `updated` notifies at most once a frame; `ended` is called once. */
 export class Answer {
   #abort = new AbortController();
   #frame = 0;
   #thoughtAt = 0;
   updated = new Signal();
-  queue = 0; // its place among those that wait
+  queue = 0; // its position in the queue
 
-  /** `joins`: the server is at it already, and knows it as `node.stream.id`. */
+  /** `joins`: the server already generates it, under the id `node.stream.id`. */
   constructor(chat, node, ended, joins = false) {
     const state = !joins ? "waiting" : node.content ? "answering" : node.reasoning ? "thinking" : "waiting";
     this.chat = chat;
@@ -31,12 +31,12 @@ export class Answer {
     this.joins = joins;
   }
 
-  /** The server's name for it, known from the first chunk. */
+  /** The server's id for it, known from the first chunk on. */
   get id() {
     return this.node.stream?.id ?? "";
   }
 
-  /** The node with the time that it has thought so far. */
+  /** The node with its thinking time so far. */
   get timed() {
     if (!this.#thoughtAt) return this.node;
     return { ...this.node, thoughtMs: (this.node.thoughtMs ?? 0) + performance.now() - this.#thoughtAt };
@@ -58,12 +58,12 @@ export class Answer {
     }
     cancelAnimationFrame(this.#frame);
     if (!this.node.content) this.#closeThought();
-    const { stream } = this.node; // where the network is gone, the server may be at it still
+    const { stream } = this.node; // if the network is gone, the server may still be generating
     this.node = { ...this.node, ...change, stream: change.errorState === "gone" ? stream : undefined };
     this.ended(this);
   }
 
-  /** Keep what there is, and ask the server to make no more. */
+  /** Keep the text so far, and ask the server to stop. */
   stop() {
     this.#abort.abort();
     if (this.id) ask(`/v1/chat/completions/${this.id}/control`, { body: { action: "stop" } }).catch(() => {});
@@ -87,7 +87,7 @@ export class Answer {
     }
   }
 
-  /** The stream from its beginning, or from behind what is here. */
+  /** The stream from its beginning, or after the last event received. */
   #opened() {
     const { signal } = this.#abort;
     const { id, at } = this.node.stream ?? {};
@@ -95,7 +95,7 @@ export class Answer {
     return ask("/v1/chat/completions", { body: bodyOf(this.chat, this.node), signal });
   }
 
-  /** Close the chain of thought and answer. */
+  /** Ask the server to close the chain of thought and answer. */
   answerNow() {
     return this.id
       ? ask(`/v1/chat/completions/${this.id}/control`, { body: { action: "answer_now" } }).catch(() => {})
@@ -135,7 +135,7 @@ export class Answer {
     this.node.tokens = [...(this.node.tokens ?? []), ...(content ?? []).map(short)];
   }
 
-  /** Once a frame, and not at all while nobody looks: frames stand still then. */
+  /** At most once a frame, and never while the page is hidden: frames pause then. */
   #notify() {
     if (this.#frame) return;
     this.#frame = requestAnimationFrame(() => {

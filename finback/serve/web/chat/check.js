@@ -1,4 +1,4 @@
-// Whether a chat of a file is one: every value that the page draws, and a tree that begins at its root.
+// Checks a chat from a file: every value that the page draws, and that its messages form a tree.
 import { SETTINGS } from "./request.js";
 import { ROOT, RUNNING } from "./tree.js";
 
@@ -34,7 +34,7 @@ const POSSIBLE = {
 const KNOBS = Object.fromEntries(Object.entries(SETTINGS).map(([name, value]) => [name, isTruth(value) ? isTruth : isText]));
 KNOBS.sampling = each((value) => isText(value) || isNumber(value));
 
-/** Whether all of `checks` hold that name something in `value`. */
+/** Whether each check holds for its field of `value`, if `value` has that field. */
 const holds = (checks, value) =>
   Object.entries(checks).every(([name, check]) => value[name] === undefined || value[name] === null || check(value[name]));
 
@@ -49,7 +49,7 @@ export function isChat(chat) {
 const isNode = (node) =>
   isRecord(node) && Object.entries(NEEDED).every(([name, check]) => check(node[name])) && holds(POSSIBLE, node);
 
-/** Whether every message is reached from the root: no circle, none whose parent is missing, none that calls itself the root. */
+/** Whether every message is reached from the root: no circle, none whose parent is missing, none with the root's id. */
 function isTree(nodes) {
   const behind = new Map();
   for (const { id, parent } of Object.values(nodes)) {

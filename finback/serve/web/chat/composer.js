@@ -1,4 +1,4 @@
-// Where a person writes.
+// The message field and its buttons.
 import { Glyph } from "../controls.js";
 import { composes, html, useEffect, useRef, useState } from "../lib.js";
 import { draftName, draftOf, keepDraft } from "./drafts.js";
@@ -14,7 +14,7 @@ export function Composer({ store, field }) {
   }
   const keep = (value) => (keepDraft(draft, value), setText(value));
   const isReady = store.server === "ready";
-  const waits = useRef(false); // what was sent while the page still asked for the server goes out as soon as it answers
+  const waits = useRef(false); // a message sent before the server has answered goes out as soon as it does
   const send = () => {
     if (!text.trim() || busy) return;
     waits.current = store.server === "loading";

@@ -1,9 +1,9 @@
-// A box that stays at its end while it grows, unless the person has scrolled up.
+// A box that stays at its end while it grows, unless the user has scrolled up.
 import { useLayoutEffect, useRef, useState } from "../lib.js";
 
-const NEAR = 60; // pixels from the end that still count as the end, for who comes back to it
+const NEAR = 60; // pixels from the end that still count as the end when the user scrolls back
 
-/** Refs for the box that scrolls and for what grows in it, and whether the person reads further up. */
+/** Refs for the scrolling box and its growing content, and whether the user has scrolled up. */
 export function useFollowing(isShown = true) {
   const box = useRef();
   const inner = useRef();
@@ -15,7 +15,7 @@ export function useFollowing(isShown = true) {
     if (box.current) box.current.scrollTop = box.current.scrollHeight;
   };
   const scrolled = () => {
-    if (!box.current) return; // a scroll of a moment ago, and the box is gone
+    if (!box.current) return; // a late scroll event, and the box is gone
     const { scrollTop, scrollHeight, clientHeight } = box.current;
     const left = scrollHeight - scrollTop - clientHeight;
     const isUp = scrollTop < last.current - 1 && left > 1;

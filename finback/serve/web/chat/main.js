@@ -10,7 +10,7 @@ import { Store } from "./store.js";
 import { Thread } from "./thread.js";
 import { Top } from "./top.js";
 
-const RETRY = 2500; // milliseconds between two looks whether the server is back
+const RETRY = 2500; // milliseconds between checks whether the server is back
 
 function App({ store }) {
   useSignal(store);
@@ -23,7 +23,7 @@ function App({ store }) {
   const shown = narrow ? drawer : wide;
   const toggle = () => (narrow ? setDrawer(!drawer) : setWide(!wide));
   const leave = () => narrow && setDrawer(false);
-  const wanted = useRef(false); // the search field, once it can be seen
+  const wanted = useRef(false); // whether to focus the search field once it is visible
   useLayoutEffect(() => {
     if (shown && wanted.current) search.current.focus();
     wanted.current = false;

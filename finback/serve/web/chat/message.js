@@ -1,4 +1,4 @@
-// One message, what can be done with it, and what it has cost.
+// One message with its actions and timings.
 import { Icon, refocus } from "../controls.js";
 import { Signal, composes, html, pure, useEffect, useLayoutEffect, useRef, useSignal, useState } from "../lib.js";
 import { Markdown } from "../markdown/markdown.js";
@@ -86,13 +86,13 @@ function Copy({ text }) {
   return html`<${Icon} glyph="copy" small label=${done ? "Copied" : "Copy"} onClick=${() => copyText(text).then(() => setDone(true))} />`;
 }
 
-/** The tokens of the text itself: the mark that ends an answer has odds too, but is no part of it. */
+/** The tokens of the text, without the end-of-sequence token, which has log-probabilities too. */
 function spoken({ tokens, content }) {
   const last = tokens.at(-1)[0];
   return tokens.length > 1 && last.startsWith("<") && !content.endsWith(last) ? tokens.slice(0, -1) : tokens;
 }
 
-/** What the server's own clock says. */
+/** Timings as measured by the server. */
 export function Timings({ node }) {
   const t = node.timings;
   if (!t) return null;

@@ -1,4 +1,4 @@
-// What there is to say about an answer that did not simply end.
+// Notes on an answer that did not end normally, or was edited.
 import { html } from "../lib.js";
 import { isRunning } from "./tree.js";
 
@@ -25,7 +25,7 @@ function noteOf(node) {
   if (node.finish === "length") return { text: "The answer reached its limit of tokens.", kind: "", canResume: true };
   if (!node.content.trim())
     return {
-      text: node.reasoning ? "The model thought, and then said nothing." : "The model said nothing.",
+      text: node.reasoning ? "The model thought, but gave no answer." : "The model gave no answer.",
       kind: "",
       canResume: false,
     };

@@ -1,4 +1,4 @@
-// From a chat and its settings to what the server is asked.
+// Turns a chat and its settings into a request.
 import { ancestors } from "./tree.js";
 
 export const PRESETS = {
@@ -25,13 +25,13 @@ export const SETTINGS = {
 const number = (text) =>
   text === "" || text === undefined || text === null || Number.isNaN(Number(text)) ? undefined : Number(text);
 
-/** The sampling that a preset stands for. */
+/** The sampling parameters of a preset. */
 export const samplingOf = (settings) => PRESETS[settings.preset]?.values ?? settings.sampling;
 
-/** The body of a request for the answer `node`, which goes on from the text that it already has. */
+/** The body of a request for the answer `node`, which continues the text that it already has. */
 export function bodyOf(chat, node) {
   const { settings } = chat;
-  const said = ancestors(chat, node).filter(({ role, content }) => role === "user" || content.trim()); // not what failed at once
+  const said = ancestors(chat, node).filter(({ role, content }) => role === "user" || content.trim()); // without answers that failed at once
   const earlier = said.map(({ role, content }) => ({ role, content }));
   const messages = settings.system.trim() ? [{ role: "system", content: settings.system }, ...earlier] : earlier;
   if (node.content || node.reasoning) {
@@ -59,7 +59,7 @@ export function bodyOf(chat, node) {
   };
 }
 
-/** A refusal in the words of this page. */
+/** A refusal as a state and a message of this page. */
 export function explained(error) {
   if (error.code === "context_length_exceeded") {
     return {

@@ -1,4 +1,4 @@
-// How the model is asked: system prompt, sampling, thinking, two models.
+// The settings of a chat: system prompt, sampling, thinking, two models.
 import { Dialog, Segments } from "../controls.js";
 import { html } from "../lib.js";
 import { PRESETS, samplingOf } from "./request.js";
@@ -7,7 +7,7 @@ const SAMPLING = [
   ["temperature", "Temperature", 0, 2, 0.05, "0 always takes the likeliest token."],
   ["top_p", "Top p", 0.01, 1, 0.01, "Only the likeliest tokens up to this probability."],
   ["top_k", "Top k", 0, 1000, 1, "Only the k likeliest tokens; 0 is all."],
-  ["min_p", "Min p", 0, 1, 0.01, "Only tokens this likely against the likeliest."],
+  ["min_p", "Min p", 0, 1, 0.01, "Only tokens at least this likely relative to the likeliest."],
 ];
 
 export function Settings({ store, onClose }) {
@@ -28,7 +28,7 @@ export function Settings({ store, onClose }) {
         <${Segments} label="Sampling" value=${settings.preset} onChange=${(name) => store.configure(name === "custom" ? { preset: name, sampling: { ...samplingOf(settings) } } : { preset: name })} options=${Object.entries(PRESETS).map(([name, { label }]) => [name, label])} /></div>
       ${settings.preset === "custom" && html`<div class="grid">${SAMPLING.map((row) => html`<${Knob} key=${row[0]} row=${row} store=${store} />`)}</div>`}
       <div class="grid">
-        <${Numeric} id="seed" label="Seed" hint="The same seed gives the same answer. Empty: another each time." value=${settings.seed} onInput=${set("seed")} />
+        <${Numeric} id="seed" label="Seed" hint="The same seed gives the same answer. Empty: a new one each time." value=${settings.seed} onInput=${set("seed")} />
         <${Numeric} id="most" label="Longest answer" unit="tokens" hint="Chain included. Empty: what fits." value=${settings.maxTokens} onInput=${set("maxTokens")} />
       </div>
       <${Beside} store=${store} />

@@ -1,4 +1,4 @@
-// The chats of this browser: search, rename, delete, files in and out.
+// The chats of this browser: search, rename, delete, import, export.
 import { Confirm, Dialog, Glyph, Icon } from "../controls.js";
 import { download } from "../files.js";
 import { asset, html, useMemo, useRef, useState } from "../lib.js";
@@ -6,7 +6,7 @@ import { asJson, asMarkdown, fromJson } from "./export.js";
 
 const DAY = 86400000;
 
-/** Chats that hold a text, in their title or in a message. */
+/** Chats that contain a text in their title or in a message. */
 function found(chats, text) {
   const words = text.trim().toLowerCase();
   if (!words) return chats;
@@ -52,7 +52,7 @@ export function Sidebar({ store, shown, search, onLeave, narrow }) {
             <ul>${chats.map((chat) => html`<${Entry} key=${chat.id} chat=${chat} store=${store} onLeave=${onLeave} onAsk=${(kind) => setAsked({ kind, chat })} />`)}</ul>
           </section>`,
         )}
-        ${!listed.length && html`<p class="none">${text ? "Nothing holds this text." : "Your chats will be here. They stay in this browser."}</p>`}
+        ${!listed.length && html`<p class="none">${text ? "Nothing holds this text." : "Your chats appear here. They stay in this browser."}</p>`}
       </div>
       <${Files} store=${store} onAsk=${(kind) => setAsked({ kind })} />
       ${asked?.kind === "rename" && html`<${Rename} chat=${asked.chat} store=${store} onClose=${close} />`}
@@ -64,7 +64,7 @@ export function Sidebar({ store, shown, search, onLeave, narrow }) {
 function Entry({ chat, store, onLeave, onAsk }) {
   const [open, setOpen] = useState(false);
   const isCurrent = store.chat.id === chat.id;
-  const more = useRef(); // the menu's button, which has the focus when the menu is gone
+  const more = useRef(); // holds the menu's button, which gets the focus when the menu closes
   const close = () => (setOpen(false), more.current.querySelector("[aria-expanded]").focus());
   const act = (does) => () => (close(), does());
   const leave = (event) => !event.currentTarget.contains(event.relatedTarget) && setOpen(false);

@@ -1,10 +1,10 @@
-// Chats in this browser: IndexedDB, one record a chat, and a word to the other tabs when one has changed.
+// Stores chats in this browser: IndexedDB with one record per chat, and a message to other tabs when one has changed.
 import { Signal } from "../lib.js";
 import { ended, merged } from "./tree.js";
 
 const STORE = "chats";
-const PATIENCE = 3000; // milliseconds after which a database that does not open is none
-const LEFT = "finback.left"; // what a tab that was closed had not on the disk yet: IndexedDB has no time for it then
+const PATIENCE = 3000; // milliseconds to wait for the database to open
+const LEFT = "finback.left"; // unsaved chats of closed tabs: IndexedDB has no time to save them while a tab closes
 
 const promised = (request) =>
   new Promise((resolve, reject) => {
@@ -20,20 +20,20 @@ async function opened() {
 }
 
 /**
- * Where chats are stored. Without IndexedDB they last as long as the tab. What has been removed leaves a mark, { id, isRemoved }:
- * another tab that still writes to it must not bring it back.
+ * The stored chats. Without IndexedDB they last as long as the tab. A removed chat leaves a mark, { id, isRemoved }, so that
+ * another tab that still writes to it does not restore it.
  */
 export class Storage {
   #database = null;
   #memory = new Map();
-  #pending = new Map(); // by id: a chat on its way to the disk, or null where it is being removed
+  #pending = new Map(); // by id: a chat that is being saved, or null for one that is being removed
   #channel = typeof BroadcastChannel === "undefined" ? null : new BroadcastChannel("finback");
   /** Notifies of the id of a chat that another tab has changed. */
   changed = new Signal();
 
   async open() {
     this.#database = await opened().catch(() => null);
-    await this.all().catch(() => (this.#database = null)); // one that opens and cannot be read is none
+    await this.all().catch(() => (this.#database = null)); // a database that opens but cannot be read is not used
     if (this.#channel) this.#channel.onmessage = (event) => this.changed.notify(event.data);
     await this.#takeLeft();
   }
@@ -42,7 +42,7 @@ export class Storage {
     return this.#database !== null;
   }
 
-  /** Every chat, the one that changed last first. */
+  /** Every chat, latest change first. */
   async all() {
     const found = this.#database ? await promised(this.#store("readonly").getAll()) : [...this.#memory.values()];
     return found.filter((chat) => !chat.isRemoved).sort((a, b) => b.updated - a.updated);
@@ -53,7 +53,7 @@ export class Storage {
     return found?.isRemoved ? undefined : found;
   }
 
-  /** Keep a chat, with what another tab may have added to it. `whole`: as it is, without a look at what was there. */
+  /** Store a chat, merged with the version that another tab may have stored. `whole`: replace the stored version. */
   put(chat, { whole = false } = {}) {
     return this.#write(chat.id, chat, async () => {
       if (!this.#database) return void this.#memory.set(chat.id, chat);
@@ -70,7 +70,7 @@ export class Storage {
     });
   }
 
-  /** In the last moment of a tab: keep what the disk may not have yet, and `chats`, whose answers are being written. */
+  /** When the tab closes: store what may not be saved yet, and `chats`, whose answers are being written. */
   leave(chats) {
     if (!this.#database) return;
     const pending = new Map([...this.#pending, ...chats.map((chat) => [chat.id, chat])]);
@@ -82,12 +82,12 @@ export class Storage {
         const before = JSON.parse(localStorage.getItem(LEFT) ?? "[]");
         return localStorage.setItem(LEFT, JSON.stringify([...before, ...entries]));
       } catch {
-        // no room for long chats: their last messages then, or what was saved a second ago
+        // no room for long chats: store only their last messages, or rely on the save of a second ago
       }
     }
   }
 
-  /** Take in what tabs have left behind. */
+  /** Save what closed tabs have left behind. */
   async #takeLeft() {
     let left = [];
     try {

@@ -1,4 +1,4 @@
-// What the chat page knows and does. Components draw `store` and call its actions.
+// State and actions of the chat page. Components draw `store` and call its actions.
 import { askJson } from "../api.js";
 import { Signal, fresh, remember, remembered } from "../lib.js";
 import { Answer } from "./answer.js";
@@ -7,8 +7,8 @@ import { SETTINGS } from "./request.js";
 import { Storage } from "./storage.js";
 import { ROOT, added, changed, choose, isRunning, newChat, path, rewritten } from "./tree.js";
 
-const SAVE = 1000; // milliseconds between two savings of an answer that is being written
-const STALE = 4000; // without a beat for so long, the tab that wrote an answer is gone
+const SAVE = 1000; // milliseconds between saves of an answer that is being written
+const STALE = 4000; // milliseconds without a beat after which the tab that wrote an answer counts as gone
 
 export class Store extends Signal {
   storage = new Storage();
@@ -48,7 +48,7 @@ export class Store extends Signal {
     return [...this.answers.values()].some((answer) => answer.chat.id === this.chat.id);
   }
 
-  /** Whether chats end with this tab. */
+  /** Whether chats are lost when this tab closes. */
   get forgets() {
     return !this.storage.isLasting && this.server !== "loading";
   }
@@ -57,7 +57,7 @@ export class Store extends Signal {
     return this.models.find((m) => m.id === this.chat.settings.model) ?? this.models[0];
   }
 
-  /** The most tokens that the chat's model takes. */
+  /** The context length of the chat's model, in tokens. */
   get window() {
     return this.model?.max_model_len ?? 0;
   }
@@ -86,7 +86,7 @@ export class Store extends Signal {
     this.notify();
   }
 
-  /** Say something behind the last message, or in place of another (`instead`), and have it answered. */
+  /** Send a message after the last one, or in place of another (`instead`), and request an answer. */
   say(content, instead) {
     const parent = instead ? instead.parent : (path(this.chat).at(-1)?.node.id ?? ROOT);
     const node = { id: fresh(), parent, role: "user", content, at: Date.now() };
@@ -94,7 +94,7 @@ export class Store extends Signal {
     this.#ask(node.id);
   }
 
-  /** Change a message without asking anew: a branch of its own, which what followed follows too. */
+  /** Change a message without a new answer: adds a branch with copies of the messages that followed. */
   rewrite(old, content) {
     this.#keep(
       rewritten(this.chat, old, {
@@ -111,12 +111,12 @@ export class Store extends Signal {
     );
   }
 
-  /** Another answer to the same. */
+  /** Request another answer to the same message. */
   again(node) {
     this.#ask(node.parent);
   }
 
-  /** Go on where an answer stopped. */
+  /** Continue an answer where it stopped. */
   resume(node) {
     if (!node.content && !node.reasoning) return this.again(node);
     return this.#run(node);
@@ -152,7 +152,7 @@ export class Store extends Signal {
     await Promise.all(this.chats.map(({ id }) => this.remove(id)));
   }
 
-  /** Take chats in; one that is there already becomes what came. */
+  /** Import chats; they replace stored ones with the same id. */
   async bring(chats) {
     for (const chat of chats) await this.storage.put(chat, { whole: true });
     this.chats = await this.storage.all();
@@ -180,7 +180,7 @@ export class Store extends Signal {
     for (const node of nodes) this.#run(node);
   }
 
-  /** `joins`: the server is at it already. */
+  /** `joins`: the server already generates it. */
   #run(node, chat = this.chat, joins = false) {
     const answer = new Answer(chat, node, (ended) => this.#ended(ended), joins);
     this.answers.set(node.id, answer);
@@ -189,7 +189,7 @@ export class Store extends Signal {
     this.#saving ||= setInterval(() => this.#beat(), SAVE);
   }
 
-  /** Read on what the server was saying when the page was closed or the network was lost. */
+  /** Resume the answers that were being written when the page was closed or the network was lost. */
   #rejoin() {
     for (const { id } of [this.chat, ...this.chats])
       for (const node of Object.values(this.#latest(id)?.nodes ?? {}))
@@ -263,14 +263,14 @@ export class Store extends Signal {
     const found = await this.storage.get(id);
     this.chats = await this.storage.all();
     if (!found) this.#stopAll(id); // another tab has deleted it
-    // what this tab is writing itself is newer here
+    // an answer that this tab is writing is newer here
     if (this.chat.id === id && (!found || !this.busy))
       this.chat = found ? this.#settled(found) : newChat({ ...this.chat.settings });
     if (this.server === "ready") this.#rejoin();
     this.notify();
   }
 
-  /** A chat in which nothing looks as if it were being written, unless somebody writes it. */
+  /** A chat in which only answers that a tab still writes count as running; others are marked as cut. */
   #settled(chat) {
     const nodes = { ...chat.nodes };
     for (const node of Object.values(nodes)) {

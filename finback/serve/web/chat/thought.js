@@ -1,4 +1,4 @@
-// The chain of thought: open while it is written, then folded under "Thought for 12 s"; the person's choice is remembered.
+// The chain of thought: open while it is written, then folded under "Thought for 12 s"; the user's choice is remembered.
 import { Glyph } from "../controls.js";
 import { html, remember, remembered, useEffect, useState } from "../lib.js";
 import { Markdown } from "../markdown/markdown.js";
@@ -16,7 +16,7 @@ export function label(node) {
 export function Thought({ node, answer }) {
   const writing = node.state === "thinking";
   const [chosen, setChosen] = useState(null); // for this message, while it is drawn
-  const [reads, setReads] = useState(false); // somebody has scrolled up in it
+  const [reads, setReads] = useState(false); // the user has scrolled up in it
   const open = chosen ?? (writing || reads ? remembered("thinking-open", true) : remembered("thoughts-open", false));
   const change = () => {
     setChosen(!open);
@@ -25,7 +25,7 @@ export function Thought({ node, answer }) {
   const { box, inner, away, scrolled } = useFollowing(open && writing);
   useEffect(() => setReads(away), [away]);
   useEffect(() => {
-    // folds when the answer begins, unless chains are to stay open or somebody reads further up in it
+    // folds when the answer begins, unless chains stay open or the user has scrolled up in it
     if (!writing) setChosen(reads && chosen !== false ? true : null);
   }, [writing]);
   return html`

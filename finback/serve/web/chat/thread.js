@@ -1,4 +1,4 @@
-// The messages of a chat, one under the other. It stays at the end unless the person has scrolled up.
+// The messages of a chat, one under the other. It stays at the end unless the user has scrolled up.
 import { Glyph } from "../controls.js";
 import { html, useLayoutEffect } from "../lib.js";
 import { useFollowing } from "./following.js";

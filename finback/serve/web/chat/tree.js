@@ -1,4 +1,4 @@
-// A chat is a tree of messages: editing or asking again grows a branch, nothing is lost.
+// A chat is a tree of messages: editing or asking again adds a branch, nothing is lost.
 import { fresh } from "../lib.js";
 
 /**
@@ -21,13 +21,13 @@ export function newChat(settings) {
   return { id: fresh(), title: "New chat", created: now, updated: now, settings, nodes: {}, chosen: {} };
 }
 
-/** Messages right behind one, the oldest first. */
+/** Messages that directly follow one, the oldest first. */
 export function children(chat, id) {
   const found = Object.values(chat.nodes).filter((node) => node.parent === id);
   return found.sort((a, b) => a.at - b.at || (a.id < b.id ? -1 : 1));
 }
 
-/** The messages that are shown: from the first, always by the chosen branch, or the latest. */
+/** The messages that are shown, from the first one on: at each, the chosen branch follows, or else the latest. */
 export function path(chat) {
   const byParent = new Map();
   for (const node of Object.values(chat.nodes)) {
@@ -51,7 +51,7 @@ export function added(chat, node) {
   return { ...chat, title, nodes: { ...chat.nodes, [node.id]: node }, chosen, updated: Date.now() };
 }
 
-/** A chat with another version of a message, behind which what is shown behind the old one is shown again. */
+/** A chat with another version of a message, followed by copies of the shown messages after the old version. */
 export function rewritten(chat, old, node) {
   const shown = path(chat).map((step) => step.node);
   let next = added(chat, node);
@@ -80,11 +80,11 @@ export function ancestors(chat, node) {
   return found;
 }
 
-/** Two versions of a chat, as two tabs have left them: every message of both, the newer one's choices. */
+/** Merges the versions of a chat from two tabs: every message of both, the newer one's choices. */
 export function merged(mine, theirs) {
   const nodes = { ...theirs.nodes };
   for (const [id, node] of Object.entries(mine.nodes)) {
-    // the tab that writes an answer stamps it at every change, so a copy that another tab has kept is the older one
+    // the tab that writes an answer stamps it at every change, so another tab's copy has an older stamp
     if (!nodes[id] || stamp(node) >= stamp(nodes[id])) nodes[id] = node;
   }
   const newer = mine.updated >= theirs.updated ? mine : theirs;
@@ -93,7 +93,7 @@ export function merged(mine, theirs) {
   return { ...newer, title, namedAt, nodes, chosen: { ...theirs.chosen, ...mine.chosen, ...newer.chosen } };
 }
 
-/** A chat with its last messages only, where there is no room for all. */
+/** A chat with only its last messages, for storage without room for all. */
 export function ended(chat) {
   const last = (node) => Math.max(node.at, stamp(node));
   const nodes = Object.values(chat.nodes).sort((a, b) => last(a) - last(b)).slice(-4);

@@ -1,4 +1,4 @@
-// Colours for code, in the languages that were vendored.
+// Highlights code in the vendored languages.
 import hljs from "../vendor/highlight.js";
 import bash from "../vendor/languages/bash.js";
 import c from "../vendor/languages/c.js";
@@ -39,9 +39,9 @@ const KNOWN = {
 };
 for (const [name, language] of Object.entries(KNOWN)) hljs.registerLanguage(name, language);
 
-const LONGEST = 30000; // characters; colours for more would stop the page for a moment
+const LONGEST = 30000; // characters; highlighting more would block the page for a moment
 
-/** HTML with colours, not yet sanitised; undefined where the language is unknown or the code too long. */
+/** Highlighted HTML, not yet sanitised; undefined if the language is unknown or the code too long. */
 export function coloured(text, language) {
   if (!language || text.length > LONGEST || !hljs.getLanguage(language)) return undefined;
   return hljs.highlight(text, { language, ignoreIllegals: true }).value;

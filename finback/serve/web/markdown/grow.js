@@ -1,9 +1,9 @@
-// Changing what is drawn without drawing it anew: what is selected, scrolled sideways or has the focus stays so.
+// Updates drawn nodes in place, so that selection, sideways scrolling and focus stay.
 
 const TEXT = 3;
 const ELEMENT = 1;
 
-/** Make `old` show what `fresh` shows. Nodes of both are compared by their place; those that say the same are kept. */
+/** Make `old` show what `fresh` shows. Nodes are compared by position; equal ones are kept. */
 export function grow(old, fresh) {
   const wanted = [...fresh.childNodes];
   wanted.forEach((node, i) => {
@@ -14,7 +14,7 @@ export function grow(old, fresh) {
   while (old.childNodes.length > wanted.length) old.lastChild.remove();
 }
 
-/** Whether a node could be made into another. */
+/** Make a node equal to another; returns false if that is impossible. */
 function became(old, fresh) {
   if (old.nodeType !== fresh.nodeType) return false;
   if (old.nodeType === TEXT) return (write(old, fresh.data), true);
@@ -22,7 +22,7 @@ function became(old, fresh) {
   if (fresh.dataset.tex !== undefined || old.dataset.tex !== undefined) return isSameFormula(old, fresh);
   if (old.getAttributeNames().join() !== fresh.getAttributeNames().join()) return false;
   for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
-  // code with its colours stands for the same code without
+  // highlighted code counts as equal to the same code without highlighting
   if (fresh.tagName !== "CODE" || old.textContent !== fresh.textContent) grow(old, fresh);
   return true;
 }
@@ -30,14 +30,14 @@ function became(old, fresh) {
 const isDisplay = (span) => span.classList.contains("display");
 const isSameFormula = (old, fresh) => old.dataset.tex === fresh.dataset.tex && isDisplay(old) === isDisplay(fresh);
 
-/** A text node's end changed from where it differs: what is selected before stays selected. */
+/** Replace a text node's end from the first difference on, so that a selection before it stays. */
 function write(node, text) {
   let same = 0;
   while (same < node.length && node.data[same] === text[same]) same += 1;
   if (same < node.length || same < text.length) node.replaceData(same, node.length - same, text.slice(same));
 }
 
-/** Change the nodes of a box whose text stays the same, and select again what was selected in it. */
+/** Change the nodes of a box whose text stays the same, and restore the selection in it. */
 export function keepingSelection(box, change) {
   const selection = getSelection();
   const ends = [
@@ -50,7 +50,7 @@ export function keepingSelection(box, change) {
   selection.setBaseAndExtent(...places.flatMap((place, i) => (place === null ? ends[i] : at(box, place))));
 }
 
-/** How many characters of a box stand before a place. */
+/** How many characters of a box precede a position. */
 function before(box, node, offset) {
   const range = document.createRange();
   range.setStart(box, 0);
@@ -58,7 +58,7 @@ function before(box, node, offset) {
   return range.toString().length;
 }
 
-/** The place behind so many characters of a box. */
+/** The position after this many characters of a box. */
 function at(box, place) {
   const texts = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
   let rest = place;

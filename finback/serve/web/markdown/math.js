@@ -5,7 +5,7 @@ const DOLLAR = /^\$(?![\s$])((?:\\[^\n]|[^\\$\n])*?[^\s\\$]|(?:\\[^\n]|[^\\$\n])
 const ROUND = /^\\\(((?:[^\\\n]|\\[^()\n])+?)\\\)/;
 const INLINE_DISPLAY = /^\$\$((?:\\[^\n]|[^\\$\n])+?)\$\$|^\\\[((?:[^\\\n]|\\[^[\]\n])+?)\\\]/;
 const BLOCK = /^ {0,3}(?:\$\$((?:(?!\n[ \t]*\n)[^$])+?)\$\$|\\\[((?:(?!\n[ \t]*\n|\\\])[\s\S])+?)\\\])[ \t]*(?:\n|$)/;
-/** Characters of a formula that goes on over blank lines, and what may begin one: a mark alone on its line, or an environment. */
+/** Most characters of a formula with blank lines, which begins with a mark alone on its line or with an environment. */
 export const REACH = 4000;
 const ENVIRONMENT = String.raw`(?:align|aligned|alignat|alignedat|equation|flalign|gather|gathered|multline|split|cases|dcases|rcases|array|[pbBvV]?matrix|smallmatrix)\*?`;
 const INLINE_ENVIRONMENT = new RegExp(String.raw`^\\begin\{(${ENVIRONMENT})\}(?:(?!\\end\{\1\})[^\n])+\\end\{\1\}`);
@@ -14,7 +14,7 @@ const WIDE = new RegExp(
     String.raw`(\\begin\{(${ENVIRONMENT})\}(?:(?!\\end\{\4\})[\s\S]){1,${REACH}}\\end\{\4\}))[ \t]*(?:\n|$)`,
 );
 const OPENING = /^ {0,3}(?:(?:\$\$|\\\[)[ \t]*$|\\begin\{)/m;
-const CLOSED = ["code", "mathBlock", "space", "list", "blockquote", "hr"]; // what holds its end already
+const CLOSED = ["code", "mathBlock", "space", "list", "blockquote", "hr"]; // blocks that are complete
 
 /** Whether a block's end may turn out to be the beginning of a formula. */
 export const mayOpen = ({ type, raw }) => !CLOSED.includes(type) && OPENING.test(raw);
@@ -28,7 +28,7 @@ function token(type, match, text, display) {
   return text.length > LONGEST ? undefined : { type, raw: match[0], tex: text.trim(), display };
 }
 
-// only where the formula is waits in an attribute; view.js draws it, so that no markup comes from here
+// the source is stored in an attribute and drawn by view.js, so that no markup comes from here
 const renderer = ({ tex, display }) =>
   `<span class="math${display ? " display" : ""}" data-tex="${escaped(tex)}">${escaped(tex)}</span>`;
 

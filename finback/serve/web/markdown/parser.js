@@ -1,4 +1,4 @@
-// Markdown that grows: what has been read stays read, only the end is parsed again.
+// Incremental markdown: only the end of a growing text is parsed again.
 import { Marked } from "../vendor/marked.js";
 import { REACH, mathBlock, mathInline, mayOpen } from "./math.js";
 import { styled, tokensOf } from "./words.js";
@@ -8,9 +8,9 @@ const escaped = (text) => text.replace(/[&<>"']/g, (c) => MARKS[c]);
 
 const markdown = new Marked({
   gfm: true,
-  breaks: true, // models mean the lines that they write
+  breaks: true, // models intend the line breaks that they write
   renderer: {
-    // an image would be fetched from wherever the model says
+    // an image would be fetched from an address that the model chooses
     image({ href, text }) {
       return `<a href="${escaped(href)}">${escaped(text || href)}</a>`;
     },
@@ -26,10 +26,10 @@ const markdown = new Marked({
 markdown.use({ extensions: [mathBlock, mathInline, styled] });
 const lexed = (text) => tokensOf(text, markdown.defaults);
 
-const UNSTABLE = 3; // groups at the end that may still change: a blank line can yet be absorbed by what comes
+const UNSTABLE = 3; // groups at the end that may still change: later text can absorb a blank line
 const BLANK = /\n[ \t]*\n[ \t]*$/;
 
-/** Tokens between blank lines. Parsing can start anew at any group: nothing reaches across. */
+/** Tokens between blank lines. Parsing can restart at any group: nothing spans two of them. */
 function groupsOf(tokens) {
   const groups = [];
   let group = [];
@@ -43,7 +43,7 @@ function groupsOf(tokens) {
   return group.length ? [...groups, group] : groups;
 }
 
-/** How many groups stand before the first in which a formula has begun that what comes may still end. */
+/** How many groups precede the first one with an open formula, which later text may close. */
 function beforeOpen(groups) {
   let behind = 0;
   for (const { raw } of groups) behind += raw.length;
@@ -59,16 +59,16 @@ const normal = (text) => text.replace(/\r\n?/g, "\n");
 
 /** HTML of some tokens, not yet sanitised. */
 export const htmlOf = (tokens) => markdown.parser(tokens);
-/** The whole of a text at once: what growing has to agree with. */
+/** HTML of a whole text at once; the incremental result must equal it. */
 export const htmlOfAll = (text) => markdown.parser(lexed(normal(text)));
 
-/** A text that is only ever appended to. `groups` is all of it: { raw, tokens }, the first `settled` of them for good. */
+/** A text that only grows. `groups` covers all of it: { raw, tokens }; the first `settled` of them are final. */
 export class Growing {
   #tail = "";
   groups = [];
   settled = 0;
 
-  /** Go on with the text. */
+  /** Append text. */
   push(text) {
     this.#tail += text;
     const groups = groupsOf(lexed(normal(this.#tail))).map((tokens) => ({ raw: rawOf(tokens), tokens }));
@@ -85,8 +85,8 @@ export class Growing {
     const raw = done.map((group) => group.raw).join("");
     if (!done.length) return;
     const tail = normal(this.#tail);
-    if (!tail.startsWith(raw)) return; // never seen; then it is read again, which is slow and right
-    const torn = this.#tail.endsWith("\r") ? "\r" : ""; // a line feed may follow, and be a part of it
+    if (!tail.startsWith(raw)) return; // never seen; then the text is parsed again, which is slow but right
+    const torn = this.#tail.endsWith("\r") ? "\r" : ""; // a line feed that belongs to it may follow
     this.#tail = torn ? tail.slice(raw.length, -1) + torn : tail.slice(raw.length);
     this.settled += done.length;
   }

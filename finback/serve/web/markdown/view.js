@@ -1,4 +1,4 @@
-// Growing markdown in the document: a group is drawn again only when its text has changed, and then only what is new in it.
+// Draws incremental markdown: a group is redrawn only when its text has changed, and then only the new part.
 import DOMPurify from "../vendor/purify.js";
 import temml from "../vendor/temml.js";
 import { coloured } from "./code.js";
@@ -51,11 +51,11 @@ const ALLOWED = {
 };
 const CLOSED = /^ {0,3}(`{3,}|~{3,})[^\n]*\n(?:[\s\S]*\n)? {0,3}\1[`~]*[ \t]*\n*$/;
 const BUDGET = 7; // milliseconds of drawing in one frame; the rest waits for the next
-const SLOW = 20; // milliseconds of one step, which cannot be cut, after which the next waits,
-const REST = 8; // so many times as long as it took,
-const LONGEST_REST = 1500; // but no longer
+const SLOW = 20; // milliseconds; after a longer step, the next one waits
+const REST = 8; // this many times its duration
+const LONGEST_REST = 1500; // but at most this many milliseconds
 
-/** Nodes for HTML that nobody vouches for. */
+/** Sanitised nodes of untrusted HTML. */
 const clean = (text) => DOMPurify.sanitize(text, ALLOWED);
 
 function element(name, className, ...children) {
@@ -65,7 +65,7 @@ function element(name, className, ...children) {
   return found;
 }
 
-/** The headings of a text as ranks below the page's own, without gaps, however a model numbers them; they look as they are written. */
+/** Give a text's headings levels below the page's own, without gaps, whatever levels the model wrote; their look stays. */
 function rank(root) {
   const above = [];
   for (const heading of root.querySelectorAll("h1, h2, h3, h4, h5, h6")) {
@@ -97,7 +97,7 @@ function drawMath(span) {
   }
 }
 
-/** What scrolls by itself can be reached by the keyboard. */
+/** Make a box that scrolls reachable by the keyboard. */
 function makeReachable(box, label) {
   box.tabIndex = 0;
   box.setAttribute("role", "region");
@@ -122,8 +122,8 @@ function frameCode(pre) {
 
 function frameTable(table) {
   const box = element("div", "scroll");
-  box.dir = "auto"; // or a table that is read from the right would stand at the left
-  table.removeAttribute("dir"); // what has one of its own does not count
+  box.dir = "auto"; // otherwise a right-to-left table would be aligned left
+  table.removeAttribute("dir"); // dir="auto" ignores elements that have a dir
   table.replaceWith(box);
   makeReachable(box, "Table");
   box.append(table);
@@ -158,7 +158,7 @@ export class MarkdownView {
   #wanted = { text: "", done: false };
   #growing = new Growing();
   #drawn = []; // for each group { raw, box, isColoured }
-  #sure = 0; // groups at the beginning that are drawn for good
+  #sure = 0; // leading groups whose drawing is final
   #timer = 0;
   #rest = 0; // when drawing may go on
 
@@ -175,14 +175,14 @@ export class MarkdownView {
     else this.#draw();
   }
 
-  /** Forget what is still to be drawn. */
+  /** Cancel pending drawing. */
   close() {
     clearTimeout(this.#timer);
   }
 
   #later(wait) {
     clearTimeout(this.#timer);
-    // not by a frame: those stand still while nobody looks
+    // not an animation frame: those pause while the page is hidden
     this.#timer = setTimeout(() => this.#draw(), wait);
   }
 
@@ -191,7 +191,7 @@ export class MarkdownView {
     const began = performance.now();
     if (!text.startsWith(this.#shown)) this.#forget();
     if (text.length > this.#shown.length) {
-      this.#sure = Math.min(this.#sure, this.#growing.settled); // an answer that was done may go on
+      this.#sure = Math.min(this.#sure, this.#growing.settled); // an answer that was done may continue
       this.#growing.push(text.slice(this.#shown.length));
     }
     this.#shown = text;
@@ -238,7 +238,7 @@ export class MarkdownView {
     this.#colour(this.#drawn[i], group, final);
   }
 
-  /** Code that is still being written gets the new characters only. */
+  /** Append only the new characters to code that is still being written. */
   #append(drawn, { raw, tokens }) {
     const [token] = tokens;
     if (tokens.length !== 1 || token.type !== "code" || drawn.isColoured || !raw.startsWith(drawn.raw)) return false;

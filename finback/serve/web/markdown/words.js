@@ -1,15 +1,15 @@
-// How text that is not English reads: emphasis beside Chinese, Japanese and Korean, where links end, the few tags that models write.
+// Rules for text that is not English: emphasis next to Chinese, Japanese and Korean, ends of links; and the tags that models write.
 import { Lexer, Tokenizer } from "../vendor/marked.js";
 
 const CJK = "\\p{Script=Han}\\p{Script=Hiragana}\\p{Script=Katakana}\\p{Script=Hangul}\\p{Script=Bopomofo}\\u3000-\\u303f\\ufe10-\\ufe4f\\uff00-\\uffef";
-// of the characters beside asterisks: P punctuation that is not CJK's, C CJK's, A any other; a tilde counts as a letter
+// characters next to asterisks: P is punctuation outside CJK, C is CJK, A is any other; a tilde counts as a letter
 const P = `(?![~${CJK}])[\\p{P}\\p{S}]`;
 const A = `(?:(?![${CJK}])[^\\s\\p{P}\\p{S}]|~)`;
 const PC = `(?:[${CJK}]|${P})`;
 const AC = `(?:[${CJK}]|${A})`;
 
-// github.com/tats-u/markdown-cjk-friendly: CJK's punctuation is a letter, and beside CJK other punctuation binds as beside
-// a space. The groups are those of marked: 1 and 2 end emphasis, 3 and 4 begin it, 5 and 6 may do both.
+// github.com/tats-u/markdown-cjk-friendly: CJK punctuation counts as a letter, and next to CJK other punctuation binds as
+// next to a space. The groups are those of marked: 1 and 2 end emphasis, 3 and 4 begin it, 5 and 6 may do both.
 const ENDS = [
   "^[^_*]*?__[^_*]*?\\*[^_*]*?(?=__)",
   "[^*]+(?=[^*])",
@@ -27,7 +27,7 @@ const RULES = {
 };
 
 const LINK_END = /(?=[\u3000-\u303f\ufe10-\ufe4f\uff00-\uffef])[\p{P}\p{S}\p{Z}]|[“”‘’…—،؛؟۔।॥]/u; // Arabic's and Devanagari's too
-// two tildes: one stands for "to" in CJK, as in 3~5
+// two tildes, since one means "to" in CJK, as in 3~5
 const GONE = /^~~(?=[^\s~])((?:\\[\s\S]|[^\\])*?(?:\\[\s\S]|[^\s~\\]))~~(?=[^~]|$)/;
 const BREAK = /^<br\s*\/?>/i;
 const STYLED = /^<(sub|sup|kbd|mark|small|u|s|b|i|em|strong|del)>((?:(?!<\/?\1>)[\s\S])+?)<\/\1>/i;
@@ -44,7 +44,7 @@ class Words extends Tokenizer {
     return end < 0 ? found : super.url(text.slice(0, end));
   }
 
-  /** HTML is shown, not obeyed, but for a line's end. */
+  /** HTML is shown as text, except for line breaks. */
   tag(text) {
     const match = BREAK.exec(text);
     return match ? { type: "br", raw: match[0] } : undefined;

@@ -9,7 +9,7 @@ import { asCsv, asPng } from "./save.js";
 const HEIGHT = 200;
 const TICKS = { step: short, tokens: short, time: clock, cost: money };
 
-/** Curves with axes of their own as one table, which is what uPlot draws: [x, y, y, ...]. */
+/** Curves with different x values as one table, as uPlot needs it: [x, y, y, ...]. */
 export function joined(lines) {
   const tables = lines.flatMap((line) =>
     line.smooth
@@ -27,7 +27,7 @@ export function joined(lines) {
     : [[]];
 }
 
-/** An axis on which no place stands twice: of several values at one place the last. */
+/** A curve without repeated x values: of several values at one x, the last. */
 function distinct(x, y) {
   const places = [];
   const values = [];
@@ -85,7 +85,7 @@ function options({ lines, axis, log, width, onZoom, onMove }) {
   };
 }
 
-/** A curve's value at a row, or the one before where only others have a value there; none before its beginning and behind its end. */
+/** A curve's value at a row, or the one before if only other curves have a value there; none before its start or after its end. */
 function valueAt(column, row) {
   if (isThere(column[row]) || !column.slice(row).some(isThere)) return column[row];
   return column.slice(0, row).findLast(isThere);
@@ -96,12 +96,12 @@ const isThere = (value) => value !== null && value !== undefined;
 function padded(_, low, high) {
   if (low === null) return [0, 1];
   const size = Math.max(Math.abs(low), Math.abs(high));
-  const isFlat = high - low <= size * 1e-9; // what rounding leaves of a constant would get ticks without end
+  const isFlat = high - low <= size * 1e-9; // the rounding errors of a constant would get endless ticks
   const room = ((isFlat ? size : high - low) || 1) * 0.06;
   return [low - room, high + room];
 }
 
-/** Shift and dragging moves what is seen; the rest is fetched when the pointer is let go. */
+/** Shift and dragging moves the visible range; missing data are fetched when the pointer is released. */
 function pan(plot, onZoom) {
   plot.over.addEventListener(
     "mousedown",
@@ -127,9 +127,9 @@ function pan(plot, onZoom) {
 }
 
 const WALK = { ArrowLeft: -1, ArrowRight: 1, PageUp: -0.1, PageDown: 0.1, Home: -Infinity, End: Infinity }; // rows, or a share of all
-const KEYS = "arrow keys walk, Shift and arrows move, plus and minus zoom, 0 shows all";
+const KEYS = "arrow keys select a point, Shift and arrows move, plus and minus zoom, 0 shows all";
 
-/** The row to which a key walks from the one under the cursor; undefined for other keys. */
+/** The row that a key selects, starting from the one under the cursor; undefined for other keys. */
 function walked(plot, key) {
   const by = WALK[key];
   if (by === undefined) return undefined;
@@ -142,7 +142,7 @@ function walked(plot, key) {
   return Math.max(first, Math.min(last, now + step));
 }
 
-/** The stretch that a key shows, around the cursor; undefined for other keys, [null, null] for all. */
+/** The x range that a key shows, around the cursor; undefined for other keys, [null, null] for all. */
 function stretch(plot, { key, shiftKey }) {
   const { min, max } = plot.scales.x;
   const x = plot.data[0];
@@ -218,7 +218,7 @@ function At({ axis, row, curves }) {
   )}`;
 }
 
-/** A log scale has no place for what is not above 0. */
+/** Removes values that a log scale cannot show: those not above 0. */
 function positive(line) {
   const cut = (ys) => ys?.map((y) => (y > 0 ? y : null));
   return { ...line, y: cut(line.y), smooth: cut(line.smooth) };

@@ -1,9 +1,9 @@
-// The palette for canvases: CSS variables as the colours they are right now.
+// The palette for canvases: the current colours of CSS variables.
 const probe = document.createElement("span");
 probe.hidden = true;
 document.documentElement.append(probe);
 
-/** What a variable of palette.css stands for, light or dark. */
+/** The current colour of a variable of palette.css, light or dark. */
 export function colour(name) {
   probe.style.color = `var(--${name})`;
   return getComputedStyle(probe).color;
@@ -12,5 +12,5 @@ export function colour(name) {
 export const SERIES = 8;
 export const series = (i) => `series-${(i % SERIES) + 1}`;
 
-/** A colour with some of it taken away. */
+/** A colour with reduced opacity. */
 export const faint = (css, share) => css.replace(/^rgb\(([^)]+)\)$/, (_, parts) => `rgba(${parts}, ${share})`);

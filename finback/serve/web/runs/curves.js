@@ -42,8 +42,8 @@ const MOST = 8; // stages at a time
 const rank = (key) => (ORDER.indexOf(key) < 0 ? ORDER.length : ORDER.indexOf(key));
 
 /**
- * The stages that are shown, each at the place of its colour, "" where a place is free; the one that runs or the first that learns by
- * reward, unless others are named.
+ * The stages that are shown, each at the index of its colour, "" at a free index. By default, the running stage, or else the
+ * first one with a reward.
  */
 function chosenOf(run, place) {
   const able = run.stages.filter((s) => s.has_metrics);
@@ -56,14 +56,14 @@ function chosenOf(run, place) {
   return first ? [stageId(run.name, first.name)] : [];
 }
 
-/** One more, at the first free place; where all are taken at that of the first. */
+/** Adds a stage at the first free index; if none is free, it replaces the first. */
 function withOne(chosen, id) {
   const free = chosen.indexOf("");
   if (free < 0 && chosen.length < MOST) return [...chosen, id];
   return chosen.with(Math.max(0, free), id);
 }
 
-/** One less; the others keep their places, and so their colours. */
+/** Removes a stage; the others keep their indices, and so their colours. */
 function without(chosen, id) {
   const left = chosen.map((c) => (c === id ? "" : c));
   while (left.at(-1) === "") left.pop();
@@ -118,7 +118,7 @@ export function Curves({ run, place }) {
       ${wanted.map((key) => html`<${Chart} key=${key} title=${named(key)} axis=${axis} log=${log} range=${range} onZoom=${zoom} lines=${lines.filter((l) => l.key === key)} />`)}
     </div>
     ${heat.map(([r, s]) => html`<${Heat} key=${s} run=${r} stage=${s} changed=${run} />`)}
-    <p class="small">Drag to zoom in, Shift and drag to move, double-click for all; by keyboard walk with the arrow keys, move with Shift, zoom with + and −, and 0 for all. Long curves keep the lowest and the highest value of every stretch.</p>`;
+    <p class="small">Drag to zoom in, Shift and drag to move, double-click to show all. On the keyboard, arrow keys select a point, Shift and arrows move, + and − zoom, 0 shows all. Long curves are thinned to the lowest and the highest value of every section.</p>`;
 }
 
 function Chip({ id, text, chosen, onChoose }) {
@@ -160,7 +160,7 @@ function useLines(chosen, { axis, weight, range, changed }) {
   useEffect(() => {
     const mine = ++turn.current;
     let timer = 0;
-    let soon = state.lines.length ? undefined : 1; // first what can be had at once, then the whole
+    let soon = state.lines.length ? undefined : 1; // first what is available at once, then everything
     const look = async () => {
       try {
         const found = await Promise.all(

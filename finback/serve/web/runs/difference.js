@@ -1,10 +1,10 @@
 // The difference between two texts, word by word.
 import { html } from "../lib.js";
 
-const CELLS = 4e6; // of the table of common words; longer texts are told apart by their beginning and end
+const CELLS = 4e6; // of the table of common words; longer texts are compared only by their beginning and end
 const cutter = Intl.Segmenter && new Intl.Segmenter(undefined, { granularity: "word" });
 
-/** A text's words, blanks and signs; scripts without blanks are cut by the browser's dictionary. */
+/** A text's words, blanks and signs; the browser segments scripts without blanks. */
 const wordsOf = (text) =>
   cutter ? Array.from(cutter.segment(text), (s) => s.segment) : (text.match(/\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? []);
 
@@ -19,7 +19,7 @@ export function difference(before, after) {
   return joined([["same", a.slice(0, start).join("")], ...middle, ["same", end ? a.slice(-end).join("") : ""]]);
 }
 
-/** The same for two lists of words: the longest common subsequence stays. */
+/** The same for two lists of words, by their longest common subsequence. */
 function between(a, b) {
   const wide = b.length + 1;
   if ((a.length + 1) * wide > CELLS) return [["gone", a.join("")], ["fresh", b.join("")]];
@@ -41,7 +41,7 @@ function between(a, b) {
   return found;
 }
 
-/** Neighbours of one kind as one. */
+/** Merges neighbours of one kind. */
 function joined(parts) {
   const found = [];
   for (const [kind, text] of parts.filter(([, text]) => text)) {
@@ -51,7 +51,7 @@ function joined(parts) {
   return found;
 }
 
-/** A text with what has changed in it since another one. */
+/** A text with its changes since another one marked. */
 export const Changed = ({ before, after }) =>
   difference(before, after).map(([kind, text], i) =>
     kind === "same" ? text : kind === "gone" ? html`<del key=${i}>${text}</del>` : html`<ins key=${i}>${text}</ins>`,

@@ -1,4 +1,4 @@
-// One prompt across training: what each model answered, stage after stage, so that one sees the reasoning change, word by word.
+// One prompt across training: the answers of each stage's model, with their changes marked word by word.
 import { askJson, query } from "../api.js";
 import { html, useEffect, useState } from "../lib.js";
 import { go, linkTo } from "./place.js";
@@ -25,7 +25,7 @@ export function Follow({ run, place }) {
     <section class="follow" aria-label="One prompt across training">
       <h2 dir="auto">${question}</h2>
       ${error && html`<p class="notice bad" role="alert">${error}</p>`}
-      ${data && !stops.length && html`<p class="notice">Nobody was asked this.</p>`}
+      ${data && !stops.length && html`<p class="notice">No model was asked this.</p>`}
       ${
         stops.length > 1 &&
         html`
@@ -52,7 +52,7 @@ function stopsOf({ stage, source, exam, model, records }) {
     }));
 }
 
-/** The stop since which the changes at another one are marked. */
+/** The stop that stop `i` is compared with. */
 const sinceOf = (stops, i, since) => (since === "before" ? stops[i - 1] : stops.find((stop) => stop.id === since && stop !== stops[i]));
 
 function Stop({ stop, since }) {

@@ -1,4 +1,4 @@
-// Numbers as people read them.
+// Formats numbers for reading.
 
 /** 75 s as "1:15", hours where there are some. */
 export function clock(seconds) {

@@ -1,10 +1,10 @@
-// Which experts are busy: one map a layer, steps from left to right, an expert a row. Pointer and arrow keys ask for one field.
+// Expert load: one map per layer, steps from left to right, one expert per row. Pointer and arrow keys select a field.
 import { askJson, query } from "../api.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { colour } from "./colours.js";
 import { percent } from "./format.js";
 
-const ROW = 16; // pixels of an expert
+const ROW = 16; // height of an expert's row in pixels
 
 export function Heat({ run, stage, changed }) {
   const [data, setData] = useState(null);
@@ -51,11 +51,11 @@ function Layer({ layer, data }) {
     setAt({ step, expert: Math.max(0, Math.min(experts - 1, from.expert + by[1])) });
   };
   const last = columns.at(-1);
-  const text = `Layer ${layer + 1}: at step ${data.steps.at(-1)} the busiest expert gets ${percent(Math.max(...last))} and the idlest ${percent(Math.min(...last))}; even would be ${percent(1 / experts)}`;
+  const text = `Layer ${layer + 1}: at step ${data.steps.at(-1)} the busiest expert gets ${percent(Math.max(...last))} and the least busy one ${percent(Math.min(...last))}; even would be ${percent(1 / experts)}`;
   return html`
     <section class="chart">
       <header><h3>Layer with experts ${layer + 1}</h3><span class="values" aria-live="polite">${at && `step ${data.steps[at.step]}   expert ${at.expert + 1}   ${percent(columns[at.step][at.expert] ?? 0)}`}</span></header>
-      <canvas ref=${canvas} tabindex="0" role="application" aria-roledescription="map" aria-label=${`${text}; arrow keys walk`} onKeyDown=${press} onMouseMove=${over} onMouseLeave=${() => setAt(null)}></canvas>
+      <canvas ref=${canvas} tabindex="0" role="application" aria-roledescription="map" aria-label=${`${text}; arrow keys select a field`} onKeyDown=${press} onMouseMove=${over} onMouseLeave=${() => setAt(null)}></canvas>
       <p class="small">Steps ${data.steps[0]} to ${data.steps.at(-1)}; ${experts} experts from top to bottom.</p>
     </section>`;
 }

@@ -23,7 +23,7 @@ export function List({ data }) {
   if (!data.runs.length) {
     return html`
       <div class="empty"><h1>No runs yet</h1>
-        <p>Run folders under <code>${data.root}</code> will be here as soon as there is one. This makes the first:</p>
+        <p>Run folders under <code>${data.root}</code> appear here. This command makes the first one:</p>
         <pre tabindex="0">finback run recipes/tiny.py</pre></div>`;
   }
   const words = text.trim().toLowerCase();
@@ -35,7 +35,7 @@ export function List({ data }) {
       <input type="search" aria-label="Find a run" placeholder="Find by name, recipe or state" value=${text} onInput=${(e) => setText(e.target.value)} />
       <label>Order <select value=${order} onChange=${(e) => setOrder(e.target.value)}>${Object.entries(ORDERS).map(([name, [label]]) => html`<option key=${name} value=${name}>${label}</option>`)}</select></label>
     </div>
-    ${!shown.length && html`<p class="notice">No run holds this text.</p>`}
+    ${!shown.length && html`<p class="notice">No run contains this text.</p>`}
     <ul class="cards">${shown.sort((ORDERS[order] ?? ORDERS.changed)[1]).map((run) => html`<${Card} key=${run.name} run=${run} />`)}</ul>`;
 }
 

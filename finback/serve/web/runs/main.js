@@ -5,13 +5,13 @@ import { asset, html, mount, useEffect, useState } from "../lib.js";
 import { List } from "./list.js";
 import { Run } from "./run.js";
 
-const LIVE = 3000; // milliseconds between two looks at something that runs
+const LIVE = 3000; // milliseconds between requests while something runs
 const CALM = 20000;
 
-/** Where the address leads: { run, view, ... }. */
+/** The place that the address names: { run, view, ... }. */
 const placed = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 
-/** Ask again and again, more often while something runs, and not while nobody looks. */
+/** Polls a path, more often while something runs, and not while the page is hidden. */
 function usePolled(path, isLive) {
   const [state, setState] = useState({ path });
   useEffect(() => {
@@ -38,7 +38,7 @@ function usePolled(path, isLive) {
       } else timer = setTimeout(look, LIVE);
     };
     look();
-    document.addEventListener("visibilitychange", look); // whoever comes back sees what is now
+    document.addEventListener("visibilitychange", look); // update at once when the page is shown again
     return () => ((closed = true), clearTimeout(timer), document.removeEventListener("visibilitychange", look));
   }, [path]);
   return state.path === path ? state : { path };
@@ -53,7 +53,7 @@ function App() {
   useEffect(() => {
     const moved = (event) => {
       setPlace(placed());
-      if (event.newURL) window.scrollTo(0, 0); // a step of a slider comes without one
+      if (event.newURL) window.scrollTo(0, 0); // go() with `replace` dispatches an event without one
     };
     addEventListener("hashchange", moved);
     return () => removeEventListener("hashchange", moved);
@@ -92,7 +92,7 @@ const Loading = () =>
 
 function Trouble({ error }) {
   if (!error || error.status === 404) return null;
-  return html`<p class="notice bad" role="alert">${error.status === 0 ? "The server is gone. This page tries again every few seconds; what you see is what it said last." : error.message}</p>`;
+  return html`<p class="notice bad" role="alert">${error.status === 0 ? "The server is gone. This page tries again every few seconds; what you see is its last reply." : error.message}</p>`;
 }
 
 mount(html`<${App} />`);

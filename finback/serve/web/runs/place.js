@@ -4,7 +4,7 @@
 export const linkTo = (place) =>
   `#${new URLSearchParams(Object.entries(place).filter(([, v]) => v !== undefined && v !== "" && v !== null))}`;
 
-/** Go to a place; `replace` leaves no step to go back to. */
+/** Go to a place; `replace` adds no entry to the browser's history. */
 export function go(place, replace = false) {
   if (replace) {
     history.replaceState(null, "", linkTo(place));
@@ -12,7 +12,7 @@ export function go(place, replace = false) {
   } else location.hash = linkTo(place);
 }
 
-/** A stage of a run as one word of an address: names may hold any character. */
+/** A stage of a run as one word of an address; names may contain any character. */
 export const stageId = (run, stage) => [run, stage].map(encodeURIComponent).join("|");
 
 /** The names [run, stage] of such a word. */

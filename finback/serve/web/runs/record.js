@@ -1,4 +1,4 @@
-// One answer: its chain, its end, what it earned, and what training made of its tokens.
+// One answer: its chain, its text, its reward, and how training changed its tokens.
 import { html, useState } from "../lib.js";
 import { Changed } from "./difference.js";
 import { value } from "./format.js";
@@ -6,7 +6,7 @@ import { Tokens } from "./tokens.js";
 
 const ENDS = { length: "cut off", stop: "" };
 
-/** `against` is an answer since which the changes are marked. */
+/** `against`: the answer with which this one is compared. */
 export function Record({ record, against }) {
   const [byToken, setByToken] = useState(false);
   const { correct, reward, advantage, tokens, finish, detail } = record;

@@ -1,4 +1,4 @@
-// What the model answered while it learned: every answer of a step with what it earned, and one prompt across training.
+// Answers during training: every answer of a step with its reward, and one prompt across training.
 import { askJson, query } from "../api.js";
 import { Glyph, Icon } from "../controls.js";
 import { html, useEffect, useState } from "../lib.js";
@@ -6,7 +6,7 @@ import { Follow } from "./follow.js";
 import { go, linkTo } from "./place.js";
 import { Record } from "./record.js";
 
-/** Where answers are stored in a run: [id, words] of each stage of RL, of what it watches, and of each exam. */
+/** The sources of answers in a run: [id, label] of each RL stage, of its watched prompts, and of each exam. */
 export function sourcesOf(run) {
   return run.stages.flatMap((s) => [
     ...(s.has_samples ? [[s.name, `${s.name}, every step`]] : []),
@@ -17,7 +17,7 @@ export function sourcesOf(run) {
 
 export function Rollouts({ run, place }) {
   const sources = sourcesOf(run);
-  const first = sources.find(([id]) => !id.includes("/")) ?? sources[0]; // RL says more than an exam
+  const first = sources.find(([id]) => !id.includes("/")) ?? sources[0]; // RL before exams
   const source = sources.some(([id]) => id === place.source) ? place.source : first?.[0];
   const [stage, exam] = (source ?? "").split("/");
   const { data, error } = useAsked(
@@ -38,7 +38,7 @@ export function Rollouts({ run, place }) {
     ${data && html`<${Groups} data=${data} place=${{ ...place, source }} onAt=${(at) => set({ at })} />`}`;
 }
 
-/** What the server says to a path: at once what it has, and again until it has read all. */
+/** The server's reply for a path: at once what it has read so far, then again until it has read everything. */
 function useAsked(path, changed) {
   const [state, setState] = useState({});
   useEffect(() => {
@@ -88,7 +88,7 @@ function Search({ run, stage, exam, place, source }) {
   return html`
     <div class="finder">
       <input type="search" aria-label="Find a prompt" placeholder="Find a prompt" value=${text} onInput=${(e) => setText(e.target.value)} />
-      ${found && html`<ul class="found">${found.map((q) => html`<li key=${q}><a href=${linkTo({ ...place, source, question: q })}>${q}</a></li>`)}${!found.length && html`<li class="small">No prompt holds this text.</li>`}</ul>`}
+      ${found && html`<ul class="found">${found.map((q) => html`<li key=${q}><a href=${linkTo({ ...place, source, question: q })}>${q}</a></li>`)}${!found.length && html`<li class="small">No prompt contains this text.</li>`}</ul>`}
     </div>`;
 }
 

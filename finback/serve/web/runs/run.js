@@ -1,4 +1,4 @@
-// One run: what it is, what looks wrong, and its three views.
+// One run: its recipe and state, its alerts, and its three views.
 import { html } from "../lib.js";
 import { Curves } from "./curves.js";
 import { clock, money } from "./format.js";

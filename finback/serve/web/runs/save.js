@@ -2,7 +2,7 @@
 import { colour, series } from "./colours.js";
 
 const HEAD = 44; // pixels above the picture, for title and names
-// a spreadsheet takes a cell that begins so for a formula
+// a spreadsheet would read a cell with such a beginning as a formula
 const quoted = (text) => `"${String(text).replace(/^(?=[=+\-@])/, "'").replaceAll('"', '""')}"`;
 
 /** A table [x, y, y, ...] as CSV; nothing where a curve has no value. */
@@ -11,7 +11,7 @@ export function asCsv(names, table) {
   return [names.map(quoted).join(","), ...rows, ""].join("\n");
 }
 
-/** A plot's canvas as a PNG with what stands around it on the page. */
+/** A plot's canvas as a PNG, with the title and the names of the curves above it. */
 export function asPng(plot, title, lines) {
   const { width, height } = plot.ctx.canvas;
   const scale = devicePixelRatio;

@@ -1,4 +1,4 @@
-// The stages of a run: how far, how long, how much, and what came out.
+// The stages of a run: progress, time, cost and results.
 import { Glyph } from "../controls.js";
 import { html, useState } from "../lib.js";
 import { clock, money, named, percent, short, value } from "./format.js";
@@ -37,7 +37,7 @@ function Row({ run, stage }) {
 
 const tokensOf = (counts) => (counts?.tokens_trained ?? 0) + (counts?.tokens_generated ?? 0);
 
-/** Below what was spent what had been planned, where somebody planned. */
+/** The planned amount, shown below the actual one if there is a plan. */
 const Plan = ({ amount, write }) => amount > 0 && html`<div class="small">planned ${write(amount)}</div>`;
 
 /** The bar of a stage that is not finished. */
@@ -56,7 +56,7 @@ function Progress({ progress, state }) {
     <div class="small">${short(progress.at)} of ${short(progress.of)} ${progress.unit}${left}</div>`;
 }
 
-/** What came out of a stage: accuracies, the probe, bits per byte; else what its curves say last. */
+/** The results of a stage: accuracies, the probe, bits per byte; else the last values of its curves. */
 function headline({ results, last }) {
   const rows = [];
   for (const e of listed(results?.evaluations))
@@ -88,7 +88,7 @@ function Details({ run, stage }) {
     </div>`;
 }
 
-/** The plan against the ledger: what was foreseen, what it took, and how many times as much that is. */
+/** Plan and actual: planned and spent amounts, and their ratio. */
 function Against({ stage }) {
   const rows = [
     ["Tokens, at most", short, tokensOf(stage.plan), tokensOf(stage)],

@@ -1,11 +1,11 @@
-// What training did to the single tokens of an answer: how likely each was before and after, and which experts it was sent to.
+// How training changed each token of an answer: its probability before and after, and the experts it was routed to.
 import { html } from "../lib.js";
 import { Pieces, percent } from "../pieces.js";
 import { value } from "./format.js";
 
-const CHANGES = [0.01, 0.05, 0.2]; // of a probability that are marked, ever more strongly
+const CHANGES = [0.01, 0.05, 0.2]; // changes of a probability, each marked more strongly than the one before
 
-/** A token's class: up3 where training made it much likelier, down3 for the contrary. */
+/** A token's class: up3 where training made it much likelier, down3 for the opposite. */
 function change(before, after) {
   const by = Math.exp(after) - Math.exp(before);
   const size = CHANGES.filter((p) => Math.abs(by) >= p).length;
@@ -22,7 +22,7 @@ export function Tokens({ record: { detail, advantage } }) {
   const then = isLearnt ? "after the step" : "at the next look";
   return html`
     <${Pieces} label="The answer by tokens" texts=${pieces} styles=${pieces.map((_, i) => (after ? change(before[i], after[i]) : ""))}
-      hint=${after ? `Green has become likelier, red less likely ${then}. Point at a token, or walk with the arrow keys.` : "Point at a token, or walk with the arrow keys, to see how likely it is."}
+      hint=${after ? `Green tokens are likelier ${then}, red ones less likely. Point at a token, or use the arrow keys.` : "Point at a token, or use the arrow keys, to see how likely it is."}
       detail=${(i) => html`
         <span>${percent(before[i])}${after && ` → ${percent(after[i])} ${then} (${points(before[i], after[i])})`}</span>
         ${isLearnt && html`<span>advantage ${signed(advantage, value)}</span>`}
