@@ -1,9 +1,9 @@
-"""Muon against AdamW, and MTP on against off: the tiny model on real text, several seeds, every run kept.
+"""Compares Muon with AdamW, and MTP with no MTP, on the tiny model and real text, with several seeds.
 
     python benchmarks/ablate.py --tokens 1000000 --seeds 0 1 2 --runs runs/ablate
 
-Each optimiser first tries a few learning rates with a seed of its own, and takes the one with the fewest bits per byte of
-validation text. All four combinations then train with the same rows. Goes on where it was interrupted.
+Each optimiser first tries a few learning rates with a separate seed, and takes the one with the fewest bits per byte of
+validation text. All four combinations then train on the same rows. An interrupted call resumes.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Plan = tuple[str, float, bool, int]  # optimiser, its rate, with MTP, seed
 
 
 def stage(plan: Plan, options: argparse.Namespace) -> Pretrain:
-    """One run; the rate of what Muon leaves to AdamW is the same in all of Muon's runs."""
+    """One run; AdamW's rate for the parameters that Muon does not train is the same in all of Muon's runs."""
     optimizer, rate, mtp, seed = plan
     tokens = options.tokens
     return Pretrain(
@@ -72,7 +72,7 @@ def _nothing(run: StageRun) -> None:
 
 
 def train_all(plans: Sequence[Plan], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All runs, one on each core at a time; what each came to."""
+    """Executes all runs, one per core at a time; returns their figures."""
     context = multiprocessing.get_context("spawn")
     for start in range(0, len(plans), CORES):
         now = plans[start : start + CORES]
@@ -88,7 +88,7 @@ def train_all(plans: Sequence[Plan], options: argparse.Namespace) -> list[dict[s
 
 
 def outcome(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
-    """A finished run's figures; the routers' over its last tenth."""
+    """A finished run's figures; those of the routers over its last tenth."""
     folder = options.runs / stage(plan, options).name
     said = read_json(folder / "manifest.json")["results"]
     lines = [r for r in read_lines(folder / "metrics.jsonl") if "loss" in r]

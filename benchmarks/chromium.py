@@ -1,4 +1,4 @@
-"""What the page's benchmarks share: a server in a thread, and Chromium's own trace as milliseconds a frame."""
+"""Shared by the page's benchmarks: a server in a thread, and Chromium's trace as milliseconds per frame."""
 
 import statistics
 import threading
@@ -39,7 +39,7 @@ def serving(app: Starlette) -> Iterator[str]:
 def frames(trace: dict[str, Any]) -> dict[str, list[float]]:
     """Milliseconds of scripting between each frame's beginning and the next, on the thread that draws the page.
 
-    `wall` counts the time in which others had the processor, `cpu` does not.
+    `wall` includes time in which other programs had the processor, `cpu` does not.
     """
     events = trace["traceEvents"]
     threads = [(e["pid"], e["tid"]) for e in events if e["name"] == "FunctionCall"]
@@ -51,7 +51,7 @@ def frames(trace: dict[str, Any]) -> dict[str, list[float]]:
     until = 0.0
     for begin, wall, cpu in sorted((e["ts"], -e.get("dur", 0), e.get("tdur", 0)) for e in scripts):
         place = int(np.searchsorted(starts, begin, side="right")) - 1
-        if begin >= until and place >= 0:  # else it is a part of the one before
+        if begin >= until and place >= 0:  # else it is part of the previous script
             until = begin - wall
             found["wall"][place] -= wall / 1000
             found["cpu"][place] += cpu / 1000
@@ -59,7 +59,7 @@ def frames(trace: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def told(spent: dict[str, list[float]], prefix: str) -> dict[str, float]:
-    """The figures of frames that are kept."""
+    """Summary statistics of the frames."""
     found = {f"{prefix}_ms_median": statistics.median(spent["wall"])}
     for kind, values in spent.items():
         found |= {f"{prefix}_{kind}_ms_p95": float(np.percentile(values, 95)), f"{prefix}_{kind}_ms_max": max(values)}

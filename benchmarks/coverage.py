@@ -1,8 +1,8 @@
-"""How often finback's intervals hold the truth: scores of one model, and differences of two, on simulated questions.
+"""How often finback's intervals cover the true value: scores of one model, and differences of two, on simulated questions.
 
-A question's rate of right answers is drawn from a beta distribution of the given spread, its samples from that rate, so samples are
-clustered; a share of the questions is as hard for the second model as for the first. The intervals before
-(Wilson's formula and a bootstrap) stand beside. One thread, some minutes: python benchmarks/coverage.py
+A question's rate of right answers is drawn from a beta distribution of the given spread, its samples from that rate, so
+samples are clustered; a share of the questions is as hard for the second model as for the first. The former intervals
+(Wilson's formula and a bootstrap) are measured for comparison. One thread, some minutes: python benchmarks/coverage.py
 """
 
 import argparse
@@ -23,7 +23,7 @@ QUESTIONS = (5, 10, 30, 100, 500)
 SAMPLES = (1, 4, 64)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 0.98)
 DIFFERENCES = (0, 0.02, 0.1, 0.3, 0.6, 0.9, 1.0)
-# alpha + beta of the questions' rates: 0 is all or nothing, inf the same for all; "rare" are few that are always right among others
+# alpha + beta of the questions' rates: 0: each is 0 or 1; inf: all are equal; "rare": a few questions are always right
 SPREADS: tuple[float | str, ...] = (0, 0.5, 1, 2, 4, 20, math.inf, "rare")
 FEWER: tuple[float | str, ...] = (0, 1, 10, math.inf, "rare")
 ALIKE = (0, 0.9, 1)  # share of the questions that are as hard for the second as for the first
@@ -33,7 +33,7 @@ Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 @dataclass(frozen=True)
 class Cell:
-    """One way in which scores come about. `two` is None for a single model."""
+    """One setting of the simulation. `two` is None for a single model."""
 
     n: int
     samples: int
@@ -41,7 +41,7 @@ class Cell:
     two: float | None
     spread: float | str
     alike: float = 0
-    # an answer earns any number in 0..1, not 0 or 1
+    # answers score any number in 0..1, not only 0 or 1
     is_graded: bool = False
 
 
@@ -68,14 +68,14 @@ def single_cells() -> Iterator[Cell]:
 
 
 def protocol_cells() -> Iterator[Cell]:
-    """R1's own: 30 questions, 64 samples of each."""
+    """R1's protocol: 30 questions, 64 samples of each."""
     for rate, spread in itertools.product((0.02, 0.98), SPREADS):
         yield Cell(30, 64, rate, None, spread)
 
 
 def pair_cells() -> Iterator[Cell]:
     for n, samples, difference in itertools.product(QUESTIONS, SAMPLES, DIFFERENCES):
-        if (n, samples) == (500, 4):  # between two others, and the slowest
+        if (n, samples) == (500, 4):  # lies between two others, and is the slowest
             continue
         middle = (0.5 + difference / 2, 0.5 - difference / 2)
         for one, two in {middle, (0.02 + difference, 0.02), (0.98, 0.98 - difference)}:
@@ -89,7 +89,7 @@ def pair_cells() -> Iterator[Cell]:
 
 
 def rates(rate: float, spread: float | str, rng: np.random.Generator) -> np.ndarray:
-    """Questions' rates in order [POOL]; their mean is the truth."""
+    """Questions' rates in order [POOL]; their mean is the true score."""
     if rate in (0, 1) or spread == math.inf:
         return np.full(POOL, rate)
     if spread == 0:
@@ -125,7 +125,7 @@ def draw(cell: Cell, repetitions: int, rng: np.random.Generator) -> tuple[np.nda
 
 
 def measure(cell: Cell, repetitions: int, seed: int, compared: int = 100) -> Found:
-    """Draw a cell again and again. The intervals before are formed for the first `compared` repetitions alone."""
+    """Simulates a cell repeatedly. The former intervals are computed for the first `compared` repetitions only."""
     rng = np.random.default_rng(seed)
     values, truth = draw(cell, repetitions, rng)
     formula: Callable[[np.ndarray], Limits] = limits_of_mean if cell.two is None else limits_of_difference
@@ -146,9 +146,9 @@ def measure(cell: Cell, repetitions: int, seed: int, compared: int = 100) -> Fou
 
 
 def enumerate_pairs(n: int) -> dict[str, float]:
-    """Coverage without chance where each of two models answers n questions once, over all shares of gained and lost questions.
+    """Exact coverage if each of two models answers n questions once, over all shares of gained and lost questions.
 
-    Every count of gained and of lost questions has a probability, and either is in the interval or not. `single` is one model alone.
+    Every pair of counts of gained and lost questions has a probability, and its interval covers the truth or not. `single`: one model.
     """
     counts = np.array([(gained, lost) for gained in range(n + 1) for lost in range(n + 1 - gained)])
     place = np.arange(n)
@@ -178,10 +178,10 @@ def enumerate_pairs(n: int) -> dict[str, float]:
 
 
 def before(values: np.ndarray, is_single: bool, rng: np.random.Generator, resamples: int = 1000) -> Limits:
-    """The intervals that finback had before: percentiles of a bootstrap over questions, Wilson's formula near 0 and 1."""
+    """The intervals that finback computed formerly: percentiles of a bootstrap over questions, Wilson's formula near 0 and 1."""
     n, mean, variance = values.shape[1], values.mean(axis=1), values.var(axis=1, ddof=1)
     t = student((1 + LEVEL) / 2, n - 1)
-    if n > 30:  # with many questions the percentiles are Student's
+    if n > 30:  # with many questions the percentiles equal Student's
         low, high = mean - t * np.sqrt(variance / n), mean + t * np.sqrt(variance / n)
     else:
         tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t)
@@ -200,7 +200,7 @@ def before(values: np.ndarray, is_single: bool, rng: np.random.Generator, resamp
 
 
 def summary(found: list[tuple[Cell, Found]]) -> dict[str, Any]:
-    """Mean and minimum over the cells. Cells whose scores are nearly always equal say little of those that are not."""
+    """Mean and minimum over the cells. Cells whose scores are nearly always equal are left out of `*_where_scores_vary`."""
     coverage = [f.coverage for _, f in found]
     varied = [f.varied for _, f in found if f.varied is not None and f.constant < 0.5]
     ratios = [f.width / f.width_before for _, f in found if f.width_before > 0]
@@ -220,7 +220,7 @@ def summary(found: list[tuple[Cell, Found]]) -> dict[str, Any]:
 
 
 def grid(cells: Iterator[Cell], repetitions: int, seed: int) -> dict[str, Any]:
-    """All cells of a grid, summed up whole and by questions and samples, with the worst of them."""
+    """All cells of a grid, summarized as a whole and by questions and samples, with the worst cells."""
     found = [(cell, measure(cell, repetitions, seed + i)) for i, cell in enumerate(cells)]
     by: dict[str, list[tuple[Cell, Found]]] = {}
     for cell, f in found:
@@ -235,7 +235,7 @@ def grid(cells: Iterator[Cell], repetitions: int, seed: int) -> dict[str, Any]:
 
 
 def row(cell: Cell, found: Found) -> dict[str, Any]:
-    """One cell as JSON knows it."""
+    """One cell as JSON values."""
     return asdict(cell) | {"spread": str(cell.spread)} | asdict(found)
 
 
@@ -250,7 +250,7 @@ def table(parts: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    # here, because it imports torch, which the simulation and its test do without
+    # imports torch, which the simulation and its test do not need
     from record import header, write
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

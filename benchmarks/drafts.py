@@ -1,9 +1,9 @@
-"""Drafts, of MTP or of n-grams: how many are right, and what they bring at 1, 4 and 16 rows on a model trained here.
+"""Drafts from MTP or n-grams: how many are accepted, and how much they gain at 1, 4 and 16 rows on a model trained here.
 
     python benchmarks/drafts.py runs/tiny/zero [--rounds 5] [--draft ngram]
 
-Held-out sums, greedy and sampled; both engines answer the same prompts with the same seeds, take turns, and must say the
-same. The engine decides by itself whether drafts pay; `always` takes that decision from it.
+Held-out sums, greedy and sampled; the engines answer the same prompts with the same seeds, in turn, and must give the
+same answers. The engine decides by itself whether to draft; `always` overrides that decision.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from finback.tasks.math import Chains
 
 
 def answer(engine: Engine, prompts: list[list[int]], rows: int, temperature: float) -> tuple[float, list[Request]]:
-    """Seconds for all prompts, `rows` at a time, and what came of them."""
+    """Seconds for all prompts, `rows` at a time, and the finished requests."""
     began, done = time.perf_counter(), []
     for start in range(0, len(prompts), rows):
         requests = [

@@ -1,4 +1,4 @@
-"""Contestants that take turns: each in processes of its own, driven over pipes, asleep while others run.
+"""Contestants that take turns: each runs in its own processes, driven over pipes, and sleeps while others run.
 
 A machine's speed drifts by tens of percent within minutes, so nothing here is timed alone: every round asks every
 contestant for the same work, and ratios are formed within a round.
@@ -30,7 +30,7 @@ CORES = core_ranks(64)
 
 
 class FailedError(Exception):
-    """A contestant could not do what was asked; the text goes into the results."""
+    """A contestant failed; the text goes into the results."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Contestant:
         return bool(self.processes)
 
     def start(self) -> None:
-        """Start the processes; `ready` waits for them."""
+        """Starts the processes; `ready` waits for them."""
         context, port = multiprocessing.get_context("spawn"), _free_port()
         self.begun = time.perf_counter()
         for rank in range(self.ranks):
@@ -71,7 +71,7 @@ class Contestant:
             self.pipes.append(ours)
 
     def ready(self, patience: float) -> None:
-        """Wait for the first word: what the contestant says of itself, after its warm-up."""
+        """Waits for the first message, which each rank sends after its warm-up, and records it."""
         replies = self._replies(patience)
         self.record |= replies[0] | {"start_seconds": time.perf_counter() - self.begun}
         self._rest()
@@ -92,7 +92,7 @@ class Contestant:
         return seconds, replies
 
     def stop(self) -> None:
-        """End the processes: they leave when the pipe closes, or are killed."""
+        """Ends the processes: they exit when the pipe closes, or are killed."""
         if self.spins:
             self._signal(signal.SIGCONT)
         for pipe in self.pipes:
@@ -104,7 +104,7 @@ class Contestant:
         self.processes, self.pipes = [], []
 
     def fail(self, error: Exception) -> None:
-        """Leave the race; the reason stays in the record."""
+        """Takes the contestant out of the race; records the reason."""
         self.stop()
         self.record["failed"] = str(error)
         say(f"{self.name}: FAILED, {error}")
@@ -119,7 +119,7 @@ class Contestant:
             os.kill(process.pid, number)
 
     def _variables(self, rank: int, port: int) -> dict[str, str | None]:
-        """The environment of finback's own launcher; a single process must not look like one of several."""
+        """The environment that finback's launcher sets; a single process must not look like one of several ranks."""
         several = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -162,13 +162,13 @@ class Contestant:
 def _child(pipe: Connection, work: Work, settings: Settings) -> None:
     die_with_parent(os.getppid())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with tempfile.TemporaryFile() as log:  # libraries chatter; nothing measured may depend on a terminal
+    with tempfile.TemporaryFile() as log:  # libraries print; nothing measured may depend on a terminal
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
             work(pipe, settings)
         except (EOFError, BrokenPipeError):
-            return  # the parent has hung up
+            return  # the parent has closed the pipe
         except Exception as error:
             pipe.send(FailedError(_describe(error, log)))
 
@@ -184,7 +184,7 @@ def _describe(error: Exception, log: IO[bytes]) -> str:
 
 
 def start(contestants: Sequence[Contestant], at_once: int = CORES, patience: float = 600) -> None:
-    """Start contestants, a few at once, and wait until each has warmed up; one that cannot is out."""
+    """Starts contestants, a few at once, and waits until each has warmed up; one that fails is taken out."""
     for first in range(0, len(contestants), at_once):
         group = contestants[first : first + at_once]
         for contestant in group:
@@ -199,13 +199,13 @@ def start(contestants: Sequence[Contestant], at_once: int = CORES, patience: flo
 
 @dataclass
 class Field:
-    """Everybody who entered; `only` is a pattern that the names of those admitted match."""
+    """All contestants; `only` is a pattern that their names must match."""
 
     only: str = ""
     contestants: list[Contestant] = field(default_factory=list)
 
     def enter(self, contestants: Sequence[Contestant], at_once: int = CORES) -> list[Contestant]:
-        """Start those admitted, a few at once; they are returned."""
+        """Starts those whose names match, a few at once, and returns them."""
         chosen = [c for c in contestants if re.search(self.only, c.name)]
         self.contestants.extend(chosen)
         start(chosen, at_once)
@@ -215,7 +215,7 @@ class Field:
 def turns(
     contestants: Sequence[Contestant], rounds: int, command: Any, take: Callable[[Contestant, float, list[Any]], None]
 ) -> None:
-    """`rounds` times the same command to everybody, every other round in reverse order; `take` gets the answers."""
+    """Sends a command to every contestant, `rounds` times, in reverse order every other round; `take` gets the answers."""
     for number in range(rounds):
         for contestant in contestants if number % 2 == 0 else list(reversed(contestants)):
             if not contestant.alive:
@@ -250,7 +250,7 @@ def _set(variables: dict[str, str | None]) -> None:
 
 
 def _free_port() -> int:
-    # outside the range the system hands out by itself, so that nobody takes it before the ranks meet
+    # outside the range that the system assigns, so that no other program takes it before the ranks connect
     for port in random.sample(range(20_000, 30_000), 50):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):

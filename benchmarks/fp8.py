@@ -1,10 +1,10 @@
-"""FP8 against bf16: the same model, rows and seed trained in both, and how far their losses lie apart.
+"""FP8 against bf16: trains the same model on the same rows and seed in both, and compares their losses.
 
     python benchmarks/fp8.py --size 10m --steps 2000 --runs runs/fp8
 
-Every precision trains in a process of its own with --threads threads, all at once. Interrupted (Ctrl-C) or killed, it goes
-on from the last checkpoints when it is started again; --report compares what has been logged so far. Without a Hopper GPU
-FP8 is emulated: the numbers are FP8's, the speed is not.
+Every precision trains in its own process with --threads threads, all at once. After Ctrl-C or a kill, the next call
+resumes from the last checkpoints; --report compares what has been logged so far. Without a Hopper GPU FP8 is emulated:
+the numbers are FP8's, the speed is not.
 """
 
 import argparse
@@ -40,7 +40,7 @@ PRECISIONS = ("bf16", "fp8", "fp32")
 
 
 def stage(precision: str, options: argparse.Namespace) -> Pretrain:
-    """What one precision trains; everything but the precision is the same."""
+    """The stage of one precision; everything but the precision is the same."""
     step = options.rows * options.length
     return Pretrain(
         name=precision,
@@ -59,7 +59,7 @@ def stage(precision: str, options: argparse.Namespace) -> Pretrain:
 
 
 def train(precision: str, options: argparse.Namespace, parent: int) -> None:
-    """One precision from its last checkpoint to its end, in this process."""
+    """Trains one precision from its last checkpoint to the end, in this process."""
     die_with_parent(parent)
     torch.set_num_threads(options.threads)
 
@@ -75,7 +75,7 @@ def train(precision: str, options: argparse.Namespace, parent: int) -> None:
         recipes.claim(plan, root, options.seed)
         recipes.execute(plan, root, options.seed, World(), watch)
     except Interrupted:
-        say(f"{precision}: stopped, start again to go on")
+        say(f"{precision}: stopped; start again to resume")
         sys.exit(1)
     except UserError as error:
         say(f"{precision}: {error}")
@@ -83,14 +83,14 @@ def train(precision: str, options: argparse.Namespace, parent: int) -> None:
 
 
 def train_all(options: argparse.Namespace) -> bool:
-    """All precisions side by side; whether all reached their end."""
+    """Trains all precisions at once; returns whether all finished."""
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=train, args=(precision, options, os.getpid())) for precision in options.precisions
     ]
     for process in processes:
         process.start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the children take it, and end at a safe point
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the children handle it, and stop at a safe point
     for process in processes:
         process.join()
     return all(process.exitcode == 0 for process in processes)
@@ -113,7 +113,7 @@ def gap(losses: Sequence[float], base: Sequence[float], window: int) -> dict[str
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
-    """What the results file holds: every loss, the gaps to bf16, and bits per byte of what nobody trained on."""
+    """The content of the results file: every loss, the gaps to bf16, and bits per byte of validation text."""
     config: ModelConfig = dataclasses.replace(SIZES[options.size], vocab_size=1024)
     kept = {k: v for k, v in vars(options).items() if k not in ("runs", "out", "report")}
     counts = {"parameters": parameters(config), "active_parameters": parameters(config, active=True)}
@@ -131,7 +131,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(folder: Path, losses: Sequence[float], window: int) -> dict[str, Any]:
-    """One run: steps, its last loss smoothed, seconds, and what a finished stage says of itself."""
+    """One run: steps, its smoothed last loss, seconds, and the results of a finished stage."""
     found = {"steps": len(losses), "loss_at_end": smooth(losses, window)[-1], "seconds": spent(folder)["seconds"]}
     if (folder / "manifest.json").is_file():
         said = read_json(folder / "manifest.json")["results"]

@@ -1,4 +1,4 @@
-"""Contestants that only multiply: what each layout of processes and threads can do at best, in the same run."""
+"""Contestants that only multiply matrices: the peak of each layout of processes and threads, in the same run."""
 
 from collections.abc import Sequence
 from multiprocessing.connection import Connection

@@ -2,7 +2,7 @@
 
 By default the weights are random and every answer has the full length: on both sides the end of a text is an id that
 the model cannot produce. With --base, a finished stage's folder, answers end where that model ends them. The reward is
-a hash of the answer, so that every group carries a gradient whatever a model says.
+a hash of the answer, so that every group has a gradient.
 """
 
 import argparse
@@ -32,7 +32,7 @@ RANKS, SINGLE = f"{CORES}x1", f"1x{CORES}"
 
 
 def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds: int, steps: int) -> None:
-    """The alternating rounds; a turn is `steps` steps, its split is that of the slowest rank."""
+    """Runs the alternating rounds; a turn is `steps` steps, and its split into parts is that of the slowest rank."""
 
     def take(contestant: Contestant, seconds: float, replies: list[Any]) -> None:
         into = contestant.record
@@ -70,12 +70,12 @@ def summarise(
 
 
 def sequence_flops(config: ModelConfig, length: float) -> float:
-    """What a question with its answer has to cost: once forward to write it, once in training."""
+    """FLOPs that a question and its answer need: one forward pass to generate, and one pass of training."""
     return length * (forward_flops(config, length / 2) + training_flops(config, length / 2, mtp=False))
 
 
 def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
-    """The comparisons worth making, each formed round by round."""
+    """The ratios that are reported, each formed within a round."""
     raced = {c.name: c for c in contestants if c.record.get("seconds") and c.alive}
     median = {name: statistics.median(c.record["seconds"]) for name, c in raced.items()}
 
@@ -130,7 +130,7 @@ def _options() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prepare, let TRL's settings qualify, race."""
+    """Prepares, selects TRL's settings by a trial, and races."""
     base = options.base or folder / "base"
     if not options.base:
         save_base(base, prepare(folder, CHAINS) / "tokenizer.json")
@@ -180,7 +180,7 @@ def main() -> None:
     options = _options()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = folder  # nothing is loaded from a hub, and nothing is left behind
+        os.environ["HF_HOME"] = folder  # nothing is loaded from the hub or left on disk
         results = run(options, Path(folder))
     results["run_seconds"] = time.perf_counter() - begin
     record.write(results, options.out)

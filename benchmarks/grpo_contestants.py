@@ -1,4 +1,4 @@
-"""Who takes part in the GRPO benchmark, and what each does in its processes."""
+"""The contestants of the GRPO benchmark, and the work of their processes."""
 
 import dataclasses
 import random
@@ -31,11 +31,11 @@ from finback.tasks.math import Chains
 
 CHAINS = Chains(min_terms=4, max_terms=6)
 LR = 1e-6  # TRL's default: small enough for answers to keep their lengths
-STEPS = 64  # questions drawn for TRL's data set; it starts anew after so many steps
+STEPS = 64  # questions drawn for TRL's data set; it repeats after so many steps
 
 
 def reward(answer: Sequence[int]) -> float:
-    """0 to 1, by the ids of an answer: costs nothing, and differs within every group."""
+    """0 to 1, a hash of an answer's ids: cheap, and different within every group."""
     return zlib.crc32(str(list(answer)).encode()) % 1000 / 1000
 
 
@@ -59,7 +59,7 @@ def prompts(settings: Settings, step: int) -> list[tuple[list[int], str]]:
 
 def _stage_run(settings: Settings, world: World) -> StageRun:
     run = StageRun(Path(settings["folder"]), "zero", 0, world, quiet=True)
-    run.folder.mkdir(exist_ok=True)  # every answer is kept there
+    run.folder.mkdir(exist_ok=True)  # every answer is written there
     return run
 
 
@@ -122,7 +122,7 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
 
 
 def trl_worker(pipe: Connection, settings: Settings) -> None:
-    """GRPOTrainer, its loop held up between turns."""
+    """GRPOTrainer, whose loop waits between turns."""
     import datasets  # here, so that finback's processes need not load them
     import transformers
     from trl import GRPOTrainer
@@ -183,7 +183,7 @@ def _trl_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def _trl_model(settings: Settings) -> tuple[Any, Any]:
-    """Tokenizer and model. For answers of full length the end of a text is one id more than the model knows."""
+    """Tokenizer and model. For answers of full length the end-of-sequence id lies beyond the model's vocabulary."""
     import transformers
 
     base = Path(settings["base"])
@@ -247,7 +247,7 @@ def finback_contestants(common: Settings) -> list[Contestant]:
 
 
 def trl_alone(common: Settings) -> list[Contestant]:
-    """TRL in one process. Its defaults spare memory, which is not short here; the others go for speed."""
+    """TRL in one process. Its defaults save memory, which is plentiful here; the other settings aim at speed."""
     plain = {"precision": "fp32", "generation": "default", "parts": 1, "checkpointing": False}
     changes: dict[str, Settings] = {
         "defaults": {"precision": "bf16", "checkpointing": True},

@@ -1,13 +1,15 @@
-"""Every way to lay a model on ranks against one rank: losses, gradient norms, router biases, and ties of routers.
+"""Compares every layout of a model on ranks with one rank: losses, gradient norms, router biases, and ties of routers.
 
     python benchmarks/layouts.py            # --only PATTERN, --again, --steps, --out FILE
 
-A line is written when it is done, and one that is there already and holds is not run again unless --again says so. A table of layouts (pp x dp x ep x sharding x schedule, with document masks or without, in fp32 and in emulated FP8) trains a
-tiny mixture of experts for 20 steps over gloo, as tests/many.py does, and is compared step by step with one rank. Within
-1e-5 in fp32; in FP8 within three times the noise that another order of the rows makes on one rank.
+Each line of the results is written when it is finished, and lines that already hold are skipped unless --again is
+given. A table of layouts (pp x dp x ep x sharding x schedule, with document masks or without, in fp32 and in emulated
+FP8) trains a tiny mixture of experts for 20 steps over gloo, as tests/many.py does, and is compared step by step with
+one rank. Within 1e-5 in fp32; in FP8 within three times the noise that another order of the rows makes on one rank.
 
-Where a router's choice nearly ties, rounding decides, and a loss may move by more. So every choice is compared as well: a
-token that went to other experts is named with its step, layer, row, place, and by how much the choice was won on one rank.
+If a router's choice is nearly a tie, rounding decides it, and a loss may differ by more. So every choice is compared as
+well: a token that went to other experts is listed with its step, layer, row, position, and the margin of the choice on
+one rank.
 """
 
 import argparse
@@ -37,13 +39,13 @@ from finback.parallel.schedules import ScheduleName
 from tests.many import STEPS, Numbers, Way, batches, on_many, on_ranks, one_rank, step
 
 LIMIT = 1e-5  # of losses and norms in fp32
-NEAR = 1e-6  # won by less, a choice counts as a near tie
+NEAR = 1e-6  # a choice with a smaller margin counts as a near tie
 PIPELINES: tuple[ScheduleName, ...] = ("1f1b", "zb1p", "interleaved", "zbv", "dualpipev")
 SHARDINGS: tuple[Sharding, ...] = ("fsdp", "zero1")
 
 
 class WatchedRouter(Router):
-    """A router that keeps what it chose in training, and by how much."""
+    """A router that records its choices in training, and their margins."""
 
     seen: list[tuple[Tensor, Tensor]]
 
@@ -57,8 +59,8 @@ class WatchedRouter(Router):
 def won_by(router: Router, affinity: Tensor, index: Tensor) -> Tensor:
     """Affinity (n, experts), choices (n, k) -> (n,): how much a bias or an affinity would have to move for another choice.
 
-    The least of two: of the last expert chosen over the first that is not, in the groups that may be chosen from; and of
-    the last group that may over the first that may not.
+    The smaller of two margins: of the last chosen expert over the first other one in the admitted groups, and of the last
+    admitted group over the first other one.
     """
     c, biased = router.config, affinity + router.bias
     rest = biased.scatter(1, index, float("-inf")).unflatten(1, (c.n_group, -1))
@@ -74,7 +76,7 @@ def won_by(router: Router, affinity: Tensor, index: Tensor) -> Tensor:
 
 
 def watch(models: list[Transformer]) -> dict[str, WatchedRouter]:
-    """The routers of a model's stages by name, watched from now on."""
+    """The routers of a model's stages by name, recorded from now on."""
     found = {}
     for model in models:
         for name, module in model.named_modules():
@@ -85,7 +87,7 @@ def watch(models: list[Transformer]) -> dict[str, WatchedRouter]:
 
 
 def taken(routers: dict[str, WatchedRouter], rows: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """What has been seen since the last time: choices (rows, tokens, k), and by how much they were won (rows, tokens)."""
+    """What was recorded since the last call: choices (rows, tokens, k), and their margins (rows, tokens)."""
     found = {}
     for name, router in routers.items():
         index, margin = (torch.cat(parts) for parts in zip(*router.seen, strict=True))
@@ -134,7 +136,7 @@ def table() -> Iterator[Case]:
 
 
 def on_rank(case: Case, steps: int, out: str) -> None:
-    """Train on this rank; rank 0 writes numbers, biases and all choices."""
+    """Trains on this rank; rank 0 writes numbers, biases and all choices."""
     many = on_many(case.layout, case.way)
     routers, rows = watch(many.models), max(case.way.rows) // many.data_ranks
     numbers, chosen = [], []
@@ -160,12 +162,14 @@ def alone(way: Way, steps: int) -> tuple[Numbers, list[dict[str, tuple[Tensor, T
 
 
 def ties(one: list[dict[str, tuple[Tensor, Tensor]]], everyone: list[Any], ranks: int) -> list[dict[str, Any]]:
-    """Every token that went elsewhere than on one rank."""
+    """Every token that went to other experts than on one rank."""
     found = []
     for (data_rank, context), chosen, _ in everyone:
         for number, (here, whole) in enumerate(zip(chosen, one, strict=True)):
             for layer, index in here.items():
-                tokens = slice(context * index.size(1), (context + 1) * index.size(1))  # of a row that is cut
+                tokens = slice(
+                    context * index.size(1), (context + 1) * index.size(1)
+                )  # this rank's part of a split row
                 expected, margin = (t[data_rank::ranks, tokens] for t in whole[layer])
                 for row, token in (index != expected).any(dim=-1).nonzero().tolist():
                     there = {"experts": index[row, token].tolist(), "on_one_rank": expected[row, token].tolist()}
@@ -180,7 +184,7 @@ def ties(one: list[dict[str, tuple[Tensor, Tensor]]], everyone: list[Any], ranks
 
 
 def compared(case: Case, steps: int, known: dict[Any, Any]) -> dict[str, Any]:
-    """Run a line of the table; `known` has one rank's results by way."""
+    """Runs a line of the table; `known` caches one rank's results."""
     way = case.way
     for each in (way, dataclasses.replace(way, reversed=True))[: 2 if way.compute == "fp8" else 1]:
         if each not in known:
@@ -230,7 +234,7 @@ def earlier(out: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="names of lines, with * and ?")
-    parser.add_argument("--again", action="store_true", help="run lines again that are there and hold")
+    parser.add_argument("--again", action="store_true", help="run lines again that already hold")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=record.RESULTS / "layouts.json")
     options = parser.parse_args()
@@ -243,7 +247,7 @@ def main() -> None:
             continue
         try:
             lines[name] = compared(case, options.steps, known)
-        except AssertionError as error:  # a rank has failed, and said why
+        except AssertionError as error:  # a rank has failed; the text says why
             lines[name] = {"name": name, "failed": str(error), "holds": False}
         line = lines[name]
         shown = line.get("failed") or f"loss {line['loss']:.1e} norm {line['grad_norm']:.1e} bias {line['bias']:.1e}"

@@ -1,7 +1,7 @@
 """Peak memory of one SFT step on packed rows of thousands of tokens: document by document, and under a mask.
 
-Each step runs in a process of its own, one thread. `bytes` are those above the process before it has a model: weights, gradients,
-AdamW's moments, activations, all of it. Lessons have 64 to 4,096 tokens, the same for both forms.
+Each step runs in its own process with one thread. `bytes` is the peak above the process's memory before it has a model:
+weights, gradients, AdamW's moments and activations. Lessons have 64 to 4,096 tokens, the same for both forms.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from finback.train.loss import LossTerms
 from finback.train.optim import Adam
 from finback.train.trainer import ReplicatedTrainer
 
-# the quickstart's, with two layers
+# the quickstart's model, with two layers
 MOE = dataclasses.replace(TINY, vocab_size=8192, num_hidden_layers=2, max_position_embeddings=1 << 15)
 DENSE = ModelConfig(
     vocab_size=49152,
@@ -46,7 +46,7 @@ MODELS = {"mla": MOE, "gqa": DENSE}
 
 
 def lessons(tokens: int, vocab_size: int) -> list[Lesson]:
-    """One row of them, full to the last token."""
+    """Lessons that fill one row exactly."""
     rng, found, left = random.Random(0), [], tokens
     while left:
         length = min(left, round(2 ** rng.uniform(6, 12)))

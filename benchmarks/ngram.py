@@ -1,4 +1,4 @@
-"""An interpolated Kneser-Ney model of token n-grams (Chen and Goodman 1998, eq. 28), to compare a neural one with."""
+"""An interpolated Kneser-Ney model of token n-grams (Chen and Goodman 1998, eq. 28), a baseline for neural models."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class KneserNey:
         ids = list[Ints]()  # of each order: which n-gram ends at a position
         for n in range(1, order + 1):
             before = np.concatenate([[0], here[:-1]]) if n > 1 else np.zeros(len(tokens), dtype=np.int64)
-            begin = n - 1  # what has no n - 1 tokens before it is no n-gram
+            begin = n - 1  # earlier positions do not have n - 1 tokens before them
             found, first, inverse = np.unique(
                 before[begin:] * vocab + tokens[begin:], return_index=True, return_inverse=True
             )
@@ -40,7 +40,7 @@ class KneserNey:
         return np.bincount(ends, minlength=size).astype(float)
 
     def _discount(self) -> None:
-        """Per order: the discount, and of each context its total and its weight for the order below."""
+        """Computes the discount of each order, and each context's total and its weight for the lower order."""
         self.discounts, self.totals, self.backed = list[float](), list[NDArray[Any]](), list[NDArray[Any]]()
         for n, (keys, counts) in enumerate(zip(self.keys, self.counts, strict=True), start=1):
             once, twice = float((counts == 1).sum()), float((counts == 2).sum())
@@ -54,7 +54,7 @@ class KneserNey:
             self.backed.append(discount * kinds)
 
     def _find(self, n: int, context: Ints, tokens: Ints) -> Ints:
-        """Ids of n-grams, -1 where one was never seen; contexts of -1 were not either."""
+        """Ids of n-grams; -1 if one was never seen, or its context was not (-1)."""
         wanted, keys = context * self.vocab + tokens, self.keys[n - 1]
         place = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
         return np.where((context >= 0) & (keys[place] == wanted), place, -1)
@@ -77,7 +77,7 @@ class KneserNey:
         return np.where(total > 0, mixed, lower)
 
     def check(self, tokens: Ints, at: int) -> None:
-        """Over all tokens that may stand at `at`, the probabilities sum to one."""
+        """Checks that the probabilities of all tokens at position `at` sum to one."""
         begin = max(0, at - self.order + 1)
         rows = [np.append(tokens[begin:at], word) for word in range(self.vocab)]
         total = sum(float(self.probabilities(row)[-1]) for row in rows)

@@ -1,8 +1,9 @@
-"""Generating beside learning: wall time of GRPO where both take equally long, in turn and with answers made ahead.
+"""Wall time of GRPO if generating and learning take equally long: alternating, and with answers generated ahead.
 
     python benchmarks/overlap.py --steps 8 --delay 5
 
-The delays are sleeps, one before each step's answers and one before each update, beside which the work of the toy model is small.
+The delays are sleeps, one before each step's answers and one before each update, much longer than the toy model's own
+work.
 """
 
 import argparse
@@ -30,13 +31,13 @@ from finback.stages.grpo_training import Reinforcement
 from finback.tasks.math import Chains
 from finback.train.loop import Loop
 
-MOST = 0.65  # of the time that taking turns takes
+MOST = 0.65  # largest share of the alternating time
 MODEL = replace(TINY, vocab_size=320, hidden_size=32, num_hidden_layers=2, max_position_embeddings=256)
 
 
 @dataclass(frozen=True)
 class Delayed(Here):
-    """The engine here, which begins each step's answers after so many seconds."""
+    """The engine in this process, which begins each step's answers after `seconds`."""
 
     seconds: float = 0.0
 
@@ -55,7 +56,7 @@ class Delayed(Here):
 
 
 class DelayedLearning(Reinforcement):
-    """GRPO whose steps learn for so many seconds more."""
+    """GRPO whose updates take `seconds` longer."""
 
     def __init__(self, stage: GRPO, run: StageRun, seconds: float) -> None:
         super().__init__(stage, run)
@@ -67,7 +68,7 @@ class DelayedLearning(Reinforcement):
 
 
 def measure(folder: Path, steps: int, delay: float, max_staleness: int) -> dict[str, Any]:
-    """Seconds of so many steps, and what they have logged."""
+    """Runs `steps` steps; returns their seconds and the logged idle shares."""
     run = StageRun(folder, f"ahead-{max_staleness}", 0, World(), quiet=True)
     run.folder.mkdir()
     stage = GRPO(
@@ -94,7 +95,7 @@ def measure(folder: Path, steps: int, delay: float, max_staleness: int) -> dict[
 
 
 def main() -> None:
-    """Measure taking turns and each staleness, and write the result file."""
+    """Measures alternation and each staleness, and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--delay", type=float, default=5.0, help="seconds of generating, and of learning, in each step")
@@ -113,7 +114,7 @@ def main() -> None:
     write(results, options.out)
     if results["share"][1] > MOST:
         raise SystemExit(
-            f"with answers made ahead it takes {results['share'][1]:.2f} of the time, and {MOST} is wanted"
+            f"with answers generated ahead it takes {results['share'][1]:.2f} of the time, more than {MOST}"
         )
 
 

@@ -1,12 +1,12 @@
-"""The web page in Chromium: how soon it is there, a long answer while it streams, runs with a million metric points or 200,000 rollouts.
+"""The web page in Chromium: time to open, a long answer while it streams, runs with a million metric points or 200,000 rollouts.
 
     python benchmarks/page.py [--tokens 40000] [--rate 800] [--points 1000000] [--rollouts 200000] [--rounds 3]
                               [--parts open stream run rollouts] [--chromium PATH]
 
-The answer comes through a server of Starlette's that says prepared text at a steady rate, in the chunks of ours; what it
-costs is read from Chromium's own trace: scripting on the page's thread between one frame and the next, all of it. The peer
-is the same text parsed as a whole at each frame, as most chat pages do it. The runs lie on disk and are opened from nothing:
-the server has not read them, the browser has cached nothing of them.
+A Starlette server streams prepared text at a steady rate, in chunks like finback's; the cost is read from Chromium's
+trace: all scripting on the page's thread between one frame and the next. The peer is parsing the whole text at each
+frame, as most chat pages do. The runs are on disk and are opened cold: neither the server nor the browser has cached
+any of them.
 """
 
 import argparse
@@ -47,7 +47,7 @@ BLOCKS = (
 
 
 def text_of(tokens: int) -> str:
-    """Text of about so many tokens of four characters: paragraphs, and now and then something else."""
+    """Text of about so many tokens of four characters: paragraphs with some lists, code, tables and equations."""
     parts: list[str] = []
     size = 0
     for n in range(tokens):
@@ -62,7 +62,7 @@ def text_of(tokens: int) -> str:
 
 
 def talker(text: str, rate: int) -> Starlette:
-    """A server that says the text, `rate` tokens of four characters a second."""
+    """A server that streams the text, `rate` tokens of four characters per second."""
 
     def chunk(delta: dict[str, str], **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": more.pop("finish", None)}
@@ -106,7 +106,7 @@ def talker(text: str, rate: int) -> Starlette:
 
 
 def stream(browser: Browser, tokens: int, rate: int) -> dict[str, Any]:
-    """What a long answer costs while it is written, and what parsing it as a whole costs once."""
+    """The cost of a long answer while it streams, and of parsing it once as a whole."""
     text = text_of(tokens)
     with serving(talker(text, rate)) as address:
         page = browser.new_page(viewport={"width": 1200, "height": 800})
@@ -142,7 +142,7 @@ def stream(browser: Browser, tokens: int, rate: int) -> dict[str, Any]:
     }
 
 
-# the first frame with something of the page in it, and when a message can be written; milliseconds since the address was asked for
+# the first frame with content of the page; milliseconds since the request
 PAINTED = """() => new Promise((done) => new PerformanceObserver((list) => {
   const [first] = list.getEntriesByName('first-contentful-paint');
   if (first) done(first.startTime);
@@ -150,7 +150,7 @@ PAINTED = """() => new Promise((done) => new PerformanceObserver((list) => {
 
 
 def opening(browser: Browser) -> dict[str, Any]:
-    """How soon a page is painted for somebody who has never opened it, and what it sends."""
+    """Time until the page is painted and ready on its first visit, and the bytes sent."""
     with serving(talker("hello", 100)) as address:
         context = browser.new_context(viewport={"width": 1200, "height": 800})
         page = context.new_page()
@@ -164,12 +164,12 @@ def opening(browser: Browser) -> dict[str, Any]:
 
 
 def summed(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median, least and most of every figure over the rounds."""
+    """Median, minimum and maximum of every figure over the rounds."""
     return {name: spread([r[name] for r in rounds]) for name in rounds[0]}
 
 
 def main() -> None:
-    """Measure, and write the results file."""
+    """Measures, and writes the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--rate", type=int, default=800, help="tokens a second")

@@ -1,4 +1,4 @@
-"""The page of the runs, opened from nothing: a run with many metric points, and one with many rollouts."""
+"""The page of runs, opened cold: a run with many metric points, and one with many rollouts."""
 
 import json
 import tempfile
@@ -46,7 +46,7 @@ def make_run(root: Path, points: int) -> None:
 
 @contextmanager
 def opened(browser: Browser, root: Path, view: str) -> Iterator[tuple[Page, float, float]]:
-    """A view of the long run's page, and what wall and processor clocks said when it was asked for."""
+    """A view of the long run's page, and the wall and processor clocks at the request."""
     with serving(watch.build(root, ListenOptions())) as address:
         context = browser.new_context(viewport={"width": 1200, "height": 800})
         page = context.new_page()
@@ -57,7 +57,7 @@ def opened(browser: Browser, root: Path, view: str) -> Iterator[tuple[Page, floa
 
 
 def run_page(browser: Browser, points: int) -> dict[str, Any]:
-    """Seconds until a long run's curves are there in full, and what moving them costs a frame."""
+    """Seconds until a long run's curves are complete, and the cost per frame of panning them."""
     with tempfile.TemporaryDirectory() as folder:
         make_run(Path(folder), points)
         size = (Path(folder) / "long/base/metrics.jsonl").stat().st_size
@@ -94,7 +94,7 @@ def run_page(browser: Browser, points: int) -> dict[str, Any]:
 
 
 def make_rollouts(root: Path, count: int) -> None:
-    """A run whose one stage of RL has kept `count` answers of about 550 characters, 200 a step."""
+    """A run whose one stage of RL has written `count` answers of about 550 characters, 200 per step."""
     stage = root / "long/rl"
     stage.mkdir(parents=True)
     (root / "long/recipe.json").write_text('{"recipe": "long", "seed": 0}')
@@ -119,7 +119,7 @@ def make_rollouts(root: Path, count: int) -> None:
 
 
 def rollouts_page(browser: Browser, count: int) -> dict[str, Any]:
-    """Seconds until the answers of the last step are there, and until all steps can be gone to."""
+    """Seconds until the last step's answers are shown, and until every step can be selected."""
     with tempfile.TemporaryDirectory() as folder:
         make_rollouts(Path(folder), count)
         size = (Path(folder) / "long/rl/samples.jsonl").stat().st_size

@@ -1,7 +1,7 @@
-"""Pre-training steps with the C++ passes between products against the same steps by torch's own operators, in turns.
+"""Compares pre-training steps with the C++ passes between products and with torch's operators, in alternating rounds.
 
-One process or as many one-thread ranks as there are cores, AdamW, nothing compiled. The share of the GEMM peak is that of a step's
-products, as in pretrain.py.
+One process or as many one-thread ranks as there are cores, AdamW, nothing compiled. The share of the GEMM peak counts a
+step's products, as in pretrain.py.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def contestant(common: Settings, form: str, precision: str) -> Contestant:
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prepare and race."""
+    """Prepares and races."""
     size = SIZES[options.size]
     common = {"folder": str(folder), "rows": options.rows, "layers": size.num_hidden_layers, "size": options.size}
     shown = {"model": dataclasses.asdict(config_of(common)), "rows": options.rows, "length": LENGTH}

@@ -1,12 +1,13 @@
 """Predicted against measured: peak memory and step time of pre-training, ten models and batches, real runs in processes.
 
-    python benchmarks/plan.py                         calibrates first, then all ten; half an hour alone
-    python benchmarks/plan.py --only 0 4 --steps 8    a look
+    python benchmarks/plan.py                         calibrates first, then runs all ten; half an hour on an idle machine
+    python benchmarks/plan.py --only 0 4 --steps 8    a quick look
     python benchmarks/plan.py --calibration FILE      with a calibration that exists
 
-Every run is `finback run` of a recipe with one Pretrain stage. A rank's peak is its VmHWM as /proc tells it, a step's time
-the median over the last third of its metrics.jsonl: oneDNN compiles a product of bf16 at its first use of a shape, and a
-router shows it new shapes for many steps. What plan predicts is a step of a long run; the mean of all steps is noted too.
+Every run is `finback run` of a recipe with one Pretrain stage. A rank's peak is its VmHWM in /proc, a step's time the
+median over the last third of its metrics.jsonl: oneDNN compiles a bf16 product at its first use of a shape, and a
+router produces new shapes for many steps. The plan predicts a step of a long run; the mean of all steps is recorded
+too.
 """
 
 import argparse
@@ -54,7 +55,7 @@ WIDE = dataclasses.replace(
 )
 DEEP = dataclasses.replace(TINY, num_hidden_layers=10, first_k_dense_replace=2)
 
-# model, rows over all ranks, tokens per row, arithmetic; none of them is among those that calibration times
+# model, rows over all ranks, tokens per row, arithmetic; calibration times none of them
 CONFIGS: tuple[tuple[str, ModelConfig, int, int, str], ...] = (
     ("tiny", TINY, 32, 128, "fp32"),
     ("tiny, bf16", TINY, 32, 128, "bf16"),
@@ -78,7 +79,7 @@ recipe = [
     Pretrain(name="base", mixture={{"chitchat": 1.0}}, **knobs | {{"model": from_json(knobs["model"])}}),
 ]
 """
-# apart, so that what it leaves in memory is not counted
+# a separate recipe, so that its memory is not counted
 DATA = """
 from finback.data.sources import Chitchat
 from finback.stages.prepare import Prepare
@@ -97,7 +98,7 @@ def prepare(folder: Path) -> Path:
 
 
 def knobs_of(config: tuple[str, ModelConfig, int, int, str], steps: int, data: Path) -> dict[str, Any]:
-    """What the stage is given; checkpoints stay out of the measured steps."""
+    """The stage's knobs; no checkpoint is written in the measured steps."""
     from finback.model.config import to_json
 
     _, model, rows, length, compute = config
@@ -116,7 +117,7 @@ def knobs_of(config: tuple[str, ModelConfig, int, int, str], steps: int, data: P
 
 
 def run(config: tuple[str, ModelConfig, int, int, str], steps: int, ranks: int, data: Path) -> dict[str, Any]:
-    """Train for some steps and say what it took."""
+    """Trains for some steps; returns step times and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "measured.py"
         recipe.write_text(RECIPE.format(knobs=json.dumps(knobs_of(config, steps, data))), encoding="utf-8")

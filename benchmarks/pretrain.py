@@ -43,7 +43,7 @@ SINGLE, RANKS = f"1x{CORES}", f"{CORES}x1"
 
 
 def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds: int, steps: int) -> None:
-    """The alternating rounds; the GEMM probe runs at the head of each."""
+    """Runs the alternating rounds; the GEMM probe runs first in each."""
 
     def take(contestant: Contestant, seconds: float, replies: list[Any]) -> None:
         contestant.record.setdefault("seconds", []).append(seconds)
@@ -59,7 +59,7 @@ def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds
 def beside_busy(quiet: Sequence[Contestant], tokens: int, rounds: int) -> dict[str, Any]:
     """finback's layouts alone and beside one process that spins, one step each, in turns.
 
-    All wait passively, as finback's launcher has it; the threaded layout also as OpenMP would by itself and actively.
+    All wait passively, as finback's launcher sets it; the threaded layout also by OpenMP's default, and actively.
     """
     base = next((c for c in quiet if c.layout == SINGLE), None)
     if base is None or CORES == 1:
@@ -105,7 +105,7 @@ def _alone_and_busy(contestants: Sequence[Contestant], rounds: int) -> dict[str,
 
 @contextmanager
 def _spinning() -> Iterator[None]:
-    """Another program that wants a core, for as long as it and this one live."""
+    """Runs another program that keeps a core busy within the context."""
     code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     with subprocess.Popen([sys.executable, "-c", code]) as other:
         time.sleep(0.2)
@@ -133,7 +133,7 @@ def summarise(contestants: Sequence[Contestant], peaks: dict[str, Any], tokens: 
 
 
 def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
-    """The comparisons worth making, each formed round by round."""
+    """The ratios that are reported, each formed within a round."""
     raced = {c.name: c for c in contestants if c.record.get("seconds") and c.alive}
     median = {name: statistics.median(c.record["seconds"]) for name, c in raced.items()}
 
@@ -143,7 +143,7 @@ def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
 
     p = default_precision(median)
     single, any_layout = best("^transformers", f" {SINGLE}$"), best("^transformers")
-    # as fast as its knobs make it, like the peer: compiled or not
+    # the faster of compiled and not, as for the peer
     ranks, one = (best("^finback adamw", layout) for layout in (f" {RANKS}$", f" {SINGLE}$"))
     pairs = [
         ("as it trains / best single process of the peer", f"finback muon {p} {RANKS}", single),
@@ -200,7 +200,7 @@ def _options() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prepare, let the peer's settings qualify, race, then the section beside a busy process."""
+    """Prepares, selects the peer's settings by a trial, races, then measures beside a busy process."""
     layers = 2 if options.smoke else SIZES[options.size].num_hidden_layers
     common = {"folder": str(folder), "rows": options.rows, "layers": layers, "size": options.size}
     results = record.header(
@@ -248,7 +248,7 @@ def main() -> None:
     options = _options()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        # compile from nothing, as a first run does
+        # compiles without a cache, as a first run does
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
         results = run(options, Path(folder))
     results["run_seconds"] = time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""Who takes part in the pre-training benchmark, and what each does in its processes.
+"""The contestants of the pre-training benchmark, and the work of their processes.
 
 A step is everything training does: read rows, forward, backward, exchange between ranks, clip, optimiser.
 """
@@ -30,7 +30,7 @@ from finback.stages.pretraining import Pretraining
 from finback.train.batch import of_rows
 
 LENGTH = 128
-# steps: oneDNN compiles bf16 products for block sizes as it meets them
+# steps: oneDNN compiles bf16 products at the first use of a block size
 WARMUP = {"tiny": 20, "10m": 12, "100m": 3}
 
 
@@ -130,7 +130,7 @@ def _peer_step(model: nn.Module, settings: Settings) -> Callable[[], float]:
 
 
 def _serve(pipe: Connection, parameters: int, step: Callable[[], float], warmup: int) -> None:
-    """Warm up, introduce yourself, then do steps on demand."""
+    """Warms up, reports the warm-up, then does steps on demand."""
     seconds, losses = [], []
     for _ in range(warmup):
         begin = time.perf_counter()
@@ -148,11 +148,11 @@ def _serve(pipe: Connection, parameters: int, step: Callable[[], float], warmup:
         pipe.send([step() for _ in range(pipe.recv())][-1])
 
 
-# who takes part
+# contestants
 
 
 def finback_contestants(common: Settings) -> list[Contestant]:
-    """Every layout as it trains; the others in the layouts that use all cores."""
+    """Muon in every layout; the other settings in layouts that use all cores."""
 
     def entry(
         optimiser: str, precision: str, layout: tuple[int, int], mtp: bool = False, compiled: bool = False

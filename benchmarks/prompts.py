@@ -2,8 +2,8 @@
 
     python benchmarks/prompts.py [--rounds 5] [--answers 8] [--tokens 32]
 
-The quickstart's model with random weights and a longer window, one thread, fp32. Both forms take turns; a ratio is of the
-processor's seconds within a round. Tokens, log-probabilities and gradients of both are compared.
+The quickstart's model with random weights and a longer window, one thread, fp32. Both forms take turns; a ratio
+compares CPU seconds within a round. Tokens, log-probabilities and gradients of both are compared.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MODEL = dataclasses.replace(TINY, max_position_embeddings=8192, initializer_rang
 def generated(
     engine: Engine, prompt: list[int], sampling: SamplingParams, answers: int, share: bool
 ) -> list[Completion]:
-    """Answers of one group; without `share` nobody waits for the first of them to read the prompt."""
+    """Answers of one group; without `share` each of them reads the prompt."""
     if share:
         return engine.generate([prompt] * answers, sampling, range(answers))
     engine._prepare([len(prompt) + sampling.max_tokens] * answers)
@@ -57,7 +57,7 @@ def update(model: Transformer, parts: list[Batch]) -> tuple[Tensor, Tensor]:
 
 
 def race(plain: Callable[[], Any], shared: Callable[[], Any], rounds: int) -> tuple[dict[str, Any], Any, Any]:
-    """Seconds of both forms and how many times faster the second is; what each gave last."""
+    """Seconds of both forms and how many times faster the second is; the last result of each."""
     seconds: list[list[float]] = [[], []]
     made: list[Any] = [None, None]
     for turn in range(rounds):

@@ -1,4 +1,4 @@
-"""A short trial for the many settings of a peer, so that the race has time for those that could be its best."""
+"""A short trial for the many settings of a peer, which selects those that race."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ import driver
 from driver import Contestant
 
 KEPT = 0.8  # share of the best trial's speed that a setting must reach to race
-HOPELESS = 3.0  # times the fastest warm step: not even tried
+HOPELESS = 3.0  # times the fastest warm step: excluded from the trial
 
 
 def trial(contestants: Sequence[Contestant], turns: int, command: Any) -> None:
-    """Time some turns of everybody who is not hopeless; raw seconds stay in the record, also of those that do not race."""
+    """Times some turns of every contestant that is not hopelessly slow; records raw seconds, also of those that do not race."""
 
     def take(contestant: Contestant, seconds: float, replies: list[Any]) -> None:
         contestant.record.setdefault("trial_seconds", []).append(seconds)
@@ -34,7 +34,7 @@ def seconds(contestant: Contestant) -> float:
 
 
 def retire(contestants: Sequence[Contestant], kept: Collection[Contestant | None] = ()) -> None:
-    """Send home who was clearly slow, except those in `kept`."""
+    """Takes out those that were clearly slow, except those in `kept`."""
     ran = [c for c in contestants if c.alive and c.record.get("trial_seconds")]
     for contestant in ran:
         slow = seconds(contestant) > min(map(seconds, ran)) / KEPT

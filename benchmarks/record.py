@@ -1,4 +1,4 @@
-"""What goes into a results file besides the contestants: the machine, statistics, the file itself."""
+"""The content of a results file besides the contestants: the machine, statistics, the file itself."""
 
 import datetime
 import importlib.metadata
@@ -30,7 +30,7 @@ def versus(label: str, over: str, under: str, ours: Sequence[float], theirs: Seq
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on."""
+    """The machine and software of the measurement."""
     known = processor.fields()
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
     versions = {n: installed[n] for n in ("torch", "transformers", "trl", "accelerate") if n in installed}
@@ -45,7 +45,7 @@ def machine() -> dict[str, Any]:
 
 
 def resident(field: str) -> int:
-    """Bytes by /proc/self/status: VmRSS now, VmHWM at most so far."""
+    """Bytes in /proc/self/status: VmRSS is the present value, VmHWM the peak so far."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -62,7 +62,7 @@ def header(benchmark: str, settings: Settings) -> dict[str, Any]:
 
 
 def rows(out: Path, settings: Settings) -> list[dict[str, Any]]:
-    """The seeds that a results file of the same settings has; seeds take hours, so a file may grow from several runs."""
+    """The seeds in a results file with the same settings. Seeds take hours, so several calls may add to one file."""
     if not out.is_file():
         return []
     found = json.loads(out.read_text(encoding="utf-8"))

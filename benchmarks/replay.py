@@ -1,10 +1,10 @@
-"""Routing replay: how far trainer and engine are apart in 100 steps of RL, with and without, on two ranks.
+"""Routing replay: the gap between trainer and engine in 100 steps of RL, with and without it, on two ranks.
 
     python benchmarks/replay.py --seeds 0 1 2 --runs runs/replay
 
-Each seed pre-trains a small mixture of experts on short sums and then runs the same RL four times: with replay and without, in fp32, where
-limits hold, and in bf16, where the two route many tokens differently. This file is its own recipe.
-Continues where it was interrupted, as every run does.
+Each seed pre-trains a small mixture of experts on short sums and then runs the same RL four times: with replay and
+without, in fp32, to which the limits apply, and in bf16, in which trainer and engine route many tokens differently.
+This file is its own recipe. An interrupted call resumes.
 """
 
 import argparse
@@ -88,8 +88,8 @@ def measure(seed: int, ranks: int, runs: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the asked-for seeds and write the result file after each."""
-    from record import header, write  # only where it is run: the recipe is also read by finback
+    """Measures the seeds and writes the result file after each."""
+    from record import header, write  # imported here because finback also reads this file, as a recipe
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -2,7 +2,7 @@
 
     python benchmarks/road.py --seeds 0 1 2 --runs runs/road
 
-Continues where it was interrupted, as every run does.
+An interrupted call resumes.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from seeds import exams, finback
 
 
 def measure(seed: int, runs: Path) -> dict[str, Any]:
-    """One seed's figures, from the run's own summary and logs."""
+    """One seed's figures, from the run's summary and logs."""
     folder = runs / f"seed-{seed}"
     stages = finback("recipes/r1.py", "--runs", str(folder), "--seed", str(seed))["stages"]
     models = {s["results"]["model"]: exams(s) for s in stages.values() if s["stage"] == "Evaluate"}

@@ -2,7 +2,7 @@
 
     python benchmarks/seeds.py --seeds 0 1 2 3 4 --runs runs/seeds
 
-Continues where it was interrupted, as every run does.
+An interrupted call resumes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def finback(*arguments: str) -> dict[str, Any]:
 
 
 def measure(seed: int, runs: Path, with_control: bool) -> dict[str, Any]:
-    """One seed's figures, from the run's own summary and logs."""
+    """One seed's figures, from the run's summary and logs."""
     folder = runs / f"seed-{seed}"
     summary = finback("recipes/tiny.py", "--runs", str(folder), "--seed", str(seed))
     stages = summary["stages"]
@@ -93,7 +93,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure the asked-for seeds and write the result file after each."""
+    """Measures the seeds and writes the result file after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--controls", type=int, default=1, help="for how many of the seeds to run the control")

@@ -2,11 +2,11 @@
 
     python benchmarks/serving.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf [--llama PYTHON] [--large] [--rounds 3] [--minutes 9]
 
-(a) SmolLM2-135M from GGUF files (the one that is named, and Q8_0 and Q4_K_M written here; with --large also Q4_0 and Q8_0 of a model of
-1.5 B random parameters), each as it is: finback and llama.cpp (from the Python that --llama names, which has xllamacpp); (b)
+(a) SmolLM2-135M from GGUF files (the given one, and Q8_0 and Q4_K_M written here; with --large also Q4_0 and Q8_0 of a
+model of 1.5 B random parameters), not converted: finback and llama.cpp (--llama names a Python that has xllamacpp); (b)
 the same model in the same precision: finback and transformers' generate; (c) a V3-style mixture of experts of 115 M
-parameters against transformers; (d) the share of the memory bandwidth measured in the same rounds that finback reaches at
-one row. Contestants take turns; ratios are formed within a round. No round begins when the minutes are over.
+parameters against transformers; (d) the share of the memory bandwidth measured in the same rounds that finback reaches
+at one row. Contestants take turns; ratios are formed within a round. No round begins after --minutes.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ROWS = (1, 8, 32)
 
 
 class Process:
-    """One contestant, asleep on a pipe until it is asked."""
+    """One contestant, which waits on a pipe for commands."""
 
     def __init__(self, python: str, kind: str, model: str, setting: str) -> None:
         self.name = f"{kind} {setting}"
@@ -68,7 +68,7 @@ class Process:
 
 
 def bandwidth() -> float:
-    """Bytes per second that all cores read together from a block far larger than any cache they own."""
+    """Bytes per second that all cores read together from a block far larger than their caches."""
     block = torch.ones(64 << 20)
     torch.set_num_threads(CORES)
     best = float("inf")
@@ -80,7 +80,7 @@ def bandwidth() -> float:
 
 
 def race(group: list[Process], options: argparse.Namespace, until: float) -> list[float]:
-    """All rounds of one group, as far as there is time for them, but one at least; the bandwidths seen meanwhile."""
+    """Runs the rounds of one group while there is time, at least one; returns the measured bandwidths."""
     for process in list(group):
         try:
             process.hear()
@@ -112,7 +112,7 @@ def speeds(process: Process, rows: int, new: int) -> list[float]:
 
 
 def summary(group: list[Process], new: int, failed: list[str]) -> dict[str, Any]:
-    """Each contestant's figures, and the ratios of ours to the others."""
+    """Each contestant's figures, and the ratios of finback to the others."""
     found: dict[str, Any] = {"contestants": {}, "ratios": [], "failed": failed}
     for process in group:
         found["contestants"][process.name] = {
@@ -171,12 +171,12 @@ def main() -> None:
 
 
 def _missing(asked: list[str], group: list[Process]) -> list[str]:
-    """Those that could not start or died at their first work."""
+    """Those that did not start or died in their first command."""
     return [name for name in asked if name not in [p.name for p in group]]
 
 
 def files(options: argparse.Namespace, scratch: Path, until: float) -> dict[str, Any]:
-    """Each GGUF file by finback, as it is, and by llama.cpp."""
+    """Measures each GGUF file, not converted, with finback and with llama.cpp."""
     from finback.checkpoint import gguf_export, models
     from finback.data.gguf_vocabulary import keys
     from finback.data.tokenizer import Tokenizer
@@ -221,7 +221,7 @@ def smollm2(options: argparse.Namespace, scratch: Path, until: float) -> dict[st
     asked = [p.name for p in group]
     seen = race(group, options, until)
     found = summary(group, options.new, _missing(asked, group))
-    # at one row every weight is read once per token, and of the embedding one line; tied, so the head is the table
+    # at one row each weight is read once per token; the embedding is tied, so the head reads all of it
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     reached = [weights * speed / limit for speed, limit in zip(speeds(group[0], 1, options.new), seen, strict=True)]
     found["bandwidth"] = {

@@ -1,10 +1,10 @@
-"""The processes of serving.py: a model behind stdin and stdout, one JSON command and one JSON answer a line.
+"""The processes of serving.py: a model behind stdin and stdout, one JSON command and one JSON answer per line.
 
     python serving_contestants.py finback|transformers|llama.cpp MODEL SETTING
 
-A command {"rows", "prompt", "new"} asks for `new` greedy tokens on each of `rows` different prompts of `prompt` tokens; the
-answer has the seconds until every row had its first token, and until all were done. This file runs without finback in
-the path of the others, so that llama.cpp (the xllamacpp wheel) may live in a Python of its own.
+A command {"rows", "prompt", "new"} asks for `new` greedy tokens on each of `rows` different prompts of `prompt` tokens;
+the answer has the seconds until every row had its first token, and until all were done. The other contestants do not
+import finback, so that llama.cpp (the xllamacpp wheel) may be in a separate Python.
 """
 
 import json
@@ -19,12 +19,12 @@ from urllib.request import Request, urlopen
 
 Answer = tuple[float, float]
 MOST = 32  # rows
-VOCABULARY = 49152  # of SmolLM2, and of what is written with its vocabulary
+VOCABULARY = 49152  # of SmolLM2, and of files written with its vocabulary
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
 def prompts(rows: int, length: int, vocab: int) -> list[list[int]]:
-    """Different from the first token on, so that nobody finds a prefix in a cache."""
+    """Different from the first token on, so that no prefix is cached."""
     return [[(101 + 7919 * row + 31 * i) % (vocab - 200) + 100 for i in range(length)] for row in range(rows)]
 
 
@@ -124,7 +124,7 @@ def transformers(model: str, setting: str) -> Callable[[int, int, int], Answer]:
 
 
 def llama(model: str, setting: str) -> Callable[[int, int, int], Answer]:
-    """llama.cpp's server in this process, asked for all rows at once by as many threads; `setting` only names the file."""
+    """llama.cpp's server in this process, which gets all rows at once from as many threads; `setting` is only a name."""
     import xllamacpp
 
     options = xllamacpp.CommonParams()
@@ -133,7 +133,7 @@ def llama(model: str, setting: str) -> Callable[[int, int, int], Answer]:
     server = xllamacpp.Server(options)
 
     def ask(prompt: list[int], new: int) -> Answer:
-        """When the first token was there, by the server's own clock, and the last."""
+        """The times of the first token, by the server's clock, and of the last."""
         body = {"prompt": prompt, "n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         headers = {"Content-Type": "application/json"}
         request = Request(f"{server.listening_address}/completion", json.dumps(body).encode(), headers)
@@ -155,7 +155,7 @@ def llama(model: str, setting: str) -> Callable[[int, int, int], Answer]:
 def main() -> None:
     kind, model, setting = sys.argv[1:]
     with open(os.dup(1), "w") as answers:  # noqa: PTH123 - a descriptor
-        os.dup2(2, 1)  # whatever a library prints must not look like an answer
+        os.dup2(2, 1)  # output of libraries must not look like an answer
         work = {"finback": finback, "transformers": transformers, "llama.cpp": llama}[kind](model, setting)
         print(json.dumps({"ready": True}), file=answers, flush=True)
         for line in sys.stdin:

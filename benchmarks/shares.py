@@ -1,11 +1,12 @@
-"""What a rank holds: a synthetic checkpoint streamed in, trained two steps and exported, by one rank and by FSDP2 on several.
+"""Memory of a rank: a synthetic checkpoint is streamed in, trained for two steps and exported, by one rank and by FSDP2 on several.
 
-Random numbers in Hugging Face's form, 2 GB of fp32 by default. Peaks are resident memory above what the process had after
-its imports, once the ranks had met. The export of the ranks has to load in transformers with finback's logits, and its
-tensors are compared with those of the one-rank export. Checkpoints of both lie in a temporary folder: three times the size.
+Random numbers in Hugging Face's form, 2 GB of fp32 by default. Peaks are resident memory above that of the process
+after its imports and the ranks' first barrier. The export of the ranks has to load in transformers with finback's
+logits, and its tensors are compared with those of the one-rank export. A temporary folder holds the checkpoints: three
+times the size.
 
-A router's near tie is decided by rounding, so tokens that went to other experts than on one rank are named, and where there are
-some one rank trains again with the choices that the ranks made: what of the losses' difference is left is not the ties'.
+Rounding decides a router's near ties, so tokens that went to other experts than on one rank are listed. If there are
+any, one rank trains again with the ranks' choices: the remaining difference of the losses has other causes.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from finback.train.trainer import ReplicatedTrainer, Trainer
 
 ROWS, SEQ_LEN, STEPS, LR = 8, 16, 2, 1e-4
 LIMIT = 0.35
-Choices = list[dict[str, tuple[Tensor, Tensor]]]  # of each step, by router: as layouts.taken has them
+Choices = list[dict[str, tuple[Tensor, Tensor]]]  # of each step, by router, as layouts.taken returns them
 
 
 def config(layers: int, experts: int) -> ModelConfig:
@@ -64,7 +65,7 @@ def config(layers: int, experts: int) -> ModelConfig:
 
 
 def make(folder: Path, c: ModelConfig) -> None:
-    """Write the checkpoint, one tensor in memory at a time."""
+    """Writes the checkpoint, with one tensor in memory at a time."""
     wanted = shapes(c)
     folder.mkdir()
     file = TensorFile(folder / SINGLE, {name: (torch.float32, shape) for name, shape in wanted.items()})
@@ -77,7 +78,7 @@ def make(folder: Path, c: ModelConfig) -> None:
 
 
 class GivenRouter(Router):
-    """A router whose choices (n, k), step by step, somebody else has made."""
+    """A router with given choices (n, k) for each step."""
 
     given: list[Tensor]
 
@@ -101,7 +102,7 @@ def train(trainer: Trainer, config: ModelConfig, models: list[Transformer]) -> t
 
 
 def on_one(folder: Path, out: Path, optimizer: str, given: Path | None) -> tuple[list[float], Choices]:
-    """As a stage without a layout does it."""
+    """Imports, trains and exports like a stage without a layout."""
     model = models.load(folder).train()
     if given is not None:
         choices = torch.load(given)
@@ -117,7 +118,7 @@ def on_one(folder: Path, out: Path, optimizer: str, given: Path | None) -> tuple
 
 
 def on_many(folder: Path, out: Path, optimizer: str) -> tuple[list[float], Choices]:
-    """As a stage with a layout does it."""
+    """Imports, trains and exports like a stage with a layout."""
     c, values = models.stored(folder)
     options = ShardedOptions(optimizer="muon" if optimizer == "muon" else "adamw")
     trainer = ShardedTrainer(c, Layout(dp=dist.get_world_size()), ROWS, values, options)
@@ -127,7 +128,7 @@ def on_many(folder: Path, out: Path, optimizer: str) -> tuple[list[float], Choic
 
 
 def child(folder: Path, out: Path, optimizer: str, rank: int, ranks: int, given: Path | None) -> None:
-    """One rank; prints its figures, and writes beside its export what its routers chose."""
+    """Runs one rank; prints its figures, and writes its routers' choices next to its export."""
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
@@ -154,7 +155,7 @@ def measure(folder: Path, out: Path, optimizer: str, ranks: int, given: Path | N
 
 
 def ties_of(folder: Path, optimizer: str, one: list[float], many: list[float], ranks: int) -> dict[str, Any]:
-    """Tokens that the ranks sent to other experts than one rank did, and losses of one rank that sends them as they do."""
+    """Tokens that the ranks sent to other experts than one rank did, and losses of one rank that repeats their choices."""
     here: Choices = torch.load(folder / "one.0")
     there: list[Choices] = [torch.load(folder / f"many.{rank}") for rank in range(ranks)]
     theirs = [[{name: index for name, (index, _) in step.items()} for step in chosen] for chosen in there]
@@ -176,14 +177,14 @@ def farthest(ours: list[float], theirs: list[float]) -> float:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Over all tensors, of which both have the same."""
+    """The largest difference over all tensors of two exports."""
     ours, theirs = Shards(one), Shards(other)
     assert ours.specs.keys() == theirs.specs.keys(), "other tensors"
     return max((ours.read(name) - theirs.read(name)).abs().max().item() for name in ours.specs)
 
 
 def loads(folder: Path) -> float:
-    """How far transformers' logits of an export are from finback's."""
+    """Largest difference between transformers' and finback's logits of an export."""
     from transformers import AutoModelForCausalLM
 
     tokens = torch.arange(64)[None]
@@ -194,13 +195,13 @@ def loads(folder: Path) -> float:
 
 
 def main() -> None:
-    """Measure and write the results file."""
+    """Measures and writes the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=19)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of hidden matrices")
-    parser.add_argument("--folder", type=Path, help="where the checkpoints go for a while")
+    parser.add_argument("--folder", type=Path, help="where the temporary checkpoints are written")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results = record.header(

@@ -1,4 +1,4 @@
-"""The shapes that are measured: V3's architecture at about 1.5, 10 and 100 M parameters."""
+"""The measured model sizes: V3's architecture at about 1.5, 10 and 100 M parameters."""
 
 import dataclasses
 

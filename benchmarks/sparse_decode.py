@@ -1,6 +1,6 @@
-"""Seconds of one decoding step behind long texts: dense MLA, V3.2's sparse attention and V4's, of the quickstart's size.
+"""Seconds of one decoding step after long texts: dense MLA, V3.2's sparse attention and V4's, of the quickstart's size.
 
-One row, one thread, random weights, fp32, and caches that are filled with random numbers, for what is in them does not matter to
+One row, one thread, random weights, fp32, and caches filled with random numbers, since their content does not affect
 the time. Rounds alternate between models; a ratio is formed within a round, then the median is taken. Each form is the
 engine's: MLA decodes by the C++ kernel where there is one, the other two by plain torch.
 """
@@ -38,7 +38,7 @@ def models() -> dict[str, ModelConfig]:
 
 
 class Decoder:
-    """A model behind a text of some length."""
+    """A model with a cache of some length."""
 
     def __init__(self, config: ModelConfig, length: int) -> None:
         self.model, self.length = use_native(Transformer(config).initialise(0).eval()), length
@@ -53,7 +53,7 @@ class Decoder:
 
     @torch.inference_mode()
     def seconds(self, steps: int = 5) -> float:
-        """Of one token, logits included; the fastest of some."""
+        """Seconds per token, logits included; the fastest of some steps."""
         taken = []
         for _ in range(steps):
             began = time.perf_counter()

@@ -1,9 +1,9 @@
-"""recipes/v32_tiny.py and recipes/v4_tiny.py for several seeds, beside the dense quickstart's base of the same seed.
+"""recipes/v32_tiny.py and recipes/v4_tiny.py for several seeds, compared with the dense quickstart's base of the same seed.
 
     python benchmarks/sparse_roads.py --seeds 1 2 3 --runs runs/sparse
 
-Each seed prepares and pre-trains recipes/tiny.py first. Continues where it was interrupted, as every run does; the result file is
-written after each recipe, and seeds that it already has are not run again.
+Each seed prepares and pre-trains recipes/tiny.py first. An interrupted call resumes; the result file is
+written after each recipe, and seeds that it already has are skipped.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 from record import header, rows, write
 from seeds import exams, finback
 
-LOST_BITS, LOST_POINTS = 0.01, 0.02  # most that a model may lose by turning sparse
+LOST_BITS, LOST_POINTS = 0.01, 0.02  # most that a model may lose by becoming sparse
 RECIPES = ("v32_tiny", "v4_tiny")
 
 
@@ -46,7 +46,7 @@ def road(name: str, seed: int, runs: Path, tiny: Path) -> dict[str, Any]:
 
 
 def verdicts(seeds: list[dict[str, Any]]) -> list[str]:
-    """What does not hold of what must when a dense model turns sparse."""
+    """The violated limits on what a dense model may lose by becoming sparse."""
     found = []
     for row in seeds:
         dense, sparse = row["v32_tiny"]["dense"], row["v32_tiny"]["before"]
@@ -58,7 +58,7 @@ def verdicts(seeds: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Measure the asked-for seeds and write the result file after each."""
+    """Measures the seeds and writes the result file after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=Path("runs/sparse"))

@@ -2,9 +2,9 @@
 
     python benchmarks/staleness.py --seeds 0 1 2 --runs runs/staleness
 
-Each seed pre-trains the small MLA mixture of experts of benchmarks/vllm_rollouts.py on short sums, then runs the same RL from
-it four times, with a `Fleet(2)` that generates. `--engine vllm --python /path/to/python` generates with vLLM. Needs Ray
-(`.venv/scale` of `make test-scale`). An interrupted run resumes; the result file is written after each seed,
+Each seed pre-trains the small MLA mixture of experts of benchmarks/vllm_rollouts.py on short sums, then runs the same
+RL from it four times, with a `Fleet(2)` that generates. `--engine vllm --python /path/to/python` generates with vLLM.
+Needs Ray (`.venv/scale` of `make test-scale`). An interrupted run resumes; the result file is written after each seed,
 and seeds that it already has are skipped.
 """
 
@@ -94,7 +94,7 @@ def verdicts(seeds: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Measure the asked-for seeds and write the result file after each."""
+    """Measures the seeds and writes the result file after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=("finback", "vllm"), default="finback")
     parser.add_argument("--python", default=".venv/vllm/bin/python", help="of vLLM's environment")

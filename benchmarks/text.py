@@ -1,4 +1,4 @@
-"""Real text for the benchmarks, made as a recipe makes it."""
+"""Real text for the benchmarks, prepared by a recipe's stage."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from finback.tasks.math import Chains
 
 
 def prepare(folder: Path, chains: Chains, vocab_size: int = 1024) -> Path:
-    """Real text, tokenised: the folder of a finished prepare stage. Problems are there to shape the tokenizer."""
+    """Real text, tokenised: the folder of a finished prepare stage. Problems are included for the tokenizer."""
     sources = TaskText(name="chains", tasks=(chains,), documents=5_000)
     stage = Prepare(name="prepare", text=(Chitchat(),), tasks=(sources,), vocab_size=vocab_size)
     recipe.execute(recipe.Recipe("benchmark", (stage,)), folder, 0, World(), _no_watch, quiet=True)

@@ -1,10 +1,10 @@
-"""Bits per byte of unseen text: a pre-trained model beside gzip, xz and a 5-gram model that read the same text.
+"""Bits per byte of unseen text: a pre-trained model compared with gzip, xz and a 5-gram model that read the same text.
 
     python benchmarks/text_bits.py runs/base100m/base
 
-Of each source's validation text the first --bytes. The model sees rows of 256 tokens of which the first 128 are only read;
-the 5-gram model and `xz after training` know as many tokens of the training text as the model was trained on; gzip and xz
-know nothing before they begin.
+Measures the first --bytes of each source's validation text. The model reads rows of 256 tokens, of which the first 128
+are not scored; the 5-gram model and `xz after training` have read as many tokens of the training text as the model;
+gzip and xz have read nothing before.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def compressed(text: bytes, known: bytes) -> dict[str, float]:
 
 @torch.no_grad()
 def neural_bits(model: Transformer, tokens: Ints) -> float:
-    """Bits of tokens, each after at least READ tokens or all that there are."""
+    """Total bits of the tokens, each predicted from at least READ tokens before it, or all there are."""
     bits, step = 0.0, ROW - READ
     for begin in range(0, len(tokens) - 1, step):
         start = max(0, begin - READ)
@@ -61,7 +61,7 @@ def neural_bits(model: Transformer, tokens: Ints) -> float:
 
 
 def source(name: str, data: Path, seen: int, model: Transformer, tokenizer: Tokenizer, size: int) -> dict[str, Any]:
-    """What each makes of one source's validation text."""
+    """Bits per byte of one source's validation text, by model and compressor."""
     valid = pack.read(data / f"{name}.valid.bin")
     train = pack.read(data / f"{name}.train.bin")
     tokens = np.asarray(valid[: size // 2], dtype=np.int64)  # no token is shorter than a byte
@@ -83,7 +83,7 @@ def source(name: str, data: Path, seen: int, model: Transformer, tokenizer: Toke
 
 
 def samples(model: Transformer, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """How the model goes on from a few beginnings, at temperature 0.7."""
+    """The model's continuations of a few beginnings, at temperature 0.7."""
     prompts, seeds = [tokenizer.encode(text) for text in BEGINNINGS], list(range(len(BEGINNINGS)))
     said = Engine(model, tokenizer.stops).generate(prompts, SamplingParams(0.7, 60, top_p=0.95), seeds)
     return [

@@ -1,9 +1,11 @@
-"""Peak memory of two SFT steps by all weights, LoRA and QLoRA on one rank and on several, against `finback plan`'s count.
+"""Peak memory of two SFT steps with all weights, LoRA and QLoRA, on one rank and on several, compared with `finback plan`.
 
-Each case runs in a process of its own, one thread, fp32 arithmetic. `bytes` are those above the process before it has a model, at the steps'
-fullest moment, of several ranks the largest; `start` the same while the model is made, its base quantized and its adapter put on. `planned` is the planner's, without its reserve.
-Where ranks share out all weights, `export` is that moment while they write the model, and `of_states` the largest of the three over what one rank has as states: 16 bytes a weight.
-The cases of SmolLM2-135M's shapes say what LoRA takes beside the weights of what all weights do (rows of 512, 8 of them): `beside_weights`.
+Each case runs in its own process, with one thread and fp32 arithmetic. `bytes` is the peak during the steps above the
+process before it has a model, the largest of all ranks; `start` is the peak while the model is made, its base quantized
+and its adapter added. `planned` is the planner's figure, without its reserve. If ranks shard all weights, `export` is
+the peak while they write the model, and `of_states` is the largest of the three peaks over one rank's states: 16 bytes
+per weight. The cases of SmolLM2-135M's shapes (8 rows of 512) compare the memory besides the weights, `beside_weights`,
+of LoRA and of all weights.
 """
 
 import argparse
@@ -48,17 +50,17 @@ def dense(vocab: int, hidden: int, layers: int, heads: int, width: int, kv: int,
 
 
 SMOL = dense(49152, 576, 30, 9, 1536, 3, tied=True)
-STEPS = 2  # the second one has what the first has left
+STEPS = 2  # the second step includes what the first leaves in memory
 BF16, NF4 = LoRA(), LoRA(base="nf4")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model and how it is taught."""
+    """A model and how it is trained."""
 
     config: ModelConfig
     adapter: LoRA | None = None
-    # of each rank, which has one row unless there are more
+    # tokens per row, and rows over all ranks
     tokens: int = 64
     rows: int = 1
     # data ranks of a layout; 1: none
@@ -66,10 +68,10 @@ class Case:
     moments: Moments = "fp32"
 
 
-# whose layers and ends are small beside the whole
+# its single layers, embedding and head are small parts of the whole
 DEEP = dense(4096, 512, 64, 8, 2048, 8)
 FULL, LARGE = dense(8192, 1024, 4, 16, 4096, 4), dense(8192, 2048, 8, 16, 8192, 4)
-# those of SmolLM2's shapes apart, they have states of 1 GB and more
+# all but SmolLM2's have states of 1 GB and more
 CASES = {
     "full": Case(FULL),
     "full int8": Case(FULL, moments="int8"),
@@ -98,12 +100,12 @@ class Noise(Values):
 
 
 def forget_peak() -> None:
-    """Have VmHWM begin anew at what is resident now."""
+    """Resets VmHWM to the present resident memory."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def on_one(case: Case) -> ReplicatedTrainer:
-    """As a stage without a layout makes it, but for reading files."""
+    """The trainer of a stage without a layout, without reading files."""
     adapter = case.adapter
     model = Transformer(case.config, param_dtype=base_dtype(adapter.base) if adapter else torch.float32)
     Noise().fill([whole(name, parameter) for name, parameter in model.named_parameters()])
@@ -114,7 +116,7 @@ def on_one(case: Case) -> ReplicatedTrainer:
 
 
 def on_many(case: Case) -> Trainer:
-    """As a stage with a layout makes it."""
+    """The trainer of a stage with a layout."""
     from finback.train.sharded_adapter import Adapter, AdapterTuner
     from finback.train.sharded_tuning import ShardedTuner, TuningOptions
 
@@ -126,7 +128,7 @@ def on_many(case: Case) -> Trainer:
 
 
 def measured(name: str, rank: int, folder: Path) -> dict[str, Any]:
-    """One case in this process; ranks write into the folder."""
+    """Measures one case in this process; ranks export to the folder."""
     torch.set_num_threads(1)
     case = CASES[name]
     if case.adapter is not None:
@@ -160,7 +162,7 @@ def measured(name: str, rank: int, folder: Path) -> dict[str, Any]:
 
 
 def write_out(trainer: Any, folder: Path) -> None:
-    """As a stage on a layout ends."""
+    """Exports like a stage with a layout."""
     from finback.parallel.build import shares
     from finback.parallel.export import save_shares
 
@@ -168,7 +170,7 @@ def write_out(trainer: Any, folder: Path) -> None:
 
 
 def against_plan(name: str) -> dict[str, Any]:
-    """One case in processes of its own, beside what the planner says of it."""
+    """Measures one case in its own processes; returns it with the planner's figures."""
     case = CASES[name]
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +198,7 @@ def against_plan(name: str) -> dict[str, Any]:
 
 
 def summaries(cases: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
-    """What is to be said of all that were measured."""
+    """Summary figures over all measured cases."""
     by_name = {case["case"]: case for case in cases}
     large = [abs(case["off"]) for name, case in by_name.items() if not name.startswith("smol")]
     if large:

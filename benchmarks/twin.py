@@ -1,4 +1,4 @@
-"""transformers' DeepseekV3ForCausalLM with the shapes and the very weights of a finback model, without MTP."""
+"""transformers' DeepseekV3ForCausalLM with the shapes and weights of a finback model, without MTP."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from finback.model.transformer import Transformer
 
 
 def twin(model: Transformer, **settings: Any) -> Any:
-    """The peer's model; `settings` go into its config. Every tensor of the trunk must find its place."""
+    """The peer's model; `settings` go into its config. Every tensor of the trunk is used."""
     import transformers  # here, so that finback's processes need not load it
 
     c = dataclasses.replace(model.config, num_nextn_predict_layers=0)
@@ -31,7 +31,7 @@ def twin(model: Transformer, **settings: Any) -> Any:
 
 
 def _stack(state: dict[str, Tensor], prefix: str, experts: int) -> None:
-    """Experts one by one, as in files, to stacks, as in transformers' memory."""
+    """Stacks the separate experts of files, as transformers holds them in memory."""
     gate, up, down = (
         torch.stack([state.pop(f"{prefix}{e}.{part}_proj.weight") for e in range(experts)])
         for part in ("gate", "up", "down")

@@ -1,15 +1,16 @@
-"""recipes/v3.py, shrunk, on four ranks against one: losses, norms, loads and router biases of every step of every phase.
+"""Compares the small recipes/v3.py on four ranks and on one: losses, norms, loads and router biases of every step of every phase.
 
-    python benchmarks/v3_ranks.py            # --folder FOLDER (kept, and gone on with), --compute, --out FILE
+    python benchmarks/v3_ranks.py            # --folder FOLDER (kept, and resumed from), --compute, --out FILE
 
-`finback run recipes/v3.py --set size=tiny` as it stands, on one rank without layouts and on four with them, in fp32 and in
-emulated FP8: a ramp of the batch, schedules of rate, MTP and biases, FIM, an average, then two extensions whose rows are cut among
-ranks. In fp32 everything agrees within 1e-5. Should a router's choice be so nearly tied that rounding decides it, AdamW makes much
-of that in the steps that follow; so choices are compared as in layouts.py, tokens that went elsewhere are named, and what is
-judged ends before the first of them, which has to be such a tie.
+Runs `finback run recipes/v3.py --set size=tiny` on one rank without layouts and on four with them, in fp32 and in
+emulated FP8: a ramp of the batch, schedules of rate, MTP and biases, FIM, an average, then two extensions whose rows
+are split over ranks. In fp32 everything agrees within 1e-5. If a router's choice is so nearly tied that rounding
+decides it, AdamW amplifies the difference in later steps; so choices are compared as in layouts.py, tokens that went to
+other experts are listed, and the comparison ends before the first of them, which must be such a tie.
 
-In FP8 the losses of the first step agree within 1e-5 as well. From its gradients on they cannot: weights' gradients are rounded in
-tiles of tokens, and four ranks have other tokens in a tile. They stay within three times what FP8 itself makes of fp32 on one rank.
+In FP8 the losses of the first step agree within 1e-5 as well. From its gradients on they cannot: weights' gradients are
+rounded in tiles of tokens, and on four ranks a tile has other tokens. They stay within three times what FP8 itself
+makes of fp32 on one rank.
 """
 
 import argparse
@@ -39,19 +40,19 @@ from finback.train.loop import Loop
 ROOT = Path(__file__).parent.parent
 PHASES = ("pretrain", "extend-32k", "extend-128k")
 LIMIT = 1e-5
-NOISE = 3  # FP8 on four ranks may differ by so many times what it differs from fp32 by, on one
-SAME = ("tokens", "batch_size", "lr")  # to the bit
+NOISE = 3  # FP8's difference between four ranks and one, over its difference from fp32 on one: the limit
+SAME = ("tokens", "batch_size", "lr")  # equal to the bit
 COMPARED = ("loss", "mtp_loss", "balance", "grad_norm", "load", "bias")
 
 
 def settings(ranks: int, compute: str) -> list[str]:
-    """What changes of the recipe: every step logs its routers, and fewer than four ranks hold whole copies."""
+    """Changes to the recipe: every step logs its routers, and fewer than four ranks hold whole copies."""
     changes = [f"{phase}.{knob}" for phase in PHASES for knob in (f"compute={compute}", "router_steps=1")]
     return ["size=tiny", *changes, *([f"{phase}.layout=none" for phase in PHASES] if ranks < 4 else [])]
 
 
 def run(folder: Path, ranks: int, compute: str) -> Path:
-    """Run the recipe, or go on with it; text and tokens are prepared once for all."""
+    """Runs or resumes the recipe; text and tokens are prepared only once."""
     root = folder / f"{ranks}-{compute}" / "v3"
     if (root / "summary.json").is_file() and len(json.loads((root / "summary.json").read_text())["stages"]) > len(
         PHASES
@@ -72,7 +73,7 @@ def run(folder: Path, ranks: int, compute: str) -> Path:
 
 
 def on_rank(root: Path, changes: list[str]) -> None:
-    """Run the recipe as one rank, and keep what its routers choose."""
+    """Runs the recipe as one rank, and records its routers' choices."""
     step, finish = Pretraining.step, Pretraining.finish
     chosen: list[dict[str, Any]] = []
     routers: dict[str, Any] = {}
@@ -107,7 +108,7 @@ def steps(root: Path, phase: str) -> list[dict[str, Any]]:
 
 
 def apart(one: Path, other: Path, phase: str, before: float = math.inf) -> dict[str, float]:
-    """The largest difference of each quantity over the steps of a phase `before` one; what has to be the same is."""
+    """The largest difference of each quantity over a phase's steps before `before`; asserts that SAME are equal."""
     found = dict.fromkeys(COMPARED, 0.0)
     for a, b in zip(steps(one, phase), steps(other, phase), strict=True):
         assert all(a[name] == b[name] for name in SAME), (a, b)
@@ -121,7 +122,7 @@ def _flat(value: Any) -> list[float]:
 
 
 def elsewhere(one: Path, other: Path, phase: str) -> tuple[list[dict[str, Any]], int]:
-    """Tokens that went to other experts than on one rank, and how many choices were nearly tied there."""
+    """Tokens that went to other experts than on one rank, and the number of near ties there."""
     [(_, _, whole)] = [torch.load(one.parent / f"{phase}-0.pt")]
     ranks = [torch.load(path) for path in sorted(other.parent.glob(f"{phase}-*.pt"))]
     indices: list[Any] = [
@@ -132,7 +133,7 @@ def elsewhere(one: Path, other: Path, phase: str) -> tuple[list[dict[str, Any]],
 
 
 def compared(folder: Path, compute: str) -> list[dict[str, Any]]:
-    """A line for each phase: by how much four ranks and one are apart, and by how much they may be."""
+    """A line for each phase: the differences between four ranks and one, and their limits."""
     one, four = run(folder, 1, compute), run(folder, 4, compute)
     exact = run(folder, 1, "fp32") if compute == "fp8" else None
     lines: list[dict[str, Any]] = []
@@ -163,8 +164,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--rank"]:
         return on_rank(Path(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where the runs lie; a temporary folder without")
-    parser.add_argument("--compute", choices=("fp32", "fp8"), help="this alone")
+    parser.add_argument("--folder", type=Path, help="folder of the runs; default: a temporary one")
+    parser.add_argument("--compute", choices=("fp32", "fp8"), help="only this precision")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "v3_ranks.json")
     options = parser.parse_args()
     computes = [options.compute] if options.compute else ["fp32", "fp8"]

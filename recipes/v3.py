@@ -3,14 +3,15 @@
     finback plan recipes/v3.py --on h800:2048 --recompute selective
     finback run recipes/v3.py --set size=tiny --ranks 4
 
-V3's corpus is not published, so at full size the recipe can be planned, not run. `size=tiny` shrinks the model, the rows and the
-tokens and keeps every phase and knob: a minute or two on two CPU cores. Its layouts need four ranks; on one rank remove them:
+V3's corpus is not published, so at full size the recipe can be planned, not run. `size=tiny` shrinks the model, the
+rows and the tokens and keeps every phase and knob: a minute or two on two CPU cores. Its layouts need four ranks; on
+one rank remove them:
 
     finback run recipes/v3.py --set size=tiny --ranks 1 \\
         --set pretrain.layout=none --set extend-32k.layout=none --set extend-128k.layout=none
 
-The report does not give the shape of the ramp, the decay of the average, or the extension's layout and document mask. Post-training
-is in recipes/r1.py.
+The report does not give the shape of the ramp, the decay of the average, or the extension's layout and document mask.
+Post-training is in recipes/r1.py.
 """
 
 import dataclasses

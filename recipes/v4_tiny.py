@@ -1,7 +1,8 @@
 """DeepSeek-V4's block with the quickstart's steps: compressed attention, residual streams and hash routing, then R1-Zero.
 
-The model is as large as the quickstart's and trained on the same text. A token attends to the last 16 tokens directly, and to
-earlier ones through entries of 4 tokens (CSA) or 16 (HCA). Run recipes/tiny.py first: this recipe reads its text.
+The model is as large as the quickstart's and trained on the same text. A token attends to the last 16 tokens directly,
+and to earlier ones through entries of 4 tokens (CSA) or 16 (HCA). Run recipes/tiny.py first: this recipe reads its
+text.
 """
 
 from finback.model.config import CSA, HCA, SLIDING, ModelConfig

@@ -1,7 +1,8 @@
 """R1-Zero on a model of your own: RL on checkable rewards, directly from a base, with the objective that R1 published.
 
-It starts from the base that recipes/tiny.py made (`make quickstart`, or --set zero.start=PATH for any Hugging Face folder).
-The KL term's reference model is refreshed every 40 steps, the loss averages over answers, not tokens, and a batch gives two updates.
+It starts from the base that recipes/tiny.py made (`make quickstart`, or --set zero.start=PATH for any Hugging Face
+folder). The KL term's reference model is refreshed every 40 steps, the loss averages over answers, not tokens, and a
+batch gives two updates.
 """
 
 from finback.stages.evaluate import Evaluate, Exam

@@ -4,8 +4,8 @@
     python scripts/build_docs.py --serve  serves the site, and follows changes in build/docs
 
 The pages of docs/ and of the repository's root are copied into one tree, with the reference that scripts/reference.py
-generates. A link to another file of the repository leads to a copy of it, Python files and notebooks as pages; Temml, which
-the server's page ships, draws equations. Neither the build nor the site downloads anything.
+generates. A link to another file of the repository leads to a copy of it, Python files and notebooks as pages; Temml,
+which the server's page ships, draws equations. Neither the build nor the site downloads anything.
 """
 
 import base64

@@ -2,8 +2,8 @@
 
     python scripts/notebooks.py FOLDER NOTEBOOK... [--set NAME=VALUE]
 
-The notebooks run in FOLDER, which has the runs that they read. `--set` changes a variable in the cell tagged "parameters"; the outputs are
-then not written back.
+The notebooks run in FOLDER, which has the runs that they read. `--set` changes a variable in the cell tagged
+"parameters"; the outputs are then not written back.
 """
 
 import argparse

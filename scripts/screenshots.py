@@ -2,9 +2,9 @@
 
     python scripts/screenshots.py MODEL RUNS [--run NAME] [--out docs/screens] [--parts PART ...] [--all] [--chromium PATH]
 
-MODEL is a stage of a run that has learned to think, such as runs/r1/r1; RUNS holds the run folders. `languages` shows the chats of
-languages.json; fonts for their scripts must be installed (Debian: fonts-noto-core and fonts-noto-cjk). Without --all
-only those in the documentation are taken.
+MODEL is a stage of a run that has learned to think, such as runs/r1/r1; RUNS holds the run folders. `languages` shows
+the chats of languages.json; fonts for their scripts must be installed (Debian: fonts-noto-core and fonts-noto-cjk).
+Without --all only those in the documentation are taken.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Anticipatory routing: after a loss spike, experts are chosen by weights that are some updates old (V4, training stability).
 
-A router and its experts learn at the same time, which amplifies a spike. For some steps after one, the experts for a step's rows
-are therefore chosen by the weights of a fixed number of updates earlier; gates and everything else use the current weights.
-No old weights are stored: the rows of a later step are read ahead, and the experts that the current weights choose for them are
-recorded until that step is taken. The routers of MTP modules are not affected.
+A router and its experts learn at the same time, which amplifies a spike. For some steps after one, the experts for a
+step's rows are therefore chosen by the weights of a fixed number of updates earlier; gates and everything else use the
+current weights. No old weights are stored: the rows of a later step are read ahead, and the experts that the current
+weights choose for them are recorded until that step is taken. The routers of MTP modules are not affected.
 """
 
 from collections import deque
