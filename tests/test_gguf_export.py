@@ -1,4 +1,4 @@
-"""GGUF export and import: a file loads as the same model, ids, stop tokens and template. test_llama_cpp.py does more."""
+"""GGUF export and import: a file loads as the same model, ids, stop tokens and template. See also test_llama_cpp.py."""
 
 import dataclasses
 import json

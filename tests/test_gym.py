@@ -1,4 +1,4 @@
-"""reasoning-gym tasks: gold answers pass, answers are never executed, junk earns nothing, unsuitable sets are refused."""
+"""reasoning-gym tasks: gold answers pass, answers are never executed, junk earns nothing, some sets are refused."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Marking by the table of tests/data/marking.jsonl: right answers are paid, wrong ones are not, by whatever marks."""
+"""Marking by the table of tests/data/marking.jsonl: correct answers earn a reward in any notation, wrong ones never."""
 
 import importlib.util
 import json
@@ -52,7 +52,7 @@ def test_the_table_is_large_and_a_tenth_of_it_is_hostile() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_right_answers_are_paid_and_wrong_ones_are_not(kind: str, tmp_path: Path) -> None:
     some = [row for row in TABLE if row.kind == kind]
-    # of the plainly wrong ones every second, and of what costs a parser or a process a third, to save time; the script takes all
+    # every second plainly wrong answer, and a third of the expensive kinds, to save time; the script takes all
     some = [row for i, row in enumerate(some) if row.right or i % 2 or row.note == "adversarial"]
     some = some[:: 3 if kind in ("latex", "set") else 1]
     marks = MARKING.marked(
@@ -60,7 +60,7 @@ def test_right_answers_are_paid_and_wrong_ones_are_not(kind: str, tmp_path: Path
     )  # a process for each, and the same again
     failed = [(mark.row.gold, mark.row.answer) for mark in marks if mark.failed and mark.row.right]
     paid = [(mark.row.gold, mark.row.answer) for mark in marks if mark.failed and not mark.row.right]
-    assert not paid, "wrong, and paid"
+    assert not paid, "wrong answers were rewarded"
     assert len(failed) <= 0.02 * sum(row.right for row in some), failed
 
 
@@ -160,4 +160,4 @@ def test_long_hostile_replies_are_read_in_time() -> None:
         text = (piece * 100_000)[:99_000]
         assert not answers.check(Problem("?", "12", "?"), text).correct and named(text, CITIES) is None
         program(text, "f")
-    assert time.process_time() - start < 60  # of this process, and about one on an idle machine
+    assert time.process_time() - start < 60  # CPU time; about one second on an idle machine

@@ -1,4 +1,4 @@
-"""Mathematics compared in a worker: what counts as equal, what a hostile answer can do (nothing), who ends whom."""
+"""Mathematical comparison in a worker: what counts as equal, why hostile answers are harmless, and how workers end."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_hostile_answers_do_nothing_and_end_in_time(
     monkeypatch.setattr(math_process, "shared", lambda: worker)
     start = time.monotonic()
     assert not compare(r"\frac12", HOSTILE[attack]).same
-    assert time.monotonic() - start < 60  # of a busy machine; it computes for two or three
+    assert time.monotonic() - start < 60  # on a busy machine; the computation takes two or three
     assert not list(tmp_path.iterdir())
     assert compare(r"\frac12", "0.5") == RIGHT  # in the same worker or in a new one
 
@@ -161,7 +161,7 @@ def test_a_worker_that_died_is_replaced(worker: MathProcess) -> None:
     assert worker.compare("1/2", "0.5") == RIGHT
     first = worker.pid
     assert first is not None
-    os.kill(first, signal.SIGKILL)  # it may still be ending when it is asked
+    os.kill(first, signal.SIGKILL)  # it may not have exited yet when the next request comes
     assert worker.compare("1/2", "0.5") == RIGHT and worker.pid != first
     worker.close()
     worker.close()
@@ -169,7 +169,7 @@ def test_a_worker_that_died_is_replaced(worker: MathProcess) -> None:
 
 
 def test_a_stopped_worker_is_not_a_wrong_answer(worker: MathProcess) -> None:
-    """As long as a busy machine needs by the clock, here three seconds where two of computing are allowed."""
+    """The limit is CPU time: here the worker is suspended for three seconds, where two of computing are allowed."""
     assert worker.compare("1/2", "0.5") == RIGHT
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGSTOP)
@@ -203,7 +203,7 @@ def test_the_worker_ends_with_a_killed_parent(state: str) -> None:
     assert parent.returncode == -signal.SIGKILL
     pid, until = int(parent.stdout), time.monotonic() + 20
     while _is_running(pid):
-        assert time.monotonic() < until, "the worker outlived its parent"
+        assert time.monotonic() < until, "the worker is still running after its parent"
         time.sleep(0.05)
 
 
@@ -230,7 +230,7 @@ def test_the_math_reader_never_enters_this_process() -> None:
 
 
 def _is_running(pid: int) -> bool:
-    """Whether a process exists and is not just waiting to be collected."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

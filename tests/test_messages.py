@@ -1,4 +1,4 @@
-"""What a client sends becomes the tokens its model was taught: by hand in DeepSeek's form, and by other models' templates."""
+"""A client's messages become the tokens of the model's training: in DeepSeek's form by hand, and by other templates."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ CALL, END_CALL, SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 OUT, END_OUT = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
 TOOL_MARKS = (CALLS, END_CALLS, CALL, END_CALL, SEP, OUT, END_OUT)
 
-# The official templates' structure in few words: V3.1, R1 (of V3 it is the one without <think>), Qwen 3, Qwen 2.5.
+# The structure of the official templates, shortened: V3.1, R1 (V3's lacks <think>), Qwen 3, Qwen 2.5.
 V31 = (
     "{% if thinking is not defined %}{% set thinking = false %}{% endif %}{{ bos_token }}"
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
@@ -91,13 +91,13 @@ OLD_QWEN = QWEN25.replace("m.content if m.content is string else ''", "m.content
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer that was trained here: it has no marks for tools."""
+    """A tokenizer that finback trained: it has no special tokens for tools."""
     return tokenizer.train(TEXT, 400, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
 def marked(words: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The same with DeepSeek's marks for tools."""
+    """The same tokenizer with DeepSeek's special tokens for tools."""
     state = json.loads(words.as_json())
     for token in TOOL_MARKS:
         added = {**state["added_tokens"][-1], "id": 1 + max(t["id"] for t in state["added_tokens"]), "content": token}
@@ -141,7 +141,7 @@ CALLING = [
 def dialogue(
     messages: list[dict[str, Any]], words: Tokenizer, tools: Any = None, **options: Any
 ) -> tuple[list[int], bool]:
-    """As a server makes a prompt of what it is sent."""
+    """Builds a prompt from a request like the server."""
     return encode_prompt(read_messages(messages), words, tools=read_tools(tools), **options)
 
 
@@ -153,7 +153,7 @@ def written(messages: list[dict[str, Any]], words: Tokenizer, **options: Any) ->
 
 @pytest.fixture(scope="module")
 def folder(marked: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights in Hugging Face's form."""
+    """A model with random weights in Hugging Face's format."""
     config = dataclasses.replace(CONFIG, vocab_size=marked.vocab_size, num_nextn_predict_layers=0)
     path = tmp_path_factory.mktemp("models") / "toy"
     special = {"bos_token_id": marked.bos, "eos_token_id": marked.eos, "pad_token_id": marked.pad}
@@ -175,7 +175,7 @@ PAST = (
 def test_all_who_ask_ask_alike(
     template: str | None, think: bool | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SFT, RL and evaluation, comparison, the terminal, the server and transformers give one question the same ids."""
+    """SFT, RL, evaluation, comparison, the terminal, the server and transformers give a question the same ids."""
     path = tmp_path / "toy"
     shutil.copytree(folder, path)
     if template is not None:
@@ -211,7 +211,7 @@ def test_all_who_ask_ask_alike(
 
     lesson = lessons([*dialogue, Message("assistant", "9", "4+5=9" if think else "")], words)[0 if not template else -1]
     assert lesson.ids[: len(ids)] == ids and lesson.labels[-2:] == [*words.encode("9"), words.eos]
-    if think is None:  # else the answer begins with the mark that the prompt has already
+    if think is None:  # otherwise the answer begins with the special token that the prompt already ends with
         assert lesson.labels[len(ids) - 1 :] == [IGNORE, *lesson.ids[len(ids) :]]
 
     theirs = transformers.AutoTokenizer.from_pretrained(path)
@@ -223,7 +223,7 @@ def test_all_who_ask_ask_alike(
 
 @pytest.mark.parametrize("template", [None, R1, V31, QWEN3])
 def test_every_lesson_begins_with_its_prompt(template: str | None, marked: Tokenizer, tmp_path: Path) -> None:
-    """Also where tools are called, and where a system message comes late."""
+    """Also with tool calls, and with a late system message."""
     words = marked if template is None else templated(marked, template, tmp_path)
     calls = read_messages([*CALLING, result("9")]) if template is None else []
     dialogue = [*calls, *PAST, Message("user", "?"), Message("assistant", "!", "what")]
@@ -253,7 +253,7 @@ def test_every_lesson_begins_with_its_prompt(template: str | None, marked: Token
             f"S\n\nT{USER}4+5?{ASSISTANT}",
             False,
         ),
-        # chains of the past are left out, but for those of turns that call
+        # earlier chains are left out, except in turns that call tools
         (
             [user(), said("9", reasoning_content="r"), user("ok")],
             {},
@@ -283,7 +283,7 @@ def test_every_lesson_begins_with_its_prompt(template: str | None, marked: Token
             f"{OUT}9{END_OUT}{OUT}noon{END_OUT}{THINK}",
             True,
         ),
-        # begun answers
+        # partial answers
         ([user(), said("It is", prefix=True)], {}, f"{USER}4+5?{ASSISTANT}It is", False),
         ([user(), said("It is")], {"continue_last": True, "think": True}, f"{USER}4+5?{ASSISTANT}It is", False),
         (
@@ -310,7 +310,7 @@ def test_prompts_by_hand(
     assert written(messages, words, **options) == (BOS + text, opened)
     assert written(messages, marked, **options) == (BOS + text, opened)
     ids, _ = dialogue(messages, marked, **options)
-    assert ids == marked.encode_marked(BOS + text)  # every mark is one token
+    assert ids == marked.encode_marked(BOS + text)  # every special token is one id
     begun = (len(CALLS) + 10) * text.count(CALLS)
     assert len(dialogue(messages, words, **options)[0]) >= len(ids) + (begun > 0)
 

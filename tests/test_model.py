@@ -1,4 +1,4 @@
-"""The model against transformers' DeepseekV3ForCausalLM, and its two attention forms against each other."""
+"""The model against transformers' DeepseekV3ForCausalLM, and its two forms of attention against each other."""
 
 import dataclasses
 from collections.abc import Callable
@@ -48,7 +48,7 @@ TOY = dataclasses.replace(
     routed_scaling_factor=2.5,
     num_nextn_predict_layers=1,
 )
-# of 16 heads no score is zero by chance
+# with 16 heads no score is zero by chance
 SPARSE = dataclasses.replace(TOY, index_topk=9, index_n_heads=16, index_head_dim=16)
 DENSE = ModelConfig(
     vocab_size=97,
@@ -61,7 +61,7 @@ DENSE = ModelConfig(
     head_dim=12,
     tie_word_embeddings=True,
 )
-# layers that differ: windows, a base of their own, none rotated, half of each head rotated, norms behind the parts
+# layers that differ: windows, their own rope base, no rotation, half of each head rotated, norms after the sublayers
 MIXED = dataclasses.replace(
     DENSE,
     num_hidden_layers=3,
@@ -107,7 +107,7 @@ PARITY = [
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
-    """Weights large enough that routing and attention differ between tokens; gains and biases moved off 1 and 0."""
+    """Weights large enough that routing and attention differ between tokens; gains are not 1 and biases not 0."""
     model = Transformer(dataclasses.replace(config, initializer_range=0.1)).initialise(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def to_transformers(model: Transformer) -> torch.nn.Module:
-    """The same weights in transformers' own class, through the name table; every trunk tensor must find its place."""
+    """The same weights in transformers' own class, through the name table; every trunk tensor must be used."""
     c = model.config
     config = transformers.DeepseekV3Config.from_dict(raw_config(c, "float32"), attn_implementation="eager")
     other = transformers.DeepseekV3ForCausalLM(config).eval()
@@ -132,7 +132,7 @@ def to_transformers(model: Transformer) -> torch.nn.Module:
         parts = parts.flatten(0, 1) if parts.ndim == 3 else parts
         state.update(zip(theirs, parts.chunk(len(theirs), dim=0), strict=True))
     own = other.state_dict()
-    # transformers may keep experts stacked; bring ours to its shapes
+    # transformers may stack experts; reshape ours like its own
     for name in list(own):
         if name.endswith("mlp.experts.gate_up_proj"):
             prefix = name.removesuffix("gate_up_proj")
@@ -157,12 +157,12 @@ def test_logits_equal_transformers(config: ModelConfig, seed: int) -> None:
     with torch.no_grad():
         ours = model.logits(model(tokens))
         theirs = to_transformers(model)(tokens).logits
-    assert ours.std() > 0.3, "flat logits would agree whatever the code does"
+    assert ours.std() > 0.3, "flat logits would agree even in broken code"
     assert (ours - theirs).abs().max() <= 1e-4
 
 
 def pool_for(config: ModelConfig, rows: int, tokens: int) -> tuple[Pool, torch.Tensor]:
-    """A pool and a page table in which the pages of every row lie scattered."""
+    """A pool, and a page table that scatters the pages of each row."""
     each = -(-tokens // PAGE)
     order = torch.randperm(rows * each, generator=torch.Generator().manual_seed(3)) + 1
     return Pool(config, rows * each + 1, torch.float32, torch.device("cpu")), order.view(rows, each)
@@ -173,7 +173,7 @@ def pool_for(config: ModelConfig, rows: int, tokens: int) -> tuple[Pool, torch.T
 def test_cached_decoding_equals_the_whole(
     config: ModelConfig, native_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Expanded form over everything = prompts of unequal lengths, then one or two tokens at a time in absorbed form."""
+    """Expanded form over a whole text = prompts of unequal lengths, then one or two tokens at a time, absorbed."""
     if not native_kernels:
         monkeypatch.setattr(native, "library", lambda: None)
     model = random_model(config)
@@ -190,7 +190,7 @@ def test_cached_decoding_equals_the_whole(
             hidden = model(tokens[rows[:, None], at], Cache(pool, table, lengths, new))
             assert (model.logits(hidden) - whole[rows[:, None], at]).abs().max() <= 1e-4
             lengths = [n + new for n in lengths]
-        left = torch.tensor([0, 2])  # a sequence leaves, the others go on
+        left = torch.tensor([0, 2])  # one sequence leaves, the others continue
         at = torch.tensor(lengths)[left]
         hidden = model(tokens[left, at][:, None], Cache(pool, table[left], at.tolist(), 1))
         assert (model.logits(hidden[:, 0]) - whole[left, at]).abs().max() <= 1e-4
@@ -209,7 +209,7 @@ def test_chunked_prefill_equals_the_whole(config: ModelConfig, piece: int) -> No
 
 
 def test_the_latest_of_equal_scores_are_picked() -> None:
-    """By hand: three of those that are seen, whatever padding stands before them."""
+    """By hand: three of the visible tokens are selected, regardless of padding before them."""
     scores = torch.tensor([[[0.0, 3.0, 0.0, 0.0, 9.0], [0.0, 3.0, 0.0, 0.0, 9.0], [-1.0, -2.0, 5.0, 6.0, 7.0]]])
     seen = torch.tensor([[[True] * 4 + [False], [False] * 3 + [True] * 2, [True] * 5]])
     expected = [[False, True, True, True, False], [False] * 3 + [True] * 2, [False, False, True, True, True]]
@@ -218,7 +218,7 @@ def test_the_latest_of_equal_scores_are_picked() -> None:
 
 
 def test_long_rows_are_picked_from_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few queries, and rows of documents too long for a matrix, give what is given at once."""
+    """Blocks of a few queries, and rows of documents too long for one matrix, give the result of a single pass."""
     model = random_model(SPARSE)
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(6))
     numbers = torch.arange(60).repeat(2, 1) // 25
@@ -244,7 +244,7 @@ def test_what_is_learnt_of_a_sparse_model_is_what_the_loss_reaches() -> None:
 
 
 def test_the_short_form_of_attention_is_taken_where_it_saves_products() -> None:
-    """170 new tokens for V3: beyond, expanding the stored latents first costs less."""
+    """170 new tokens for V3: for more, expanding the stored latents first costs less."""
     attention = MLA(dataclasses.replace(V3, hidden_size=8, q_lora_rank=8, num_attention_heads=1))
     assert attention.longest_absorbed == 170
 
@@ -254,7 +254,7 @@ def test_the_short_form_of_attention_is_taken_where_it_saves_products() -> None:
 @pytest.mark.parametrize("new", [1, 3])
 def test_paged_attention_equals_its_plain_form(dtype: torch.dtype, groups: int, new: int) -> None:
     if native.library() is None:
-        pytest.skip("no C++ compiler on this machine: the plain form is what runs")
+        pytest.skip("no C++ compiler: only the plain implementation runs")
     generator = torch.Generator().manual_seed(new + 10 * groups)
     rows, heads, key, value = 5, 6, 80, 24
     entries = torch.randn(40 * PAGE, 200, generator=generator).to(dtype)
@@ -270,7 +270,7 @@ def test_paged_attention_equals_its_plain_form(dtype: torch.dtype, groups: int, 
 
 
 def test_cache_holds_latents_only() -> None:
-    """576 elements per layer for V3: 70,272 bytes per token in bf16 (spec 1.2), measured at one head's cost."""
+    """576 elements per layer for V3: 70,272 bytes per token in bf16 (spec 1.2)."""
     assert V3.cache_elements == 576
     narrow = dataclasses.replace(V3, vocab_size=8, hidden_size=8)
     pool = Pool(narrow, 4, torch.bfloat16, torch.device("cpu"))
@@ -290,7 +290,7 @@ def test_yarn_softmax_scale_of_v3() -> None:
     ids=["V3", "V3.2", "V2_LITE"],
 )
 def test_parameter_totals(config: ModelConfig, total: int) -> None:
-    """Totals of the specification, section 2.3, without the MTP module."""
+    """Totals of section 2.3 of the specification, without the MTP module."""
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(config, num_nextn_predict_layers=0))
     count = sum(p.numel() for p in model.parameters())
@@ -317,7 +317,7 @@ def test_the_closed_form_counts_every_parameter(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("length", [5, 23])
 def test_a_window_is_what_a_mask_says(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of plain rows, of documents by either form, and of a prefix that documents share."""
+    """For plain rows, for documents in either form, and for a prefix that documents share."""
     rng = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, heads, length, 8, generator=rng) for heads in (4, 2, 2))
     ids = torch.tensor([[0] * 4 + [1] * (length - 4)])
@@ -336,7 +336,7 @@ def test_a_window_is_what_a_mask_says(length: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("longest", [512, 1])
 def test_sinks_take_weight_in_every_form_of_attention(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of documents, of a prefix that they share and of windows, and their gradients: against the softmax spelled out."""
+    """For documents, for a shared prefix and for windows, with gradients: against an explicit softmax."""
     monkeypatch.setattr(documents, "LONGEST_MASKED", longest)
     rng, length = torch.Generator().manual_seed(1), 23
     q, k, v = (torch.randn(2, heads, length, 8, generator=rng, requires_grad=True) for heads in (4, 2, 2))
@@ -363,10 +363,10 @@ def test_sinks_take_weight_in_every_form_of_attention(longest: int, monkeypatch:
 
 @pytest.mark.parametrize("experts", [moe_gemm.routed_experts, moe_gemm.grouped_experts])
 def test_grouped_experts_equal_the_loop(experts: moe_gemm.Experts) -> None:
-    """Outputs and gradients of both forms of the products are those of the plain lines."""
+    """Outputs and gradients of both kernels equal those of the plain implementation."""
     generator = torch.Generator().manual_seed(3)
     x, gate_up, down = (torch.randn(s, generator=generator) for s in ((40, 16), (6, 24, 16), (6, 16, 12)))
-    index = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(40)])  # expert 5 gets nothing
+    index = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(40)])  # expert 5 gets no tokens
     weight = torch.rand(40, 2, generator=generator)
     outs, grads = [], []
     for form in (reference.routed_experts, experts):
@@ -381,7 +381,7 @@ def test_grouped_experts_equal_the_loop(experts: moe_gemm.Experts) -> None:
 
 
 def test_the_kernel_of_experts_is_pinned_or_measured() -> None:
-    """A whole model's gradients with either; a CPU is not asked which is quicker."""
+    """A whole model's gradients with either kernel; on a CPU their speed is not measured."""
     gradients = []
     for kernel in get_args(ExpertKernel):
         model = random_model(TOY).train()
@@ -468,7 +468,7 @@ LONG = dataclasses.replace(
     "config", [TOY, SPARSE, DENSE, MIXED, LONG, OSS], ids=["mla", "dsa", "gqa", "mixed", "long", "oss"]
 )
 def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
-    """Hidden states, MTP's too, and gradients of two packed documents are those of the two on their own."""
+    """Hidden states, MTP's included, and gradients of two packed documents equal those of each alone."""
     model = random_model(config).train()
     rng = torch.Generator().manual_seed(3)
     one, two = (torch.randint(97, (1, n), generator=rng) for n in (9, 14))
@@ -477,7 +477,7 @@ def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
     alone = torch.cat([model(one), model(two)], dim=1)
     packed = model(row, document_ids=documents)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(model(row), alone, atol=1e-3), "without the numbers the second would see the first"
+    assert not torch.allclose(model(row), alone, atol=1e-3), "without document ids the second must attend to the first"
     gradients = []
     for hidden in (packed, alone):
         model.zero_grad()

@@ -1,4 +1,4 @@
-"""Several adapters on one base in one batch: each request gets what its adapter, merged alone, says."""
+"""Several adapters on one base in one batch: each request gets the answer of its adapter alone, merged."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ from finback.serve.options import ServeOptions
 from tests.serving import CHAT, served, small_tokenizer
 from tests.test_lora import adapted, base_of
 
-STD = 0.08  # of weights; with larger ones rounding in fp32 is itself more than 1e-5
+STD = 0.08  # of the weights; with larger ones rounding in fp32 alone exceeds 1e-5
 LORAS = {
     "whole": LoRA(rank=3, alpha=5.0, base="fp32"),
     "attention": LoRA(rank=4, rs=True, targets=("attention",), base="fp32"),
@@ -48,7 +48,7 @@ def adapters(family: str) -> dict[str, AdaptedTransformer]:
 
 
 def ask(engine: Engine, names: list[str], sampling: SamplingParams = GREEDY) -> dict[tuple[str, int], Request]:
-    """Every prompt under every name, all in one batch."""
+    """Submits every prompt for every adapter, all in one batch."""
     asked = {
         (name, i): engine.submit(prompt, sampling, i, adapter=name)
         for i, prompt in enumerate(PROMPTS)
@@ -68,7 +68,7 @@ def alone(model: Transformer, sampling: SamplingParams, config: EngineConfig) ->
     [("mla", 512), ("sparse", 20), ("lite", 20), ("gqa", 512), ("experts", 20), ("post", 20), ("oss", 20), ("v4", 512)],
 )
 def test_a_mixed_batch_says_what_each_adapter_says_alone(family: str, chunk: int) -> None:
-    """Prompts read whole and in pieces, behind pages found in the cache, and tokens in absorbed form, with drafts."""
+    """Prompts read whole, in chunks and after cached pages, and tokens in absorbed form, with drafts."""
     config = EngineConfig(rows=16, tokens=4096, chunk=chunk, reuse=True, speculate=chunk == 512)
     sampling = GREEDY if chunk == 512 else SamplingParams(1.0, 8)
     base = base_of(family, std=STD)
@@ -83,7 +83,7 @@ def test_a_mixed_batch_says_what_each_adapter_says_alone(family: str, chunk: int
         assert request.tokens == expected[name][i].tokens, (name, i)
         torch.testing.assert_close(request.logprobs, expected[name][i].logprobs, atol=1e-5, rtol=0)
         texts.add((i, tuple(request.logprobs)))
-    assert len(texts) == len(found), "every adapter says something else"
+    assert len(texts) == len(found), "the answers of all adapters must differ"
     again = {name: engine.submit(PROMPTS[1], sampling, 1, adapter=name) for name in ("", *LORAS)}
     fresh = engine.submit(PROMPTS[1], sampling, 1, salt=b"other", adapter="mlp")
     engine.step()
@@ -98,7 +98,7 @@ def test_a_mixed_batch_says_what_each_adapter_says_alone(family: str, chunk: int
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    """A base of MLA and experts in Hugging Face's files, and its adapters in PEFT's, one with a tokenizer of its own."""
+    """A base with MLA and experts in Hugging Face's files, and its adapters in PEFT's, one with its own tokenizer."""
     root = tmp_path_factory.mktemp("adapters")
     export(base_of("mla", std=STD), root / "hf", "fp32")
     small_tokenizer().export(root / "hf")
@@ -115,7 +115,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, P
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_adapters_lie_on_packed_weights_too(folders: tuple[Path, dict[str, Path]], dtype: InferenceDtype) -> None:
     if not packed.available("bf16"):
-        pytest.skip("this processor has no such products")
+        pytest.skip("this processor has no such matrix products")
     base, found = folders
     model = load_for_inference(base, dtype, found)
     rows = torch.arange(4 * 24).view(4, 24) + 100
@@ -159,7 +159,7 @@ def test_a_server_has_adapters_under_their_names(folders: tuple[Path, dict[str, 
     both = LLM(base, "fp32", adapters=found)
     for name, reply in replies.items():
         llm = LLM(base if name == "base" else f"{base}+{found[name]}", "fp32")
-        stop = (99,) if name == "mlp" else ()  # of its own generation_config.json
+        stop = (99,) if name == "mlp" else ()  # from its own generation_config.json
         said = llm.chat("Hello", llm.defaults(temperature=0.0, max_tokens=12, stop_token_ids=stop))
         choice = reply["choices"][0]
         assert reply["model"] == name and choice["finish_reason"] == said.finish_reason
@@ -177,7 +177,7 @@ def test_answers_of_an_adapter_are_kept_under_its_files_and_its_bases(folders: t
 
 
 def change(folder: Path, to: Path, **keys: Any) -> Path:
-    """A copy of an adapter with another config."""
+    """A copy of an adapter with a changed config."""
     shutil.copytree(folder, to)
     raw = json.loads((to / CONFIG_FILE).read_text()) | keys
     (to / CONFIG_FILE).write_text(json.dumps(raw))

@@ -1,4 +1,4 @@
-"""n-gram drafts: what is looked up, and answers that are those without drafts."""
+"""n-gram drafts: what the lookup finds, and answers that equal those without drafts."""
 
 import itertools
 
@@ -18,7 +18,7 @@ NGRAM = EngineConfig(rows=8, tokens=12 * PAGE, chunk=11, reuse=True, speculate=T
 
 
 def drafting(model: Transformer, config: EngineConfig = NGRAM, kinds: str = "draft") -> Engine:
-    """An engine whose steps draft, or not, in turn, whatever they cost."""
+    """An engine that cycles through the given kinds of steps, whatever they cost."""
     engine, turns = Engine(model, (), config), itertools.cycle(kinds.split())
     assert engine.speculation is not None
     engine.speculation.choose = lambda rows: next(turns)  # type: ignore[method-assign]
@@ -27,17 +27,17 @@ def drafting(model: Transformer, config: EngineConfig = NGRAM, kinds: str = "dra
 
 def test_what_followed_the_last_tokens_is_found_again() -> None:
     lookup = PromptLookup()
-    assert lookup.drafts([1, 2, 3, 4, 5, 1, 2], 4) == [3, 4, 5, 1], "two tokens, where three are new"
+    assert lookup.drafts([1, 2, 3, 4, 5, 1, 2], 4) == [3, 4, 5, 1], "the last three tokens are new, two are not"
     assert lookup.drafts([1, 2, 3, 4, 5, 1, 2, 3], 2) == [4, 5]
     longer = [1, 2, 3, 4, 5, 1, 2, 3, 9, 2, 3]
-    assert lookup.drafts(longer, 1) == [9], "the latest of two places"
-    assert lookup.drafts([*longer, 7], 4) == [], "7 is new"
+    assert lookup.drafts(longer, 1) == [9], "it takes the latest of two matches"
+    assert lookup.drafts([*longer, 7], 4) == [], "7 does not occur before"
     assert PromptLookup().drafts([5], 4) == PromptLookup().drafts([5, 5], 4) == []
     assert PromptLookup().drafts([5, 5, 5], 4) == [5]
 
 
 def toy(vocab: int) -> Transformer:
-    """A model whose answers repeat themselves, as so few tokens are likely."""
+    """A model whose answers repeat themselves, since few tokens are likely."""
     model = MODELS["mla"]
     with torch.no_grad():
         fewer = Transformer(model.config).initialise(5).eval()
@@ -48,7 +48,7 @@ def toy(vocab: int) -> Transformer:
 
 @pytest.mark.parametrize("kinds", ["draft", "probe draft plain draft"])
 def test_answers_are_those_without_drafts(kinds: str) -> None:
-    """Greedy and sampled, in pieces, of several lengths, preempted, and behind a shared prompt."""
+    """Greedy and sampled, in chunks, with several lengths, preempted, and after a shared prompt."""
     model, prompts = toy(6), [[1, 2, 3, 4, 5, 1, 2, 3][: 4 + i] * (1 + i % 3) for i in range(6)]
 
     def answers(engine: Engine) -> list[Request]:
@@ -64,7 +64,7 @@ def test_answers_are_those_without_drafts(kinds: str) -> None:
     plain = answers(Engine(model, (), EngineConfig(8, NGRAM.tokens, 11, reuse=True)))
     found = answers(drafting(model, kinds=kinds))
     assert [r.tokens for r in found] == [r.tokens for r in plain]
-    assert any(r.preempted for r in found), "the cache is too small for all"
+    assert any(r.preempted for r in found), "the cache must be too small for all"
     accepted, guesses = (sum(getattr(r, name) for r in found) for name in ("accepted", "drafted"))
     assert 0 < accepted < guesses
     for r, other in zip(found, plain, strict=True):

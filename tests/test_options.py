@@ -1,4 +1,4 @@
-"""One object of options per verb: the command line is made of it, and a wrong value names its flag from Python too."""
+"""One options object per verb: the command line is built from it, and an error names the flag from Python too."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ MODEL = Path("toy")
 
 
 def made(command: Any, *words: str) -> Any:
-    """What a command is called with for these words."""
+    """The arguments that a command passes on for these words."""
     calls: list[Any] = []
     one = typer.Typer()
     one.command()(with_options(command(calls)))

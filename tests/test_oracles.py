@@ -34,7 +34,7 @@ def tensors(seed: int) -> dict[str, Tensor]:
 
 
 def ours(t: dict[str, Tensor], aim: Objective) -> tuple[float, Tensor]:
-    """The loss as the GRPO stage puts it together, and its gradient; only answers with an advantage are looked at."""
+    """The loss as the GRPO stage computes it, and its gradient; only answers with an advantage count."""
     new = t["new"].clone().requires_grad_()
     tokens, answers = float(t["mask"].sum()), len(new)
     looked_at = (t["advantage"] != 0) | (aim.beta > 0)
@@ -78,7 +78,7 @@ TRL = [
         {"loss_type": "grpo", "off_policy": 0.3},
         Objective(average="answer", correction=Correction(off_policy_mask_threshold=0.3)),
     ),
-    # as TRL corrects the divergence by default
+    # TRL's default correction of the KL term
     ({"loss_type": "dapo", "beta": 0.04, "unbiased_kl": True}, Objective(beta=0.04, unbiased_kl=True)),
     ({"loss_type": "dapo", "beta": 1e-12, "unbiased_kl": True}, Objective(beta=1e-12, unbiased_kl=True)),
 ]
@@ -121,7 +121,7 @@ def test_losses_and_gradients_are_verls() -> None:
 
 
 def test_advantages_are_verls_but_for_the_kind_of_std() -> None:
-    """verl divides by the sample's std and adds 1e-6; ours is the population's."""
+    """verl divides by the sample standard deviation plus 1e-6; ours is the population's."""
     rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cases = [
         {"oracle": "verl_advantages", "tensors": {"rewards": rewards}, "knobs": {"normalise": normalise}}
@@ -157,7 +157,7 @@ def test_weights_are_verls() -> None:
 
 
 def test_the_geometric_mask_is_verls() -> None:
-    """verl tests -d, so that its bounds are ours turned over."""
+    """verl tests -d, so its bounds are the reciprocals of ours."""
     t, bounds = tensors(90), (0.8, 1.3)
     knobs = {"option": "seq_mean_k1", "threshold": f"{1 / bounds[1]}_{1 / bounds[0]}"}
     (found,) = asked([{"oracle": "verl_rejection", "tensors": t, "knobs": knobs}])

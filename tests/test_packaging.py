@@ -1,4 +1,4 @@
-"""Files beside the package that name its version, its commands and its folders say what is so."""
+"""Files outside the package that name its version, commands and folders agree with it."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def read(name: str) -> str:
 
 
 def options_of(command: str) -> set[str]:
-    """What a command takes."""
+    """The options of a command."""
     found = get_command(app).commands[command]  # type: ignore[attr-defined]
     return {name for parameter in found.params for name in parameter.opts}
 
@@ -37,7 +37,7 @@ def test_the_image_copies_what_there_is_and_all_that_the_package_needs() -> None
     copied = [word for line in re.findall(r"^COPY (.*)$", read("Dockerfile"), re.M) for word in line.split()[:-1]]
     assert all((ROOT / name).exists() for name in copied)
     let_in = {line.removeprefix("!") for line in read(".dockerignore").splitlines() if line.startswith("!")}
-    assert set(copied) == let_in, "what .dockerignore lets in is what is copied"
+    assert set(copied) == let_in, ".dockerignore must admit exactly what is copied"
 
 
 def test_services_serve_with_options_that_exist() -> None:
@@ -50,7 +50,7 @@ def test_services_serve_with_options_that_exist() -> None:
         assert {word for word in command if word.startswith("--")} <= options_of("serve")
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     unit = tmp_path / "finback.service"
     unit.write_text(read("deploy/finback.service").replace("/opt/finback/.venv/bin/finback", "/bin/true"))

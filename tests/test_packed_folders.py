@@ -1,4 +1,4 @@
-"""Folders as AWQ, GPTQ, compressed-tensors and bitsandbytes write them; the packing here is written from their rules, number by number."""
+"""Folders in the formats of AWQ, GPTQ, compressed-tensors and bitsandbytes, packed here one number at a time."""
 
 import json
 import random
@@ -45,7 +45,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def words(numbers: list[list[int]], bits: int) -> Tensor:
-    """Rows of numbers as rows of int32 words, each number's lowest bit first, numbers crossing words."""
+    """Packs rows of numbers into rows of int32 words, lowest bit first; numbers may cross words."""
     packed = []
     for row in numbers:
         stream = sum(number << bits * place for place, number in enumerate(row))
@@ -56,7 +56,7 @@ def words(numbers: list[list[int]], bits: int) -> Tensor:
 
 
 def draw(w: Tensor, top: int, group: int, low: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers low..top of a matrix's shape, and scales and zeros of groups of its rows."""
+    """Integers low..top in a matrix's shape, and scales and zeros for groups of its rows."""
     seed = torch.Generator().manual_seed(w.numel() + top)
     groups = w.size(1) // group
     q = torch.randint(low, top + 1, tuple(w.shape), generator=seed)
@@ -74,7 +74,7 @@ def awq(w: Tensor) -> tuple[Parts, Tensor]:
     q, scale, zero = draw(w, 15, GROUP)
 
     def packed(numbers: Tensor) -> Tensor:
-        """Columns (in, out) -> words (in, out / 8): nibble k of a word holds the column of this place in its eight."""
+        """Columns (in, out) -> words (in, out / 8): nibble k of a word holds the column at this place of its eight."""
         order = (0, 2, 4, 6, 1, 3, 5, 7)
         rows = numbers.T.tolist()
         return words([[row[start + k] for start in range(0, len(row), 8) for k in order] for row in rows], 4)
@@ -219,7 +219,7 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]],
 
 
 def packed_folder(folder: Path, kind: str, config: Any = CONFIG) -> dict[str, Tensor]:
-    """A folder of this kind; what its matrices stand for, by name. The embedding, norms and head are plain."""
+    """Writes a folder of this kind; returns the dequantized matrices by name. Embedding, norms and head are plain."""
     export(Transformer(config).initialise(0), folder, "fp32")
     settings, pack, _ = KINDS[kind]
     stored, wanted = {}, {}
@@ -246,7 +246,7 @@ def test_what_is_read_is_what_was_packed(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], tensor.float(), rtol=1e-6, atol=1e-8, msg=name)
     kept = load_for_inference(tmp_path / "packed", "kept")
     packed = [m for m in kept.modules() if isinstance(m, QuantizedLinear)]
-    assert len(packed) == (4 + 2 - 1 if KINDS[kind][2] else 0)  # keys and values are one matrix here, gate and up too
+    assert len(packed) == (4 + 2 - 1 if KINDS[kind][2] else 0)  # keys and values are one matrix, and gate and up too
     plain = load(tmp_path / "packed", torch.bfloat16, "bf16").eval()
     tokens = torch.randint(320, (2, 12))
     with torch.no_grad():
@@ -259,7 +259,7 @@ with safe_open(PACKED, "pt") as _file:
 
 @pytest.mark.parametrize("kind", sorted(PACKERS))
 def test_what_packers_pack_is_what_they_unpack(kind: str, tmp_path: Path) -> None:
-    """Matrices of autoawq 0.2.9, auto-gptq 0.7.1 and compressed-tensors 0.20.1, and what they themselves make of them."""
+    """Matrices packed by autoawq 0.2.9, auto-gptq 0.7.1 and compressed-tensors 0.20.1, and their own dequantization."""
     held = {name.removeprefix(f"{kind}."): t for name, t in load_file(PACKED).items() if name.startswith(f"{kind}.")}
     wanted = held.pop("wanted")
     save_file(held, tmp_path / "model.safetensors")
@@ -298,7 +298,7 @@ def test_experts_stay_packed_too(tmp_path: Path) -> None:
 
 
 def test_experts_of_gpt_oss_in_mxfp4_are_what_transformers_makes_of_them(tmp_path: Path) -> None:
-    """Blocks along the rows of gate and up in turn; kept as they are, or widened."""
+    """Blocks along the interleaved rows of gate and up; kept packed, or dequantized."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     config = replace(
@@ -311,7 +311,7 @@ def test_experts_of_gpt_oss_in_mxfp4_are_what_transformers_makes_of_them(tmp_pat
     stored, wanted = load_file(tmp_path / "model.safetensors"), {}
     for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
         values, scales = formats.mxfp4(stored.pop(name).transpose(1, 2).contiguous())
-        assert (scales.max() - scales.min()).item() >= 1, "scales that differ"
+        assert (scales.max() - scales.min()).item() >= 1, "the scales must differ"
         blocks = values.unflatten(-1, (-1, 16))
         stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
         wanted[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)

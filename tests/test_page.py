@@ -1,4 +1,4 @@
-"""The page without a browser: its files and their rules, the JSON of run folders, and what nobody can reach through it."""
+"""The page without a browser: its files and their rules, the JSON of run folders, and what requests cannot reach."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def write(path: Path, *records: Any, end: str = "\n") -> None:
 
 
 def make_run(root: Path, name: str = "toy") -> Path:
-    """A finished pre-training, a finished exam and an RL stage that has stopped."""
+    """A run with a finished pre-training, a finished exam and an RL stage that has stopped."""
     run = root / name
     write(run / "recipe.json", {"recipe": "toy", "seed": 3})
     write(
@@ -181,7 +181,7 @@ def test_types_caching_and_compression(client: TestClient) -> None:
     assert (
         packed.headers["content-encoding"] == "gzip" and gzip.decompress(raw) == (WEB / "vendor/marked.js").read_bytes()
     )
-    old = client.get("/web/0123456789abcdef/lib.js")  # a tab that was open over an upgrade
+    old = client.get("/web/0123456789abcdef/lib.js")  # from a tab that stayed open during an upgrade
     assert old.status_code == 200 and old.headers["cache-control"] == "no-cache"
 
 
@@ -194,7 +194,7 @@ def test_a_page_is_light() -> None:
     for name in ("chat.html", "runs.html"):
         linked = re.findall(r'(?:src|href)="/web/\w+/([^"]+)"', page.files[name].content.decode())
         assert len(linked) > 20 and sent[name] + sum(sent[file] for file in linked) < LIMIT / 2, name
-    # with everything that it may fetch later
+    # includes all that it may fetch later
     assert sum(size for name, size in sent.items() if not name.endswith((".woff2", ".txt", ".json"))) < LIMIT
     assert sum(size for name, size in sent.items() if name.endswith(".woff2")) < 250_000
 
@@ -301,7 +301,7 @@ def test_the_plan_stands_beside_the_ledger(tmp_path: Path) -> None:
         for _ in range(2):
             base, exam, _zero = client.get("/api/run?run=toy").json()["stages"]
             assert base["plan"] == {"seconds": 30, "dollars": 0.5, "flops": 1e9} and exam["plan"] is None
-        assert asked == [run]  # a plan is worked out once
+        assert asked == [run]  # a plan is computed once
         write(run / "late/config.json", {"type": "SFT", "name": "late"})
         for _ in range(2):
             assert [s["plan"] for s in client.get("/api/run?run=toy").json()["stages"]] == [None] * 4
@@ -323,11 +323,11 @@ def test_a_window_of_a_curve(client: TestClient) -> None:
     ask = "/api/series?run=toy&stage=base&keys=loss,none,step"
     line = client.get(f"{ask}&from=40&to=50&smooth=0.9").json()["lines"][0]
     whole = client.get(f"{ask}&smooth=0.9").json()["lines"][0]
-    assert line["x"] == list(range(39, 52))  # a neighbour on either side, so that the line goes to the edge
-    assert line["smooth"] == whole["smooth"][38:51]  # zooming in does not change it
+    assert line["x"] == list(range(39, 52))  # one neighbour on either side, so that the line reaches the edge
+    assert line["smooth"] == whole["smooth"][38:51]  # zooming in does not change the smoothing
     for wrong in ("x=epoch", "from=a", "to=nan", "points=inf", "smooth=1e999"):
         assert client.get(f"{ask}&{wrong}").status_code == 400, wrong
-    assert len(client.get(f"{ask}&points=0&smooth=5").json()["lines"][0]["x"]) <= 10  # limits, not errors
+    assert len(client.get(f"{ask}&points=0&smooth=5").json()["lines"][0]["x"]) <= 10  # clamped, not refused
 
 
 def test_heat_rollouts_and_one_question_followed(client: TestClient) -> None:
@@ -374,7 +374,7 @@ def test_new_lines_are_read_on_and_torn_ones_wait(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     table = MetricsTable(path)
     table.update(1)
-    assert table.rows == 0 and table.complete  # not there yet
+    assert table.rows == 0 and table.complete  # the file does not exist yet
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
     table.update(1)
     assert table.rows == 1
@@ -388,7 +388,7 @@ def test_new_lines_are_read_on_and_torn_ones_wait(tmp_path: Path) -> None:
     rows, values = table.column("loss")
     assert rows.tolist() == [0, 1, 2, 3] and values[[0, 1, 3]].tolist() == [3, 2, 1] and np.isnan(values[2])
     assert table.column("probe")[0].tolist() == [3] and table.carried("step").tolist() == [1, 2, 3, 4]
-    path.write_text('{"step": 1, "loss": 9.0}\n')  # a resumed stage rewinds: the file is another one
+    path.write_text('{"step": 1, "loss": 9.0}\n')  # a resumed stage rewinds and replaces the file
     table.update(1)
     assert table.rows == 1 and table.column("loss")[1].tolist() == [9]
 
@@ -444,7 +444,7 @@ def test_the_last_step_is_there_before_all_answers_are_read(
     monkeypatch.setattr("finback.runs.metrics_table.PIECE", 1 << 12)
     monkeypatch.setattr(watch, "A_LOOK", 0)
     monkeypatch.setattr(watch, "AT_ONCE", 0)
-    hard = 'a "step": 7, \\", "gold": {'  # what an index made of pieces of lines might trip over
+    hard = 'a "step": 7, \\", "gold": {'  # text that could confuse an index of partial lines
     said = [{"step": i // 4, "question": hard if i % 2 else "b", "gold": hard, "answer": "x" * 50} for i in range(400)]
     write(tmp_path / "runs/toy/zero/samples.jsonl", *said)
     ask = "/api/rollouts?run=toy&stage=zero"
@@ -531,7 +531,7 @@ def test_alerts(tmp_path: Path) -> None:
     ]
     assert alerts_of(tmp_path, old, **uncorrected) == expected
     assert alerts_of(tmp_path, ages, max_gap=0.1) == [("gap", "gap_max", 1)], (
-        "one that was asked for counts for old tokens"
+        "an explicit limit also applies to old tokens"
     )
     assert alerts_of(tmp_path, ages, objective={"correction": {"mode": "token_mask"}}) == []
     stage = StageFolder(tmp_path / "zero", {"rollouts": {"type": "Fleet"}})
@@ -579,7 +579,7 @@ def test_damaged_and_foreign_folders_are_shown_as_far_as_can_be(tmp_path: Path) 
         assert (base["state"], base["torn"], base["results"]) == ("torn", "manifest.json", None)
         assert (zero["state"], zero["torn"], zero["kind"]) == ("torn", "config.json", "?") and exam["state"] == "done"
         assert exam["results"] == {"loss": None, "worst": None, "large": None, "fine": 0.5}
-    assert list(Runs(run).folders()) == ["toy"]  # the run itself may be named
+    assert list(Runs(run).folders()) == ["toy"]  # the folder may be the run itself
 
 
 def test_run_data_wants_the_key_and_the_page_does_not(tmp_path: Path) -> None:
@@ -657,7 +657,7 @@ def test_watch_prints_where_it_is_and_ends_on_a_signal(tmp_path: Path) -> None:
             assert met is not None and met[1] == str(tmp_path)
             with httpx.Client(trust_env=False, timeout=20) as client:
                 assert client.get(f"{met[2]}api/runs").json()["runs"][0]["name"] == "toy"
-                assert client.post(f"{met[2]}api/runs").status_code == 405  # it only reads
+                assert client.post(f"{met[2]}api/runs").status_code == 405  # it is read-only
         finally:
             process.terminate()
     assert process.returncode in (0, -15)

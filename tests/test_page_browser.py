@@ -1,4 +1,4 @@
-"""The chat page in Chromium: what a person does with it, and that nothing a model says does anything.
+"""The chat page in Chromium: what users do with it, and that no output of a model executes.
 
 Debian and Ubuntu: `apt-get install chromium`. Elsewhere set FINBACK_CHROMIUM to the path of a Chromium or Chrome.
 """
@@ -21,7 +21,7 @@ from tests.test_page import served_two
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 expect = playwright.expect
-PATIENCE = 240_000  # milliseconds: a machine may be busy, and who waits for an event loses nothing by waiting long
+PATIENCE = 240_000  # milliseconds: the machine may be busy, and a wait ends as soon as the event comes
 expect.set_options(timeout=PATIENCE)
 CHROMIUM = os.environ.get("FINBACK_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
 pytestmark = pytest.mark.skipif(
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 THOUGHT = "<think>Two and two.\nThat is four.</think>"
-LONG = "<think>" + "so " * 60 + "</think>" + "word " * 600  # half a minute, where nobody stops it
+LONG = "<think>" + "so " * 60 + "</think>" + "word " * 600  # takes half a minute unless stopped
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
 
@@ -46,11 +46,11 @@ Opened = Callable[..., Any]
 
 @pytest.fixture
 def opened(chromium: Any) -> Iterator[Opened]:
-    """Opens pages; at the end none of them has asked another origin for anything, or complained on the console."""
+    """Opens pages; at the end no page has requested another origin or logged an error on the console."""
     contexts, said, asked = [], [], set()
 
     def complain(client: Any, message: Any) -> None:
-        # a page outlives the server of its test for a moment, and may ask it for something then
+        # a page lives slightly longer than its test's server and may still send it a request
         is_late = client.is_closed and "net::ERR_" in message.text
         if message.type in ("error", "warning") and not is_late:
             said.append(message.text)
@@ -78,7 +78,7 @@ def opened(chromium: Any) -> Iterator[Opened]:
     yield open_
     for context in contexts:
         context.close()
-    assert asked == set(), "something was fetched from elsewhere"
+    assert asked == set(), "a page requested another origin"
     assert [text for text in said if not any(re.search(p, text) for p in patterns)] == []
 
 
@@ -86,7 +86,7 @@ def opened(chromium: Any) -> Iterator[Opened]:
 def talking(
     script: str | None = f"{THOUGHT}It is **4**.", pace: float = 0.0, after: str = "", **options: Any
 ) -> Iterator[Any]:
-    """A server with the page, whose model says the script."""
+    """A server with the page, whose model answers with the script."""
     with served(Scripted(script, pace, window=4096, tokens=32768, after=after), page=True, **options) as client:
         yield client
 
@@ -97,13 +97,13 @@ def say(page: Any, text: str = "2+2=?") -> None:
 
 
 def answered(page: Any, count: int = 1) -> Any:
-    """The last of so many finished answers."""
+    """The last answer, once so many are finished."""
     expect(page.locator(".assistant .timings")).to_have_count(count)
     return page.locator(".assistant").last
 
 
 def stop(page: Any) -> None:
-    """Stop an answer that has begun, and wait until the server knows."""
+    """Stops an answer that has begun, and waits until the server knows."""
     with page.expect_response("**/control"):
         page.keyboard.press("Escape")
     expect(page.locator(".assistant .notice")).to_contain_text("Stopped.")
@@ -117,7 +117,7 @@ STOPPED = """() => new Promise((done) => {
     done(performance.now() - began);
   }).observe(document.body, { subtree: true, childList: true, characterData: true });
   document.body.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }));
-})"""  # milliseconds from the key to the word on the page
+})"""  # milliseconds from the key press to the word on the page
 
 
 def test_a_chat_from_question_to_answer(opened: Opened) -> None:
@@ -131,7 +131,7 @@ def test_a_chat_from_question_to_answer(opened: Opened) -> None:
         summary = page.locator(".summary")
         expect(summary).to_have_attribute("aria-expanded", "true")  # open while it is written
         expect(summary).to_contain_text("Thinking…")
-        client.app.state.service.engine.pace = 0.01  # it has been seen
+        client.app.state.service.engine.pace = 0.01  # slow output is no longer needed
         answer = answered(page)
         expect(summary).to_have_attribute("aria-expanded", "false")
         shown = float(re.search(r"Thought for ([\d.]+) s", summary.inner_text())[1])  # type: ignore[index]
@@ -161,7 +161,7 @@ def test_stop_keeps_what_was_said_and_it_goes_on(opened: Opened) -> None:
         engine = client.app.state.service.engine
         took = [page.evaluate(STOPPED)]
         assert wait_for(lambda: not engine.busy) < 5
-        for _ in range(2):  # the best of three: another program may hold the cores for a moment
+        for _ in range(2):  # the best of three, since another program may occupy the cores for a moment
             page.click("text=Continue")
             expect(page.locator("[aria-label=Stop]")).to_be_visible()
             took.append(page.evaluate(STOPPED))
@@ -173,7 +173,7 @@ def test_stop_keeps_what_was_said_and_it_goes_on(opened: Opened) -> None:
         after = page.locator(".assistant .prose").last.inner_text()
         assert after.startswith(before[:-1]) and len(after) >= len(before) and page.locator(".assistant").count() == 1
         last = engine.seen[-1]
-        assert "word word" in engine.tokenizer.decode(last.prompt)  # the server went on from there
+        assert "word word" in engine.tokenizer.decode(last.prompt)  # the server continued from there
         wait_for(lambda: not engine.busy)
 
 
@@ -187,13 +187,13 @@ READS_UP = f"""() => {{
 
 
 def test_answer_now_closes_the_chain(opened: Opened) -> None:
-    # a chain, and an answer to be stopped, that outlast any patience
+    # a chain, and an answer to be stopped, that are longer than any wait
     with talking("<think>" + "so\n" * 1000, pace=0.02, after="word " * 1000) as client:
         page = opened(client, viewport={"width": 1200, "height": 300})
         page.click(".think")
         expect(page.locator(".think")).to_have_text("Thinking: on")
         say(page)
-        # whoever reads further up, and has something selected there, stays where he is
+        # for a user who reads further up and has selected text, the view does not move
         wait_for(lambda: page.evaluate(f"{CHAIN}?.scrollHeight > {CHAIN}?.clientHeight + 100"), 60)
         assert page.evaluate(READS_UP) == "so"
         height = page.evaluate(f"{CHAIN}.scrollHeight")
@@ -228,7 +228,7 @@ def test_branches(opened: Opened) -> None:
         page.mouse.move(0, 0)
         page.focus("#say")
         shown = "e => getComputedStyle(e).opacity + getComputedStyle(e.parentNode).opacity"
-        assert page.locator(".message.user .branches").evaluate(shown) == "11"  # without pointing at it
+        assert page.locator(".message.user .branches").evaluate(shown) == "11"  # without hovering over it
         page.click(".message.user [aria-label='Earlier version']")
         expect(page.locator(".bubble")).to_have_text("first")
         expect(page.locator(".assistant .branches")).to_have_text("2/2")
@@ -247,7 +247,7 @@ def test_branches(opened: Opened) -> None:
         page.locator("[aria-label='Edit the answer']").first.click()
         page.fill(".editor textarea", "other words")
         page.click("text=Save only")
-        expect(page.locator(".message")).to_have_count(4)  # what follows stays
+        expect(page.locator(".message")).to_have_count(4)  # later messages stay
         expect(page.locator(".bubble").last).to_have_text("and then?")
         expect(page.locator("#say")).to_be_focused()
         expect(page).to_have_title("second · finback")
@@ -286,7 +286,7 @@ def test_stop_works_after_a_reload(opened: Opened) -> None:
         expect(page.locator(".assistant .prose").last).to_contain_text("word word")
         before = page.locator(".assistant .prose").last.inner_text()
         page.reload()
-        expect(page.locator("[aria-label=Stop]")).to_be_visible()  # it goes on, from where it was
+        expect(page.locator("[aria-label=Stop]")).to_be_visible()  # it continues from where it was
         stop(page)
         after = page.locator(".assistant .prose").last.inner_text()
         assert after.startswith(before) and set(after.split()) <= {"word", after.split()[-1]}
@@ -295,7 +295,7 @@ def test_stop_works_after_a_reload(opened: Opened) -> None:
         expect(page.locator(".assistant .notice")).to_contain_text("Stopped.")
 
 
-# a page whose disk takes the first piece only, which is what the page before it has left, and is slow with all others
+# the disk stores the first write only, which the previous page has left, and never completes the others
 SLOW_DISK = """
   const put = IDBObjectStore.prototype.put;
   let left = 1;
@@ -350,7 +350,7 @@ def test_two_tabs(opened: Opened) -> None:
         say(two, "from the second")
         expect(one.locator(".sidebar .name")).to_have_text(["from the second", "from the first"])
         expect(two.locator(".summary")).to_be_visible()
-        delete(one, "from the second")  # while the other tab has it written
+        delete(one, "from the second")  # while the other tab is being written to
         expect(two.locator("h1")).to_have_text("Talk to toy")
         engine = client.app.state.service.engine
         wait_for(lambda: not engine.busy)
@@ -443,7 +443,7 @@ def test_files_out_and_in_are_the_same(opened: Opened, tmp_path: Path) -> None:
             expect(page.locator(".foot .notice.bad")).to_contain_text(words)
 
 
-# what one message of a file is changed to: circles, no tree, and values that cannot be drawn
+# replacements for a message of a file: cycles, no tree, and values that cannot be drawn
 CRAFTED: list[dict[str, Any]] = [
     {"parent": "user1"},
     {"parent": "assistant0"},
@@ -459,7 +459,7 @@ CRAFTED: list[dict[str, Any]] = [
 
 
 def crafted(change: dict[str, Any]) -> dict[str, Any]:
-    """A file of two turns, whose second message is changed."""
+    """A file of two turns with a changed second message."""
     content = history(2)
     (chat,) = content["chats"]
     node = chat["nodes"].pop("assistant0") | change
@@ -467,7 +467,7 @@ def crafted(change: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-# what a browser may do to IndexedDB, in turn
+# faults of IndexedDB, one per page
 BROKEN_DISKS = (
     "IDBObjectStore.prototype.getAll = () => { throw new Error('no'); }",
     "IDBFactory.prototype.open = () => { throw new DOMException('no', 'SecurityError'); }",
@@ -524,7 +524,7 @@ def test_rename_and_delete(opened: Opened) -> None:
         expect(page.locator("#say")).to_be_focused()
 
 
-# from here on nothing reaches the disk before the tab is closed
+# from here on nothing reaches the disk before the tab closes
 NO_DISK = "for (const way of ['put', 'delete']) IDBObjectStore.prototype[way] = () => ({})"
 
 
@@ -581,7 +581,7 @@ def test_keyboard_only(opened: Opened) -> None:
         expect(page.locator(".summary")).to_be_visible()
         page.keyboard.press("Escape")
         expect(page.locator(".assistant .notice")).to_contain_text("Stopped.")
-        expect(page.locator("#say")).to_be_focused()  # nothing has taken it away
+        expect(page.locator("#say")).to_be_focused()  # nothing has taken the focus away
         page.keyboard.press("Control+b")
         expect(page.locator(".sidebar")).to_be_hidden()
         page.keyboard.press("Control+k")
@@ -593,7 +593,7 @@ def test_keyboard_only(opened: Opened) -> None:
         expect(page.locator("dialog h2")).to_have_text("Settings")
         page.keyboard.press("Escape")
         expect(page.locator("dialog")).to_have_count(0)
-        for _ in range(40):  # everything can be reached
+        for _ in range(40):  # every control is reachable
             page.keyboard.press("Tab")
             if page.evaluate("document.activeElement.getAttribute('aria-label')") == "More for one":
                 break
@@ -604,7 +604,7 @@ def test_keyboard_only(opened: Opened) -> None:
         expect(page.locator(".menu")).to_have_count(0)
 
 
-# what a finger cannot hit: less than 44 pixels wide or high, and not a link within a text
+# touch targets that are too small: less than 44 pixels wide or high, and not a link within a text
 SMALL = """() => [...document.querySelectorAll('button, select, textarea, input:not([type=checkbox]), .check, a:not(p a, .prose a)')]
   .filter((e) => e.checkVisibility() && !e.closest('[inert]'))
   .map((e) => [e.getBoundingClientRect(), e.ariaLabel || e.textContent || e.id])

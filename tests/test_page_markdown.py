@@ -1,4 +1,4 @@
-"""Markdown in the browser: growing equals whole, money is no mathematics, and nothing that a model writes is obeyed."""
+"""Markdown in the browser: incremental parsing equals a full one, money is not mathematics, model output is inert."""
 
 import random
 from typing import Any
@@ -90,7 +90,7 @@ WHOLE = [
     "1. a\n   ```\n   b\n\n   c\n   ```\n2. d\n\n\n\n3. e\n\npara\n\n[x]: http://y\n\n[x]\n\n[x]",
     "- a\n\n\n- b\n\n      deep\n\n  c\n\n\nd\n\n\ne\n\n\nf\n",
 ]
-FAR = "$$\nfar\n\n" + "long words\n\n" * 600 + "$$\n"  # an end that comes too late
+FAR = "$$\nfar\n\n" + "long words\n\n" * 600 + "$$\n"  # a closing delimiter that comes too late
 
 COMPARE = """async ({ parser, texts }) => {
   const { Growing, htmlOfAll } = await import(parser);
@@ -111,7 +111,7 @@ COMPARE = """async ({ parser, texts }) => {
 }"""
 
 
-# the first differences between what has grown piece by piece in the document and what was drawn at once
+# the first differences between text that is drawn incrementally and text that is drawn at once
 GROWN = """async ({ view, texts }) => {
   const { MarkdownView } = await import(view);
   const wrong = [];
@@ -128,7 +128,7 @@ GROWN = """async ({ view, texts }) => {
   return wrong;
 }"""
 
-# what is kept while a table, a paragraph and a piece of code grow: the scrolled box, the selected words
+# what stays while a table, a paragraph and a code block grow: the scroll position, the selected words
 KEPT = r"""async (view) => {
   const { MarkdownView } = await import(view);
   const root = document.getElementById('app').appendChild(document.createElement('div'));
@@ -162,7 +162,7 @@ KEPT = r"""async (view) => {
 
 
 def cut(text: str, most: int, rng: random.Random) -> dict[str, Any]:
-    """A text and where it is cut into pieces of up to `most` characters."""
+    """A text and the points at which it is cut into pieces of up to `most` characters."""
     cuts = [0]
     while cuts[-1] < len(text):
         cuts.append(min(len(text), cuts[-1] + rng.randint(1, most)))
@@ -170,7 +170,7 @@ def cut(text: str, most: int, rng: random.Random) -> dict[str, Any]:
 
 
 def compared(page: Any, texts: list[str], most: int) -> dict[str, Any]:
-    """The first prefix of each text at which growing and whole differ, fed in pieces of up to `most` characters."""
+    """The first prefix of each text where incremental and full parsing differ, in pieces of up to `most` characters."""
     rng = random.Random(most)
     given = [cut(text, most, rng) for text in texts]
     found: dict[str, Any] = page.evaluate(
@@ -187,7 +187,7 @@ def test_growing_equals_the_whole_for_every_prefix(opened: Opened, most: int) ->
         texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(5, 60))) for _ in range(40 + 5 * most)]
         found = compared(page, [*WHOLE, *texts, "\n\n".join(WHOLE)], most)
         assert found["wrong"] == []
-        assert found["settled"] > 30  # and it does leave most of a text alone
+        assert found["settled"] > 30  # most of a text is not parsed again
         assert compared(page, [FAR], 600)["wrong"] == []
         view = f"/web/{Page().digest}/markdown/view.js"
         drawn_texts = [cut(text, 12, rng) for text in [*WHOLE, *(text for text, *_ in WORLD), *texts[:16]]]
@@ -196,7 +196,7 @@ def test_growing_equals_the_whole_for_every_prefix(opened: Opened, most: int) ->
 
 
 def drawn(opened: Opened, client: Any, texts: list[str]) -> Any:
-    """A page with answers that say the texts."""
+    """A page with answers that contain the texts."""
     page = opened(client)
     content = history(len(texts))
     for i, text in enumerate(texts):
@@ -219,7 +219,7 @@ FORMULAS = [
     ("$ x $", 0),
     ("$$\n\\begin{aligned}\na &= b \\\\\n- c &= d\n\\end{aligned}\n$$", 1),
 ]
-# text, selector, what stands there in the first answer to it: [] for nothing
+# text, selector, what the first answer shows for it: [] for nothing
 WORLD: list[tuple[str, str, list[str]]] = [
     ("**注意：**正文", "strong", ["注意："]),
     ("**“你好”**然后**（甲）**乙", "strong", ["“你好”", "（甲）"]),
@@ -246,7 +246,7 @@ WORLD: list[tuple[str, str, list[str]]] = [
 ]
 DIRECTIONS = "المسافة 3 كم\n\n- أول\n- second\n\nEnglish مع\n\n```\ncode\n```\n\n| من | كم |\n|---|---|\n| أ | 2 |"
 TALL = "$$\\left(\\begin{matrix}a\\\\b\\\\c\\\\d\\\\e\\end{matrix}\\right] \\left\\{\\sqrt{\\frac{\\frac{1}{2}}{\\frac{3}{4}}}\\right\\rangle$$"
-# whether the font of the page has come, and how high the signs around the matrix are beside it
+# whether the page's font has loaded, and how tall the brackets around the matrix are relative to it
 GROWN_SIGNS = """async (box) => {
   const [font] = [...document.fonts].filter((f) => f.family.includes('of the page'));
   const math = box.querySelector('math');
@@ -257,7 +257,7 @@ GROWN_SIGNS = """async (box) => {
   const signs = [...math.querySelectorAll('mo')].map((sign) => high(sign) / high(table));
   return [font.status, getComputedStyle(math).fontFamily.includes(font.family.replaceAll('"', '')), signs];
 }"""
-# these cannot be drawn, and stay readable
+# invalid mathematics stays readable as text
 BROKEN = ["$\\frac{1$ and $\\undefined{x}$", "$" + "{" * 500 + "x" + "}" * 500 + "$", "$\\def\\a{\\a\\a}\\a$"]
 
 
@@ -291,7 +291,7 @@ KEYS = """([key, more]) => document.activeElement.dispatchEvent(
 
 
 def composing(page: Any) -> None:
-    """Enter and Escape that belong to an input method neither send nor close anything, Safari's way (229) included."""
+    """Enter and Escape in input method composition neither send nor close anything, nor does Safari's variant (229)."""
     before = page.locator(".message").count()
     page.focus("#say")
     for more in ({"isComposing": True}, {"keyCode": 229}):
@@ -341,7 +341,7 @@ PAYLOADS = [
 ]
 
 
-# two frames and a turn of the event loop: whatever was going to happen has begun
+# two frames and a turn of the event loop, after which any effect has begun
 SETTLED = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
 
 
@@ -368,7 +368,7 @@ def test_what_a_model_says_does_nothing(opened: Opened) -> None:
             })"""
         )
         assert found == {"tags": 0, "handlers": 0, "links": []}
-        # each prefix of a payload is drawn too while it streams
+        # each prefix of a payload is also drawn during streaming
         found = page.evaluate(
             """async ({ view, texts }) => {
               const { MarkdownView } = await import(view);

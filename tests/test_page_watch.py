@@ -1,4 +1,4 @@
-"""The page of the runs in Chromium, and what both pages owe to everybody: accessibility, in both themes."""
+"""The page of the runs in Chromium, and the accessibility of both pages in both themes."""
 
 import json
 import random
@@ -40,7 +40,7 @@ AXE = (Path(__file__).parent / "data/axe.min.js").read_text(encoding="utf-8")
 
 
 ODD = "odd|name, 100 %"
-LOOK = "() => document.dispatchEvent(new Event('visibilitychange'))"  # somebody comes back to the page
+LOOK = "() => document.dispatchEvent(new Event('visibilitychange'))"  # a user returns to the page
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def chip(page: Any, name: str) -> Any:
-    """The mark that a stage's curves have the colour of."""
+    """The chip in the colour of a stage's curves."""
     return page.locator(".chip", has_text=name).locator(".mark")
 
 
@@ -87,7 +87,7 @@ def test_from_the_list_to_one_prompt_across_training(opened: Opened, root: Path)
         expect(page.locator(".card")).to_have_count(3)  # by name and by recipe
         page.select_option(".finding select", "name")
         expect(page.locator(".card h2")).to_have_text([ODD, "second", "toy"])
-        assert page.locator("text=Chat").count() == 0  # there is no model here
+        assert page.locator("text=Chat").count() == 0  # this server has no model
         page.locator(".card", has=page.locator("h2", has_text=re.compile("^toy$"))).click()
         expect(page.locator(".stages tbody > tr")).to_have_count(3)
         expect(page.locator(".stages")).to_contain_text("4 of 10 steps")
@@ -140,7 +140,7 @@ def test_from_the_list_to_one_prompt_across_training(opened: Opened, root: Path)
         page.go_back()
         page.select_option(".source select", "zero/watched")
         expect(page.locator(".prompts .q")).to_have_text(["1+1=?", "Who?"])
-        expect(page.locator(".record .verdict")).to_have_text(["2 tokensBy tokens"])  # nobody judges it
+        expect(page.locator(".record .verdict")).to_have_text(["2 tokensBy tokens"])  # watched answers have no verdict
         page.fill("[aria-label='Find a prompt']", "1+1")
         page.click(".found a")
         expect(page.locator(".follow h2")).to_have_text("1+1=?")
@@ -150,7 +150,7 @@ def test_from_the_list_to_one_prompt_across_training(opened: Opened, root: Path)
         expect(watched.locator("ins")).to_have_text(["two"])
         expect(page.locator(".stop").first.locator("del, ins")).to_have_count(0)
         page.select_option(".follow select", label="zero, step 2, watched")
-        page.reload()  # it stands in the address
+        page.reload()  # the address has the selection
         first = page.locator(".stop").nth(5)
         expect(first.locator("header")).to_contain_text("changes since zero, step 2, watched")
         expect(first.locator("del")).to_have_text(["two"])
@@ -198,12 +198,12 @@ def test_differences_word_by_word(opened: Opened, root: Path) -> None:
         assert "".join(text for kind, text in parts if kind != "fresh") == a
         assert "".join(text for kind, text in parts if kind != "gone") == b
     for (a, b), parts in list(zip(texts, found, strict=True))[len(TOLD) : -1]:
-        # letters and blanks are words here, and no more of them is marked than has to be
+        # letters and blanks are words here, and no more than necessary are marked
         assert sum(len(text) for kind, text in parts if kind == "same") == common(a, b)
 
 
 def common(a: str, b: str) -> int:
-    """How long the longest common subsequence is."""
+    """The length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for word in a:
         before = row
@@ -240,7 +240,7 @@ def test_curves_zoom_move_and_change_their_axis(opened: Opened, root: Path) -> N
         page.keyboard.up("Shift")
         wait_for_query(page, asked, "from=", other=before)
         assert float(re.findall(r"from=(-?[\d.]+)", asked[-1])[0]) < first - 5
-        page.reload()  # the stretch stands in the address
+        page.reload()  # the address has the range
         wait_for_query(page, asked, "from=", other=before)
         page.click("text=Show all")
         page.click(".segments >> text=Cost")
@@ -280,7 +280,7 @@ def test_what_a_kill_has_torn_is_shown_as_torn(opened: Opened, tmp_path: Path) -
     with (run / "zero/ledger.jsonl").open("w") as handle:
         handle.write('{"seconds": 1.0, "cores": 2}\n{"seconds": 1\n{"seconds": 2.0, "cores": 2}\n{"secon')
     with (run / "zero/metrics.jsonl").open("a") as handle:
-        handle.write('{"step": 5, "rew')  # half a line is no damage: going on rewrites it
+        handle.write('{"step": 5, "rew')  # an incomplete line is not damage: a resumed run rewrites it
     with watching(tmp_path) as client:
         torn = client.get("/api/run?run=toy").json()
         assert [(s["name"], s["state"], s["torn"]) for s in torn["stages"]] == [
@@ -343,7 +343,7 @@ def test_names_of_runs_and_files_do_nothing(opened: Opened, root: Path) -> None:
 
 def test_empty_and_error_states(opened: Opened, tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
-    tmp_path = tmp_path / "runs"  # nobody has made that folder yet
+    tmp_path = tmp_path / "runs"  # a folder that does not exist yet
     with watching(tmp_path) as client:
         page = opened(client, allowed="Failed to load resource|ERR_CONNECTION_REFUSED")
         address = str(client.base_url).rstrip("/")
@@ -356,7 +356,7 @@ def test_empty_and_error_states(opened: Opened, tmp_path: Path) -> None:
         page.goto(f"{address}/#run=bare&view=rollouts")
         expect(page.locator("main .notice")).to_contain_text("kept answers")
         lock = (tmp_path / "bare/.lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)  # what is at work is looked at every three seconds
+        fcntl.flock(lock, fcntl.LOCK_EX)  # active runs are polled every three seconds
         page.goto(f"{address}/#")
         expect(page.locator(".card .running")).to_have_count(1)
     lock.close()
@@ -380,7 +380,7 @@ def test_runs_at_phone_width(opened: Opened, root: Path) -> None:
 
 
 def violations(page: Any) -> list[str]:
-    """What axe finds, of any level: in light everything, in dark what contrast alone can change."""
+    """Violations of any level that axe finds: in light everything, in dark only contrast."""
     if not page.evaluate("() => 'axe' in window"):
         page.evaluate(f"() => {{ {AXE} }}")
     found = []
@@ -405,7 +405,7 @@ def test_axe_finds_nothing_in_the_chat(opened: Opened, device: dict[str, Any]) -
         assert violations(page) == [], state
 
     def shelf() -> None:
-        """Phones keep the sidebar behind a button."""
+        """Opens the sidebar, which phones hide behind a button."""
         if device:
             page.click("[aria-label='Show the sidebar']")
 
@@ -446,7 +446,7 @@ def test_axe_finds_nothing_in_the_chat(opened: Opened, device: dict[str, Any]) -
         look("tokens")
         bring(page, history(3))
         look("a chat that was brought")
-        if not device:  # phones have no keys
+        if not device:  # phones have no keyboard
             page.click("[aria-label=Keyboard]")
             look("keys")
             page.keyboard.press("Escape")
@@ -488,7 +488,7 @@ def test_axe_finds_nothing_in_the_runs(opened: Opened, root: Path, device: dict[
             assert violations(page) == [], place
     page.evaluate(LOOK)
     expect(page.locator(".notice.bad")).to_contain_text("The server is gone")
-    assert violations(page) == [], "gone"
+    assert violations(page) == [], "with the server gone"
 
 
 @pytest.mark.slow

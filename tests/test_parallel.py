@@ -1,4 +1,4 @@
-"""How a model lies on ranks: layouts that cannot be, and experts that lie apart."""
+"""How a model is distributed over ranks: impossible layouts, and expert parallelism."""
 
 import dataclasses
 import subprocess
@@ -46,7 +46,7 @@ def test_a_layout_that_cannot_be_is_refused_by_name(layout: Layout, rows: int, r
 
 def test_layouts_that_can_be() -> None:
     Layout(pp=2, dp=8, ep=4, nodes=2, micro_batches=4, schedule="zbv").check_trainable(MANY, 32, 16)
-    Layout(dp=16).check_trainable(MANY, 16, 16)  # fewer experts than ranks: each expert is cut
+    Layout(dp=16).check_trainable(MANY, 16, 16)  # fewer experts than ranks: each expert is sharded
     with pytest.raises(UserError, match=r"layout\.pp = 0: not above 0"):
         Layout(pp=0)
     with pytest.raises(UserError, match=r"layout\.nodes = 3: does not divide ep = 4"):
@@ -76,7 +76,7 @@ def test_layouts_that_can_be() -> None:
 
 
 def test_small_steps_have_fewer_micro_batches_or_smaller_ones() -> None:
-    """V3's ramp on 128 data ranks, 3,072 rows to 15,360: 24 of 120 micro-batches fill 16 pipeline ranks by ZB-V alone."""
+    """V3's ramp on 128 data ranks, 3,072 rows to 15,360: 24 of 120 micro-batches fill 16 pipeline ranks with ZB-V."""
     v3 = Layout(pp=8, dp=128, ep=64, schedule="zb1p", micro_batches=120)
     assert v3.at(3072, 15360).micro_batches == 24 and v3.at(15360, 15360) == v3
     deep = dataclasses.replace(v3, pp=16, schedule="dualpipev")
@@ -85,7 +85,7 @@ def test_small_steps_have_fewer_micro_batches_or_smaller_ones() -> None:
     with pytest.raises(UserError, match="rows = 3000: does not divide among dp = 128 ranks with 120 micro-batches"):
         deep.check_steps(V3, [3000], 15360)
     v3.check_steps(V3, ramp_sizes(3072, 15360), 15360)
-    assert Layout(dp=2, micro_batches=2).at(6, 8).micro_batches == 2, "a half micro-batch is none"
+    assert Layout(dp=2, micro_batches=2).at(6, 8).micro_batches == 2, "a micro-batch has at least one row"
     assert ramp_sizes(3072, 15360) == [3072, 6144, 9216, 12288, 15360] and ramp_sizes(0, 8) == [8]
     assert {ramp(tokens, 4, 10, 1000) for tokens in range(0, 1200, 7)} == set(ramp_sizes(4, 10))
 
@@ -97,7 +97,7 @@ def test_a_token_goes_to_a_group_once() -> None:
 
 
 def test_node_limited_routing_sends_a_token_to_few_nodes() -> None:
-    """Of 8 experts in 4 groups a token may choose from 2 groups: it goes to no more than 2 of 4 nodes, 3 experts or not."""
+    """With 8 experts in 4 groups, 2 groups per token: a token goes to at most 2 of 4 nodes, even with 3 experts."""
     config = dataclasses.replace(MANY, n_group=4, topk_group=2, num_experts_per_tok=3)
     index = Router(config).select(torch.rand(200, 8, generator=torch.Generator().manual_seed(0)))
     _, token = copies(index, members=4, per_member=2)

@@ -28,7 +28,7 @@ def test_the_published_placement() -> None:
 def test_packing_and_copying_by_hand() -> None:
     assert pack([5, 1, 4, 2], 2, 2) == [[0, 1], [2, 3]]
     assert pack([9, 1, 1, 1], 2, 2) == [[0, 3], [1, 2]], "a full bin takes no more, however light the item"
-    assert replicate([6, 3, 1], 6) == [0, 1, 2, 0, 0, 1], "6 is halved, then 3.0 ties with 3 and is first"
+    assert replicate([6, 3, 1], 6) == [0, 1, 2, 0, 0, 1], "6 is halved, then 3.0 ties with 3 and comes first"
 
 
 def test_what_cannot_be_placed_is_refused() -> None:
@@ -45,9 +45,9 @@ def test_what_cannot_be_placed_is_refused() -> None:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_every_placement_is_whole_and_balanced(data: st.DataObject) -> None:
-    """All experts are placed, the maps agree in both directions, groups stay on one node, and no GPU exceeds the greedy bound.
+    """All experts are placed, the maps agree both ways, groups stay on one node, and no GPU exceeds the greedy bound.
 
-    Longest-first packing never puts more on one bin than the mean and one heaviest item together.
+    Longest-first packing never exceeds the mean plus the heaviest item on any bin.
     """
     nodes, per_node, groups_per_node, size = (data.draw(st.integers(1, n)) for n in (3, 3, 2, 4))
     groups, gpus = nodes * groups_per_node, nodes * per_node

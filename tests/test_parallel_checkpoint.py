@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks: on another mesh, while training goes on, damaged, of another model."""
+"""Checkpoints of many ranks: resumed on another mesh, written during training, damaged, or of another model."""
 
 import dataclasses
 import errno
@@ -29,7 +29,7 @@ def _read(layout: Layout, folder: str, out: str) -> None:
 
 
 def _write(layout: Layout, folder: str) -> None:
-    """Two checkpoints, the second while training goes on, and what is left of a third that was killed."""
+    """Writes two checkpoints, the second during training, and the remains of a third that was killed."""
     many, steps = on_many(layout, AVERAGED), Steps(Path(folder))
     assert many.load(steps) is None
     continued(many, AVERAGED, 0, 3)
@@ -40,7 +40,7 @@ def _write(layout: Layout, folder: str) -> None:
     steps.finish()
     steps.finish()
     numbers = continued(many, AVERAGED, 5, 6)
-    assert many.load(steps) == (4, {"loader": [7]}), "back, in place"
+    assert many.load(steps) == (4, {"loader": [7]}), "the state must be restored in place"
     assert continued(many, AVERAGED, 4, 6)[1:] == numbers
     if dist.get_rank() == 0:
         (Path(folder) / "step-00000009.part").mkdir()
@@ -83,7 +83,7 @@ def test_checkpoints_continue_on_any_mesh(tmp_path: Path, before: Layout, after:
 
 
 def on_first(work: Callable[[], Any]) -> None:
-    """Do something on rank 0, between two barriers."""
+    """Runs a function on rank 0 between two barriers."""
     dist.barrier()
     if dist.get_rank() == 0:
         work()
@@ -101,7 +101,7 @@ def _damaged(folder: str) -> None:
         content[-100] ^= 1
         victim.write_bytes(content)
     dist.barrier()
-    assert steps.load_newest(many.state()) == (1, {"step": 1}), "a flipped bit: the one before is taken"
+    assert steps.load_newest(many.state()) == (1, {"step": 1}), "after a bit flip the checkpoint before must be used"
     assert said == [
         f"{folder}/step-00000002: its files do not match their digests; falling back to the previous checkpoint"
     ]

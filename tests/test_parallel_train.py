@@ -1,4 +1,4 @@
-"""One rank = many: losses of 20 steps, router biases and checkpoints under every way to share a model."""
+"""One rank = many: losses of 20 steps, router biases and checkpoints under every way to split a model."""
 
 import dataclasses
 import json
@@ -45,14 +45,14 @@ from tests.many import (
 TIED = dataclasses.replace(MANY, tie_word_embeddings=True)
 TIED_PLAIN = dataclasses.replace(TIED, num_nextn_predict_layers=0)
 PLAIN = dataclasses.replace(MANY, num_nextn_predict_layers=0, n_shared_experts=0)
-# not equally many for each of two ranks. With 5, Muon makes 1e-5 of rounding by step 14, whatever the order of rows on
-# one rank, and at step 18 that moves a token whose choice is won by 3e-5
+# not divisible by two ranks. With 5 experts Muon amplifies rounding to 1e-5 by step 14, in any order of rows on
+# one rank, and at step 18 that changes the expert of a token whose margin is 3e-5
 FEW = dataclasses.replace(MANY, n_routed_experts=7, n_group=1)
 
 
 @pytest.fixture(scope="module")
 def one() -> dict[Way, tuple[Numbers, dict[str, Tensor]]]:
-    """What one rank makes of a model in 20 steps, once it was asked for."""
+    """One rank's results over 20 steps, computed on first use."""
     return {}
 
 
@@ -91,7 +91,7 @@ def test_two_ranks_train_like_one(one: dict[Any, Any], layout: Layout, tmp_path:
 
 
 PACKED = Way(optimizer="adamw", seed=10, rows=(4, 4, 8), packed=True, ema_decay=0.5, looks=(6, 19))
-FEWER = dataclasses.replace(PACKED, rows=(2, 4, 8))  # the first are too few to fill a pipeline
+FEWER = dataclasses.replace(PACKED, rows=(2, 4, 8))  # the first steps have too few rows to fill a pipeline
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ FEWER = dataclasses.replace(PACKED, rows=(2, 4, 8))  # the first are too few to 
 def test_packed_rows_a_ramp_adamw_and_looks_do_too(
     one: dict[Any, Any], layout: Layout, way: Way, tmp_path: Path
 ) -> None:
-    """Steps of 2, 4 and 8 rows, an average of the weights, and evaluation in between: in small steps some pipelines have
-    fewer micro-batches, some smaller ones, and DualPipeV's stages run ZB-V where one is left."""
+    """Steps of 2, 4 and 8 rows, an average of the weights, and evaluation in between: in small steps some pipelines
+    have fewer micro-batches, some smaller ones, and DualPipeV's stages run ZB-V if only one is left."""
     agrees(one, layout, tmp_path, way)
 
 
 def test_small_steps_go_through_v3s_pipeline() -> None:
-    """3,072 rows are 24 for each of 128 pipelines: too few for DualPipe on 16 ranks, which wants 32 micro-batches."""
+    """3,072 rows are 24 for each of 128 pipelines: too few for DualPipe on 16 ranks, which needs 32 micro-batches."""
     large = Layout(pp=16, dp=128, ep=64, schedule="dualpipe", micro_batches=120, sharding="zero1")
     for rows, micro_batches, schedule in ((3072, 24, "zb1p"), (6144, 48, "dualpipe"), (15360, 120, "dualpipe")):
         assert large.at(rows, 15360) == dataclasses.replace(large, micro_batches=micro_batches, schedule=schedule)
@@ -132,11 +132,11 @@ def test_small_steps_go_through_v3s_pipeline() -> None:
         layout.check_steps(V3, [3072, 6144, 9216, 12288, 15360], 15360)
     with pytest.raises(UserError, match=r"layout\.micro_batches = 24: DualPipe on 16 ranks needs at least 32"):
         dataclasses.replace(large, micro_batches=24).check(V3, 3072)
-    with pytest.raises(UserError, match="rows = 64: does not divide among dp = 128"):  # half a row for each pipeline
+    with pytest.raises(UserError, match="rows = 64: does not divide among dp = 128"):  # half a row per pipeline
         large.check_steps(V3, [64, 15360], 15360)
 
 
-# ways in which a backward pass cannot be split
+# setups whose backward pass cannot be split
 AGAIN, TIES, DEPTHS = Way(recompute="block"), Way(TIED), Way(dataclasses.replace(MANY, num_nextn_predict_layers=2))
 ATTENTION = Way(recompute="attention")
 WHOLE = {AGAIN: "block", TIES: "tied", DEPTHS: "two-mtp", ATTENTION: "attention"}
@@ -168,13 +168,13 @@ def test_the_last_stage_splits_its_backward_pass_where_it_uses_the_embedding_onc
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(dp=2, sharding="zero1"), pipeline("zbv")], ids=name_of)
 def test_compiled_blocks_do_too(one: dict[Any, Any], layout: Layout, tmp_path: Path) -> None:
-    """Against one rank that compiles nothing; torch's compiler uses what it calls deprecated."""
+    """Against one uncompiled rank; torch's compiler calls functions that torch has deprecated."""
     agrees({Way(compile=True): on_one(Way())}, layout, tmp_path, Way(compile=True))
 
 
 @pytest.fixture(scope="module")
 def fp8() -> tuple[Numbers, Tensor]:
-    """One rank's numbers in FP8, and by how much they differ where rows come in another order: in other tiles."""
+    """One rank's numbers in FP8, and how much they change with another order of rows, and so other tiles."""
     numbers, _ = on_one(FP8)
     turned, _ = on_one(dataclasses.replace(FP8, reversed=True))
     return numbers, (torch.tensor(numbers) - torch.tensor(turned)).abs().amax(dim=0)
@@ -190,7 +190,7 @@ FP8 = Way(compute="fp8")
     ids=name_of,
 )
 def test_fp8_differs_from_one_rank_by_its_own_noise(layout: Layout, fp8: Any, tmp_path: Path) -> None:
-    """Tiles along tokens hold others, so weights' gradients are rounded otherwise; the first loss has none of them."""
+    """Tiles along tokens differ, so the weights' gradients round differently; the first loss is not affected."""
     numbers, noise = fp8
     on_ranks(layout.ranks, trained, layout, FP8, str(tmp_path / "out.json"))
     found = torch.tensor(json.loads((tmp_path / "out.json").read_text())[0])
@@ -202,7 +202,7 @@ def test_fp8_differs_from_one_rank_by_its_own_noise(layout: Layout, fp8: Any, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [Way(), FP8], ids=["fp32", "fp8"])
 def test_weights_that_travel_in_bf16_are_those_rounded_on_one_rank(way: Way, tmp_path: Path) -> None:
-    """The first step; FP8's scales and roundings are those of the rounded weights. Embedding, head and gates stay fp32."""
+    """The first step; FP8 scales and rounding are those of the rounded weights. Embedding, head, routers stay fp32."""
     whole = one_rank(way)
     with torch.no_grad():
         for name, parameter in whole.model.named_parameters():
@@ -212,7 +212,7 @@ def test_weights_that_travel_in_bf16_are_those_rounded_on_one_rank(way: Way, tmp
     on_ranks(2, trained, Layout(dp=2, gather="bf16"), way, str(tmp_path / "out.json"))
     found = torch.tensor(json.loads((tmp_path / "out.json").read_text())[0][0])
     off = (found - expected).abs()
-    # the gradients of rounded weights are in bf16 too
+    # the gradients of rounded weights are also in bf16
     assert off[:3].max() <= 1e-5 and off[3] <= 0.01 * expected[3], (found, expected)
 
 
@@ -238,7 +238,7 @@ def test_every_layout_trains_like_one_rank(one: dict[Any, Any], layout: Layout, 
     ],
 )
 def test_other_models_do_too(one: dict[Any, Any], config: ModelConfig, layout: Layout, tmp_path: Path) -> None:
-    """A head that is the embedding, no MTP and no shared expert, fewer experts than can be dealt out evenly."""
+    """A tied head, no MTP and no shared expert, and a number of experts that the ranks do not divide."""
     agrees(one, layout, tmp_path, Way(config))
 
 
@@ -254,7 +254,7 @@ def test_other_models_do_too(one: dict[Any, Any], config: ModelConfig, layout: L
     ],
 )
 def test_sparse_attention_does_too(one: dict[Any, Any], config: ModelConfig, layout: Layout, tmp_path: Path) -> None:
-    """V4 and V3.2, documents that share rows among them; the model is looked at where it lies and whole."""
+    """V4 and V3.2, also with documents that share rows; the model is evaluated both sharded and whole."""
     agrees(one, layout, tmp_path, Way(config, packed=True, ema_decay=0.9, looks=(1, 9)))
 
 
@@ -264,7 +264,7 @@ def test_v4s_muon_does_too(one: dict[Any, Any], tmp_path: Path) -> None:
 
 
 def _owners() -> None:
-    """Seven matrices of uneven heights: every rank gets its rows of what the owner made of the whole."""
+    """Seven matrices of uneven heights: every rank gets its rows of the matrix that the owner computed."""
     rank, size = dist.get_rank(), dist.get_world_size()
     shapes = [(5, 3), (1, 3), (4, 2), (8, 8), (3, 7), (2, 2), (7, 1)]
     generator = torch.Generator().manual_seed(0)
@@ -282,9 +282,9 @@ def _owners() -> None:
         assert torch.equal(part, whole.flip(0)[rows])
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, [tuple(s) for s in seen])
-    assert sorted(s for some in everyone for s in some) == sorted(shapes), "each has one owner"
+    assert sorted(s for some in everyone for s in some) == sorted(shapes), "each matrix has one owner"
     losses = []
-    for most in (4096, sharded_optim.BATCH):  # a few matrices at a time, as large models are updated
+    for most in (4096, sharded_optim.BATCH):  # a few matrices at a time, as for large models
         sharded_optim.BATCH = most
         many = ShardedTrainer(MANY, Layout(dp=2), ROWS, 5)
         losses.append(torch.tensor(continued(many, Way(), 0, 3)))
@@ -304,10 +304,10 @@ def test_stages_have_every_parameter_once() -> None:
     names = {n for n, _ in Transformer(MANY).named_parameters()}
     held = [{n for n, _ in cut(blank(MANY, torch.float32), s, 4).named_parameters()} for s in range(4)]
     assert set.union(*held) == names
-    assert sum(map(len, held)) == len(names) + 1 and "embed" in held[0] & held[3], "the embedding is at both ends"
-    assert [s.layers for s in split_layers(MANY, 3)] == [(0, 1), (2, 3), (4,)], "MTP counts, and is at the end"
+    assert sum(map(len, held)) == len(names) + 1 and "embed" in held[0] & held[3], "both end stages have the embedding"
+    assert [s.layers for s in split_layers(MANY, 3)] == [(0, 1), (2, 3), (4,)], "MTP is the last layer"
     deep = dataclasses.replace(MANY, num_hidden_layers=3, num_nextn_predict_layers=2)
-    assert [s.layers for s in split_layers(deep, 4)] == [(0,), (1,), (2,), (3, 4)], "all of MTP is at the end"
+    assert [s.layers for s in split_layers(deep, 4)] == [(0,), (1,), (2,), (3, 4)], "MTP modules are all last"
     assert [pipeline("zbv", pp=3).stages_of(r) for r in range(3)] == [(0, 5), (1, 4), (2, 3)]
     assert [pipeline("interleaved", pp=3).stages_of(r) for r in range(3)] == [(0, 3), (1, 4), (2, 5)]
 
@@ -340,16 +340,16 @@ def _rounded(out: str) -> None:
 
 @pytest.mark.slow
 def test_weights_that_travel_in_bf16_train_like_those_in_fp32(tmp_path: Path) -> None:
-    """In a bf16 model a matrix is rounded before its product either way; only the gains of norms are rounded as well."""
+    """In a bf16 model a matrix is rounded before its product either way; only the norms' gains are rounded as well."""
     on_ranks(2, _rounded, str(tmp_path / "out.json"))
     exact, rounded = (torch.tensor(n) for n in json.loads((tmp_path / "out.json").read_text()))
     assert 0 < (exact - rounded)[:, :-1].abs().max() < 0.02
-    # the norm of the gradient is about 2.5; by how much it is off depends on the processor's bf16 products
+    # the norm is about 2.5; its error depends on the processor's bf16 products
     assert ((exact - rounded)[:, -1] / exact[:, -1]).abs().max() < 2**-5
 
 
 def _levels(start: str) -> None:
-    """A pipeline whose MTP loss is left out from some step on, and one that goes on with learnt biases."""
+    """A pipeline that stops computing the MTP loss at some step, and one that continues with trained biases."""
     many = ShardedTrainer(MANY, pipeline("1f1b"), ROWS, models.stored(Path(start))[1])
     assert all(router.bias.tolist() == list(range(8)) for router in many.routers)
     for weight in (0.3, 0.3, 0.0, 0.0):

@@ -1,4 +1,4 @@
-"""What a model says, split into reasoning, content and calls: by hand, cut in any way, and from garbage."""
+"""Model output split into reasoning, content and calls: by hand, in any pieces, and from garbage."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def qwen(*calls: tuple[str, str]) -> str:
 
 
 def parser(opened: bool = False, tools: bool = True, form: ToolForm | None = None, **more: bool) -> Parser:
-    """A parser whose calls are called 0, 1, …"""
+    """A parser that numbers its calls 0, 1, …"""
     numbers = count()
     return Parser(opened, tools, form, new_id=lambda: str(next(numbers)), **more)
 
@@ -47,7 +47,7 @@ def whole(parsed: Parser) -> Said:
 
 
 def put_together(deltas: list[Delta]) -> Said:
-    """What a client makes of a stream, and that the stream keeps to the rules."""
+    """The message that a client assembles from a stream; checks the rules for deltas."""
     calls: list[tuple[str, str]] = []
     for delta in deltas:
         assert delta.text or delta.name, "an empty delta"
@@ -55,7 +55,7 @@ def put_together(deltas: list[Delta]) -> Said:
             assert delta.name is None and delta.call_id is None and delta.index == 0
         elif delta.name is not None:
             assert (delta.index, delta.text) == (len(calls), "")
-            assert delta.call_id in (str(len(calls)), f"functions.{delta.name}:{len(calls)}")  # Kimi writes its own
+            assert delta.call_id in (str(len(calls)), f"functions.{delta.name}:{len(calls)}")  # Kimi writes its own ids
             calls.append((delta.name, ""))
         else:
             assert delta.call_id is None and delta.index == len(calls) - 1
@@ -65,7 +65,7 @@ def put_together(deltas: list[Delta]) -> Said:
 
 
 def fed(pieces: list[str], **options: Any) -> Said:
-    """Parse pieces; the sum of the deltas is the whole."""
+    """Parses pieces; the sum of the deltas must equal the whole."""
     parsed = parser(**options)
     deltas = [delta for piece in pieces for delta in parsed.push(piece)] + parsed.end()
     assert put_together(deltas) == whole(parsed) and parsed.end() == []
@@ -73,7 +73,7 @@ def fed(pieces: list[str], **options: Any) -> Said:
 
 
 def parse(text: str, **options: Any) -> Said:
-    """Parse at once and character by character, with the same result."""
+    """Parses at once and character by character, with the same result."""
     said = fed([text], **options)
     assert fed(list(text), **options) == said
     return said
@@ -114,21 +114,21 @@ CHAINS: list[tuple[bool, str, str, str]] = [  # opened, said, reasoning, content
     (True, "\n\n</think>\n\n9", "", "9"),
     (True, "<think>\n4</think>9", "4", "9"),
     (True, "4 <think> 5</think>9", "4 <think> 5", "9"),
-    # fences in the chain: closed, closed just before, forgotten
+    # code fences in the chain: closed, closed just before the tag, and never closed
     (True, f"{F}py\nx = 1\n{F}\n</think>9", f"{F}py\nx = 1\n{F}", "9"),
     (True, f"{F}py\nx = 1\n{F}</think>9", f"{F}py\nx = 1\n{F}", "9"),
     (True, f"{F}py\nx = 1\n</think>9", f"{F}py\nx = 1", "9"),
     (True, f"{F}py\nit isn't </think>It's 9", f"{F}py\nit isn't", "It's 9"),
     (True, f"{F}py\nprint('hi</think>9\nisn't it", f"{F}py\nprint('hi", "9\nisn't it"),
     (True, f"{F}</think>Use `9`", F, "Use `9`"),
-    # quoted in code: text
+    # quoted in code: plain text
     (True, f'{F}py\na.split("</think>")\n{F}\nyes</think>9', f'{F}py\na.split("</think>")\n{F}\nyes', "9"),
     (True, f"{F}\nf'<think>{{x}}</think>{{y}}'\n</think>9", f"{F}\nf'<think>{{x}}</think>{{y}}'", "9"),
     (True, "~~~\n`</think>`\n~~~\n</think>9", "~~~\n`</think>`\n~~~", "9"),
     (True, 'a.split("</think>")', 'a.split("', '")'),  # no fence
     (True, f'{F}\n"a" </think>9"', f'{F}\n"a"', '9"'),  # no quotation mark is open
     (True, f'{F}\n"</think>', f'{F}\n"', ""),
-    (True, f"{F}a{F} '</think>'9", f"{F}a{F} '", "'9"),  # not a fence: its line has backticks
+    (True, f"{F}a{F} '</think>'9", f"{F}a{F} '", "'9"),  # not a fence: its line contains backticks
 ]
 
 
@@ -161,7 +161,7 @@ def test_calls_in_all_forms(form: ToolForm, forced: bool) -> None:
     assert parse(write(SUN), tools=False) == ("", write(SUN), [])
     others = [f for f in FORMS if f.opener != form.opener]
     assert all(parse(write(SUN), form=f) == ("", write(SUN), []) for f in others)
-    assert all(parse(write(SUN) + FORMS[f](SEA)) == ("", FORMS[f](SEA), [SUN]) for f in others)  # the first decides
+    assert all(parse(write(SUN) + FORMS[f](SEA)) == ("", FORMS[f](SEA), [SUN]) for f in others)  # the first one decides
 
 
 def test_two_calls_in_one_piece_are_four_deltas() -> None:
@@ -181,7 +181,7 @@ def test_arguments_stream_as_they_arrive(write: Any) -> None:
     start = text.index("Paris")
     assert parsed.push(text[:start]) == [Delta("tool", "", 0, SUN[0], "0"), Delta("tool", '{"city": "', 0)]
     assert parsed.push("Par") == [Delta("tool", "Par", 0)]
-    assert parsed.push("is<") == [Delta("tool", "is", 0)]  # may become the end
+    assert parsed.push("is<") == [Delta("tool", "is", 0)]  # may become the closing tag
     assert parsed.push("<") == [Delta("tool", "<", 0)]
     assert [c.arguments for c in parsed.calls] == ['{"city": "Paris<']
 
@@ -213,7 +213,7 @@ def test_text_is_held_back_no_longer_than_needed() -> None:
 
 
 ODD: list[tuple[str, Said]] = [
-    # Qwen: order, spacing, what is missing or too much
+    # Qwen: order, spacing, missing or extra markup
     ('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', ("", "", [("f", '{"a": 1}')])),
     ('<tool_call> { "name" :"f" , "id": 7, "arguments" : {"a":1} } </tool_call> ', ("", "", [("f", '{"a":1}')])),
     ('<tool_call>{"name": "f"}</tool_call>', ("", "", [("f", "{}")])),
@@ -235,7 +235,7 @@ ODD: list[tuple[str, Said]] = [
         '<tool_call>{"name": "f", "arguments": {"a": 1}, "arguments": {"a": 2}, "name": "g"}</tool_call>',
         ("", "", [("f", '{"a": 1}')]),
     ),
-    # no calls after all
+    # not a call
     ("The `<tool_call>` tag", ("", "The `<tool_call>` tag", [])),
     ("a <tool_call>\n", ("", "a <tool_call>\n", [])),
     ('<tool_call>{"arguments": {"a": 1}}</tool_call>b', ("", '<tool_call>{"arguments": {"a": 1}}</tool_call>b', [])),
@@ -248,7 +248,7 @@ ODD: list[tuple[str, Said]] = [
     (f"{CALLS}{CALL}f{{}}", ("", f"{CALLS}{CALL}f{{}}", [])),
     (f"{CALLS}{CALL}function{SEP}ge", ("", f"{CALLS}{CALL}function{SEP}ge", [])),
     (f"a {END_CALLS}{CALL}</tool_call>{SEP}", ("", f"a {END_CALLS}{CALL}</tool_call>{SEP}", [])),
-    # DeepSeek: one form for the other, ends that are missing
+    # DeepSeek: mixed forms, missing ends
     (f"{CALLS}{CALL}function{SEP}{{}}{END_CALL}{END_CALLS}", ("", "", [("function", "{}")])),
     (f"{CALLS}{CALL} f {SEP} {{}} {END_CALL} {END_CALLS} ", ("", "", [("f", "{}")])),
     (f"{CALLS}{CALL}f{SEP}{F}\n{{}}\n{F}\n{END_CALL}{END_CALLS}", ("", "", [("f", "{}")])),
@@ -274,7 +274,7 @@ def test_a_forced_form_takes_a_tool_called_function() -> None:
 
 
 def test_an_answer_that_a_grammar_holds_is_read_as_such() -> None:
-    """The engine ends a chain with the first closing tag, and knows what is a string."""
+    """The engine ends a chain at the first closing tag, and the grammar determines what is a string."""
     marks = f'{{"a": "{END_CALL}{END_CALLS}</tool_call>"}}'
     for form, write in FORMS.items():
         said = f'Say "</think>{write(("f", marks), SEA)}'
@@ -367,7 +367,7 @@ def test_a_text_that_breaks_off_says_less_but_nothing_else(write: Any, before: s
         assert "4+5".startswith(reasoning) or end < len("<think>4+5</think>")
         for (name, arguments), (theirs, full) in zip(calls, (SUN, SEA), strict=False):
             assert name == theirs and full.startswith(arguments)
-        rest = "".join(content.removeprefix("See:").split())  # markup of which nothing could be made
+        rest = "".join(content.removeprefix("See:").split())  # incomplete markup
         assert "".join(text[:end].split()).endswith(rest)
 
 

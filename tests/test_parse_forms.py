@@ -1,4 +1,4 @@
-"""Calls in the forms of other families than DeepSeek and Hermes: by hand, cut anywhere, and from pieces of markup."""
+"""Calls in the forms of families other than DeepSeek and Hermes: by hand, in any pieces, and from partial markup."""
 
 from typing import Any
 
@@ -123,7 +123,7 @@ def test_calls_are_read_however_they_are_cut(name: str) -> None:
         assert parse(fenced, **options) == ("", fenced, [])
     assert parse(text, tools=False) == ("", text, [])
     assert fed([text], single_call=True, **options)[2] == CALLED[:1]
-    for end in range(len(text)):  # what breaks off says less, but nothing else
+    for end in range(len(text)):  # a truncated text gives a part of the calls and nothing else
         calls = fed([text[:end]], **options)[2]
         assert all(
             full.startswith(part) and whole == n for (n, part), (whole, full) in zip(calls, CALLED, strict=False)

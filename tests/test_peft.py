@@ -1,4 +1,4 @@
-"""Adapters in PEFT's files against peft itself: what is made here computes the same there, and the other way round."""
+"""Adapters in PEFT's files against peft itself: an adapter written by either computes the same in the other."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ from tests.toy import ROOT
 pytestmark = pytest.mark.slow
 PYTHON = ROOT / ".venv/oracles/bin/python"
 LR = 1e-3
-STD = 0.06  # of weights; larger ones, and rounding in fp32 is itself more than 1e-5
+STD = 0.06  # of the weights; with larger ones rounding in fp32 alone exceeds 1e-5
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 
@@ -44,7 +44,7 @@ def asked(cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
 
 
 def answered(model: AdaptedTransformer) -> dict[str, Tensor]:
-    """What the oracle says, by finback, under PEFT's names."""
+    """The oracle's answer computed by finback, under PEFT's names."""
     found = {"logits": logits(model.eval())}
     batch = of_windows(ROWS, 0)
     terms = LossTerms([float(batch.learnt.sum())], 0.0, 0.0)
@@ -121,7 +121,7 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "gate_up alone": ("mla", {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": FUSED[:1]}),
     "down alone": ("mla", {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": FUSED[1:]}),
     "transposed experts": ("oss", {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameters": FUSED}),
-    # which peft turns into fused experts of twice the rank
+    # peft turns these into fused experts of twice the rank
     "experts by old names": (
         "mla",
         {"r": 3, "lora_alpha": 5, "target_modules": ["q_b_proj", "gate_proj", "up_proj", "down_proj"]},

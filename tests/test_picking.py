@@ -1,4 +1,4 @@
-"""Indexer replay: what the engine records, and that training which replays it attends to what the engine attended to."""
+"""Indexer replay: what the engine records, and that training with replay attends to the same entries as the engine."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def a_model(config: ModelConfig) -> Transformer:
 
 
 def chosen(model: Transformer, tokens: list[int], given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A text's entries in one pass, (tokens, indexers, k), and the log-probabilities of its tokens."""
+    """The entries that one pass selects, (tokens, indexers, k), and the log-probabilities of the tokens."""
     ids, c = torch.tensor([tokens[:-1]]), model.config
     store = torch.full((ids.size(1), c.indexers, c.index_topk), -1, dtype=torch.int16)
     with torch.no_grad(), trace_indexers(model).recording(store, torch.arange(ids.size(1)), given):
@@ -67,7 +67,7 @@ def test_the_engine_records_all_tokens_but_the_last(name: str) -> None:
         rate = model.config.compress_rate_csa if name == "v4" else 1
         visible = (torch.arange(len(text) - 1) + 1) // rate
         picks = visible > model.config.index_topk
-        assert (found[~picks] == -1).all() and (found[picks] >= 0).all(), "-1 where everything visible is selected"
+        assert (found[~picks] == -1).all() and (found[picks] >= 0).all(), "-1 where all visible entries are selected"
         assert (found < visible[:, None, None]).all() and (found[picks].diff(dim=-1) > 0).all()
     assert Engine(model, [7]).generate([PROMPT], SAMPLING, [1])[0].indexer_topk is None
 
@@ -116,7 +116,7 @@ def test_where_everything_is_selected_nothing_changes(name: str) -> None:
 
 
 def tied(model: Transformer) -> Transformer:
-    """The indexer of the first layer gives equal tokens equal scores, apart from rounding: its rotated part is 0."""
+    """Makes the first layer's indexer score equal tokens equally, up to rounding, by zeroing its rotated part."""
     indexer = next(m for m in model.modules() if isinstance(m, IndexerQueries))
     with torch.no_grad():
         indexer.key_norm.weight[: model.config.qk_rope_head_dim] = 0
@@ -124,8 +124,8 @@ def tied(model: Transformer) -> Transformer:
 
 
 def test_the_gap_of_two_scores_that_tie_within_rounding_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text of few different tokens, whose keys are equal but for the last bits. What rounding decides in the engine is made
-    certain: scores of tokens in even places are higher by a millionth."""
+    """A text of few distinct tokens, whose keys are equal but for the last bits. Scores of tokens at even positions are
+    raised by a millionth, which makes the engine's rounding deterministic."""
     config = replace(CONFIGS["v3.2"], vocab_size=12, num_hidden_layers=1, n_routed_experts=0, index_topk=4)
     model = tied(a_model(replace(config, initializer_range=0.5)))
     plain = IndexerQueries.scores
@@ -140,7 +140,7 @@ def test_the_gap_of_two_scores_that_tie_within_rounding_vanishes(monkeypatch: py
     text, engine = [1, 5, 3, 5, 1, *done.tokens], torch.tensor(done.logprobs)
     native, logprobs = chosen(model, text)
     assert not torch.equal(native, entries(done))
-    assert (logprobs[4:] - engine).abs().max() > 1e-1, "other tokens, other probabilities"
+    assert (logprobs[4:] - engine).abs().max() > 1e-1, "other entries must give other probabilities"
     taken, replayed = chosen(model, text, entries(done)[None])
     assert torch.equal(taken, entries(done))
     assert (replayed[4:] - engine).abs().max() <= 1e-5
@@ -159,7 +159,7 @@ def test_the_gap_of_two_scores_that_tie_within_rounding_vanishes(monkeypatch: py
     ids=str,
 )
 def test_an_update_takes_the_engines_entries(name: str, knobs: dict[str, Any], tmp_path: Path) -> None:
-    """An indexer that moves between sampling and update would select others, once or again in recomputation."""
+    """An indexer that changes between sampling and the update would select other entries, also in recomputation."""
 
     def gap(replay: bool) -> float:
         more = {"num_generations": 4, "max_tokens": 24, "lr": 1e-2, "max_grad_norm": 1e9, **knobs}
@@ -210,7 +210,7 @@ def test_who_cannot_replay_is_told(tmp_path: Path) -> None:
 
 
 def test_bytes_per_token() -> None:
-    """The docstring's number for V3.2, and int16 up to windows of 32,768 tokens."""
+    """The docstring's number for V3.2, and int16 for windows of up to 32,768 tokens."""
     meta = torch.device("meta")
     assert Pool(V3_2, 1, torch.bfloat16, meta, choices=("entries",)).choice_bytes == 499_712
     for c in (V3_2, V4_FLASH, CONFIGS["v3.2"]):

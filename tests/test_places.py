@@ -1,4 +1,4 @@
-"""Weights as folders of other habits keep them, and what is said of paths that hold no model or none that can be read."""
+"""Weights in other folder layouts, and the errors for paths that hold no model or an unreadable one."""
 
 import dataclasses
 import functools
@@ -34,12 +34,12 @@ Tensors = dict[str, torch.Tensor]
 
 
 def bare(tensors: Tensors) -> Tensors:
-    """Without the prefix."""
+    """Removes the prefix."""
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def fused(tensors: Tensors) -> Tensors:
-    """Experts as transformers 5 holds them in memory."""
+    """Stacks the experts as transformers 5 holds them in memory."""
     found = {n: t for n, t in tensors.items() if ".experts." not in n}
     stem = "model.layers.1.mlp.experts."
 
@@ -68,7 +68,7 @@ def test_other_names_are_read_as_transformers_reads_them(change: Callable[[Tenso
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4moe", "gpt-oss", "phi3", "V3"])
 def test_what_transformers_holds_in_memory_is_read(name: str, tmp_path: Path) -> None:
-    """Its own saves have the names and the parts of the releases, unless they are asked for those of its modules."""
+    """transformers saves the releases' names and parts by default, and those of its modules on request."""
     model = filled(dataclasses.replace(MODELS[name], num_nextn_predict_layers=0))
     export(model, tmp_path / "out", "fp32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -97,7 +97,7 @@ def test_a_tied_model_that_stores_its_head_alone(tmp_path: Path) -> None:
 
 
 def test_a_single_file_counts_before_an_index(tmp_path: Path) -> None:
-    """Whichever was saved last: clones and downloads do not keep the time."""
+    """Regardless of which is newer, since clones and downloads do not keep times."""
     first, second = small(0, num_nextn_predict_layers=0), small(1, num_nextn_predict_layers=0)
     export(first, tmp_path / "out", "fp32", shard_bytes=100_000)
     export(second, tmp_path / "new", "fp32")
@@ -122,7 +122,7 @@ def test_a_split_gguf_file_is_read_from_its_first_part(tmp_path: Path, monkeypat
     write_gguf(tmp_path / "m.gguf", config, theirs)
     parts = sorted(tmp_path.glob("m-*.gguf"))
     assert len(parts) > 2
-    for number, part in enumerate(parts):  # and by any case of its ending
+    for number, part in enumerate(parts):  # the extension may be in any case
         parts[number] = part.rename(part.with_suffix(".GGUF"))
     assert find_model(parts[0]) == parts[0]
     ours, audit = load_audited(parts[0])
@@ -202,7 +202,7 @@ def test_a_path_that_holds_no_model_says_where_one_is(
 def test_the_command_line_sends_people_the_right_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line on stderr and exit code 2, whatever lies at the path."""
+    """One line on stderr and exit code 2, for any kind of path."""
 
     def sentencepiece(folder: Path) -> None:
         export(small(num_nextn_predict_layers=0), folder / "out", "fp32")

@@ -1,4 +1,4 @@
-"""`finback plan` at the command line: answers at once and without torch, one JSON object, pictures, clear refusals."""
+"""`finback plan` on the command line: fast answers without torch, one JSON object, figures, clear refusals."""
 
 import json
 import os
@@ -104,7 +104,7 @@ BAD = [
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """All in one process: only what a process is needed for gets one, in the next test."""
+    """Runs in one process; the next test starts a process for what needs one."""
     from finback import cli
 
     for arguments, expected in BAD:
@@ -141,7 +141,7 @@ def test_a_recipe_on_this_machine_and_on_hardware(tmp_path: Path, monkeypatch: p
     away = finback("plan", recipe, "--on", "h800:8", "--json")
     values = json.loads(away.stdout)
     zero = values["stages"]["zero"]
-    # 8 steps of 12 tokens and an update, one after the other, through 2 layers and 1 MTP module of 40 kernels of 5 us
+    # 8 steps of 12 tokens and an update, in sequence, through 2 layers and 1 MTP module of 40 kernels of 5 us
     assert zero["seconds"] == pytest.approx(8 * (12 + 3) * 3 * 40 * 5e-6)
     assert (zero["tokens_generated"] + zero["tokens_trained"]) / zero["seconds"] < 1e6
     assert values["machine"]["facts"]["bf16"]["source"] and values["assumptions"]["efficiency"]["source"]
@@ -183,13 +183,13 @@ def test_a_recipes_own_layout_is_planned(tmp_path: Path) -> None:
 
 
 def test_v3s_recipe_is_planned_and_does_not_run(tmp_path: Path) -> None:
-    # V3's own recomputation; its average of the weights lay on the CPU, here it leaves room for none but blocks'
+    # V3's own recomputation; V3 kept its average of the weights on the CPU; here only block recomputation leaves room
     command = "plan", "recipes/v3.py", "--on", "h800:2048", "--recompute", "selective", "--json"
     values = json.loads(finback(*command, "--mesh", "pp=16,ep=64", "--schedule", "dualpipe").stdout)
     post_training = 5e3 * 2
     assert values["total"]["dollars"] + post_training == pytest.approx(5.576e6, rel=0.1)
     assert values["stages"]["extend-128k"]["refused"], "480 rows do not divide among 128 ranks"
-    # by its own layouts, whose ranks cut rows of the extensions, every phase is planned step by step
+    # with its own layouts, which split the rows of the extensions over ranks, every phase is planned step by step
     own = json.loads(finback(*command).stdout)
     phases = [own["stages"][name] for name in ("pretrain", "extend-32k", "extend-128k")]
     assert all(phase["how"] == "step by step" for phase in phases)

@@ -1,4 +1,4 @@
-"""Layouts, memory, cost and traffic of models on named hardware: DeepSeek's published figures, and numbers by hand."""
+"""Layouts, memory, cost and traffic on named hardware: DeepSeek's published figures, and numbers worked by hand."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ def test_what_deepseek_published_comes_out() -> None:
     shares = [round(claim.ours) for what, claim in claims.items() if what.startswith("V4")]
     assert shares == [10, 27], "single-token FLOPs in FP8's"
     assert all(claim.rule and claim.source for claim in claims.values())
-    # first principles by hand: 250.456 GFLOPs over 38.94 % of 987.9 TFLOPS
+    # by hand from first principles: 250.456 GFLOPs over 38.94 % of 987.9 TFLOPS
     by_hand = 250.455926784e9 * 1e12 / (0.3894 * 432e12 / 0.4373) / 3600
     assert claims["V3 H800-hours per trillion tokens"].ours == pytest.approx(by_hand, rel=2e-3)
     assert claims["R1 dollars"].ours == (512 * 198 + 512 * 80 + 5000) * 2
@@ -72,7 +72,7 @@ def test_the_published_step_comes_out() -> None:
 
 
 def test_memory_by_hand() -> None:
-    # one dense layer of width 4 with 2 heads of 3, one token, bf16, kept whole
+    # one dense layer of width 4 with 2 heads of 3, one token, bf16, without recomputation
     c = dataclasses.replace(
         TINY,
         hidden_size=4,
@@ -87,34 +87,34 @@ def test_memory_by_hand() -> None:
     attention = 2 * (4 + 4) + 2 * (5 + 5 + 6 + 6 + 2) + 2 * 2 * (4 + 4 + 3) + 2 * 2 * 3 + 4 * 2
     assert memory.attention_activation(c, "bf16", "none") == attention
     assert memory.feed_forward_activation(c, False, "bf16", "none", 0.0) == 2 * (4 + 4) + 2 * 3 * 7
-    # V3's way keeps x, both latents, the rotary key and the output; and x, gate and up
+    # V3's way saves x, both latents, the rotary key and the output; and x, gate and up
     assert memory.attention_activation(c, "bf16", "selective") == 2 * (4 + 5 + 6 + 2) + 2 * 2 * 3 + 4 * 2
     assert memory.feed_forward_activation(c, False, "bf16", "selective", 0.0) == 2 * 4 + 2 * 2 * 7
     assert memory.layer_activation(c, False, "bf16", "block", 0.0) == 2 * 4
 
 
 def test_what_cross_entropy_takes_by_hand() -> None:
-    """A vocabulary of 1000 and a width of 4; 300 tokens are a chunk of 256 and one of 44."""
+    """A vocabulary of 1000 and a width of 4; 300 tokens are chunks of 256 and 44."""
     assert memory.CHUNK == loss.CHUNK
     c = dataclasses.replace(TINY, vocab_size=1000, hidden_size=4, num_nextn_predict_layers=0)
-    # kept: gradients of 300 x 4 states and of the head; for a moment 256 x 1000 logits
+    # saved: gradients of 300 x 4 states and of the head; temporarily 256 x 1000 logits
     assert memory.cross_entropy(c, 300, "fp32", 1) == 4 * (300 * 4 + 4000) + 4 * 256 * 1000
-    # in bf16 logits have a gradient beside them, and the head a copy
+    # in bf16 logits also have a gradient, and the head a copy
     in_bf16 = 2 * 300 * 4 + 4 * 4000 + (4 + 2) * 256 * 1000 + 2 * 4000
     assert memory.cross_entropy(c, 300, "bf16", 1) == in_bf16
     assert memory.cross_entropy(c, 10, "fp32", 1) == 4 * (10 * 4 + 4000) + 4 * 10 * 1000
-    # two MTP modules keep as much each; the scaled gradient of a wide head is more than logits
+    # two MTP modules save as much each; a wide head's scaled gradient is larger than the logits
     wide = dataclasses.replace(c, hidden_size=512, num_nextn_predict_layers=2)
     assert memory.cross_entropy(wide, 10, "fp8", 2) == 2 * 3 * (2 * 10 * 512 + 4 * 512_000) + 4 * 512_000
-    # V3: 7.4 GB of head gradients for each micro-batch between F and B, and ZB1P puts off W on the last of 16 ranks
+    # V3: 7.4 GB of head gradients per micro-batch between F and B, and ZB1P delays W on the last of 16 ranks
     head = V3.vocab_size * V3.hidden_size
     last = [memory.rank_memory(V3, scheduled(name), KNOWN)[15].working for name in ("1f1b", "zb1p")]
     assert last[1] - last[0] == pytest.approx(15 * 2 * (4 * head + 2 * 4096 * V3.hidden_size))
-    assert memory.rank_memory(V3, scheduled("1f1b"), KNOWN)[0].working < 4 * head, "only where the head lies"
+    assert memory.rank_memory(V3, scheduled("1f1b"), KNOWN)[0].working < 4 * head, "only the rank of the head needs it"
 
 
 def test_what_finback_sends_to_experts_is_bf16() -> None:
-    """That of V3's own schedule, which is planned alone, is FP8 with a scale per 128 numbers."""
+    """V3's own schedule, which is only planned, sends FP8 with a scale per 128 numbers."""
     layout = Layout(pp=2, dp=2, ep=2, micro_batches=4, sharding="zero1")
     ours, theirs = (
         traffic.of(TINY, Workload(dataclasses.replace(layout, schedule=s), 8, 64, precision="fp8"), H800)
@@ -153,7 +153,7 @@ def test_dualpipe_is_faster_than_1f1b_and_holds_twice_the_weights() -> None:
     steps = [cost.step(V3, layout, H800, 0.5, KNOWN) for layout in (plain, cost.V3_WORKLOAD)]
     assert steps[1].seconds < 0.7 * steps[0].seconds and steps[1].exposed < steps[0].exposed
     held = [sum(r.weights for r in memory.rank_memory(V3, layout, KNOWN)) for layout in (plain, cost.V3_WORKLOAD)]
-    # but for the second copy of the embedding that 1F1B needs for MTP
+    # except the second copy of the embedding, which 1F1B needs for MTP
     assert held[1] == pytest.approx(2 * (held[0] - 2 * V3.vocab_size * V3.hidden_size))
 
 
@@ -163,13 +163,13 @@ def test_nothing_is_sent_by_one_device_alone() -> None:
 
 
 def test_traffic_by_hand() -> None:
-    # two devices of one node, experts halved: forward and backward, out and back in bf16, 3 MoE layers and MTP's
+    # two devices of one node, half the experts each: forward and backward, to and from, in bf16, 3 MoE layers and MTP's
     work = Workload(Layout(dp=2, ep=2, micro_batches=4, sharding="zero1"), rows=8, length=64)
     sent = traffic.of(TINY, work, H800)
     assert sent.load is not None and sent.dispatch_network == 0
     each_way = 4 * 64 * 4 * TINY.hidden_size * 2 * 2
     assert sent.dispatch_link == pytest.approx(2 * each_way * sent.load.forwarded)
-    # plain parameters: a half of gradients in fp32 and weights in bf16 goes to the other; each expert has one home
+    # plain parameters: half of the gradients in fp32 and weights in bf16 go to the other; each expert has one rank
     routed = 4 * 8 * 3 * 128 * 64
     assert sent.exchange == pytest.approx((parameters(TINY) - routed) * (4 + 2) / 2)
     assert sent.exchange_seconds == pytest.approx(sent.exchange / 160e9)
@@ -191,8 +191,8 @@ def test_expert_load() -> None:
     skewed = expert_load.simulate(V3, 64, 8, expert_load.popularity(256, 0.8, seed=1), tokens=4096)
     assert skewed.max_over_mean > 1.5 * even.max_over_mean
     free = expert_load.simulate(dataclasses.replace(V3, n_group=1, topk_group=1), 64, 8, tokens=4096)
-    assert free.nodes > even.nodes + 1  # what the limit saves between nodes
-    # eight different experts of 256 meet so many of 64 ranks; some copies land there at their first stop
+    assert free.nodes > even.nodes + 1  # the nodes per token that the limit saves
+    # eight distinct experts of 256 are on this many of 64 ranks; some copies have reached theirs at the first hop
     met = 64 * (1 - math.comb(256 - 4, 8) / math.comb(256, 8))
     assert 0.8 * met < free.forwarded < met
     one = expert_load.simulate(TINY, 1, 1, tokens=128)
@@ -249,7 +249,7 @@ def test_a_given_mfu_is_the_plans() -> None:
     assert found["step"]["mfu"] == pytest.approx(0.25, rel=2e-3)
     hours = found["model"]["training_flops_per_token"] * 1e12 / (0.25 * 989.4e12) / 3600
     assert found["run"]["device_hours"] == pytest.approx(hours, rel=2e-3)
-    assert found["run"]["dollars"] is None  # nobody has said a price
+    assert found["run"]["dollars"] is None  # without a price
     assert found["run"]["kwh"] == pytest.approx(hours * 0.7 * 1.58, rel=2e-3)
 
 
@@ -367,7 +367,7 @@ def test_what_has_no_basis_is_said() -> None:
     worst = planned_remarks(V3, "h800:2048", 2048, 4096, mesh="pp=16,ep=64", schedule="1f1b", recompute="block")
     assert any("less than half of the 38.9% that V3 reached" in text for text in worst)
     known = "\n".join(planned_remarks(LLAMA, "h100:1024", 1024, 8192, mesh="pp=16", assume=("mfu=0.4",)))
-    assert "efficiency" not in known and "less than half" not in known, "who gives it knows it"
+    assert "efficiency" not in known and "less than half" not in known, "a given MFU needs no remark"
     published = planned_remarks(
         V3, "h800:2048", 15360, 4096, mesh="pp=16,ep=64", schedule="dualpipe", recompute="selective"
     )

@@ -72,11 +72,11 @@ def test_counts_are_those_of_the_model_and_of_torchs_profiler(c: ModelConfig, ro
         model = Transformer(c)
     assert parameters(c) == sum(p.numel() for p in model.parameters())
     assert router_biases(c) in (0, sum(r.bias.numel() for n, r in named_routers(model)))
-    # routing needs values, so products are counted on a real model of the same shape
+    # routing needs values, so the products of a real model are counted
     real = Transformer(c).initialise(0).train()
     depths = c.num_nextn_predict_layers
     tokens = torch.zeros(rows, length + 1 + depths, dtype=torch.long)
-    # the maths form of attention, which multiplies the whole square: context is the row's length
+    # the math kernel of attention multiplies the whole square, so the context is the row's length
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             hidden = real(tokens[:, :length])
@@ -84,7 +84,7 @@ def test_counts_are_those_of_the_model_and_of_torchs_profiler(c: ModelConfig, ro
             for state in real.mtp_hidden_states(hidden, tokens[:, : length + depths]):
                 real.logits(state)
         assert forward.get_total_flops() == rows * length * token_flops(c, length, mtp=True).total
-        if c.qk_norm:  # norms of heads need no products, and their backward not this form of attention
+        if c.qk_norm:  # head norms have no products, and their backward pass does not need this kernel
             real = Transformer(dataclasses.replace(c, qk_norm=False)).initialise(0).train()
         with FlopCounterMode(display=False) as whole:
             backward(real, tokens, 0.3, 1e-4)
@@ -92,7 +92,7 @@ def test_counts_are_those_of_the_model_and_of_torchs_profiler(c: ModelConfig, ro
 
 
 def named_routers(model: Transformer) -> list[tuple[str, torch.nn.Module]]:
-    """Routers of the trunk: those of MTP modules are counted with MTP."""
+    """Routers of the trunk; those of MTP modules are counted with MTP."""
     return [(n, m) for n, m in model.named_modules() if n.endswith("router") and not n.startswith("mtp")]
 
 
@@ -111,7 +111,7 @@ def test_published_totals() -> None:
 
 def test_the_papers_rule_is_the_products_and_the_gains() -> None:
     for c in (TINY, V2, V3):
-        # the rule counts norms' gains as if they were products: two FLOPs each
+        # the rule counts the gains of norms as products, at two FLOPs each
         gains = forward_flops(c, 100) - token_flops(c, 100).total
         assert 0 < gains / forward_flops(c, 100) < 1e-2
         layers, d = c.num_hidden_layers, c.hidden_size
@@ -125,8 +125,8 @@ def test_stages_hold_all_parameters_once(stages: int) -> None:
     assert sum(plain + routed for plain, routed in held) == parameters(V3)
     assert [layer for piece in pieces for layer in piece.layers] == list(range(62))
     if stages == 16:
-        assert [len(piece.layers) for piece in pieces] == [3, *[4] * 14, 3]  # 4 MoE layers in a chunk, as V3's profiles
-        # apart, MTP and the embedding need a second copy of it
+        assert [len(piece.layers) for piece in pieces] == [3, *[4] * 14, 3]  # 4 MoE layers per chunk, as V3 profiled
+        # on separate stages MTP and the embedding need a second copy of it
         alone = [stage_parameters(V3, piece, shared_ends=False) for piece in pieces]
         assert sum(map(sum, alone)) - parameters(V3) == V3.vocab_size * V3.hidden_size
 

@@ -1,4 +1,4 @@
-"""How many engines a trainer wants: by hand, from what a run has logged, and from published rates."""
+"""How many engines keep a trainer busy: by hand, from a run's logs, and from published rates."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.toy import CONFIG
 
 
 def test_steps_one_behind_the_other_by_hand() -> None:
-    """Generating takes 3 s, learning 2 s. In turn a step takes 5 s; ahead by one, 3 s, as long as the longer."""
+    """Generating takes 3 s and learning 2 s: a step takes 5 s in sequence, and 3 s, the longer of both, if overlapped."""
     assert overlapped(3, 2, 0, 3) == [
         OverlappedStep(0, 3, 3, 5),
         OverlappedStep(5, 8, 8, 10),
@@ -34,11 +34,11 @@ def test_steps_one_behind_the_other_by_hand() -> None:
         OverlappedStep(6, 9, 9, 11),
         OverlappedStep(9, 12, 12, 14),
     ]
-    assert overlapped(1, 4, 1, 4)[-1] == OverlappedStep(9, 10, 13, 17), "answers wait for weights that are new enough"
+    assert overlapped(1, 4, 1, 4)[-1] == OverlappedStep(9, 10, 13, 17), "answers must wait for recent weights"
 
 
 def test_engines_by_hand() -> None:
-    """30,000 tokens at 1,000 a second and engine, while 10 s are learnt: three engines."""
+    """30,000 tokens at 1,000 per second and engine in 10 s of learning: three engines."""
     assert wanted(30_000, 10, 1_000) == 3 and wanted(30_900, 10, 1_000) == 3 and wanted(32_000, 10, 1_000) == 4
     assert wanted(100, 10, 1_000) == 1
     assert balance(30_000, 10, 1_000, 3, 1) == pytest.approx(
@@ -61,7 +61,7 @@ def recipe(**knobs: Any) -> Recipe:
 
 
 def ran(root: Path, **rollouts: Any) -> Path:
-    """A run whose steps made 6,000 tokens in 4 s by two engines, and learnt from them for 3 s."""
+    """A run whose steps generate 6,000 tokens in 4 s on two engines, and learn from them for 3 s."""
     folder = root / "run" / "zero"
     folder.mkdir(parents=True)
     stage = recipe(**rollouts).stages[2]
@@ -75,7 +75,7 @@ def ran(root: Path, **rollouts: Any) -> Path:
 
 @pytest.mark.parametrize("rollouts", [{"rollouts": Fleet(2)}, {}])
 def test_rates_of_a_run(rollouts: Any, tmp_path: Path) -> None:
-    """750 tokens a second and engine: a fleet's two, or those of two ranks. 6,000 tokens in 3 s want 2.67 of them."""
+    """750 tokens per second and engine, for a fleet's two or two ranks'. 6,000 tokens in 3 s need 2.67 engines."""
     root = ran(tmp_path, **rollouts)
     (met,) = engines.measured(root).values()
     assert (met.tokens, met.learning, met.rate) == pytest.approx((6000, 3, 750))
@@ -89,7 +89,7 @@ def test_rates_of_a_run(rollouts: Any, tmp_path: Path) -> None:
 
 
 def test_published_rates_and_the_picture(tmp_path: Path) -> None:
-    """V3 on H800: 1,850 tokens a second and device, as published. A smaller model makes more."""
+    """V3 on H800: 1,850 tokens per second and device, as published. A smaller model generates more."""
     machine, _ = hardware.find("h800:8")
     assert engines.published(V3, machine)[0] == pytest.approx(1850, rel=0.02)
     image = tmp_path / "engines.png"

@@ -1,4 +1,4 @@
-"""Plans for this machine: formulas held to the trainer itself, fits that find what was put in, files that are no calibration."""
+"""Plans for this machine: formulas compared with the trainer, fits that recover their inputs, and invalid files."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def planned(stage: Pretrain) -> PlannedStage:
 
 
 def kept_by_autograd(shape: Shape, patch: pytest.MonkeyPatch) -> int:
-    """Bytes of distinct storages that the trainer's forward pass saves, parameters and buffers left out."""
+    """Bytes of distinct storages that the trainer's forward pass saves, without parameters and buffers."""
     model = Transformer(shape.model, COMPUTE[shape.compute]).initialise(0)
     recompute.use_recompute(model, shape.recompute).train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -67,7 +67,7 @@ def kept_by_autograd(shape: Shape, patch: pytest.MonkeyPatch) -> int:
     checkpoint = recompute.checkpoint
 
     def checkpointed(run: Any, *arguments: Any, **options: Any) -> Any:
-        for argument in arguments[:1]:  # the others are the tables of rotations
+        for argument in arguments[:1]:  # the others are rotary tables
             pack(argument)
         return checkpoint(run, *arguments, **options)
 
@@ -106,26 +106,26 @@ def test_memory_by_hand() -> None:
     p, muon = parameters(DENSE), this_machine.muon_parameters(DENSE)
     assert (found.process, found.weights, found.gradients) == (100, 4 * p, 4 * p)
     assert found.optimizer == 4 * muon + 8 * (p - muon)
-    largest = 4 * 3 * 576 * 96  # gate and up of three layers go through Newton-Schulz as one batch
+    largest = 4 * 3 * 576 * 96  # Newton-Schulz batches gate and up of three layers
     assert found.working == 8 * muon + 3 * largest
     parts = dataclasses.asdict(found).values()
     assert found.total == sum(parts) and all(part > 0 for part in parts)
 
 
 def test_newton_schulz_by_hand() -> None:
-    # five steps, each of three products of a matrix (s, t) with s <= t: gram (s, t, s), its square (s, s, s), (s, s, t)
+    # five steps of three products each for a matrix (s, t), s <= t: gram (s, t, s), its square (s, s, s), (s, s, t)
     c = dataclasses.replace(DENSE, num_hidden_layers=1)
     small, large = zip(*[(min(a, b), max(a, b)) for _, a, b in this_machine.matrices(c)], strict=True)
     total = sum(5 * 2 * (s * t * s + s * s * s + s * s * t) for s, t in zip(small, large, strict=True))
     assert this_machine.newton_schulz_flops(c, 1) == total
-    assert total / 2 <= this_machine.newton_schulz_flops(c, 2) <= total  # what does not halve is done by one
+    assert total / 2 <= this_machine.newton_schulz_flops(c, 2) <= total  # work that does not halve falls to one rank
 
 
 def test_a_fit_finds_what_was_put_in_and_nothing_below_zero() -> None:
     work = [{"a": x, "b": y, "none": 0.0} for x, y in ((1.0, 5.0), (3.0, 1.0), (2.0, 2.0), (9.0, 4.0))]
     found = calibrate.fit(work, [2 * row["a"] + 0.5 * row["b"] for row in work])
     assert found == {"a": pytest.approx(2.0), "b": pytest.approx(0.5)}
-    # b would have to be negative: it is left out
+    # b would be negative, so it is left out
     found = calibrate.fit(work, [2 * row["a"] - 0.1 * row["b"] for row in work])
     assert list(found) == ["a"] and found["a"] > 0
 
@@ -160,13 +160,13 @@ def test_the_kinds_of_work_make_up_the_flops_of_training() -> None:
     shape = Shape(TINY, 4, 64)
     kinds = this_machine.passes(shape)
     flops = kinds["products"] + kinds["attention"]
-    # the rule of count.py has the gains of norms as well, and here attention multiplies the whole square
+    # count.py's rule includes the gains of norms, and attention multiplies the whole square here
     assert flops == pytest.approx(training_flops(TINY, 64) * shape.tokens, rel=0.01)
 
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real calibration, cut short: two models and small products."""
+    """A real but short calibration: two models and small products."""
     path = tmp_path_factory.mktemp("cache") / "finback" / "calibration.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "references", lambda: [(TINY, 2, 32), (DENSE, 2, 64)])
@@ -204,9 +204,7 @@ def test_a_recipe_is_planned_by_its_calibration(calibration: Path, tmp_path: Pat
     text = render.recipe_text(values)
     assert all(name in text for name in values["stages"]) and "rough" in text
     two = recipe_plan.plan(recipe, PlanOptions(), found, 2)["stages"]["base"]
-    assert two["parts"]["passes"] <= base["parts"]["passes"], (
-        "equal where the measured time does not depend on the rows"
-    )
+    assert two["parts"]["passes"] <= base["parts"]["passes"], "equal if the measured time does not depend on the rows"
 
 
 def test_without_a_calibration_work_is_known_and_time_is_not(tmp_path: Path) -> None:

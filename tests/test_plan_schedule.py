@@ -1,4 +1,4 @@
-"""Pipeline schedules: V3's formulas for bubbles and memory, orders worked by hand, and tables that cannot run."""
+"""Pipeline schedules: V3's formulas for bubbles and memory, hand-worked orders, and tables that cannot run."""
 
 import itertools
 from typing import Any
@@ -22,7 +22,7 @@ def ranks_of(name: str, stages: int) -> int:
 
 
 def check(table: Table, stages: int, micro_batches: int) -> None:
-    """ValueError unless every micro-batch passes every stage once each way, on one rank, and the whole can run."""
+    """Raises ValueError unless every micro-batch passes every stage once each way on one rank, and the table can run."""
     seen: dict[Op, int] = {}
     for rank, slots in enumerate(table):
         for op in operations(slots):
@@ -55,7 +55,7 @@ def check(table: Table, stages: int, micro_batches: int) -> None:
 def test_bubbles_are_those_of_v3s_table(
     name: str, stages: int, more: int, f: float, share: float, hidden: float
 ) -> None:
-    # the table's formulas hold where the input's backward costs as much as a forward
+    # the table's formulas assume that the input's backward pass costs as much as a forward pass
     w = share * f
     b = f + w
     both = max(f, b) + hidden * min(f, b)
@@ -84,7 +84,7 @@ def test_activations_in_flight_are_those_of_v3s_table(name: str, stages: int) ->
         name, stages
     )
     if name == "1f1b":
-        assert most == list(range(stages, 0, -1))  # each rank as many as lie behind it
+        assert most == list(range(stages, 0, -1))  # each rank has one for every stage from its own to the last
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,12 +109,12 @@ def words(table: Table) -> list[str]:
 def test_tables_by_hand() -> None:
     assert words(SCHEDULES["1f1b"].table(3, 3)) == ["F0 F1 F2 B0 B1 B2", "F0 F1 B0 F2 B1 B2", "F0 B0 F1 B1 F2 B2"]
     assert words(SCHEDULES["zb1p"].table(2, 3)) == ["F0 F1 I0 W0 F2 I1 W1 I2 W2", "F0 I0 F1 I1 W0 F2 I2 W1 W2"]
-    # two ranks, four micro-batches, two from each end: nothing is ever idle
+    # two ranks, four micro-batches, two from each end: no idle time
     assert words(SCHEDULES["dualpipe"].table(2, 4)) == ["F0 F2 F1 B2 F3&B0 B3 I1 W1", "F2 F0 F3 B0 F1&B2 B1 I3 W3"]
 
 
 def test_two_ranks_on_a_clock() -> None:
-    # 1F1B, two ranks, two micro-batches, forward 1, backward 2, no sending time
+    # 1F1B, two ranks, two micro-batches, forward 1, backward 2, sending takes no time
     timeline = simulate(SCHEDULES["1f1b"].table(2, 2), Durations(1, 2, 1))
     times = [[(start, end) for start, end, _ in rank] for rank in timeline.ranks]
     assert times == [[(0, 1), (1, 2), (4, 6), (7, 9)], [(1, 2), (2, 4), (4, 5), (5, 7)]]
@@ -210,10 +210,10 @@ def test_a_timeline_adds_up() -> None:
 def test_tables_are_what_torch_runs(name: str, schedule: Any, ranks: int, micro_batches: int) -> None:
     try:
         table = find(name).table(ranks, micro_batches)
-    except UserError:  # torch refuses these as well
+    except UserError:  # torch also refuses these
         assert name == "dualpipev" or micro_batches % (micro_batches // ranks)
         return
-    torchs = schedule.__new__(schedule)  # its processes are not needed to write a table
+    torchs = schedule.__new__(schedule)  # writing a table needs no processes
     torchs.pp_group_size, torchs._n_microbatches = ranks, micro_batches
     torchs.num_stages = torchs._num_stages = 2 * ranks
     torchs.n_local_stages, torchs.number_of_rounds = 2, max(1, micro_batches // ranks)

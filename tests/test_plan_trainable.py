@@ -1,4 +1,4 @@
-"""Whatever can be trained can be planned, over the trainer's own lists of choices; what is recommended can be trained."""
+"""Whatever can be trained can be planned, by the trainer's own lists of choices; recommendations can be trained."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from finback.runs.recipe import config_json
 from finback.stages.pretrain import Pretrain, Probe
 from finback.tasks.math import Chains
 
-# choices about the data, which change no amount of work
+# choices about the data, which do not change the amount of work
 OF_DATA = {"packing", "document_mask", "keep_best"}
 CALIBRATION: dict[str, Any] = {
     "measured": {
@@ -47,14 +47,14 @@ def choices(cls: type) -> dict[str, tuple[Any, ...]]:
 
 
 def varied(cls: type) -> Iterator[dict[str, Any]]:
-    """Every choice by itself, and none."""
+    """No choice, and each choice by itself."""
     yield {}
     for name, values in choices(cls).items():
         yield from ({name: value} for value in values if name not in OF_DATA)
 
 
 def layouts() -> Iterator[Layout | None]:
-    """Every kind of layout that training accepts, and none."""
+    """No layout, and every kind that training accepts."""
     yield None
     for chosen in varied(Layout):
         layout = Layout(pp=2, dp=2, ep=2, micro_batches=4, **chosen)
@@ -84,7 +84,7 @@ def stages(layout: Layout | None) -> Iterator[Pretrain]:
 
 
 def printed(knobs: str) -> dict[str, Any]:
-    """The knobs that a plan prints, as a recipe would read them."""
+    """The knobs that a plan prints, parsed as a recipe would."""
     found: dict[str, Any] = eval(f"dict({knobs})", {"Layout": Layout})
     return found
 
@@ -94,7 +94,7 @@ def test_the_planner_knows_the_trainers_words() -> None:
     for name, words in (("recompute", Recompute), ("compute", Precision), ("optimizer", Optimizer)):
         assert set(known[name]) - {"auto"} <= set(get_args(words)), name
     assert set(known) == {"optimizer", "muon_form", "recompute", "compute", "compile", "expert_kernel", *OF_DATA}, (
-        "a new choice is to be planned"
+        "the planner must know every choice"
     )
 
 
@@ -151,7 +151,7 @@ EVERYTHING: dict[str, Any] = {
     ("on", "knobs"), [("h100:1", {}), ("h100:16", {"compile": True}), ("h100:16", EVERYTHING | {"compute": "fp8"})]
 )
 def test_what_is_recommended_for_a_stage_it_takes(on: str, knobs: dict[str, Any]) -> None:
-    """The printed knobs go into the stage, and every step of its ramp fits the layout."""
+    """The printed knobs fit the stage, and every step of its ramp fits the layout."""
     stage = Pretrain(name="base", data="x", model=V2_LITE, mixture={"a": 1.0}, batch_size=4096, seq_len=4096, **knobs)
     found = recipe_plan.plan_configs("r", [config_json(stage)], PlanOptions(on=on), None, 1)["stages"]["base"]
     assert "refused" not in found
@@ -164,7 +164,7 @@ def test_what_is_recommended_for_a_stage_it_takes(on: str, knobs: dict[str, Any]
 
 
 def test_averages_and_probes_are_counted() -> None:
-    """Four bytes for each number of a rank's share; and after a step the whole model, where that is more than its activations."""
+    """Four bytes per number of a rank's shard; after a step the whole model, if that is larger than the activations."""
     layout = Layout(pp=2, dp=4, ep=2, micro_batches=2, sharding="zero1")
     plain = Workload(layout, rows=8, length=64, precision="fp32")
     known = hardware.ASSUMPTIONS

@@ -1,4 +1,4 @@
-"""Memory of fine-tuning by all weights and by adapters, against the trainer's own tensors; what fits a card, and what to change."""
+"""Memory of full and adapter fine-tuning against the trainer's own tensors; what fits a card, and what to change."""
 
 import json
 from dataclasses import replace
@@ -63,7 +63,7 @@ def test_weights_of_a_frozen_base_are_those_that_lie_in_memory(base: str) -> Non
 
 
 def test_a_7b_on_one_card(tmp_path: Path) -> None:
-    """All weights never fit 24 GB; the plan says which knobs make it fit, and with them it does."""
+    """Full fine-tuning never fits 24 GB; the plan says which knobs make it fit, and with them it does."""
     folder = tmp_path / "qwen"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw_config(QWEN_7B, "bfloat16")))
@@ -100,7 +100,7 @@ def test_teachers_count_and_answers_are_made_as_room_allows() -> None:
     room, states = 21.6e9, whole.total - whole.cache - whole.activations - whole.working
     on_card = tuning.memory(QWEN_7B, rl, 2e9, room)
     assert on_card.cache == (room - states) / 2 and on_card.total < room
-    assert tuning.memory(QWEN_7B, rl, 2e9, states).cache == each, "one answer at least"
+    assert tuning.memory(QWEN_7B, rl, 2e9, states).cache == each, "the cache holds at least one answer"
 
 
 def test_a_model_that_answers_counts_too() -> None:
@@ -125,14 +125,14 @@ def test_what_to_change_names_what_takes_less_and_nothing_else() -> None:
     assert lean.optimizer == exact.optimizer / 4 + scale and away.optimizer == 0
     for room, wanted in ((lean.total, ['moments="int8"']), (away.total, ['moments="host"'])):
         assert tuning.changes(QWEN_7B, knobs, 0.0, room)[0] == wanted
-    assert tuning.changes(QWEN_7B, knobs, 0.0, 3e10)[0][0] == "adapter=LoRA()", "in the place of lean moments"
+    assert tuning.changes(QWEN_7B, knobs, 0.0, 3e10)[0][0] == "adapter=LoRA()", "instead of 8-bit moments"
     shared = tuning.memory(QWEN_7B, knobs | {"moments": "int8"}, 0.0, layout=Layout(dp=2))
     assert shared.optimizer == lean.optimizer / 2
     assert tuning.changes(QWEN_7B, knobs, 0.0, shared.total, layout=Layout(dp=2))[0] == ['moments="int8"']
 
 
 def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> None:
-    """By hand: Qwen2.5-7B on 4 ranks, 2 data ranks whose rows are cut in two."""
+    """By hand: Qwen2.5-7B on 4 ranks: 2 data ranks, whose rows are split in two."""
     layout, size = Layout(dp=2, cp=2), parameters(QWEN_7B)
     sft = {"adapter": None, "batch_size": 6, "seq_len": 512}
     one, four = (tuning.memory(QWEN_7B, sft, 0.0, teachers=(QWEN_7B,), layout=given) for given in (None, layout))
@@ -149,7 +149,7 @@ def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> No
     assert four.optimizer == one.optimizer == 8 * learnt and four.weights == 2 * size / 4 + 4 * learnt
     assert four.served == 2 * size and four.cache == one.cache / 4 and four.reference == 0
     assert four.gathered == 2 * (2 * 152064 * 3584 + 2 * layer)
-    # of V3's adapter 58 layers of 256 experts, which 8 ranks share
+    # the adapters of V3's 58 layers of 256 experts are sharded over 8 ranks
     experts = 58 * 256 * 16 * (2 * 7168 + 3 * 2048)
     assert tuning.learnt_numbers(V3, tuning.ADAPTER, 8) == tuning.learnt_numbers(V3, tuning.ADAPTER) - experts * 7 / 8
     rl |= {"objective": {}}
@@ -165,18 +165,18 @@ def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> No
 
 
 def test_a_layout_takes_time_for_what_ranks_send() -> None:
-    """All-to-all of experts by hand, nothing gathered beyond long passes, and a whole copy for each step of answers."""
+    """The experts' all-to-all by hand; long passes hide all gathering except a whole copy per step of answers."""
     knobs = {"compute": "bf16", "adapter": None, "task": "t", "steps": 10, "prompts_per_step": 4, "num_generations": 4}
     knobs |= {"max_tokens": 512, "micro_tokens": 4096, "layout": {"dp": 4, "ep": 4}}
     stage = PlannedStage("rl", "GRPO", False, knobs, Work(tokens_trained=4 * 4096 * 10), V3)
     site = hardware.site("h800:4", ())
     short, long = (tuning_time.beside_products(stage, site, seconds) for seconds in (0.0, 1e9))
     link = 160e9
-    # two bytes a number out and two back, forward and backward, of 58 layers and MTP's, to what other devices hold
+    # two bytes per number, there and back, forward and backward, for 58 layers and MTP's, to other devices
     sent = 4096 * 10 * 59 * 8 * 7168 * traffic.spread(V3, 4, 4, 0.0).forwarded
     copies = 10 * 2 * parameters(V3) * 3 / 4
     assert long == pytest.approx((sent + copies) / link)
-    # of 10 passes: gradients in fp32, weights in fp32 twice, of all but the experts that lie here alone
+    # for 10 passes: fp32 gradients once and fp32 weights twice, without the experts, which are only here
     routed = 59 * 256 * 3 * 7168 * 2048
     assert short - long == pytest.approx(10 * 12 * (parameters(V3) - routed) * 3 / 4 / link, rel=1e-3)
     assert tuning_time.on_host(stage, site, 0.0) == 0.0
@@ -185,7 +185,7 @@ def test_a_layout_takes_time_for_what_ranks_send() -> None:
 
 
 def test_what_lies_on_the_host_takes_no_device_memory_but_time() -> None:
-    """By hand: Qwen2.5-7B on 4 ranks, shards fetched from host memory; and moments alone there."""
+    """By hand: Qwen2.5-7B on 4 ranks: shards in host memory, then moments alone there."""
     layout, size = Layout(dp=4, offload=True), parameters(QWEN_7B)
     sft = {"adapter": None, "batch_size": 8, "seq_len": 512, "compute": "bf16", "layout": {"dp": 4, "offload": True}}
     here, away = (tuning.memory(QWEN_7B, sft, 0.0, teachers=(QWEN_7B,), layout=on) for on in (Layout(dp=4), layout))
@@ -194,7 +194,7 @@ def test_what_lies_on_the_host_takes_no_device_memory_but_time() -> None:
     lora = sft | {"adapter": tuning.ADAPTER}
     found, learnt = tuning.memory(QWEN_7B, lora, 0.0, layout=layout), tuning.learnt_numbers(QWEN_7B, tuning.ADAPTER)
     assert (found.weights, found.gradients, found.optimizer) == (4 * learnt, 4 * learnt, 8 * learnt)
-    # five steps of one pass: two times the weights, gradients, and AdamW's 28 bytes; passes that take longer hide what is fetched
+    # five steps of one pass: weights twice, gradients, and AdamW's 28 bytes; longer passes hide the transfer
     site, work = hardware.site("h100:4", ("host=1e10",)), Work(tokens_trained=5 * 8 * 512)
     stage = PlannedStage("sft", "SFT", False, sft, work, QWEN_7B)
     assert tuning_time.updates(stage) == 5

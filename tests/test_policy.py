@@ -16,7 +16,7 @@ def test_advantages_by_hand() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0]])
     a = advantages(rewards)
     torch.testing.assert_close(a[0], torch.tensor([1.0, -1.0, -1.0, 1.0]))
-    assert (a[1] == 0).all(), "a group without differences says nothing"
+    assert (a[1] == 0).all(), "a group with equal rewards has no advantages"
     std = math.sqrt(0.75 * 0.25)
     torch.testing.assert_close(a[2], torch.tensor([0.75 / std] + [-0.25 / std] * 3))
     plain = advantages(rewards, normalise=False)
@@ -25,7 +25,7 @@ def test_advantages_by_hand() -> None:
 
 
 def test_clip_by_hand() -> None:
-    """ρ = 1.5 and 0.5 at ε = 0.2: the clip acts where it would otherwise pay to go further, and only there."""
+    """ρ = 1.5 and 0.5 at ε = 0.2: the clip acts only where moving further would raise the objective."""
     old = torch.zeros(2, 2)
     new = torch.tensor([[1.5, 0.5], [1.5, 0.5]]).log().requires_grad_()
     loss, clipped = surrogate(new, old, torch.tensor([2.0, -1.0]), torch.ones(2, 2), Objective())
@@ -52,7 +52,7 @@ def test_dual_clip_bounds_what_a_bad_token_costs() -> None:
     new, old, mask = torch.tensor([[LOG(8.0), LOG(2.0)]]), torch.zeros(1, 2), torch.ones(1, 2)
     aim = Objective(dual_clip=3.0)
     loss, clipped = surrogate(new, old, torch.tensor([-2.0]), mask, aim)
-    torch.testing.assert_close(loss, torch.tensor([[6.0, 4.0]]))  # 3 · 2 instead of 8 · 2; 2 · 2 as it is
+    torch.testing.assert_close(loss, torch.tensor([[6.0, 4.0]]))  # 3 · 2 instead of 8 · 2; 2 · 2 is unchanged
     assert clipped.tolist() == [[True, False]]
     good = surrogate(new, old, torch.tensor([2.0]), mask, aim)[0]
     torch.testing.assert_close(good, torch.tensor([[-2.4, -2.4]]))
@@ -61,7 +61,7 @@ def test_dual_clip_bounds_what_a_bad_token_costs() -> None:
 
 
 def test_gspo_takes_one_ratio_for_an_answer() -> None:
-    """Two real tokens with ρ = 4 and 1: their geometric mean is 2; the third is padding."""
+    """Two tokens with ρ = 4 and 1: their geometric mean is 2; the third is padding."""
     new = torch.tensor([[LOG(4.0), 0.0, 9.0]]).requires_grad_()
     mask = torch.tensor([[1.0, 1.0, 0.0]])
     aim = Objective(ratio="sequence", epsilon_high=5.0, average="answer")
@@ -87,7 +87,7 @@ def test_k3_is_never_negative_and_both_are_unbiased() -> None:
 
 
 def test_averages_by_hand() -> None:
-    """Answers of one and three tokens whose tokens lose 4 and 2: 10 in all."""
+    """Answers of one and three tokens whose tokens have losses 4 and 2: 10 in all."""
     loss = torch.tensor([[4.0, 9.0, 9.0], [2.0, 2.0, 2.0]])
     mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     assert total(loss, mask, "token").item() / share("token", 4, 2, 8) == 2.5
@@ -97,7 +97,7 @@ def test_averages_by_hand() -> None:
 
 
 def test_ratios_at_the_old_policy_give_the_policy_gradient() -> None:
-    """At new = old no knob but the averages matters, and the gradient is -A."""
+    """At new = old only the averaging matters, and the gradient is -A."""
     for aim in (Objective(), Objective(epsilon_low=0.0, epsilon_high=0.0), Objective(dual_clip=3.0, ratio="token")):
         new = torch.randn(2, 3).requires_grad_()
         loss, clipped = surrogate(new, new.detach(), torch.tensor([1.5, -0.5]), torch.ones(2, 3), aim)
@@ -142,11 +142,11 @@ def test_masks_of_answers_by_hand() -> None:
     advantage = torch.tensor([1.0, 0.0, -1.0])
     assert off_policy_mask(new, engine, advantage, mask, 0.36).tolist() == [True, True, False]
     assert off_policy_mask(new, engine, advantage, mask, 0.37).all()
-    assert off_policy_mask(engine, new, advantage, mask, 0.36).all(), "more likely than before"
+    assert off_policy_mask(engine, new, advantage, mask, 0.36).all(), "answers that became likelier must stay"
 
 
 def test_corrections_weigh_the_surrogate_alone() -> None:
-    """A = -1 at ρ = 1: every token costs its weight, a masked answer its divergence alone; the mask carries no gradient."""
+    """A = -1 at ρ = 1: every token costs its weight, a masked answer only its KL term; the mask has no gradient."""
     new = TRAINER.clone().requires_grad_()
     aim = Objective(correction=Correction(mode="token_truncate", off_policy_mask_threshold=0.1), beta=0.5)
     bad = torch.tensor([-1.0])

@@ -1,4 +1,4 @@
-"""The loop of pre-training: schedules in tokens, ramps, spikes, averages, routers' health, recomputation, extension."""
+"""The pre-training loop: schedules in tokens, ramps, spikes, averages, router statistics, recomputation, extension."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ TRILLION = 10**12
 
 
 def test_phases_are_v3s_schedule() -> None:
-    """V3 4.2: 2,000 steps up, level to 10T, a cosine to a tenth over 4.3T, 333B there, 167B at 7.3e-6 of 2.2e-4."""
+    """V3 4.2: 2,000 warm-up steps, constant to 10T, a cosine to a tenth over 4.3T, 333B there, 167B at 7.3e-6."""
     warm = 2000 * 3072 * 4096
     v3 = (
         Phase(warm, 0.0, 1.0),
@@ -54,7 +54,7 @@ def test_phases_are_v3s_schedule() -> None:
     )
     assert sum(p.tokens for p in v3) == 14_800_000_000_000
     assert along(v3, warm // 2) == pytest.approx(0.5) and along(v3, 9 * TRILLION) == 1.0
-    assert 2.2e-4 * along(v3, 12_150_000_000_000) == pytest.approx(2.2e-4 * 0.55)  # half way down the cosine
+    assert 2.2e-4 * along(v3, 12_150_000_000_000) == pytest.approx(2.2e-4 * 0.55)  # half-way down the cosine
     assert 2.2e-4 * along(v3, 14_500_000_000_000) == pytest.approx(2.2e-5)
     assert 2.2e-4 * along(v3, 14_700_000_000_000) == pytest.approx(7.3e-6)
     assert along(v3, 20 * TRILLION) == pytest.approx(7.3 / 220)
@@ -110,7 +110,7 @@ def begin(root: Path, stage: Pretrain) -> Pretraining:
 
 
 def trained(root: Path, name: str, **knobs: Any) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
-    """Results, metrics and folder of a stage run to its end."""
+    """Results, metrics and folder of a finished stage."""
     stage = pretrain(name=name, **knobs)
     training = begin(root, stage)
     results = loop.run(training)
@@ -126,7 +126,7 @@ def test_phases_end_the_run_and_set_the_rate(prepared: Path) -> None:
 
 
 def test_compressed_attention_learns_from_packed_rows(prepared: Path) -> None:
-    """V4's parts with documents that share rows; where nothing is picked nothing teaches its indexers, whose weights stay."""
+    """V4's parts with documents that share rows; if all entries are selected the indexers have no gradient."""
     model = dataclasses.replace(V4, vocab_size=CONFIG.vocab_size, index_topk=4)
     _, log, folder = trained(prepared, "v4", model=model, document_mask=True, recompute="block", bias_speed=0.01)
     assert log[-1]["loss"] < 0.95 * log[0]["loss"] and "indexer_loss" not in log[0]
@@ -145,7 +145,7 @@ def test_a_ramp_takes_more_rows_and_counts_their_tokens(prepared: Path) -> None:
 
 
 def test_a_probe_is_asked_once_for_each_of_its_lengths(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while steps are small, and after going back to weights that were asked before."""
+    """Also during small steps, and after a rewind to weights that were probed before."""
     asked: list[int] = []
 
     def probe(training: Pretraining, *_: object) -> float:
@@ -159,18 +159,18 @@ def test_a_probe_is_asked_once_for_each_of_its_lengths(prepared: Path, monkeypat
     broken_at(monkeypatch, 6, 7, 8)
     results, log, _ = trained(prepared, "probed", **knobs, **ramp, **end)
     assert results["rewinds"] == 1 and [r["step"] for r in log if "rewound_from" in r] == [5]
-    # 2 rows of 16 tokens at a time up to the checkpoint at 160, of which 6 to 8 are taken back; 4, 6 and 8 rows later on
+    # 2 rows of 16 tokens per step up to the checkpoint at 160, and steps 6 to 8 are rewound; later 4, 6 and 8 rows
     looked = [r["tokens"] for r in log if "probe" in r]
     assert looked == sorted(set(looked)) and looked[0] == 160
     learnt = [0, *(r["tokens"] for r in log if "loss" in r)]
     crossed = [b for a, b in itertools.pairwise(learnt) if a // 160 < b // 160 and a < 960]
     assert looked == crossed == list(dict.fromkeys(asked))
-    assert len(asked) - len(looked) <= 1, "only what was taken back is asked again"
+    assert len(asked) - len(looked) <= 1, "only rewound steps are probed again"
 
 
 @pytest.mark.parametrize(("others", "chosen"), [("bf16", "bf16"), ("fp32", "fp32")])
 def test_ranks_choose_one_precision(others: str, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of the rank which cannot do the other; written down for the stage that goes on."""
+    """All ranks use the precision that every rank supports; a resumed stage reads it from its folder."""
     monkeypatch.setattr(processor, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(World, "gather", lambda world, mine: [mine, others])
     run = StageRun(tmp_path, "base", 0, World(), quiet=True)
@@ -193,7 +193,7 @@ def test_weights_and_speeds_follow_their_levels(prepared: Path) -> None:
     _, log, folder = trained(prepared, "levels", **knobs)
     assert all((r["mtp_loss"] > 0) == (r["tokens"] < 640) for r in log)
     biases = [r["bias"] for r in read_lines(folder / "router.jsonl")]
-    assert biases[0] != biases[3] and biases[4] == biases[-1], "the biases stand still once their speed is 0"
+    assert biases[0] != biases[3] and biases[4] == biases[-1], "the biases stay constant once their speed is 0"
 
 
 def test_adamw_for_everything(prepared: Path) -> None:
@@ -202,7 +202,7 @@ def test_adamw_for_everything(prepared: Path) -> None:
 
 
 def test_fp8_is_not_bf16_and_learns(prepared: Path) -> None:
-    """Emulated here: from the same weights on the same rows another loss, a little, and a falling one."""
+    """Emulated here: from the same weights and rows the loss differs slightly, and it falls."""
     logs = [trained(prepared, f"in-{c}", compute=c)[1] for c in ("bf16", "fp8")]
     bf16, fp8 = ([r["loss"] for r in log] for log in logs)
     assert bf16 != fp8 and fp8[-1] < fp8[0] - 0.5
@@ -210,7 +210,7 @@ def test_fp8_is_not_bf16_and_learns(prepared: Path) -> None:
 
 
 def test_routers_are_described(prepared: Path) -> None:
-    """Shares of the load, padding left out, of every layer; the MTP module's router is the last."""
+    """Load shares of every layer, without padding; the MTP module's router is the last."""
     results, log, folder = trained(prepared, "health", bias_speed=0.01)
     lines = read_lines(folder / "router.jsonl")
     assert [r["step"] for r in lines] == list(range(2, 21, 2))
@@ -224,7 +224,7 @@ def test_routers_are_described(prepared: Path) -> None:
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_whole_documents_in_rows(prepared: Path, mask: bool) -> None:
-    """Padding is neither learnt nor load; the same rows are the same step however many ranks share them."""
+    """Padding has no labels and no load; a step is the same on any number of ranks that share its rows."""
     knobs = {"packing": "best_fit", "document_mask": mask, "seq_len": 48, "name": f"fitted-{int(mask)}"}
     training = begin(prepared, pretrain(**knobs))
     model, gradients = training.trainer.model, training.trainer.gradients  # type: ignore[attr-defined]
@@ -248,7 +248,7 @@ def test_whole_documents_in_rows(prepared: Path, mask: bool) -> None:
     assert whole[1] == pytest.approx(halves[1], abs=1e-5)
     assert whole[2][0].sum() == real.sum() * CONFIG.num_experts_per_tok
     results = loop.run(training)
-    assert results["tokens"] == 1344, "steps count the rows they make, padding included"
+    assert results["tokens"] == 1344, "steps count all tokens of their rows, padding included"
 
 
 @pytest.mark.parametrize("policy", ["attention", "block"])
@@ -307,7 +307,7 @@ def test_spikes_are_what_is_no_number_or_far_above_the_usual() -> None:
 
 
 def broken_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
-    """The forward passes of these numbers give an infinite loss, and so an infinite gradient."""
+    """Gives the forward passes of these numbers an infinite loss, and so an infinite gradient."""
     count = iter(range(1, 10**6))
 
     def pass_(model: Transformer, batch: Batch, *arguments: Any) -> Losses:
@@ -346,11 +346,11 @@ def test_three_in_a_row_go_back_to_the_checkpoint_and_on_with_other_data(
     assert results["rewinds"] == 1 and results["tokens"] == 1280
     assert [r for r in log if "rewound_from" in r] == [{"step": 5, "tokens": 320, "rewound_from": 9}]
     steps = [r["step"] for r in log if "loss" in r]
-    assert steps == list(range(1, 21)), "what came after the checkpoint was done again"
+    assert steps == list(range(1, 21)), "the steps after the checkpoint must be repeated"
     drawn = sum(results["tokens_by_source"].values())
-    assert drawn == 1280 + 4 * 64, "the data in between are left out"
+    assert drawn == 1280 + 4 * 64, "the data in between are skipped"
     ledger = [r.get("tokens_trained", 0) for r in read_lines(folder / "ledger.jsonl")]
-    assert sum(ledger) == drawn, "what was lost is paid for all the same"
+    assert sum(ledger) == drawn, "the ledger includes the rewound steps"
 
 
 def test_a_run_that_only_rewinds_ends(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +366,7 @@ def test_a_run_that_only_rewinds_ends(prepared: Path, monkeypatch: pytest.Monkey
 def test_an_interrupted_run_ends_with_the_same_bits(
     steps: int, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all that a checkpoint has to remember: a ramp, an average, a rewind, levels, validation, the best model, choices."""
+    """With everything that a checkpoint saves: ramp, average, rewind, levels, validation, best model, choices."""
     names = f"whole-{steps}", f"parts-{steps}"
     knobs: dict[str, Any] = {
         "anticipatory_steps": steps,
@@ -385,7 +385,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     _, whole, one = trained(prepared, names[0], **knobs)
     broken_at(monkeypatch, 8, 9, 10)
     stage = pretrain(name=names[1], **knobs)
-    for stops in (2, 5, 4):  # steps of each sitting
+    for stops in (2, 5, 4):  # number of steps before each interruption
         training = begin(prepared, stage)
         seen = iter(range(1, 100))
         monkeypatch.setattr(training.run, "check_stop", lambda seen=seen, stops=stops: next(seen) >= stops)
@@ -431,7 +431,7 @@ def test_the_average_and_the_best_are_inputs_of_later_stages(prepared: Path) -> 
 
 
 def test_going_on_and_extending(prepared: Path) -> None:
-    """The window grows, YaRN comes once and stays, the weights are the same."""
+    """The window grows, YaRN is applied once and stays, and the weights are the same."""
     trained(prepared, "short")
     window = CONFIG.max_position_embeddings
     knobs = {"start": "short", "window": 2 * window, "seq_len": 48, "batch_size": 2}
@@ -493,13 +493,13 @@ def test_ranks_must_divide_the_first_rows_too() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_kills_leave_every_bit(prepared: Path) -> None:
-    """With a checkpoint after every step, so that many a kill comes while one is being written."""
+    """Saves a checkpoint after every step, so that many kills come during a write."""
     command = [sys.executable, "-m", "tests.killed", str(prepared), "100", "0"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["kills"] == 100 and told["half_written"] > 0, told
-    assert told["at"] == sorted(told["at"]) and told["at"][-1] >= 50, "no kill costs what was saved before"
+    assert told["at"] == sorted(told["at"]) and told["at"][-1] >= 50, "a kill must not lose saved steps"
     a, b = (store.load(prepared / name / "model.safetensors")[0] for name in ("killed", "whole"))
     assert all(torch.equal(a[key], b[key]) for key in b)
     logs = [read_lines(prepared / name / "metrics.jsonl") for name in ("killed", "whole")]
@@ -509,7 +509,7 @@ def test_a_hundred_kills_leave_every_bit(prepared: Path) -> None:
 
 
 def test_an_open_checkpoint_is_gone_on_with_on_text_of_ones_own(prepared: Path, tmp_path: Path) -> None:
-    """Out as a Hugging Face folder, its tokenizer given to a prepare stage, in again, trained on."""
+    """Exports a Hugging Face folder, prepares text with its tokenizer, imports it and continues training."""
     trained(prepared, "origin")
     outside = tmp_path / "open"
     export_model(prepared / "origin", outside, "fp32")
@@ -527,7 +527,7 @@ def test_an_open_checkpoint_is_gone_on_with_on_text_of_ones_own(prepared: Path, 
 
 
 def test_going_on_with_a_tied_model_trains_one_matrix(prepared: Path) -> None:
-    """The head and the embedding stay one parameter, which gets both gradients."""
+    """Head and embedding stay one parameter, which gets both gradients."""
     tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
     trained(prepared, "tied", model=tied)
     model = begin(prepared, pretrain(name="tied_on", start="tied")).trainer.model

@@ -1,4 +1,4 @@
-"""The precision that training takes where a recipe leaves it open."""
+"""The precision of training where a recipe leaves it open."""
 
 from pathlib import Path
 

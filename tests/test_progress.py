@@ -1,4 +1,4 @@
-"""The line that says how far work is: in a terminal of any width, piped, in a notebook; and tables in a terminal."""
+"""The progress line: in a terminal of any width, piped, and in a notebook; and tables in a terminal."""
 
 import fcntl
 import os
@@ -30,7 +30,7 @@ for done in range(0, 5_000_001, 250_000):
 
 
 def in_terminal(code: str, columns: int, **variables: str) -> str:
-    """What a program writes to a terminal of so many columns."""
+    """A program's output to a terminal with so many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     env = {k: v for k, v in environment().items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
@@ -41,7 +41,7 @@ def in_terminal(code: str, columns: int, **variables: str) -> str:
     try:
         while piece := os.read(ours, 65536):
             found += piece
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # how Linux reports that the other end is closed
         pass
     os.close(ours)
     assert child.wait() == 0, found.decode()
@@ -49,7 +49,7 @@ def in_terminal(code: str, columns: int, **variables: str) -> str:
 
 
 def on_screen(text: str, columns: int) -> list[str]:
-    """The rows of a terminal after the text: it wraps, goes back and erases; colors are left out."""
+    """The rows that a terminal shows for the text, with wrapping, cursor movement and erasing; colors are left out."""
     rows, column = [""], 0
     while text:
         if text.startswith("\x1b["):
@@ -78,7 +78,7 @@ def test_the_line_never_wraps(columns: int) -> None:
     text = in_terminal(SHOWN, columns)
     row, rest = on_screen(text, columns)
     assert rest == "" and len(row) < columns and row.startswith("pretrain 5M/5M tokens, ")
-    assert text.count("\r\x1b[2K") == 21 and "\x1b[?25l" not in text  # a killed run would leave no cursor
+    assert text.count("\r\x1b[2K") == 21 and "\x1b[?25l" not in text  # a killed run would leave the cursor hidden
     if columns >= 60:
         assert "0:00 left, $0.0500" in row and row.endswith("…")
 
@@ -102,7 +102,7 @@ def test_piped_it_is_a_line_every_ten_seconds(
     line._last -= 10
     line.show(60, "loss 1.0")
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "base 50/100 steps, $0.0802, loss 2.0"  # what was already done is no rate
+    assert first == "base 50/100 steps, $0.0802, loss 2.0"  # resumed steps do not count towards the rate
     assert second == "base 60/100 steps, 1/s, 0:40 left, $0.0802, loss 1.0"
     Progress(StageRun(tmp_path, "base", 0, run.ranks, quiet=True), 1, "steps").show(1)
     assert capsys.readouterr().err == ""
@@ -152,7 +152,7 @@ def test_a_table_is_as_wide_as_it_needs_where_nobody_looks(monkeypatch: pytest.M
         " a model   12.3 % (1.0 to 20.1)  @4 22 %  100 x 4",
         " another                 13.0 %        –  100 x 4",
     ]
-    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)  # not into the output of a cell
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)  # keeps tables out of a cell's output
     assert table([["a", "[b]1[/b] :smile:"]], right=False) == "a  [b]1[/b] :smile:"
 
 
@@ -164,5 +164,5 @@ def test_a_table_is_no_wider_than_the_terminal(columns: int) -> None:
     assert all(len(line) <= columns for line in lines)
     words = " ".join(lines).split()
     assert all(word in words for row in rows for cell in row for word in cell.split())
-    assert (lines[0].split()[:2] == ["model", "a"]) == (24 < columns < 80)  # turned on its side
+    assert (lines[0].split()[:2] == ["model", "a"]) == (24 < columns < 80)  # transposed
     assert (lines[0] == "a model") == (columns == 24)  # row by row

@@ -1,4 +1,4 @@
-"""Prompts of V3.1, V3.2, V4 and V4.1 without Jinja: by hand, against DeepSeek's recipe and SGLang, and read back."""
+"""Prompts of V3.1, V3.2, V4 and V4.1 without Jinja: by hand, against DeepSeek's recipe and SGLang, and parsed back."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def write(folder: Path, **files: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A vocabulary with V4's marks, but for V4.1's."""
+    """A vocabulary with V4's special tokens, but without V4.1's."""
     folder = tmp_path_factory.mktemp("words")
     state = json.loads(
         tokenizer.train(["The whale sang: 4+5=9! ## Tools"] * 20, 400, folder / "tokenizer.json").as_json()
@@ -53,7 +53,7 @@ def opened(folder: Path, words: str, **files: Any) -> Tokenizer:
 
 @pytest.fixture
 def made(words: str, tmp_path: Path) -> Any:
-    """A tokenizer whose prompts have the form of a name."""
+    """Makes a tokenizer whose prompts have the named form."""
     return lambda form: opened(tmp_path, words, tokenizer_config={"prompt_form": form})
 
 
@@ -80,7 +80,7 @@ CALLED = [*CALLING, result("one")]
 
 
 def dsml(block: str, space: str = "") -> str:
-    """The call of CALLING."""
+    """The call in CALLING."""
     mark, end = f"<{DSML}{space}", f"</{DSML}{space}"
     values = (("a", "false", "1.5"), ("b", "true", "x\n"), ("c", "false", '["é"]'))
     inner = "".join(f'{mark}parameter name="{n}" string="{s}">{v}{end}parameter>\n' for n, s, v in values)
@@ -88,7 +88,7 @@ def dsml(block: str, space: str = "") -> str:
 
 
 def head(form: str) -> str:
-    """What the system's text says before the schemas, once that is known to be as recorded."""
+    """The system text before the schemas."""
     texts = {"v3.2": "".join(v3_forms.V32_TOOLS)}
     texts |= {"v4": v4_form.TOOLS.format(block="tool_calls", space="")}
     texts |= {"v4.1": v4_form.TOOLS.format(block=" calls", space=" ")}
@@ -127,7 +127,7 @@ FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following s
 RESULTS = "\n\n<function_results>\n<result>one</result>\n</function_results>\n\n"
 Case = tuple[str, list[dict[str, Any]], dict[str, Any], str]
 CASES: list[Case] = [
-    # V3.1: the switch
+    # V3.1: with and without thinking
     ("v3.1", [user("q")], {}, f"{B}{U}q{A}{END_THINK}"),
     ("v3.1", [user("q")], {"think": True}, f"{B}{U}q{A}{THINK}"),
     (
@@ -243,7 +243,7 @@ def test_prompts_by_hand(form: str, messages: Any, options: Any, text: str, made
         text.rpartition(A)[2].rpartition(RESULTS)[2].startswith(THINK) and END_THINK not in text[-12:]
     )
     if SYSTEM not in text:
-        assert ids == words.encode_marked(text)  # every mark is one token
+        assert ids == words.encode_marked(text)  # every special token is one id
 
 
 @pytest.mark.parametrize("form", [name for name in FORMS if name != "r1"])
@@ -278,7 +278,7 @@ def test_nobodys_words_forge_a_mark(form: str, made: Any) -> None:
 def test_a_folder_without_a_template_has_its_familys_form(
     model_type: str, template: str | None, more: dict[str, str], form: str | None, words: str, tmp_path: Path
 ) -> None:
-    """And keeps it wherever it is written to, where nothing else says which model it is of."""
+    """An export keeps the form, even if nothing else in the folder names the model."""
     settings = more | ({"chat_template": template} if template else {})
     found = opened(tmp_path, words, config={"model_type": model_type}, tokenizer_config=settings)
     assert (found.template is not None) == (form is None) and (form is None or found.form == form)
@@ -302,7 +302,7 @@ def test_v41_is_told_by_its_mark_and_unknown_forms_are_refused(words: str, made:
 @pytest.mark.parametrize("form", [name for name in FORMS if name != "r1"])
 @pytest.mark.parametrize("tools", [(), (ADD,)])
 def test_lessons_teach_what_is_asked(form: str, tools: Any, made: Any) -> None:
-    """Every answer behind the prompt that asks for it; with tools one lesson, in one mode, where the form keeps all chains."""
+    """Every answer follows the prompt that asks for it; with tools a form that keeps all chains gives one lesson."""
     words = made(form)
     dialogue = read_messages([*CALLED, said("ok", reasoning_content="r2"), user("z"), said("b")])
     found = lessons(dialogue, words, read_tools(tools))
@@ -357,7 +357,7 @@ def value(rng: random.Random, deep: int = 2) -> Any:
 
 
 def answer(rng: random.Random, thinks: bool, number: int, calls: int) -> dict[str, Any]:
-    """A turn of the assistant."""
+    """An assistant's turn."""
     listed = [
         call(
             f"f{i}",
@@ -373,7 +373,7 @@ def answer(rng: random.Random, thinks: bool, number: int, calls: int) -> dict[st
 
 
 def dialogue(seed: int, form: str) -> dict[str, Any]:
-    """A chat request of up to four turns of the user, and an `answer` to it."""
+    """A chat request with up to four user turns, and an `answer` to it."""
     rng = random.Random(seed)
     think, tools = rng.random() < 0.7, rng.random() < 0.7
     messages = [{"role": "system", "content": text(rng)}] if rng.random() < 0.5 else []
@@ -390,7 +390,7 @@ def dialogue(seed: int, form: str) -> dict[str, Any]:
         if messages[-1]["role"] != "user" or rng.random() < 0.8:
             messages.append(answer(rng, think or form == "v3.2", turn, 0))
     if messages[-1]["role"] == "assistant":
-        # SGLang's encoder fails at a developer who does not ask last
+        # SGLang's encoder fails on a developer message that is not the last
         developer = form == "v3.2" and rng.random() < 0.3
         messages.append({"role": "developer", "content": text(rng)} if developer else user(text(rng)))
     functions = [
@@ -422,13 +422,13 @@ def ours(words: Tokenizer, request: dict[str, Any]) -> tuple[list[int], str, boo
 
 
 def answered(words: Tokenizer, given: dict[str, Any], opens: bool) -> str:
-    """An answer as the model writes it behind its prompt, without the end of the sequence."""
+    """An answer as the model writes it after its prompt, without the end-of-sequence token."""
     (message,) = read_messages([given])
     return "".join(form_of(words).answer(message, opens)).removesuffix(E)
 
 
 def as_read(given: dict[str, Any], opens: bool) -> Any:
-    """What a parser should find in it."""
+    """The result expected from a parser."""
     calls = [(c["function"]["name"], c["function"]["arguments"]) for c in given.get("tool_calls", [])]
     return given.get("reasoning_content", "") if opens else "", given["content"] or "", calls
 
@@ -447,7 +447,7 @@ def test_answers_are_read_back_whole_and_streamed(form: str, made: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["v3.2", "v4", "v4.1"])
 def test_five_hundred_dialogues_against_the_recipe_and_sglang(form: str, tmp_path: Path) -> None:
-    """The same text, the same ids in V4's vocabulary, and the same message in the answer."""
+    """Compares the text, the ids in V4's vocabulary, and the message parsed from the answer."""
     if not PYTHON.exists() or not V4_WORDS.is_dir():
         pytest.skip("deepseek-recipe and SGLang are not installed; `make test-slow` does it")
     shutil.copytree(V4_WORDS, tmp_path, dirs_exist_ok=True)
