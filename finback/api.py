@@ -52,7 +52,7 @@ def run(
     arguments = None
     if ranks != 1:
         if found.file is None:
-            raise UserError("ranks", ranks, "other processes need a file to read", "Write the stages to a recipe file.")
+            raise UserError("ranks", ranks, "several ranks need a recipe file", "Write the stages to a recipe file.")
         changes = [word for setting in settings for word in ("--set", setting)]
         arguments = ["run", str(found.file), "--runs", str(runs), "--seed", str(seed), *changes]
     root = Path(runs) / found.name

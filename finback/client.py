@@ -63,7 +63,7 @@ def read_key(file: str | None, field: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(field, file, f"cannot be read ({error})", "Correct the path.") from None
     if not key or len(key.split()) > 1:
-        raise UserError(field, file, "does not hold one key", "Write the key alone into it.")
+        raise UserError(field, file, "does not contain one key", "Write the key and nothing else into it.")
     return key
 
 
@@ -177,7 +177,7 @@ class Client(AbstractContextManager["Client"]):
             if size > self._max_bytes:
                 raise RequestFailed(f"a reply of more than {self._max_bytes:,} bytes")
             if until is not None and time.monotonic() > until:
-                raise RequestFailed(f"TimeoutError: no whole reply within {self._deadline:g} seconds")
+                raise RequestFailed(f"TimeoutError: no complete reply within {self._deadline:g} seconds")
             yield chunk
 
 
@@ -186,7 +186,7 @@ def parse_json(raw: bytes) -> Any:
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):
-        raise RequestFailed(f"no JSON but {raw[:100]!r}") from None
+        raise RequestFailed(f"not JSON: {raw[:100]!r}") from None
 
 
 def retry_after(header: str | None) -> float | None:
@@ -287,7 +287,7 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The system's own error where there is one: it says more than httpx, which wraps it twice."""
+    """The system's error if there is one: it is more specific than the httpx errors around it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -47,7 +47,7 @@ def test_the_key_stands_in_no_error_and_no_log(caplog: pytest.LogCaptureFixture)
     with (
         faking(lambda n, body: Reply(raw=b"key top-secret", stream=False)) as fake,
         Client(fake.url, "top-secret") as client,
-        pytest.raises(RequestFailed, match=r"no JSON but b'key \[key\]'"),
+        pytest.raises(RequestFailed, match=r"not JSON: b'key \[key\]'"),
     ):
         client.reply(CHAT, BODY)
     assert "top-secret" not in caplog.text
@@ -58,7 +58,7 @@ def test_a_whole_request_has_a_deadline() -> None:
     with faking() as fake:
         fake.drip = 0.05
         error = failure(fake, timeout=5.0, deadline=0.3)
-        assert str(error) == "TimeoutError: no whole reply within 0.3 seconds" and not error.final
+        assert str(error) == "TimeoutError: no complete reply within 0.3 seconds" and not error.final
         with Client(fake.url, timeout=5.0) as client:
             assert b"".join(client.stream(CHAT, BODY))
 
@@ -149,7 +149,7 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_json_or_nothing() -> None:
     assert parse_json(b'{"a": 1}') == {"a": 1}
     for raw in (b"<html>", b"[" * 100_000, b"\xff"):
-        with pytest.raises(RequestFailed, match="no JSON but"):
+        with pytest.raises(RequestFailed, match="not JSON: "):
             parse_json(raw)
 
 

@@ -222,8 +222,8 @@ def test_requests_go_side_by_side_but_not_all_at_once(server: Server) -> None:
         (lambda n, a, b: (429, {"Retry-After": "0"}), 2, "HTTP 429"),
         (lambda n, a, b: (401, {}), 1, "HTTP 401"),  # a wrong key is not retried
         (lambda n, a, b: (302, {"Location": "http://127.0.0.1:1/"}), 1, "HTTP 302"),
-        (lambda n, a, b: b"<html>", 2, "no JSON but b'<html>'"),
-        (lambda n, a, b: b"[" * 100_000, 2, "no JSON"),
+        (lambda n, a, b: b"<html>", 2, "not JSON: b'<html>'"),
+        (lambda n, a, b: b"[" * 100_000, 2, "not JSON"),
         (lambda n, a, b: b'{"choices": []}', 2, "not a chat completion: {'choices': \\[\\]}"),
         (lambda n, a, b: time.sleep(0.6) or "1", 2, "TimeoutError"),
     ],

@@ -93,6 +93,6 @@ class Speculation:
 def speculation_of(draft: Drafting, mtp_modules: int, config: "ModelConfig") -> Speculation | None:
     """A Speculation, or None if nothing can draft. UserError if the model does not support n-gram drafts."""
     if draft == "ngram" and config.attention == "compressed":
-        problem = "V4's compressed cache takes back one token at a time, and n-grams draft several"
+        problem = "V4's compressed cache can drop only one draft at a time, and n-grams draft several"
         raise UserError("draft", draft, problem, 'Use "mtp", or leave out drafts.')
     return Speculation() if draft == "ngram" or mtp_modules else None

@@ -105,7 +105,7 @@ class AccessMiddleware:
             raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
         scope.setdefault("state", {})["owner"] = owner or b""
         if by_name.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
-            raise ApiError(415, "a compressed body is not read; send it as it is, without Content-Encoding")
+            raise ApiError(415, "compressed bodies are not supported; send the body without Content-Encoding")
         length = by_name.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.options.body:
             raise self._too_large()

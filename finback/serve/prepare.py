@@ -214,7 +214,7 @@ class RequestPreparer:
         if request.best_of not in (None, n):
             raise bad("best_of other than n is not supported", "best_of")
         if request.prompt_logprobs is not None and request.stream:
-            raise bad("prompt_logprobs come whole; leave out stream", "prompt_logprobs")
+            raise bad("prompt_logprobs cannot be streamed; leave out stream", "prompt_logprobs")
         if request.echo and request.suffix:
             raise bad("echo and suffix cannot be combined", "echo")
         choices: list[ChoiceInput] = []

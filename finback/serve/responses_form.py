@@ -62,7 +62,7 @@ class Item(RequestPart):
         if self.type is None:
             self.type = "item_reference" if self.role is None and self.id is not None else "message"
         if self.type not in (*ITEMS, *CUSTOM):
-            raise ValueError(f"items of the type {printable(self.type)!r} are not read; leave it out")
+            raise ValueError(f"items of the type {printable(self.type)!r} are not supported; leave it out")
         needs = {
             "message": ("role", "content"),
             "function_call": ("call_id", "name", "arguments"),
@@ -251,6 +251,6 @@ def _tools(body: InputTokensRequest) -> dict[str, Any]:
     elif choice is not None and choice.type in ("function", "custom") and choice.name is not None:
         wanted = {"type": "function", "function": {"name": choice.name}}
     elif choice is not None:
-        raise bad(f"tool_choice.type: no tools of the type {printable(choice.type)!r} here", "tool_choice.type")
+        raise bad(f"tool_choice.type: {printable(choice.type)!r} is not supported", "tool_choice.type")
     tools = [{"type": "function", "function": f} for f in functions] or None
     return {"tools": tools, "tool_choice": wanted, "parallel_tool_calls": body.parallel_tool_calls}

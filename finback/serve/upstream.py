@@ -207,7 +207,7 @@ class UpstreamEngine:
             if news.finish == "length" or (news.finish == "stop" and held is not None and held.is_complete):
                 self._finish(request, "length" if news.finish == "length" else "stop")
             else:
-                self._fail(request, f"has ended the answer by {news.finish!r}")
+                self._fail(request, f"ended the answer with {news.finish!r}")
 
     def _append(self, request: Request, token: int, logprob: float, free: bool = True) -> None:
         request.append(token, logprob, time.perf_counter())
