@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """'Did you mean …?' for a near miss, `otherwise` or the list of what is known for anything else."""
+    """'Did you mean …?' for a near miss, `otherwise` or the list of known words for anything else."""
     known = sorted(set(known))
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"Did you mean {near[0]!r}?" if near else otherwise or f"Known: {', '.join(known) or 'none'}."

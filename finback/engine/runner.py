@@ -194,7 +194,7 @@ class Runner:
         return read
 
     def _forward(self, rows: list[Request], tokens: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) after what each row has computed; and the
+        """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) after each row's computed ones; and the
         states that MTP starts from."""
         cache = self._cache(rows, [r.computed for r in rows], tokens.size(1), counts)
         tokens = tokens.to(self.model.embed.device)

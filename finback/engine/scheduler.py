@@ -29,7 +29,7 @@ class Scheduler:
         self.table: Tensor = torch.zeros(rows, -(-longest // pages.size), dtype=torch.long)
         self._lines = self.table.numpy()
         self._slots = list(range(rows - 1, -1, -1))
-        # requests that read no prompt because another has read it, and what they start from
+        # requests that need not read their prompt because another has, with the prefix they start from
         self.forked: list[tuple[Request, Prefix]] = []
         self._leaders: list[Request] = []  # requests whose prefixes are held
         # called with a request before it is preempted and loses its pages

@@ -73,7 +73,7 @@ class Speculation:
         return "plain"
 
     def worth(self, rows: int) -> bool:
-        """Whether drafts give more tokens per second at this batch size, as far as is known."""
+        """Whether drafts give more tokens per second at this batch size; True until both kinds of steps are measured."""
         size = rows.bit_length()
         if size not in self._plain or size not in self._drafting:
             return True

@@ -116,7 +116,7 @@ class Conversation:
                 return turns
             if len(self.messages) == 1:
                 self.messages = []
-                raise UserError("message", f"{length} tokens", f"the model reads {room}", "Say it in fewer words.")
+                raise UserError("message", f"{length} tokens", f"the model reads {room}", "Shorten it.")
             del self.messages[:2]
 
 

@@ -6,7 +6,7 @@ from finback.model.count import parameters
 
 
 def write_card(config: ModelConfig, name: str, origin: str, fmt: str) -> str:
-    """Markdown with Hugging Face's header. It claims only what was counted; quality is a matter of evaluations."""
+    """Markdown with Hugging Face's header. It states only what was counted, nothing about quality."""
     header = "\n".join(front_matter(family_of(config)))
     rows = "\n".join(f"| {name} | {value} |" for name, value in (*architecture(config), ("weights", fmt)))
     return f"""---
@@ -27,7 +27,7 @@ Its answers may be wrong.
 
 
 def front_matter(family: str) -> list[str]:
-    """The YAML lines that every card starts with, as far as the files prove them."""
+    """The YAML lines that every card starts with."""
     return ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- finback", f"- {family}"]
 
 

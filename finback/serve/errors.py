@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, {"error": {message, type, param, code}}, or in Anthropic's, whatever raised them. Does not import torch."""
+"""Errors in OpenAI's form, {"error": {message, type, param, code}}, or in Anthropic's. Does not import torch."""
 
 import logging
 import re

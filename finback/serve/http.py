@@ -129,7 +129,7 @@ class HttpProtocol(H11Protocol):
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is not HTTP."""
+        """Replies to a request that is not HTTP, and closes the connection."""
         content = bad(msg, code="invalid_http").response().body
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nx-should-retry: false\r\n"

@@ -27,7 +27,7 @@ from finback.serve.tool_calls import OPENERS, CallReader, ToolForm, bare_calls
 
 
 class Parser:
-    """Takes the text piece by piece and returns what each adds; accepts any text without an error.
+    """Takes the text piece by piece and returns the deltas of each piece; accepts any text without an error.
 
     `opened`: the prompt ends inside a chain of thought. `tools`: the request has tools, so calls are recognized. `form`: the
     only form of calls to recognize, None for all. `new_id` creates the calls' ids. `constrained`: the answer follows a
@@ -74,14 +74,14 @@ class Parser:
         return bool(calls) and not (self._constrained and not is_whole(calls[-1].arguments))
 
     def push(self, piece: str) -> list[Delta]:
-        """Adds text. Returns what is certain now, merging neighboring deltas of one kind."""
+        """Adds text. Returns the deltas that are certain now, with neighbors of one kind merged."""
         assert not self._reader.ended, "text after the end"
         self._reader.push(piece)
         next(self._parsing)  # the generator never returns before end()
         return self._output.take()
 
     def end(self) -> list[Delta]:
-        """Ends the text and returns what was still undecided. A second call returns nothing."""
+        """Ends the text and returns the remaining deltas. A second call returns nothing."""
         if not self._reader.ended:
             self._reader.ended = True
             next(self._parsing, None)

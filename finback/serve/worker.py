@@ -162,7 +162,7 @@ class Worker:
         await asyncio.wrap_future(done)
 
     def cancel(self, outputs: OutputStream) -> None:
-        """Frees whatever a request still holds."""
+        """Cancels a request's unfinished choices and frees their pages."""
         self._work.put(lambda: self._cancel(outputs))
 
     def answer_now(self, outputs: OutputStream) -> None:
