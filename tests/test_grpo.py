@@ -373,7 +373,7 @@ def test_long_answers_cost_and_cut_ones_teach_nothing(tmp_path: Path) -> None:
 
 
 def test_cut_answers_do_not_measure_the_others(tmp_path: Path) -> None:
-    """Rewards 1, 0 and 0.5 for a cut answer, which is masked and changes neither mean nor std; one answer alone idles."""
+    """Rewards 1, 0 and 0.5 for a cut answer, which is masked and changes neither mean nor std; a lone answer idles."""
     r = reinforcement(tmp_path, mask_truncated=True)
     groups = [
         Group([], [{"accuracy": x} for x in rewards], counted)

@@ -22,7 +22,7 @@ from tests.toy import CONFIG
 
 
 def test_steps_one_behind_the_other_by_hand() -> None:
-    """Generating takes 3 s and learning 2 s: a step takes 5 s in sequence, and 3 s, the longer of both, if overlapped."""
+    """Generating takes 3 s and learning 2 s: a step takes 5 s in sequence, and 3 s, the longer of both, overlapped."""
     assert overlapped(3, 2, 0, 3) == [
         OverlappedStep(0, 3, 3, 5),
         OverlappedStep(5, 8, 8, 10),

@@ -22,7 +22,7 @@ def ranks_of(name: str, stages: int) -> int:
 
 
 def check(table: Table, stages: int, micro_batches: int) -> None:
-    """Raises ValueError unless every micro-batch passes every stage once each way on one rank, and the table can run."""
+    """Raises ValueError unless every micro-batch passes every stage once each way on one rank and the table can run."""
     seen: dict[Op, int] = {}
     for rank, slots in enumerate(table):
         for op in operations(slots):

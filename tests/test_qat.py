@@ -1,4 +1,4 @@
-"""Quantization-aware training in FP4: what passes compute with, whom gradients reach, and what engines and files get."""
+"""Quantization-aware training in FP4: what passes compute with, where gradients go, and what engines and files get."""
 
 import dataclasses
 from functools import partial
@@ -57,7 +57,7 @@ def stacks(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def windows(config: ModelConfig) -> Tensor:
-    """Rows of a step, for a row's own loss and that of MTP."""
+    """Rows of a step, with labels for the loss and for that of MTP."""
     width = 25 + config.num_nextn_predict_layers
     return torch.randint(0, config.vocab_size, (3, width), generator=torch.Generator().manual_seed(1))
 
@@ -67,7 +67,7 @@ def packed_and_back(x: Tensor) -> Tensor:
 
 
 def rounded_twin(model: Transformer) -> Transformer:
-    """A plain model with the numbers that an FP4 file would give back, and the indexers of a rounded one."""
+    """A plain model with the numbers that an FP4 file gives back, and with quantized indexers."""
     twin = Transformer(model.config, model.compute).train(model.training)
     state = model.state_dict()
     twin.load_state_dict(state | {name: packed_and_back(t) for name, t in stacks(state).items()})
@@ -76,7 +76,7 @@ def rounded_twin(model: Transformer) -> Transformer:
 
 @pytest.mark.parametrize("config", [WIDE, WIDE_V4], ids=["v3", "v4"])
 def test_passes_and_gradients_are_those_of_the_numbers_in_files(config: ModelConfig) -> None:
-    """To the bit: losses, and the gradients that reach the masters as if nothing were rounded (straight-through)."""
+    """To the bit: losses, and the gradients that reach the masters as if without rounding (straight-through)."""
     model = Transformer(config).initialise(0).train()
     twin, before = rounded_twin(model), {n: p.clone() for n, p in model.named_parameters()}
     losses = [backward(one, windows(config)) for one in (use_fp4(model), twin)]
@@ -93,13 +93,13 @@ def test_passes_and_gradients_are_those_of_the_numbers_in_files(config: ModelCon
 def test_a_straight_through_gradient_by_hand() -> None:
     x = torch.tensor([[0.3, -5.1, 2.6, 0.0] * 8], requires_grad=True)
     y = rounded(x)
-    assert y.detach().flatten()[:4].tolist() == [0.5, -6.0, 3.0, 0.0]  # the factor is 1, for 5.1 / 6 is below it
+    assert y.detach().flatten()[:4].tolist() == [0.5, -6.0, 3.0, 0.0]  # the factor is 1, since 5.1 / 6 is below it
     (y * torch.arange(32.0)).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, torch.arange(32.0)[None])
 
 
 def test_indexers_scores_are_a_plain_reimplementation() -> None:
-    """Queries and keys through a Hadamard matrix of signs, then blocks of 32 in FP4; gradients reach both."""
+    """Queries and keys through a signed Hadamard matrix, then blocks of 32 in FP4; gradients reach both."""
     generator, width = torch.Generator().manual_seed(0), 64
     query, key = torch.randn(1, 3, 2, width, generator=generator), torch.randn(1, 5, width, generator=generator)
     weight = torch.randn(1, 3, 2, generator=generator)
@@ -114,7 +114,7 @@ def test_indexers_scores_are_a_plain_reimplementation() -> None:
     found = RoundedIndexer.scores(query, weight, key)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     plain = (weight[..., None] * torch.einsum("btje,bse->btjs", query, key).relu()).sum(2)
-    assert 0.01 < (found - plain).abs().max() / plain.abs().max() < 0.2  # four bits are felt
+    assert 0.01 < (found - plain).abs().max() / plain.abs().max() < 0.2  # four bits make a difference
     found.sum().backward()
     assert query.grad is not None and key.grad is not None and query.grad.any() and key.grad.any()
 
@@ -122,7 +122,7 @@ def test_indexers_scores_are_a_plain_reimplementation() -> None:
 def test_v4s_indexers_are_rounded_where_they_pick_and_where_they_learn() -> None:
     model = teach_indexers(use_fp4(Transformer(WIDE_V4).initialise(0))).train()
     found = [m for m in model.modules() if isinstance(m, RoundedIndexer)]
-    assert len(found) == 1  # of the one layer of CSA
+    assert len(found) == 1  # that of the only CSA layer
     tokens = torch.randint(0, 50, (1, 40), generator=torch.Generator().manual_seed(0))
     seen: list[Tensor] = []
     plain = RoundedIndexer.scores
@@ -132,7 +132,7 @@ def test_v4s_indexers_are_rounded_where_they_pick_and_where_they_learn() -> None
 
 
 def test_fp8_takes_the_rounded_weights_as_they_are() -> None:
-    """Factors of blocks that are powers of two cost FP4's numbers nothing (V4); V3's factors cost them something."""
+    """With block factors that are powers of two FP8 keeps FP4's numbers exactly (V4); V3's factors round them."""
     weight = round_mxfp4(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(Emulated().blocks(weight, True)[0], weight)
     assert not torch.equal(Emulated().blocks(weight)[0], weight)
@@ -149,7 +149,7 @@ def test_fp8_takes_the_rounded_weights_as_they_are() -> None:
 
 
 def test_what_a_stage_writes_is_what_it_computed_with(prepared: Path, tmp_path: Path) -> None:
-    """Checkpoints keep the masters, the folder has the rounded numbers, and an export in FP4 gives these back to the bit."""
+    """Checkpoints have the masters, the folder has the rounded numbers, and an FP4 export returns these to the bit."""
     training = begin(prepared, pretrain(name="fp4", model=WIDE_V4, qat="mxfp4", ema_decay=0.5))
     loop.run(training)
     folder = training.run.folder
@@ -168,7 +168,7 @@ def test_what_a_stage_writes_is_what_it_computed_with(prepared: Path, tmp_path: 
 
 
 def test_rl_generates_with_the_numbers_that_it_learns_with(tmp_path: Path) -> None:
-    """Answers come from a copy with rounded weights, taken anew after each update; trainer and engine agree."""
+    """Answers come from a copy with rounded weights, renewed after each update; trainer and engine agree."""
     root = tuned_base(tmp_path / "runs", dataclasses.replace(SPREAD, moe_intermediate_size=32))
     stage = GRPO(
         name="zero",
@@ -202,7 +202,7 @@ def test_a_copy_follows_its_masters() -> None:
 
 
 def test_an_engine_beside_training_rounds_its_indexers_too() -> None:
-    """That of answers which go on while weights change."""
+    """The engine that keeps generating while weights change."""
     config = dataclasses.replace(WIDE_V4, num_nextn_predict_layers=0)
     nothing: Any = SimpleNamespace(stops=())
     for change in (round_indexers, Transformer.eval):
@@ -235,7 +235,7 @@ def _on_layout(layout: Layout, way: Way, out: str) -> None:
     gathered = many.gathered().state_dict()
     for tensor in stacks(gathered).values():
         assert torch.equal(tensor, round_mxfp4(tensor))
-    for key, tensor in stacks(gathered).items():  # but for masters that lie at the middle of two numbers
+    for key, tensor in stacks(gathered).items():  # except masters at the midpoint of two numbers
         assert (tensor != round_mxfp4(masters[key])).float().mean() < 1e-3
     nothing: Any = SimpleNamespace(save=lambda folder: None, folder=Path(out))
     many.export(nothing, Path(out) / "written", nothing)
@@ -261,7 +261,7 @@ def test_what_cannot_be_rounded_is_named(prepared: Path) -> None:
 
 
 def test_grouped_products_are_rounded_too() -> None:
-    """Whatever kernel was put on before."""
+    """Whatever kernel was set before."""
     models_ = [Transformer(WIDE).initialise(0).train() for _ in range(2)]
     use_expert_kernel(models_[0], "grouped_mm")
     for model in models_:

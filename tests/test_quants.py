@@ -1,4 +1,4 @@
-"""Weights that stay as a GGUF file has them: the kernels against the gguf library's numbers and plain products, alone and in a model."""
+"""Weights that stay quantized as in their GGUF file: kernels against the gguf library and plain products."""
 
 import dataclasses
 from pathlib import Path
@@ -30,9 +30,9 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "vocab_siz
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 LATENT = {"q_lora_rank": 32, "v_head_dim": 16, "moe_intermediate_size": 32}
 FILES: dict[str, tuple[ModelConfig, Any]] = {
-    # rows in pairs, two kinds in one matrix, a head of its own
+    # interleaved rows, two kinds in one matrix, an untied head
     "llama, q4_k_m": (dataclasses.replace(MODELS["llama"], tie_word_embeddings=False, **WIDE, **HEADS), "q4_k_m"),
-    # biases, rows that fill no panel
+    # biases, and rows that do not fill a panel
     "qwen2, q5_0": (
         dataclasses.replace(MODELS["qwen2"], **WIDE | HEADS | {"hidden_size": 96, "vocab_size": 155}),
         "q5_0",
@@ -42,7 +42,7 @@ FILES: dict[str, tuple[ModelConfig, Any]] = {
 
 
 def random_blocks(kind: Kind, rows: int, columns: int) -> Tensor:
-    """Any bits, but for factors near 1 / 100."""
+    """Random bits, except factors near 1 / 100."""
     bits = np.random.default_rng(kind.number)
     found = bits.integers(0, 256, (rows, columns // kind.columns, kind.bytes), dtype=np.uint8)
     halves = (bits.random((*found.shape[:2], 2)) / 100 + 1e-3).astype(np.float16).view(np.uint8)
@@ -79,7 +79,7 @@ def test_a_product_is_that_of_the_numbers_and_a_row_the_same_in_any_company(kind
 
 @compiled
 def test_matrices_of_several_kinds_are_one_product() -> None:
-    """Three matrices over one another, two of them one weight, with biases; none of them fills its last panel."""
+    """Three stacked matrices, two of them one weight, with biases; none fills its last panel."""
     one, two, three = KINDS["Q4_K"], KINDS["Q6_K"], KINDS["Q8_0"]
     stored = [random_blocks(kind, rows, 256) for kind, rows in ((one, 20), (two, 7), (three, 33))]
     matrix = torch.cat(
@@ -103,7 +103,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @compiled
 def test_a_model_keeps_its_file(file: Path) -> None:
-    """Its products are those of the file's numbers, and requests are the same in any company."""
+    """Its products use the file's numbers, and requests give the same answers in any batch."""
     kept = pack(load(file, torch.float32, "kept").eval(), "kept")
     assert not any(isinstance(module, QuantizedLinear) for module in kept.modules())
     if kept.config.attention == "gqa":
@@ -111,11 +111,11 @@ def test_a_model_keeps_its_file(file: Path) -> None:
         held = (
             sum(tensor.nbytes for tensor in (*kept.parameters(), *kept.buffers())) - kept.cos.nbytes - kept.sin.nbytes
         )
-        assert held <= 1.05 * file.stat().st_size  # of a panel's 16 rows some are empty
+        assert held <= 1.05 * file.stat().st_size  # some of a panel's 16 rows are empty
     prompts = torch.randint(0, 155, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
     usual = together(kept, prompts, EngineConfig(rows=8, tokens=512))
     assert usual == [together(kept, [prompt], EngineConfig(rows=8, tokens=512))[0] for prompt in prompts]
-    assert usual == together(kept, prompts, EngineConfig(rows=8, tokens=96, chunk=7))  # in pieces, and preempted
+    assert usual == together(kept, prompts, EngineConfig(rows=8, tokens=96, chunk=7))  # in chunks, and preempted
     plain, tokens = load(file).eval(), torch.tensor(prompts)
     with torch.no_grad():
         for name, layer in plain.named_modules():
@@ -131,12 +131,12 @@ def test_a_model_keeps_its_file(file: Path) -> None:
         x = torch.randn(3, kept.config.hidden_size, generator=torch.Generator().manual_seed(3))
         gate, up = reference.quantized_product(x, part.gate_up.weight).chunk(2, dim=-1)
         expected = reference.quantized_product(torch.nn.functional.silu(gate) * up, part.down.weight)
-        # what lies between two whole numbers may fall to either
+        # values between two integers may round to either
         assert (kept.blocks[0].feed_forward(x) - expected).abs().max() <= 3e-3 * expected.abs().max()
         assert torch.equal(kept.embedded(tokens), plain.embedded(tokens))
         found, exact = (model.logits(model(tokens)).log_softmax(-1) for model in (kept, plain))
     divergence = (exact.exp() * (exact - found)).sum(-1)
-    # of two experts that are nearly level another one may be chosen
+    # where two experts nearly tie, the other one may be chosen
     assert (divergence.median() if kept.config.n_routed_experts else divergence.mean()) <= 1e-2
 
 

@@ -1,4 +1,4 @@
-"""Questions from files: golds pass, two answers earn nothing, hostile text does nothing, bad files are named."""
+"""Questions from files: gold answers pass, double answers earn nothing, hostile text does nothing, bad files are refused."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,7 @@ def test_other_fields_an_instruction_and_a_label(tmp_path: Path) -> None:
     task = Questions(path, question_field="problem", answer_field="result", instruction="Box it.", label="sums")
     problem = task.draw(random.Random(0))
     assert task.name == "sums" and problem.question == "Two  and two?\nBox it." and problem.answer == "4"
-    assert problem.key == "two and two?"  # the instruction may change without moving a problem across the split
+    assert problem.key == "two and two?"  # a changed instruction does not move a problem across the split
 
 
 def test_every_kind_of_file_gives_the_same(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_sides_never_share_a_question(tmp_path: Path) -> None:
         ("Paris", "Paris London", WRONG),
         ("Paris", "Paris, London", JUNK),
         ("Paris", "\\boxed{Paris} \\boxed{London}", JUNK),
-        ("Kerr", "\u212aerr", RIGHT),  # a Kelvin sign is a K
+        ("Kerr", "\u212aerr", RIGHT),  # a Kelvin sign counts as a K
         ("\\text{(B)}", "B", RIGHT),
         ("\\frac{1}{2}", "0.5", RIGHT),
         ("\\frac{1}{2}", "$\\dfrac{1}{2}$", RIGHT),
@@ -163,7 +163,7 @@ def test_repeating_the_question_earns_nothing() -> None:
 
 
 def test_numbers_and_words_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finback.tasks.math_process.compare", lambda *_: pytest.fail("a worker was asked"))
+    monkeypatch.setattr("finback.tasks.math_process.compare", lambda *_: pytest.fail("a worker was used"))
     assert judge("12", "2**9") == JUNK and judge("12", "13") == WRONG and judge("Paris", "\\frac12") == JUNK
     assert judge("x^2", "$x^2$") == RIGHT
 
@@ -181,7 +181,7 @@ def test_hostile_answers(gold: str, attack: str, tmp_path: Path, monkeypatch: py
 
 
 def count(record: dict[str, Any], answer: str) -> float:
-    """A function of a user: as many letters as were asked for; half of them earn half, and more nothing."""
+    """A user's function: as many letters as requested; half of them score half, and more score nothing."""
     return len(answer) / record["letters"] * (len(answer) <= record["letters"])
 
 

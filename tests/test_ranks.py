@@ -1,4 +1,4 @@
-"""Ranks meet, keep in touch and end together; a folder has one run."""
+"""Ranks meet, stay in contact and end together; a folder has one run."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from tests.toy import environment, finback_process
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits for late ranks, and for ranks of a killed run, that no test needs."""
+    """Shortens the waits for late ranks and for ranks of a killed run."""
     monkeypatch.setattr(meeting, "GRACE", 0.5)
     monkeypatch.setattr(lock, "MOMENT", 0.2)
 
@@ -41,7 +41,7 @@ ADDRESS = ("127.0.0.1", 1)
 
 
 class FakeStore(dict[str, str]):
-    """What meetings need of torch's store."""
+    """The part of torch's store that meetings use."""
 
     def set(self, key: str, value: str, /) -> None:
         self[key] = value
@@ -54,7 +54,7 @@ class FakeStore(dict[str, str]):
 
 
 def together(*parties: Party, store: FakeStore | None = None) -> list[Any]:
-    """What each rank's meeting gives, or the error that it raises."""
+    """The result of each rank's meeting, or the error that it raises."""
     found: list[Any] = [None] * len(parties)
     shared = FakeStore() if store is None else store
 
@@ -73,7 +73,7 @@ def together(*parties: Party, store: FakeStore | None = None) -> list[Any]:
 
 
 def leave(*beats: Heartbeat) -> None:
-    """End the threads and the connections."""
+    """Ends the threads and the connections."""
     for beat in beats:
         beat.leave()
         beat._thread.join(60)
@@ -93,7 +93,7 @@ def test_ranks_that_agree_meet_and_end_with_the_message_of_one(capsys: pytest.Ca
     beats: list[Heartbeat] = [beat for _, beat in found]
     names = [[line.who for line in beat.lines] for beat in beats]
     parties = [str(Party(rank, 3, {})) for rank in range(3)]
-    assert names == [parties[1:], parties[:1], parties[:1]], "who is named if it goes, and its machine"
+    assert names == [parties[1:], parties[:1], parties[:1]], "the names for a lost rank, with its machine"
     beats[2].tell("rank 2: base.batch_size = 3: odd", 2)
     for beat in beats:
         ending = beat.reason(60)
@@ -144,7 +144,7 @@ def test_a_rank_that_is_asked_to_leave_before_all_have_come_takes_the_others_wit
 
 
 def pair() -> tuple[socket.socket, Line]:
-    """A rank that only this test moves, and the line to it."""
+    """A rank that only this test controls, and the line to it."""
     theirs, ours = socket.socketpair()
     return theirs, Line(ours, 1, "rank 1 (node, pid 7)")
 
@@ -155,7 +155,7 @@ def test_a_rank_that_goes_or_stands_still_is_named() -> None:
     ending = beat.reason(60)
     assert ending is not None and ending.code == 1 and ending.rank == 1
     assert "rank 1 (node, pid 7) has given no sign of life for 1 s (FINBACK_RANK_TIMEOUT" in ending.text
-    assert json.loads(theirs.recv(1 << 16).split(b"\n")[-2])["end"]["rank"] == 1, "it learns of it when it wakes"
+    assert json.loads(theirs.recv(1 << 16).split(b"\n")[-2])["end"]["rank"] == 1, "it reads the reason when it wakes"
     theirs.close()
     leave(beat)
     theirs, line = pair()
@@ -169,7 +169,7 @@ def test_a_rank_that_goes_or_stands_still_is_named() -> None:
     theirs.sendall(b'{"bye": true}\n')
     theirs.close()
     until(lambda: line.left and line.closed)
-    assert beat.reason(0.2) is None, "one that says that it is done may go"
+    assert beat.reason(0.2) is None, "a rank that reports that it is done may leave"
     leave(beat)
 
 
@@ -223,7 +223,7 @@ def test_torchrun_ends_with_its_ranks_exit_code(
 
 
 def owned(root: Path, age: float = 0.0, **theirs: Any) -> None:
-    """Another run's claim, whose last sign of life is so many seconds old."""
+    """Another run's claim, with a last heartbeat so many seconds ago."""
     found = {"host": "elsewhere", "pid": 7, "started": 1.0, "since": "2026-11-29 10:00:00+00:00", "job": ""} | theirs
     (root / OWNER).write_text(json.dumps(found))
     then = time.time() - age
@@ -236,7 +236,7 @@ def test_a_folder_has_one_run_and_is_free_afterwards(tmp_path: Path) -> None:
         assert not lock.is_busy_elsewhere(tmp_path) and reader.is_locked(tmp_path)
         with pytest.raises(UserError, match="another run is at work in this folder: " + me), lock.locked(tmp_path):
             pass
-        (tmp_path / ".lock").unlink()  # as a file system without locks
+        (tmp_path / ".lock").unlink()  # as on a file system without locks
         with pytest.raises(UserError, match="another run is at work in this folder: " + me), lock.locked(tmp_path):
             pass
     assert lock.owner(tmp_path) is None and not reader.is_locked(tmp_path)
@@ -249,7 +249,7 @@ def test_what_a_dead_process_of_this_machine_has_left_is_taken_over(tmp_path: Pa
     owned(tmp_path, **here, started=started)
     with pytest.raises(UserError, match=f"process {child.pid} on"), lock.locked(tmp_path):
         pass
-    owned(tmp_path, **here, started=started - 1)  # another process with its number
+    owned(tmp_path, **here, started=started - 1)  # another process with the same number
     with lock.locked(tmp_path):
         pass
     owned(tmp_path, **here, started=started)
@@ -281,7 +281,7 @@ def test_another_machine_s_claim_is_respected(tmp_path: Path, monkeypatch: pytes
     ):
         pass
     owned(tmp_path, age=600.0, job="torchrun a")
-    with lock.locked(tmp_path, "torchrun a"):  # its own predecessor, on a machine that has gone
+    with lock.locked(tmp_path, "torchrun a"):  # its own predecessor, on a machine that is gone
         found = lock.owner(tmp_path)
     assert found is not None and found["job"] == "torchrun a"
 
@@ -291,13 +291,13 @@ def test_another_machine_s_claim_is_respected(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_broken_again_and_again_over_two_agents_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """Each kind of fault once; `python -m tests.faults` does thirty."""
+    """Each kind of fault once; `python -m tests.faults` runs thirty."""
     found = faults.main(tmp_path / "faults", len(faults.KINDS), 0)
     assert found["wrong"] == [] and set(found["events"]) == set(faults.KINDS)
 
 
 def limited(child: subprocess.Popen[str], rank: str) -> None:
-    """Let a rank write no file of more than 8 KB from now on, as a full disk would."""
+    """Limits a rank to files of 8 KB from now on, like a full disk."""
     until(lambda: [p for p in psutil.Process(child.pid).children() if p.environ().get("RANK") == rank])
     process = next(p for p in psutil.Process(child.pid).children() if p.environ().get("RANK") == rank)
     process.rlimit(psutil.RLIMIT_FSIZE, (8192, psutil.RLIM_INFINITY))

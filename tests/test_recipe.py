@@ -1,4 +1,4 @@
-"""Recipes and run folders: mistakes are refused before anything starts, and nothing is done twice or mixed up."""
+"""Recipes and run folders: mistakes are refused before anything starts, and no work is repeated or mixed up."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ TINY_RECIPE = Path(finback.__path__[0]).parent / "recipes" / "tiny.py"
 
 @dataclass(frozen=True, kw_only=True)
 class Note(Stage):
-    """Logs `steps` lines, and writes its name into <root>/calls whenever it is run."""
+    """Logs `steps` lines, and appends its name to <root>/calls on each run."""
 
     start: str = ""
     steps: int = 2
@@ -59,7 +59,7 @@ def recipe(*stages: Stage) -> Recipe:
 
 
 def run_all(plan: Recipe, root: Path, seed: int = 0) -> None:
-    """What `finback run` does in one process."""
+    """Runs what `finback run` runs in one process."""
     prepare_folder(root)
     claim(plan, root, seed)
     execute(plan, root, seed, World(), watch=lambda run: None, quiet=True)
@@ -72,7 +72,7 @@ def written(folder: Path, text: str) -> Path:
 
 
 def refusal(text: str) -> Any:
-    """pytest.raises for a UserError that says exactly `text`."""
+    """pytest.raises for a UserError with exactly this text."""
     return pytest.raises(UserError, match=f"^{re.escape(text)}$")
 
 
@@ -171,7 +171,7 @@ def test_an_empty_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_recipe_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path, "recipe = []")
-    monkeypatch.chdir(tmp_path)  # where there is no folder of recipes
+    monkeypatch.chdir(tmp_path)  # a folder without recipes
     with refusal(f"recipe = '{tmp_path / 'mime.py'}': no such file. Did you mean '{tmp_path / 'mine.py'}'?"):
         load(tmp_path / "mime.py")
     with refusal(
@@ -279,7 +279,7 @@ def recipe(size: Literal["large", "small"] = "large", steps: int = 7) -> list[No
 
 
 def test_a_recipe_may_have_knobs_of_its_own(tmp_path: Path) -> None:
-    """Parameters of the function that makes the stages; those of stages come on top."""
+    """Parameters of the function that makes the stages; settings of stages apply afterwards."""
     path = tmp_path / "made.py"
     path.write_text(MADE, encoding="utf-8")
     assert load(path).stages == (Note(name="a", steps=7),)
@@ -310,7 +310,7 @@ def test_a_recipe_may_have_knobs_of_its_own(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_that_no_run_survives_are_refused_before_it_starts(setting: str) -> None:
-    """Each of these divides by zero or has nothing to do, some of them minutes into the run."""
+    """Each of these would divide by zero or have nothing to do, some of them minutes into the run."""
     with pytest.raises(UserError, match=rf"^\S*{setting.split('=')[0].split('.')[-1]} = 0: .+\. .+\.$"):
         load(TINY_RECIPE, [setting])
 
@@ -352,7 +352,7 @@ def test_finished_stages_are_not_run_again(tmp_path: Path) -> None:
 
 
 def test_a_copied_run_keeps_the_order_of_its_stages(tmp_path: Path) -> None:
-    """Whatever times the copies have; what has finished since summary.json was written is the newest."""
+    """Whatever modification times the copies have; what finished after summary.json was written is the newest."""
     for second, name in enumerate(("left", "zero", "after", "base")):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "manifest.json", {})
@@ -381,7 +381,7 @@ def test_an_interrupted_stage_is_done_again_and_those_before_it_are_not(tmp_path
 
 
 def test_a_request_to_stop_waits_for_the_end_of_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless it comes before the stage has begun."""
+    """Unless it comes before the stage begins."""
     log = StageRun.log
 
     def press(run: StageRun, step: int, **metrics: Any) -> None:
@@ -428,9 +428,9 @@ def test_a_stage_made_with_other_knobs_is_refused(tmp_path: Path) -> None:
         remedy = "Choose another folder with --runs, or delete that stage's folder and those after it."
         with refusal(message.format(tmp_path / "b") + remedy):
             claim(recipe(a, dataclasses.replace(b, **changes)), tmp_path, 0)  # type: ignore[arg-type]
-    claim(recipe(a, b, Note(name="c", steps=9)), tmp_path, 0)  # not begun, so its knobs are free
+    claim(recipe(a, b, Note(name="c", steps=9)), tmp_path, 0)  # not begun, so its knobs may change
     old = read_json(tmp_path / "b" / "config.json")
-    del old["stop"]  # made by a version that had no such knob
+    del old["stop"]  # made by a version without this knob
     write_json(tmp_path / "b" / "config.json", old)
     claim(recipe(a, b), tmp_path, 0)
     with refusal(f"b.stop = True: {tmp_path / 'b'} was made with False. {remedy}"):
@@ -496,7 +496,7 @@ recipe = [Nothing(name="a"), Nothing(name="b")]
 def test_a_run_killed_before_its_summary_was_written_gets_one(
     left: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last manifest is written before summary.json; a kill in between must leave nothing behind."""
+    """The last manifest is written before summary.json; a kill in between must lose nothing."""
     monkeypatch.delenv("RANK", raising=False)
     path = written(tmp_path, STAGE)
     root = tmp_path / "runs" / "mine"
@@ -529,7 +529,7 @@ def test_what_is_spent_after_a_torn_line_of_the_ledger_counts(tmp_path: Path) ->
 
 def test_a_line_ends_only_at_a_newline(tmp_path: Path) -> None:
     records = [{"answer": f"a{odd}b"} for odd in "\u2028\u2029\x85\x0b\x0c\x1c"]
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]  # as exams are kept
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]  # the format of saved exams
     (tmp_path / "exam.jsonl").write_text("".join(lines), encoding="utf-8")
     assert read_lines(tmp_path / "exam.jsonl") == records
 
@@ -578,7 +578,7 @@ def test_a_setting_may_name_a_start_that_the_file_does_not(tmp_path: Path) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class Saving(Note):
-    """A stage that leaves a checkpoint and a part behind, as those do that can be resumed."""
+    """A stage that leaves a checkpoint and a part file, like every resumable stage."""
 
     checkpoint_steps: int = 5
 
@@ -605,7 +605,7 @@ def test_what_resuming_needs_is_kept_until_the_stage_is_finished(
     left = {p.name for p in (tmp_path / "a").iterdir()}
     assert not scratch & left and "manifest.json" in left
     assert not scratch & set(read_json(tmp_path / "a" / "manifest.json")["files"])
-    (tmp_path / "a" / "step-00000002.safetensors").touch()  # killed between the manifest and the clearing
+    (tmp_path / "a" / "step-00000002.safetensors").touch()  # killed between the manifest and the clean-up
     run_all(plan, tmp_path)
     assert not list((tmp_path / "a").glob("step-*"))
 
@@ -620,7 +620,7 @@ def test_limits_of_the_running_may_change_in_a_half_finished_stage(tmp_path: Pat
 
 
 def test_half_a_surrogate_pair_survives_its_file(tmp_path: Path) -> None:
-    """JSON from elsewhere may hold one, and UTF-8 cannot."""
+    """JSON from other programs may contain one, and UTF-8 cannot."""
     write_lines(tmp_path / "kept.jsonl", [{"question": "鯨 \ud83d?"}])
     assert read_lines(tmp_path / "kept.jsonl") == [{"question": "鯨 \ud83d?"}]
     assert "鯨" in (tmp_path / "kept.jsonl").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Records of files and of the hub: read once, and every bad one named with what to do."""
+"""Records from files and the hub: read once, and every bad one named with a remedy."""
 
 import csv
 import gzip

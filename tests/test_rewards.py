@@ -1,4 +1,4 @@
-"""Rewards of answers, and of reward hacks that models have found elsewhere."""
+"""Rewards of answers, and of reward hacks that models are known for."""
 
 import random
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_hacks_earn_nothing(what: str, text: str) -> None:
     assert sum(earn(FULL, Chains(), SUM, text).values()) == 0
 
 
-# for a question of a file, a true equation is a right answer
+# for a question from a file, a true equation is a correct answer
 OF_A_FILE = [hack for hack in HACKS if hack[0] != "the question with its answer"]
 
 

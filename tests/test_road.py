@@ -1,4 +1,4 @@
-"""The whole road at toy size, what is told of it, and the samples that RL leaves."""
+"""The whole road at toy size, its summary, and the samples that RL writes."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from tests.toy import CONFIG, ROOT, finback, finback_process
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished toy road on two ranks that have nothing but lo, its story in summary.txt."""
+    """A finished toy road on two ranks with only a loopback interface; summary.txt has its output."""
     folder = tmp_path_factory.mktemp("road")
     wrapper = ("unshare", "-rn", "sh", "-c", 'ip link set lo up && "$@"', "sh") if can_unshare() else ()
     done = finback_process("run", write_road(folder), "--runs", folder / "runs", "--ranks", 2, wrapper=wrapper)
@@ -36,13 +36,13 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def can_unshare() -> bool:
-    """Whether this system lets us make a network namespace."""
+    """Whether this system permits a network namespace."""
     return shutil.which("unshare") is not None and not subprocess.run(["unshare", "-rn", "true"]).returncode
 
 
 def test_two_ranks_need_only_loopback(walked: Path) -> None:
     if not can_unshare():
-        pytest.skip("this system does not let us make a network namespace")
+        pytest.skip("this system does not permit a network namespace")
     assert (walked / "runs/toy/summary.json").is_file()
 
 
@@ -55,7 +55,7 @@ def test_the_summary_has_a_line_for_every_model(walked: Path) -> None:
         row = next(line for line in lines if line.startswith(f"{name} ") and "(" in line)
         assert "%" in row
     assert "Rejection sampling 'cold' kept" in summary and "finback chat" in summary
-    assert summary.count("max violation") == 1, "the dense student has no router to speak of"
+    assert summary.count("max violation") == 1, "the dense student has no router"
     assert "The first problem of the exam 'sums'" in summary
 
 
@@ -109,7 +109,7 @@ def test_recipes_that_start_from_nothing_are_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_says_what_it_lacks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipes that start from a model or a file of the user's name it in one line when it is not there."""
+    """Recipes that start from a user's model or file name it in one line if it does not exist."""
     monkeypatch.chdir(tmp_path)
     try:
         recipes.load(ROOT / "recipes" / name)

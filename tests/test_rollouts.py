@@ -1,4 +1,4 @@
-"""Answers from servers: the same as from the engine here, whatever program serves and whatever fails in between."""
+"""Answers from servers equal those of the local engine, with any server program and after any failure."""
 
 import re
 import subprocess
@@ -39,14 +39,14 @@ SAMPLING = SamplingParams(temperature=0.9, max_tokens=8)
 
 @pytest.fixture(autouse=True)
 def closed() -> Iterator[None]:
-    """What a test has opened is let go of."""
+    """Closes what a test has opened."""
     yield
     while OPENED:
         OPENED.pop().close()
 
 
 def learning(folder: Path, **knobs: object) -> Reinforcement:
-    """GRPO on the toy model, in which every third answer is paid."""
+    """GRPO on the toy model, with a reward for every third answer."""
     folder.mkdir(exist_ok=True)
     found = with_varied_rewards(reinforcement(folder, lr=1e-3, **knobs))
     OPENED.append(found.rollouts)
@@ -77,12 +77,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[Any]]:
-    """What three steps of the engine in this process make."""
+    """The results of three steps with the engine in this process."""
     return sampled(learning(tmp_path_factory.mktemp("run"), routing_replay=True), 3)
 
 
 def agree(found: tuple[list[dict[str, Any]], list[Any]], here: tuple[list[dict[str, Any]], list[Any]]) -> None:
-    """The same tokens, log-probabilities within 1e-5."""
+    """Checks for the same tokens, and log-probabilities within 1e-5."""
     assert [c.tokens for c in found[1]] == [c.tokens for c in here[1]]
     for mine, theirs in zip(found[1], here[1], strict=True):
         assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
@@ -94,7 +94,7 @@ def agree(found: tuple[list[dict[str, Any]], list[Any]], here: tuple[list[dict[s
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, prompts for it, and what its engine answers to them."""
+    """A model, prompts for it, and its engine's answers to them."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -102,7 +102,7 @@ class Asked:
     answers: list[Completion]
 
     def ask(self, generator: Rollouts) -> list[Completion]:
-        """The answers of something else, which have to be the same."""
+        """The answers of another generator, which must be the same."""
         found = generator.generate(self.prompts, SAMPLING, range(len(self.prompts)))
         assert [c.tokens for c in found] == [c.tokens for c in self.answers]
         for mine, theirs in zip(found, self.answers, strict=True):
@@ -141,18 +141,18 @@ def connected(
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_servers_answer_as_the_engine_does(kind: str, base: Path, asked: Asked, tmp_path: Path) -> None:
-    """Two of them share the prompts, experts included; prompts cached under one version are not the next one's."""
+    """Two of them share the prompts, with replayed experts; a prompt cached under one version is not reused later."""
     with engine_server(base, kind) as (one, first), engine_server(base, kind) as (two, second):
         r = connected(asked, tmp_path, one, f"{two}/v1")
         for version in range(3):
             r.update(version)
             asked.ask(r)
-        assert first.answered + second.answered == 3 * 24 + 2 * 2, "each prompt once, and two probes of each server"
+        assert first.answered + second.answered == 3 * 24 + 2 * 2, "each prompt once, and two probes per server"
         seen = [body for path, body in (*first.seen, *second.seen) if path.endswith("generate")]
     assert {body["cache_salt"] for body in seen} == {f"{r.token}-{version}" for version in range(3)}
     tally = r.take_tally()
     assert tally.tokens == 3 * sum(len(c.tokens) for c in asked.answers) and tally.seconds > 0 < tally.sync_seconds
-    # the newest two versions of the weights stay until the run is over
+    # the newest two versions of the weights stay until the run ends
     size = sum(file.stat().st_size for file in (tmp_path / "zero" / ".weights" / f"{r.token}-2").iterdir())
     assert tally.sync_bytes == 3 * 2 * size
     assert sorted(path.name for path in (tmp_path / "zero" / ".weights").iterdir()) == [
@@ -165,7 +165,7 @@ def test_servers_answer_as_the_engine_does(kind: str, base: Path, asked: Asked, 
 def test_grpo_on_a_server_is_grpo_here(
     base: Path, here: tuple[list[dict[str, Any]], list[Any]], tmp_path: Path
 ) -> None:
-    """Weights that move, with replayed experts; what sending them costs is a metric and in the ledger."""
+    """Weights change, experts are replayed; the cost of sending weights is in the metrics and in the ledger."""
     with engine_server(base) as (url, _):
         r = learning(tmp_path / "run", routing_replay=True, rollouts=Servers((url,), **QUICK))
         agree(sampled(r, 3), here)
@@ -195,7 +195,7 @@ def test_top_k_is_refused_where_its_choices_are_not_known(base: Path, asked: Ask
 
 
 def test_completions_do_where_the_token_route_is_off(base: Path, asked: Asked, tmp_path: Path) -> None:
-    """They say nothing of versions, which the server is asked for."""
+    """They do not report versions, which come from another route."""
     with engine_server(base) as (url, server):
         server.fault = lambda path, body: 403 if path == "/inference/v1/generate" else None
         r = connected(asked, tmp_path, url)
@@ -210,7 +210,7 @@ def test_completions_do_where_the_token_route_is_off(base: Path, asked: Asked, t
 
 
 def test_a_model_that_does_not_learn_is_not_sent(base: Path, asked: Asked, tmp_path: Path) -> None:
-    """Its server has it, under whatever version, and keeps it."""
+    """Its server has the model, under any version, and keeps it."""
     with engine_server(base) as (url, server):
         r = connected(asked, tmp_path, url)
         r.policy = replace(r.policy, learns=False)
@@ -222,14 +222,14 @@ def test_a_model_that_does_not_learn_is_not_sent(base: Path, asked: Asked, tmp_p
             r.generate(asked.prompts, SAMPLING, range(24))
 
 
-# ---- what fails ------------------------------------------------------------------------------------------------------
+# ---- failures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", [503, 500, "drop"])
 def test_faults_cost_no_answer_and_none_counts_twice(
     fault: int | str, base: Path, asked: Asked, tmp_path: Path
 ) -> None:
-    """Every third request of one server fails, and then all of them."""
+    """Every third request to one server fails, and later all of them."""
     with engine_server(base) as (one, first), engine_server(base) as (two, second):
         calls, failed = count(1), threading.Event()
         r = connected(asked, tmp_path, one, two)
@@ -243,7 +243,7 @@ def test_faults_cost_no_answer_and_none_counts_twice(
             return fault
 
         def later(path: str, body: dict[str, Any]) -> None:
-            assert failed.wait(300), "the first server is asked too"
+            assert failed.wait(300), "the first server must be used too"
 
         first.fault, second.fault = sometimes, later
         asked.ask(r)
@@ -255,7 +255,7 @@ def test_a_server_that_dies_is_left_out_until_it_is_back(
 ) -> None:
     with engine_server(base) as (one, first), engine_server(base) as (two, second):
         r = connected(asked, tmp_path, one, two)
-        for version in range(2):  # both are looked at twice
+        for version in range(2):  # both are probed twice
             r.update(version)
         first.fault = lambda path, body: "drop"
         first.answered = second.answered = 0
@@ -358,12 +358,12 @@ def test_servers_that_cannot_be_used_at_all(base: Path, asked: Asked, tmp_path: 
             Servers(urls)
 
 
-# ---- the real thing --------------------------------------------------------------------------------------------------
+# ---- finback's own server ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finback_server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """`finback serve` in a process of its own, and the folder from which it takes weights."""
+    """`finback serve` in a separate process, and the folder from which it loads weights."""
     folder = tmp_path_factory.mktemp("weights")
     command = [sys.executable, "-m", "finback", "serve", str(base), "--port", "0", "--dtype", "fp32", "--no-page"]
     command += ["--allow-weight-updates", str(folder), "--enable-return-routed-experts"]
@@ -380,11 +380,11 @@ def finback_server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_grpo_through_finbacks_own_server(
     finback_server: tuple[str, Path], here: tuple[list[dict[str, Any]], list[Any]], asked: Asked, tmp_path: Path
 ) -> None:
-    """The same tokens for the same seeds, log-probabilities within 1e-5, also after the weights have moved."""
+    """The same tokens for the same seeds, log-probabilities within 1e-5, also after a change of weights."""
     url, folder = finback_server
     r = learning(tmp_path / "run", routing_replay=True, rollouts=Servers((url,), folder=str(folder), **QUICK))
     agree(sampled(r, 3), here)
     r.rollouts.close()
     assert not any(folder.iterdir())
-    with pytest.raises(UserError, match="--allow-weight-updates"):  # the stage's own folder is not within that one
+    with pytest.raises(UserError, match="--allow-weight-updates"):  # the stage's own folder is not permitted
         connected(asked, tmp_path, url).update(0)

@@ -1,4 +1,4 @@
-"""Routing replay: what the engine records, and that training which replays it sends every token where the engine sent it."""
+"""Routing replay: what the engine records, and that training with replay sends every token to the engine's experts."""
 
 import copy
 from dataclasses import replace
@@ -24,12 +24,12 @@ from tests.toy import CONFIG, toy_model
 RECORDING = EngineConfig(return_routed_experts=True)
 SAMPLING = SamplingParams(temperature=1.0, max_tokens=20)
 PROMPT = [1, *range(40, 90)]
-# the second layer of two is the one with experts
+# the second of the two default layers is the one with experts
 DEEP = replace(CONFIG, num_hidden_layers=3, initializer_range=0.15)
 
 
 def deep_model() -> Transformer:
-    """A dense layer and two with experts, and biases that matter."""
+    """A dense layer and two with experts, and nonzero biases."""
     model = Transformer(DEEP).initialise(3).eval()
     for router in model.routers():
         router.bias += torch.linspace(-0.05, 0.05, DEEP.n_routed_experts)
@@ -37,7 +37,7 @@ def deep_model() -> Transformer:
 
 
 def chosen(model: Transformer, tokens: list[int], given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The trunk's own choices for a text in one pass, (tokens, layers, k), and the log-probabilities of its tokens."""
+    """The trunk's own choices in one pass, (tokens, layers, k), and the log-probabilities of the tokens."""
     ids = torch.tensor([tokens[:-1]])
     store = torch.zeros(
         ids.size(1), model.config.num_hidden_layers, model.config.num_experts_per_tok, dtype=torch.uint8
@@ -63,7 +63,7 @@ def test_the_engine_records_all_tokens_but_the_last() -> None:
     for done, prompt in zip(Engine(model, [7], RECORDING).generate(prompts, SAMPLING, [1, 2, 3]), prompts, strict=True):
         text = prompt + done.tokens
         assert routes(done).shape == (len(text) - 1, 3, DEEP.num_experts_per_tok) and routes(done).dtype == torch.uint8
-        assert (routes(done)[:, 0] == 0).all(), "the dense layer has none"
+        assert (routes(done)[:, 0] == 0).all(), "the dense layer has no experts"
         assert torch.equal(routes(done), chosen(model, text)[0])
     assert Engine(model, [7]).generate([PROMPT], SAMPLING, [1])[0].routed_experts is None
 
@@ -133,21 +133,22 @@ def test_what_is_given_is_taken_in_its_order_and_weighed_by_the_live_router() ->
     given[0, :, 1] = torch.tensor([3, 0])
     with routing.replaying(given):
         index, weight, _ = moe.router(x.flatten(0, 1))
-    assert (index[:3] == torch.tensor([3, 0])).all() and torch.equal(index[3:], own[3:]), "-1: the router's own"
+    assert (index[:3] == torch.tensor([3, 0])).all() and torch.equal(index[3:], own[3:]), "-1: the router chooses"
     picked = affinity[:3][:, [3, 0]]
     expected = picked / picked.sum(1, keepdim=True) * CONFIG.routed_scaling_factor
     torch.testing.assert_close(weight[:3], expected)
     assert weight.requires_grad
     with routing.replaying(given[:1]), pytest.raises(AssertionError, match="experts for"):
         moe.router(x.flatten(0, 1))
-    assert torch.equal(moe.router(x.flatten(0, 1))[0], own), "and nothing afterwards"
+    assert torch.equal(moe.router(x.flatten(0, 1))[0], own), "the replay must end with the call"
 
 
 def test_the_gap_of_two_experts_that_nearly_tie_vanishes() -> None:
-    """As in a run of the road: second and third choice 1.5e-7 apart, trainer and engine take different ones, 8e-2 apart.
+    """As once in a run of the road: the scores of two experts differ by 1.5e-7; trainer and engine choose differently.
 
-    The tie is made: the bias of one expert is moved until the engine, which reads token by token, and the trainer, which
-    reads all at once, decide differently somewhere. The router is of the last layer, so no other token changes.
+    The tie is constructed: the bias of one expert is moved until the engine, which reads token by token, and the
+    trainer, which reads all at once, choose differently for a token. The router is in the last layer, so that no
+    other token changes.
     """
     model = toy_model()
     router = model.routers()[0]
@@ -157,10 +158,10 @@ def test_the_gap_of_two_experts_that_nearly_tie_vanishes() -> None:
         text = [1, token, *done.tokens]
         if (found := tied(model, router, text, token)) is not None:
             break
-    assert found is not None, "no text in which rounding decides"
+    assert found is not None, "found no text in which rounding decides"
     done, text = found
     logprobs, engine = chosen(model, text)[1][1:], torch.tensor(done.logprobs)
-    assert (logprobs - engine).abs().max() > 1e-3, "another expert, another probability"
+    assert (logprobs - engine).abs().max() > 1e-3, "another expert must give another probability"
     assert not torch.equal(chosen(model, text)[0], routes(done))
     taken, replayed = chosen(model, text, routes(done).to(torch.int16)[None])
     assert torch.equal(taken, routes(done))
@@ -169,7 +170,7 @@ def test_the_gap_of_two_experts_that_nearly_tie_vanishes() -> None:
 
 
 def tied(model: Transformer, router: Router, text: list[int], seed: int) -> tuple[Completion, list[int]] | None:
-    """A bias at which engine and trainer choose differently in this text, tried token by token."""
+    """Searches the tokens for a bias at which engine and trainer choose differently in this text."""
     seen: list[Tensor] = []
     select = router.select
     router.select = lambda affinity, _=None: (seen.append(affinity), select(affinity))[1]  # type: ignore[method-assign, func-returns-value]
@@ -192,7 +193,7 @@ def tied(model: Transformer, router: Router, text: list[int], seed: int) -> tupl
 
 @pytest.mark.parametrize("policy", ["none", "block"])
 def test_an_update_takes_the_engines_experts(policy: str, tmp_path: Path) -> None:
-    """Biases that move between sampling and update would send tokens elsewhere, once or again in recomputation."""
+    """Biases that change between sampling and the update would route tokens differently, also in recomputation."""
 
     def updated(replay: bool) -> tuple[dict[str, object], Tensor, list[Tensor]]:
         r = with_varied_rewards(
@@ -231,7 +232,7 @@ def test_recomputation_and_microbatches_replay_alike(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_the_model_routes_for_itself() -> None:
-    """GRPO's reference model is one."""
+    """For example GRPO's reference model."""
     model = toy_model()
     routing = trace_routers(model)
     copied = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""The sandbox: what a program gets, what it is denied, how its end is named."""
+"""The sandbox: what a program can use, what it is denied, and how the cause of its end is named."""
 
 import os
 import sys
@@ -79,7 +79,7 @@ def test_the_end_is_named(text: str, limits: Limits, reason: str, sandbox: Sandb
     seen = sandbox.run(text, limits=limits)
     assert seen.reason == reason and len(seen.stdout) <= limits.output
     assert time.monotonic() - start < 60
-    if reason != "output":  # it may have come to its end before it was stopped
+    if reason != "output":  # it may have finished before it was stopped
         assert (seen.exit_code == 0) == (reason == "ok")
 
 
@@ -104,7 +104,7 @@ def test_bubblewrap_shows_neither_files_nor_network_nor_processes(bubble: Sandbo
     paths = [str(tmp_path / "secret"), "/etc/passwd", "/proc/1/cmdline", "/sys", "/bin/sh", str(Path.home() / ".ssh")]
     text = f"import os\nprint([p for p in {paths} if os.path.exists(p)], os.getpid(), os.getuid(), os.uname().nodename)"
     assert bubble.run(text).stdout == "[] 1 65534 sandbox\n"
-    # Even without the filter of calls there would be no way out: the namespace has no interface that is up.
+    # Even without the system call filter there is no way out: the namespace has no interface that is up.
     text = "import socket\nprint([name for _, name in socket.if_nameindex()])"
     assert "eth" not in bubble.run(text).stdout
     places = ["/", "/dev", "/usr/lib", str(Path(os.__file__).parent), sys.base_prefix]
@@ -169,7 +169,7 @@ def test_folders_are_removed_however_deep_and_locked(tmp_path: Path, monkeypatch
     top = here = tmp_path / "top"
     here.mkdir()
     (top / "link").symlink_to(tmp_path)
-    monkeypatch.chdir(top)  # no path reaches down there
+    monkeypatch.chdir(top)  # no path is long enough to reach the bottom
     for _ in range(1200):
         Path("d").mkdir()
         os.chdir("d")

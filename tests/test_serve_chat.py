@@ -1,4 +1,4 @@
-"""Chat completions on the wire: the envelope, choices, sampling, log-probabilities, what things cost."""
+"""Chat completions on the wire: the envelope, choices, sampling, log-probabilities, usage."""
 
 import threading
 from typing import Any
@@ -93,7 +93,7 @@ def test_logprobs_have_openais_shape(client: httpx.Client, engine: Scripted) -> 
     choice = ask(client, logprobs=True, top_logprobs=2, max_tokens=64)["choices"][0]
     chain, said = choice["logprobs"]["reasoning_content"], choice["logprobs"]["content"]
     assert "".join(e["token"] for e in chain) == "<think>4+5=9</think>"
-    assert bytes(b for e in said[:-1] for b in e["bytes"]).decode() == "鲸"  # its last token is eos
+    assert bytes(b for e in said[:-1] for b in e["bytes"]).decode() == "鲸"  # the last token is eos
     for entry in chain + said:
         assert entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2
         assert entry["top_logprobs"][0]["logprob"] >= entry["top_logprobs"][1]["logprob"]

@@ -1,6 +1,6 @@
-"""Clients nobody here wrote, against a running server: lm-evaluation-harness and llm, in an environment of their own.
+"""Third-party clients against a running server: lm-evaluation-harness and llm, in a separate environment.
 
-`make test-slow` installs them beside this environment, since they pin other versions of what we need.
+`make test-slow` installs them in their own environment, since they pin other versions of our dependencies.
 """
 
 import json

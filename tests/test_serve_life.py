@@ -1,4 +1,4 @@
-"""Leaving, failing, stalling, draining: what the server does when something ends before its time."""
+"""Disconnects, failures, stalls and draining: what the server does when something ends early."""
 
 import json
 import random
@@ -51,7 +51,7 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
         connection.sendall(http(LONG | {"stream": stream, "n": 2}))
         wait_for(lambda: engine.running == 2 and all(s.tokens for s in engine.seen))
         connection.close()
-        assert wait_for(lambda: not engine.busy) < 0.2 + 0.3  # the second for machines that do other things too
+        assert wait_for(lambda: not engine.busy) < 0.2 + 0.3  # with a margin for busy machines
         assert engine.leaked == 0 and {s.finish_reason for s in engine.seen} == {"cancelled"}
         wait_for(lambda: "finback_cancelled_total 2" in client.get("/metrics").text)
         assert client.app.state.service.active == {}  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def test_a_client_that_leaves_in_its_own_request_is_no_failure(caplog: pytest.Lo
 
 
 def cut(client: httpx.Client, rounds: int) -> None:
-    """Requests whose clients leave at some random byte, in or out."""
+    """Requests whose clients disconnect at a random byte, while sending or receiving."""
     choose = random.Random(0)
     for _ in range(rounds):
         request = HELLO | {
@@ -131,7 +131,7 @@ def test_two_hundred_streams_at_once() -> None:
         assert sorted(found) == list(range(200))
         assert engine.leaked == 0
         asked = sorted(engine.seen, key=lambda s: s.submitted)
-        assert [s.started for s in asked] == sorted(s.started for s in asked)  # nobody overtook anybody
+        assert [s.started for s in asked] == sorted(s.started for s in asked)  # first come, first served
         waits = [s.first - s.submitted for s in asked]
         assert waits[0] <= 2 * sum(waits) / len(waits)
 
@@ -265,7 +265,7 @@ def test_models_of_a_folder_are_read_when_asked_for_and_leave_by_least_use(tmp_p
         for name in ("link", ".hidden", "notes", "../elsewhere", "/etc", "a/../b"):
             assert client.post(CHAT, json=HELLO | {"model": name}).status_code == 404, name
         assert client.post(CHAT, json=HELLO).json()["model"] == "toy"
-        # one that is busy does not leave
+        # a busy one does not leave
         service = next(s for s in client.app.state.service.all if s.options.name == "b")  # type: ignore[attr-defined]
         service.admission.requests += 1
         refused = client.post(CHAT, json=HELLO | {"model": "a"})

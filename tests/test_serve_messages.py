@@ -1,4 +1,4 @@
-"""Anthropic's Messages on the wire: blocks, thinking, tools, events, counting; with no client's help."""
+"""Anthropic's Messages on the wire: blocks, thinking, tools, events, counting; without a client library."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ TOOLS = [
     {"name": "sing", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}},
 ]
 USE = {"type": "tool_use", "id": "x", "name": "add", "input": None}
-# what Claude Code sends beside that, unasked
+# what Claude Code sends in addition, unasked
 UNASKED = {
     "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
     "output_config": {"effort": "high"},
@@ -49,7 +49,7 @@ def streamed(client: httpx.Client, **request: Any) -> list[dict[str, Any]]:
 
 
 def put_together(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The message as a client builds it, which checks the order of the events."""
+    """The message as a client assembles it, with a check of the order of events."""
     assert events[0]["type"] == "message_start" and events[-1]["type"] == "message_stop"
     message, is_open = events[0]["message"], False
     assert message["content"] == [] and message["usage"]["output_tokens"] == 0
@@ -80,7 +80,7 @@ def put_together(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def both(client: httpx.Client, **request: Any) -> dict[str, Any]:
-    """The message, which is the same whole and streamed."""
+    """The message, which must be the same whole and streamed."""
     whole, streams = ask(client, **request), put_together(streamed(client, **request))
     for message in (whole, streams):
         usage, ident = message.pop("usage"), message.pop("id")
@@ -106,7 +106,7 @@ def test_thinking_text_and_calls_are_blocks(client: httpx.Client, engine: Script
     assert message["stop_reason"] == "tool_use" and message["stop_sequence"] is None
     assert engine.seen[0].sampling.max_tokens == 2048 - len(engine.seen[0].prompt)  # clamped, not refused
     assert "billing" not in small_tokenizer().decode(engine.seen[0].prompt)
-    # the next turn: results, then what the user says, then a system message in the middle
+    # the next turn: results, then the user's text, then a system message in between
     called = ask(client, tools=TOOLS)["content"]
     results = [{"type": "tool_result", "tool_use_id": c["id"], "content": "9"} for c in called[2:]]
     again = [
@@ -126,7 +126,7 @@ def test_thinking_text_and_calls_are_blocks(client: httpx.Client, engine: Script
 
 def test_an_answer_ends_for_a_reason(client: httpx.Client, engine: Scripted) -> None:
     engine.script = "<think>one two</think>\n\none two three"
-    message = both(client, stop_sequences=["two"])  # it stands in the chain too
+    message = both(client, stop_sequences=["two"])  # the chain contains it too
     assert message["content"][1] == {"type": "text", "text": "one "}
     assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "two")
     assert both(client, max_tokens=9)["stop_reason"] == "max_tokens"

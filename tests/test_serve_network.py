@@ -1,4 +1,4 @@
-"""How the server stands on the network: half-open connections, odd requests, Unix sockets, https, other origins, metrics."""
+"""The server on the network: half-open connections, odd requests, Unix sockets, https, other origins, metrics."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ def address(client: httpx.Client) -> tuple[str, int]:
 
 
 def raw(client: httpx.Client, sent: bytes) -> bytes:
-    """What comes back for these bytes."""
+    """The reply to these bytes."""
     with socket.create_connection(address(client), timeout=10) as connection:
         connection.sendall(sent)
         answer = b""
@@ -42,7 +42,7 @@ def test_a_thousand_half_sent_heads_are_shrugged_off(capfd: pytest.CaptureFixtur
             connection.sendall((b"", b"GET /health HTTP/1.1\r\nhost: loc", body)[i % 3] or b"G")
         assert client.get("/health").status_code == 200
         assert client.post(CHAT, json=HELLO).status_code == 200
-        for connection in held:  # all are closed, by the server
+        for connection in held:  # the server closes all of them
             connection.settimeout(30)
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(4096) in (b"",)
@@ -71,7 +71,7 @@ def test_a_connection_too_many_is_closed_at_once(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_a_slow_request_is_no_broken_one() -> None:
-    """A head has its time as a whole, a body only from piece to piece; an answer has all the time there is."""
+    """A head has one timeout as a whole, a body one between pieces; an answer has none."""
     with served(Scripted("a b c d e f g h", pace=0.3), head_timeout=2.0, body_timeout=2.0) as client:
         assert streamed(client, **HELLO)[-1] == "[DONE]"
 
@@ -94,7 +94,7 @@ def test_odd_requests_are_understood_or_refused_by_name(tmp_path: Path) -> None:
         head = b"GET http://%b/v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         assert b" 200 " in raw(client, head % b"localhost:8000")
         assert b" 403 " in raw(client, head % b"evil.example")
-        # what OpenAI's client asks for in a browser
+        # what OpenAI's client requests in a browser
         names = "authorization,content-type,x-stainless-os,x-stainless-retry-count"
         asked = {"origin": "https://chat.example", "access-control-request-method": "POST"}
         preflight = client.options(CHAT, headers=asked | {"access-control-request-headers": names})
@@ -126,7 +126,7 @@ def test_a_refusal_names_a_field_that_exists(client: httpx.Client, request_: dic
 
 def test_a_unix_socket_is_its_users_alone(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    for _ in range(2):  # what the first left behind is replaced
+    for _ in range(2):  # a leftover socket is replaced
         with served(Scripted("9"), uds=path) as client:
             assert client.post(CHAT, json=HELLO).status_code == 200
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -137,7 +137,7 @@ def test_a_unix_socket_is_its_users_alone(tmp_path: Path) -> None:
 
 def test_https_by_files(tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
-        pytest.skip("nothing here makes certificates")
+        pytest.skip("nothing here can create certificates")
     key, chain = tmp_path / "key.pem", tmp_path / "cert.pem"
     make = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {chain}"
     subprocess.run(make.split(), check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""V4's prompts and calls over the wire: the chain of a turn that called comes back in the next request, in all three forms."""
+"""V4's prompts and calls on the wire: the chain of a turn with calls returns in the next request, in each protocol."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ USER_SAYS = {"role": "user", "content": "q"}
 
 
 def words(form: str) -> Tokenizer:
-    found = copy.copy(small_tokenizer())  # which others have too
+    found = copy.copy(small_tokenizer())  # shared with other tests
     found.form = form
     return found
 
@@ -73,12 +73,12 @@ def test_the_chain_behind_a_call_comes_back(protocol: Any) -> None:
         protocol(client)
     first, last = (words("v4").decode(engine.seen[i].prompt, skip_special=False) for i in (0, -1))
     assert last.endswith(f"{USER}{KEPT}") and first.endswith(f"{USER}q{ASSISTANT}{THINK}")
-    # the effort is told in words, and low has none; it is no bound as well
+    # the prompt states the effort, except low, which has no text and no budget either
     assert "Reasoning Effort" not in first and engine.seen[0].sampling.thinking_budget is None
 
 
 def test_efforts_developers_and_formats_are_told() -> None:
-    """A developer's instructions are the system's; V3.2 knows a developer who asks, and has no words for efforts."""
+    """A developer's instructions become the system's; V3.2 accepts a final developer message, without effort text."""
     schema = {"type": "json_schema", "json_schema": {"schema": PARAMETERS}}
     with served(engine := Scripted(f"r{END_THINK}{{}}", words=words("v4"))) as client:
         said = [{"role": "developer", "content": "D"}, USER_SAYS]

@@ -1,4 +1,4 @@
-"""The server refuses wrong requests at once, with OpenAI's error shape and the right status, whatever a client sends."""
+"""The server refuses invalid requests immediately, with OpenAI's error shape and the right status."""
 
 import json
 import socket
@@ -177,7 +177,7 @@ def test_a_refusal_says_what_is_wrong(client: httpx.Client, request_: dict[str, 
         ({"type": "array", "items": {"$ref": "#"}}, True),
         ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"type": "null"}}, "$ref": "#/$defs/a"}, True),
         ({"$defs": {"a": ITSELF | {"properties": {"a": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"}, False),
-        ({"$ref": "#/$defs/none"}, True),  # said elsewhere
+        ({"$ref": "#/$defs/none"}, True),  # another check reports it
     ],
 )
 def test_schemas_that_can_end(schema: dict[str, Any], ends: bool) -> None:
@@ -294,7 +294,7 @@ def test_a_body_that_is_too_large_is_refused(client: httpx.Client) -> None:
     for size, status in ((limit, 400), (limit + 1, 413)):
         assert client.post(CHAT, content=b" " * size).status_code == status
 
-    def pieces(size: int) -> Iterator[bytes]:  # no content-length
+    def pieces(size: int) -> Iterator[bytes]:  # without a content-length
         for start in range(0, size, 1 << 18):
             yield b" " * min(1 << 18, size - start)
 
@@ -304,7 +304,7 @@ def test_a_body_that_is_too_large_is_refused(client: httpx.Client) -> None:
 
 
 def raw(client: httpx.Client, sent: bytes) -> tuple[int, dict[str, Any]]:
-    """What comes back for bytes that no client library would send."""
+    """The reply to bytes that no client library would send."""
     address = (client.base_url.host, client.base_url.port or 80)
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(sent)

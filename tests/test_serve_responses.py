@@ -1,4 +1,4 @@
-"""OpenAI's Responses on the wire: items, events, the store, tools, schemas; with no client's help."""
+"""OpenAI's Responses on the wire: items, events, the store, tools, schemas; without a client library."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ TOOLS = [
     {"type": "function", "name": "add", "description": None, "parameters": {"type": "object"}, "strict": False},
     {"type": "function", "name": "sing"},
 ]
-# what Codex and others send beside that, unasked
+# what Codex and others send in addition, unasked
 UNASKED = {
     "include": ["reasoning.encrypted_content"],
     "prompt_cache_key": "x",
@@ -51,7 +51,7 @@ def streamed(client: httpx.Client, **request: Any) -> list[dict[str, Any]]:
 
 
 def put_together(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The response as a client builds it, which checks the order of the events and that they agree with its end."""
+    """The response as a client assembles it, with a check of the order of events and of the final response."""
     assert [e["type"] for e in events[:2]] == ["response.created", "response.in_progress"]
     assert all(events[0]["response"][n] is not None for n in ("id", "model", "created_at", "tools"))
     assert events[0]["response"]["output"] == [] and events[0]["response"]["status"] == "in_progress"
@@ -82,7 +82,7 @@ def put_together(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def both(client: httpx.Client, **request: Any) -> dict[str, Any]:
-    """The response, which is the same whole and streamed."""
+    """The response, which must be the same whole and streamed."""
     whole, streams = ask(client, **request), put_together(streamed(client, **request))
     for response in (whole, streams):
         usage = response.pop("usage")
@@ -109,7 +109,7 @@ def test_reasoning_text_and_calls_are_items(client: httpx.Client, engine: Script
         ("sing", '{"song": "鲸"}', "completed"),
     ]
     assert response["status"] == "completed" and response["tools"][1] == {"type": "function", "name": "sing"}
-    # the next turn, everything sent again
+    # the next turn, with everything sent again
     first = ask(client, tools=TOOLS)
     outputs = [{"type": "function_call_output", "call_id": c["call_id"], "output": "9"} for c in first["output"][2:]]
     engine.script = "It is 9."
@@ -121,7 +121,7 @@ def test_reasoning_text_and_calls_are_items(client: httpx.Client, engine: Script
         prompt.index("<think>add</think>I ask.") < prompt.index("<｜tool▁output▁begin｜>9")
         and prompt.count("4+5?") == 1
     )
-    # the same by reference: to the response, and to its items
+    # the same by reference, to the response and to its items
     seen = engine.seen[-1].prompt
     before = ask(client, input=[again[0], *first["output"]], tools=TOOLS, store=True)
     assert client.get(f"{PATH}/{before['id']}").json() == before
@@ -165,7 +165,7 @@ def test_tools_and_a_schema_go_together(client: httpx.Client, engine: Scripted) 
             kinds.add(item["type"])
             said = item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
             assert json.loads(said)["unit"] in ("C", "F")
-    assert kinds == {"function_call", "message"}  # a model of random weights does both
+    assert kinds == {"function_call", "message"}  # a model with random weights does both
 
 
 def test_an_answer_that_breaks_off_is_incomplete(client: httpx.Client, engine: Scripted) -> None:
@@ -174,7 +174,7 @@ def test_an_answer_that_breaks_off_is_incomplete(client: httpx.Client, engine: S
     assert response["status"] == "incomplete" and response["incomplete_details"] == {"reason": "max_output_tokens"}
     engine.script = ""
     assert both(client)["output"][0]["content"][0]["text"] == ""
-    ask(client, max_output_tokens=64_000)  # what fits, of more than that
+    ask(client, max_output_tokens=64_000)  # clamped to what fits
 
 
 def test_tools_of_other_kinds(client: httpx.Client, engine: Scripted) -> None:

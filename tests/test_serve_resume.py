@@ -1,4 +1,4 @@
-"""Streams that outlive their connection: nothing is lost or said twice, and nothing is kept for ever."""
+"""Streams that survive a lost connection: nothing is lost or repeated, and nothing is kept for ever."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ ASK = HELLO | {"max_tokens": 400, "stream": True, "stream_options": {"include_us
 
 
 def numbered(lines: Any, most: int = 10**9) -> list[tuple[int, Any]]:
-    """Events with their numbers, up to `most` of them; what is left is hung up on."""
+    """Events with their numbers, up to `most` of them; then it disconnects."""
     found: list[tuple[int, Any]] = []
     at = 0
     for line in lines:
@@ -143,7 +143,7 @@ def test_what_is_refused_is_refused_as_ever() -> None:
     with served(Scripted(TEXT, rows=1, pace=0.02), queue=0) as client:
         assert client.post(CHAT, json=ASK | {"top_p": 5}).status_code == 400
         assert client.post(CHAT, json=ASK | {"max_tokens": 10**6}).json()["error"]["code"] == "context_length_exceeded"
-        ident = begun(client, 2)[0][1]["id"]  # it holds the only place, though its client has left
+        ident = begun(client, 2)[0][1]["id"]  # it still has the only slot, though its client has left
         assert client.post(CHAT, json=ASK).status_code == 503
         client.post(f"{CHAT}/{ident}/control", json={"action": "stop"})
         service = client.app.state.service  # type: ignore[attr-defined]
@@ -166,10 +166,10 @@ def test_the_place_in_the_queue_is_told() -> None:
 
 
 class Clairvoyant(Scripted):
-    """Its MTP module always guesses what the script says next."""
+    """An engine whose MTP module always guesses the script's next token."""
 
     def step(self) -> Any:
-        """As it is, with the right drafts."""
+        """Steps with the right drafts."""
         for request in self.seen:
             if request.draft >= 0 and request.forced:
                 request.draft = request.forced[0]

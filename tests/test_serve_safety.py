@@ -1,4 +1,4 @@
-"""Closed by default: keys, hosts, origins, limits for each key, and what is logged."""
+"""Secure by default: keys, hosts, origins, limits per key, and the content of logs."""
 
 import hashlib
 import logging
@@ -85,7 +85,7 @@ def test_an_open_door_to_the_network_is_refused(tmp_path: Path) -> None:
         secured(ListenOptions(host=host, insecure=True))
     for host in ("127.0.0.1", "localhost", "::1"):
         secured(ListenOptions(host=host))
-    with pytest.raises(UserError, match="no API key"):  # before it reads a model or takes a port
+    with pytest.raises(UserError, match="no API key"):  # before it reads a model or opens a port
         server.run(ServeOptions(model=tmp_path / "none", host="0.0.0.0"))
 
 
@@ -180,7 +180,7 @@ def test_too_much_is_refused_at_once_and_with_a_time_to_return() -> None:
         try:
             for i, stream in enumerate(streams):
                 assert stream.__enter__().status_code == 200, i
-            # three choices are all that one row and a queue of two can take
+            # three choices are all that one row and a queue of two can hold
             for key, status in ((OTHER, 503), (KEY, 503)):
                 response = client.post(CHAT, json=HELLO, headers=keys[key])
                 assert response.status_code == status and int(response.headers["retry-after"]) > 0
@@ -223,7 +223,7 @@ def test_the_salt_is_the_keys_and_the_users() -> None:
 
 
 def test_a_long_request_does_not_hold_up_the_others() -> None:
-    """It is read in a thread of its own."""
+    """It is parsed in a separate thread."""
     with served(Scripted()) as client:
         big = {"messages": [{"role": "user", "content": "x"}], "pad": ["y" * 10] * 200_000}
         body = httpx.Request("POST", "http://x", json=big).content

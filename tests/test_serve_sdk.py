@@ -1,4 +1,4 @@
-"""The openai package against a real server, as its users write it."""
+"""The openai package against a real server, used as its users use it."""
 
 import json
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""The makers' own client libraries against a running server, each through a whole tool loop; Python's and JavaScript's.
+"""The vendors' own client libraries, in Python and JavaScript, against a running server, each through a tool loop.
 
-`make test-slow` installs them in an environment of their own; FINBACK_CLIENTS names another one.
+`make test-slow` installs them in a separate environment; FINBACK_CLIENTS names another one.
 """
 
 import json
@@ -30,7 +30,7 @@ WORDS, OBJECT = "<think>9</think>It is 9.", '{"sum": 9}'
 
 
 class Turns(Scripted):
-    """Says one thing after the other."""
+    """An engine that answers with one text after another."""
 
     def __init__(self, *turns: str) -> None:
         super().__init__(window=8192, tokens=65536)
@@ -42,7 +42,7 @@ class Turns(Scripted):
 
 
 def run(code: str, *turns: str, node: bool = False) -> tuple[Any, Turns]:
-    """The last line that a program prints, as JSON, and the engine that it talked to."""
+    """The last line that a program prints, as JSON, and the engine that it used."""
     engine = Turns(*turns)
     with served(engine, keys=digests([KEY])) as client:
         base = str(client.base_url).rstrip("/")
@@ -252,7 +252,7 @@ THOUGHT = "<think>two sums</think>\n\n"
 
 
 def each(form: str, between: str = "") -> str:
-    """Both calls in a form that has A and B for the numbers and I for the place."""
+    """Both calls in a form, where A and B stand for the numbers and I for the index."""
     return between.join(form.replace("A", a).replace("B", b).replace("I", str(i)) for i, (a, b) in enumerate(TWO))
 
 

@@ -1,4 +1,4 @@
-"""Signals, to a server in a process of its own."""
+"""Signals to a server in a separate process."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Text completions on the wire: prompts in every form, echo, log-probabilities, filling in."""
+"""Text completions on the wire: prompts in every form, echo, log-probabilities, fill-in-the-middle."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def test_echo_scores_the_prompt(client: httpx.Client) -> None:
     assert [
         choice["text"][a:].startswith(t) for a, t in zip(table["text_offset"][1:], table["tokens"][1:], strict=True)
     ]
-    # the same scores when an answer follows, and when the prompt is given in tokens
+    # the same log-probabilities when an answer follows, and when the prompt consists of token ids
     ids = [words.bos, *words.encode("The whale sang")]
     longer = ask(client, prompt=ids, echo=True, logprobs=0, max_tokens=3)["choices"][0]["logprobs"]
     n = len(ids)

@@ -1,4 +1,4 @@
-"""Chains of thought, calls and answers in JSON on the wire."""
+"""Chains of thought, calls and JSON answers on the wire."""
 
 import json
 import math
@@ -144,7 +144,7 @@ def test_calls_are_told_apart_and_streamed(client: httpx.Client, engine: Scripte
     engine.script = "It is 9."
     assert ask(client, messages=results, tools=TOOLS)["choices"][0]["finish_reason"] in ("stop", "length")
     prompt = small_tokenizer().decode(engine.seen[-1].prompt)
-    assert "<think>add</think>" in prompt  # the chain goes back to a model that has called
+    assert "<think>add</think>" in prompt  # a model that has called gets its chain back
 
 
 def test_without_tools_marks_are_text(client: httpx.Client, engine: Scripted) -> None:
@@ -167,7 +167,7 @@ def test_an_answer_follows_its_schema(client: httpx.Client, effort: str | None) 
     choice = ask(client, response_format=formats, max_tokens=400, temperature=0.2, **more)["choices"][0]
     if choice["finish_reason"] == "stop":
         assert json.loads(choice["message"]["content"])["answer"] in ("yes", "no")
-    else:  # white space without end is allowed too
+    else:  # endless white space is also allowed
         assert choice["message"]["content"].split()[:1] in (["{"], [])
     text = ask(client, response_format={"type": "json_object"}, max_tokens=9)["choices"][0]["message"]["content"]
     assert text.lstrip().startswith("{") or not text.strip()
@@ -247,7 +247,7 @@ def test_an_answer_is_bound_in_anybodys_words(client: httpx.Client, request_: di
 
 
 def test_a_grammar_that_leads_nowhere_is_an_error_and_no_stop(client: httpx.Client, engine: Scripted) -> None:
-    """`a` may be begun, and then nothing may follow."""
+    """`a` is possible at first, but then no token can follow."""
     dead = {"type": "object", "properties": {"a": {"allOf": [{"$ref": "#/$defs/b"}]}}, "required": ["a"]}
     schema = dead | {"additionalProperties": False, "$defs": {"b": {"anyOf": [{"$ref": "#/$defs/b"}]}}}
     response = client.post(

@@ -1,4 +1,4 @@
-"""Token ids in and out, and other weights while the server runs: what a trainer needs of it."""
+"""Token ids in and out, and a change of weights in a running server: the routes that a trainer needs."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ def engine_on(model: Transformer) -> Engine:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where weights may come from."""
+    """The folder from which the server may load weights."""
     return tmp_path_factory.mktemp("weights")
 
 
@@ -53,7 +53,7 @@ def logprobs(choice: Any) -> list[float]:
 
 
 def directly(model: Transformer, seed: int = 3, **params: Any) -> Any:
-    """The same answer from an engine of its own."""
+    """The same answer from a separate engine."""
     sampling = SamplingParams(**{"temperature": 0.8, "max_tokens": 12, "ignore_eos": True} | params)
     return Engine(model, small_tokenizer().stops).generate([PROMPT], sampling, [seed])[0]
 
@@ -83,7 +83,7 @@ def test_log_probabilities_count_among_what_top_k_leaves(tokens_client: httpx.Cl
 
 
 def test_other_weights_answer_under_their_version(tokens_client: httpx.Client, folder: Path) -> None:
-    """From finback's own form and from an export; prompts that were read before are read again."""
+    """Weights in finback's own format and from an export; cached prompts are read again."""
     before = asked(tokens_client)
     other = Transformer(small_model(512).config).initialise(5).eval()
     (folder / "own").mkdir()

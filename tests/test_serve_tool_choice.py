@@ -1,4 +1,4 @@
-"""Calls that a request demands: a model of random weights makes them, in every form, and nothing else."""
+"""Calls that a request requires: a model with random weights makes them, in every form, and nothing else."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from tests.test_messages import END_CALL, QWEN3, R1, TOOL_MARKS, V31
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
-ODD = "</tool_call>" + END_CALL  # marks that are only a text
+ODD = "</tool_call>" + END_CALL  # markup that is plain text here
 PLACE = {
     "type": "object",
     "required": ["n", "at"],
@@ -35,7 +35,7 @@ TOOLS = [
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}{{ tools | length }}{% endif %}"
 MARKED = (*TOOL_MARKS, "<tool_call>", "</tool_call>")
 
-# the template, the marks that are tokens, and the form that follows
+# the template, the special tokens, and the resulting form
 MODELS: dict[str, tuple[str | None, tuple[str, ...], ToolForm]] = {
     "own": (None, (), ToolForm.V31),
     "own, with marks": (None, MARKED, ToolForm.V31),
@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[str | None, tuple[str, ...], ToolForm]] = {
 
 
 def words(template: str | None, marks: tuple[str, ...], folder: Path) -> Tokenizer:
-    """The small tokenizer with these marks and this template."""
+    """The small tokenizer with these special tokens and this template."""
     state = json.loads(small_tokenizer().as_json())
     last = state["added_tokens"][-1]
     state["added_tokens"] += [{**last, "id": last["id"] + 1 + i, "content": mark} for i, mark in enumerate(marks)]
@@ -64,7 +64,7 @@ def named(name: str) -> dict[str, Any]:
 
 
 def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:
-    """The choice; nobody thinks unless told to."""
+    """The choice, without thinking unless the request asks for it."""
     quiet = {"thinking": {"type": "disabled"}, "max_tokens": 800, "tools": TOOLS, "tool_choice": "required"}
     response = client.post(CHAT, json=HELLO | quiet | request)
     assert response.status_code == 200, response.text
@@ -72,7 +72,7 @@ def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:
 
 
 def checked(choice: dict[str, Any]) -> list[str]:
-    """The names of the calls that an answer consists of, each with arguments that fit."""
+    """The names of an answer's calls, which must be all of it, with arguments that fit their schemas."""
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
     calls = [call["function"] for call in choice["message"]["tool_calls"]]
     for call in calls:
@@ -102,8 +102,8 @@ SAIL = {
 
 @pytest.mark.parametrize("form", WRITTEN)
 def test_demanded_calls_in_dsml_are_as_the_form_writes_them(form: str) -> None:
-    """What fits the schemas is taken, read back as it was, and what does not fit is not; `now` takes nothing, `any` all."""
-    own = copy.copy(small_tokenizer())  # which others have too
+    """Accepts calls that fit the schemas, parses them back unchanged, rejects others; `now` takes nothing, `any` all."""
+    own = copy.copy(small_tokenizer())  # shared with other tests
     own.form = form
     functions = [("sail", SAIL), ("now", None), ("any", {"type": "object"})]
     tools = [{"type": "function", "function": {"name": n, "parameters": p} if p else {"name": n}} for n, p in functions]
@@ -161,7 +161,7 @@ def test_calls_are_made_and_nothing_else(name: str, tmp_path: Path) -> None:
             alone.push(own.decode(request.tokens))
             alone.end()
             assert [call.name for call in alone.calls] == called
-            # marks are tokens where the vocabulary has them
+            # markup is a token if the vocabulary has it
             ids = {own.encode_marked(mark)[0] for mark in marks}
             assert bool(marks) == bool(ids & set(request.tokens))
         seed = next(i for i, called in enumerate(found) if len(called) > 1)
@@ -204,7 +204,7 @@ def test_a_call_that_breaks_off_is_not_told_as_a_whole_one(client: httpx.Client)
         assert choice["finish_reason"] == "length"
         calls = choice["message"].get("tool_calls", [])
         assert all(whole.startswith(call["function"]["arguments"]) for call in calls)
-    assert calls, "nothing of a call in 80 tokens"
+    assert calls, "80 tokens must contain a part of a call"
     choice = ask(client, stop='"at"', tool_choice=named("place"))
     assert choice["finish_reason"] == "stop" and choice["message"]["tool_calls"]
     assert checked(ask(client, stop=END_CALL, tool_choice=named("function"))) == ["function"]

@@ -1,4 +1,4 @@
-"""finback's front over engines elsewhere: what its API says is what it says over the built-in engine."""
+"""finback's API in front of other engines gives the same answers as with the built-in engine."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def body(more: dict[str, Any]) -> dict[str, Any]:
 
 
 def said(reply: httpx.Response) -> Any:
-    """What a reply says, without what is of its time."""
+    """A reply without ids, times and other values that change."""
     found = reply.json()
     assert reply.status_code == 200, found
     usage = {name: found["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
@@ -52,7 +52,7 @@ def said(reply: httpx.Response) -> Any:
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_the_api_says_the_same(kind: str, folder: Path) -> None:
-    """Over two replicas, whole and streamed; a chain that is closed early goes on behind its end."""
+    """With two replicas, whole and streamed; an answer continues after its chain was closed early."""
     engine, tokenizer = open_engine(folder, "fp32", EngineConfig(8, 4096))
     with served(engine) as client:
         expected = [said(client.post(CHAT, json=body(more))) for more in ASKED]
@@ -70,12 +70,12 @@ def test_the_api_says_the_same(kind: str, folder: Path) -> None:
             closed = client.post(CHAT, json=body(budget))
             assert closed.status_code == 200, closed.json()
             second.fault = lambda path, asked: "drop" if "generate" in path else None
-            assert [said(client.post(CHAT, json=body(more))) for more in ASKED] == expected, "the other one goes on"
+            assert [said(client.post(CHAT, json=body(more))) for more in ASKED] == expected, "the other takes over"
             greedy, broken = body({"max_tokens": 12, "temperature": 0}), iter(["break off"])
             second.fault = first.fault
             whole = said(client.post(CHAT, json=greedy))
             first.fault = second.fault = lambda path, asked: next(broken, None) if "generate" in path else None
-            assert said(client.post(CHAT, json=greedy)) == whole, "the other one goes on behind what is there"
+            assert said(client.post(CHAT, json=greedy)) == whole, "the other replica must continue the answer"
             assert next(broken, None) is None
         assert first.answered and second.answered
         for replica in replicas:
@@ -95,7 +95,7 @@ HELD: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def wide(folder: Path) -> Path:
-    """With room for tools."""
+    """A folder whose window has room for tools."""
     made = folder.parent / "wide"
     shutil.copytree(folder, made)
     config = replace(CONFIG, initializer_range=0.15, max_position_embeddings=1024)
@@ -118,7 +118,7 @@ def test_answers_are_held_to_schemas_grammars_and_calls(kind: str, wide: Path) -
             thought = message(client.post(CHAT, json=body(budget | {"response_format": CHOICE})))
             assert thought["reasoning_content"] and json.loads(thought["content"]) in ("whale", "song", 42)
             unasked = message(client.post(CHAT, json=body({"max_tokens": 60, "response_format": CHOICE})))
-            assert json.loads(unasked["content"]) in ("whale", "song", 42), "no chain, which it might have begun"
+            assert json.loads(unasked["content"]) in ("whale", "song", 42), "a chain must not begin"
             server.unheld = True
             for more in HELD:
                 refused = client.post(CHAT, json=body(more))
@@ -130,20 +130,20 @@ def test_answers_are_held_to_schemas_grammars_and_calls(kind: str, wide: Path) -
 
 
 def message(reply: httpx.Response) -> dict[str, Any]:
-    """What an answer says, without the names that calls are given."""
+    """An answer's message, without the ids of its calls."""
     assert reply.status_code == 200, reply.json()
     found: dict[str, Any] = reply.json()["choices"][0]["message"]
     return found | {"tool_calls": [call["function"] for call in found.get("tool_calls") or ()]}
 
 
 def test_prompts_go_where_they_were_read() -> None:
-    """Two prompts begin alike and go to one replica, unless it has much more to do; one that fails is left alone for a while."""
+    """Two prompts with a common prefix go to one replica unless it is much busier; a failed one is avoided for a while."""
     one, two = (VllmReplica(f"http://127.0.0.1:{port}", "m") for port in (1, 2))
     router = ReplicaRouter([one, two])
     long = list(range(3 * BLOCK))
     assert router.take(long, b"") is one and router.take([7] * BLOCK, b"") is two
     assert router.take([*long, 1, 2], b"") is one
-    assert router.take(long, b"another key") is two, "what another key has cached is not shared"
+    assert router.take(long, b"another key") is two, "another key's cache is not shared"
     for _ in range(MORE + 1):
         router.take(long, b"")
     assert one.active > two.active and router.take(long, b"") is two

@@ -1,4 +1,4 @@
-"""A pre-training stage whose model lies on several ranks: the same losses, resumed anywhere, a model like any other."""
+"""A pre-training stage on several ranks: the same losses, resumed at any step, and a model like any other."""
 
 import dataclasses
 import json
@@ -54,18 +54,18 @@ recipe = [
 
 
 PHASES = "phases=(Phase(512, 0.0, 1.0), Phase(2048))"
-# what wants more of a model than a loss and its gradients
+# features that need more of a model than its loss and gradients
 EVERYTHING = """max_tokens=1920, decay_tokens=320, warmup_tokens=512, batch_size_start=4, ramp_tokens=1280, packing="best_fit",
     document_mask=True, optimizer="adamw", adam_lr=3e-3, ema_decay=0.5, valid_tokens=640, keep_best=True,
     probe=Probe(task=Chains(2, 3), at_least=0.9, problems=5, every_tokens=640, max_tokens=6)"""
-# losses that hardly move: those above their mean are called spikes
+# losses that hardly change: any above their mean counts as a spike
 SPIKES = """max_tokens=4480, decay_tokens=640, warmup_tokens=512, batch_size_start=4, ramp_tokens=1280, packing="best_fit",
     document_mask=True, optimizer="adamw", adam_lr=1e-6, spike_sigma=0.01, spike_patience=2"""
 KNOBS = {"everything": EVERYTHING, "spikes": SPIKES}
 
 
 def write(folder: Path, name: str, layout: str, knobs: str = PHASES) -> Path:
-    """A recipe with a layout, and its text."""
+    """Writes a recipe with a layout, and its text."""
     (folder / "words.txt").write_text(WORDS, encoding="utf-8")
     path = folder / f"{name}.py"
     path.write_text(RECIPE.replace("LAYOUT", layout).replace("KNOBS", knobs), encoding="utf-8")
@@ -73,14 +73,14 @@ def write(folder: Path, name: str, layout: str, knobs: str = PHASES) -> Path:
 
 
 def run(folder: Path, name: str, layout: str, knobs: str = PHASES) -> list[dict[str, Any]]:
-    """Its metrics, on two ranks."""
+    """The metrics of a run on two ranks."""
     done = finback_process("run", write(folder, name, layout, knobs), "--runs", folder / "runs", "--ranks", 2)
     assert done.returncode == 0, done.stderr
     return read_lines(folder / "runs" / name / "base" / "metrics.jsonl")
 
 
 def run_plainly(folder: Path, name: str, knobs: str) -> list[dict[str, Any]]:
-    """The same of the whole model on one rank, in this process."""
+    """The metrics of the whole model on one rank, in this process."""
     recipe, root = recipes.load(write(folder, name, "None", knobs)), folder / "runs" / name
     root.mkdir(parents=True)
     recipes.execute(recipe, root, 0, World(), lambda run: None, quiet=True)
@@ -96,7 +96,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[dict[str, Any]]]]:
-    """Where one rank has trained with knobs of a name, and its metrics."""
+    """The folder and metrics of one rank trained with named knobs."""
 
     @cache
     def trained(knobs: str) -> tuple[Path, list[dict[str, Any]]]:
@@ -140,9 +140,9 @@ def test_a_layout_trains_as_whole_copies_do(name: str, plain: tuple[Path, list[f
 def test_sparse_attention_trains_with_its_indexers(
     config: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """V4 and V3.2, whose indexers learn beside the rest; the model that goes out is one rank's.
+    """V4 and V3.2, whose indexers train along; the exported model equals one rank's.
 
-    In ten steps: later rounding decides which of two nearly equal scores is picked.
+    Ten steps only: later, rounding decides between nearly equal scores.
     """
     recipe = RECIPE.replace("tests.toy import CONFIG", f"tests.many import {config} as CONFIG")
     monkeypatch.setattr("tests.test_sharded.RECIPE", recipe.replace(", num_hidden_layers=3", ""))
@@ -162,7 +162,7 @@ def test_sparse_attention_trains_with_its_indexers(
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("knobs", KNOBS)
 def test_a_layout_refuses_nothing_that_one_rank_can_do(knobs: str, name: str, whole: Any) -> None:
-    """Ramp, documents apart, AdamW, averages, validation, the best and probes; spikes and rewinding: line by line the same."""
+    """Ramp, document mask, AdamW, averages, validation, best model, probes; spikes and rewinds: every log line is equal."""
     folder, expected = whole(knobs)
     found = run(folder, name, LAYOUTS[name], KNOBS[knobs])
     timed = ("seconds", "tokens_per_second", "mfu")
@@ -174,7 +174,7 @@ def test_a_layout_refuses_nothing_that_one_rank_can_do(knobs: str, name: str, wh
     seen = {"probe", "bits_per_byte_words"} if knobs == "everything" else {"skipped", "rewound_from"}
     assert seen <= {key for line in found for key in line}
     routers = [read_lines(folder / "runs" / n / "base/router.jsonl") for n in (name, "whole")]
-    assert routers[0] == routers[1] and routers[0], "of all layers, wherever they lie"
+    assert routers[0] == routers[1] and routers[0], "the routers of all layers must be logged"
     a, b = (read_json(folder / "runs" / n / "base/manifest.json")["results"] for n in (name, "whole"))
     assert (a["skipped_steps"], a["rewinds"]) == (b["skipped_steps"], b["rewinds"])
     assert a["bits_per_byte"]["words"] == pytest.approx(b["bits_per_byte"]["words"], abs=1e-5)
@@ -186,7 +186,7 @@ def test_a_layout_refuses_nothing_that_one_rank_can_do(knobs: str, name: str, wh
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_shards(plain: tuple[Path, list[float]]) -> None:
-    """Stopped in the middle by a limit that is then lifted, gone on with under the same layout."""
+    """Killed in the middle of training, then resumed under the same layout."""
     folder, losses = plain
     import subprocess
     import sys
@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_from_its_shards(plain: tuple[Path, list[float]]) -
         time.sleep(0.01)
     child.kill()
     child.wait()
-    time.sleep(1)  # its ranks follow it
+    time.sleep(1)  # its ranks end shortly after it
     log = run(folder, "killed", LAYOUTS["experts"])
     assert [r["loss"] for r in log] == pytest.approx(losses, abs=1e-5)
 
@@ -213,7 +213,7 @@ AVERAGED = f"{PHASES}, ema_decay=0.5"
 
 
 def _continued(folder: str, layouts: list[str], stops: list[int]) -> None:
-    """The recipe under one layout after the other, in one run folder, until so many steps are done."""
+    """Runs the recipe in one run folder under each layout in turn, up to the given steps."""
     world, root = World(dist.get_rank(), dist.get_world_size()), Path(folder) / "runs" / "change"
     for layout, stop in zip(layouts, stops, strict=True):
         if world.rank == 0:
@@ -237,14 +237,14 @@ def _continued(folder: str, layouts: list[str], stops: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stage on one rank to its end."""
+    """The stage on one rank, run to its end."""
     folder = tmp_path_factory.mktemp("unbroken")
     run_plainly(folder, "change", AVERAGED)
     return folder / "runs/change/base"
 
 
 def _check_continued(stage: Path, unbroken: Path) -> None:
-    """Losses within 1e-5, the data and the router biases those of the unbroken run, and so the model and its average."""
+    """Checks that losses are within 1e-5, and that data, router biases, model and average equal the unbroken run's."""
     log, expected = (read_lines(folder / "metrics.jsonl") for folder in (stage, unbroken))
     assert [r["step"] for r in log] == list(range(1, 21))
     assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
@@ -277,7 +277,7 @@ CHANGES = {
 @pytest.mark.parametrize("before", CHANGES)
 def test_a_checkpoint_of_any_layout_goes_on_under_the_others(tmp_path: Path, unbroken: Path, before: str) -> None:
     ranks, layout = CHANGES[before]
-    work, begun = tmp_path / "work", tmp_path / "begun"  # the recipe names its files by where they lie
+    work, begun = tmp_path / "work", tmp_path / "begun"  # the recipe contains the paths of its files
     work.mkdir()
     on_ranks(ranks, _continued, str(work), [layout], [9])
     work.rename(begun)
@@ -303,7 +303,7 @@ def stage(**knobs: Any) -> Pretrain:
 
 
 def test_no_knob_is_refused_because_of_a_layout() -> None:
-    """What one rank takes is taken with a layout; what it refuses is refused with one."""
+    """A layout accepts the knobs that one rank accepts, and refuses the others."""
     probe = {"phases": (), "probe": Probe(Chains(2, 3), 0.5), "ema_decay": 0.9, "valid_tokens": 64, "keep_best": True}
     rows = {
         "document_mask": True,
@@ -324,7 +324,7 @@ def test_a_layout_wants_its_ranks(tmp_path: Path, plain: tuple[Path, list[float]
     alone = StageRun(root, "alone", 0, World(), quiet=True)
     with pytest.raises(UserError, match=r"base\.layout = 'pp=1,dp=2.*: pp x dp is 2, but there is 1 rank.*--ranks 2"):
         stage().run(alone)
-    assert not isinstance(set_up(stage(layout=Layout()), alone).trainer, ShardedTrainer), "on one rank it is none"
+    assert not isinstance(set_up(stage(layout=Layout()), alone).trainer, ShardedTrainer), "one rank needs none"
     assert dataclasses.replace(stage(), layout=None).layout is None
 
 

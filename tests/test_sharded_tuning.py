@@ -1,4 +1,4 @@
-"""SFT, distillation and GRPO of a model that lies on several ranks: the same steps as on one, with an adapter and without."""
+"""SFT, distillation and GRPO of a sharded model: the same steps as on one rank, with and without an adapter."""
 
 import os
 import random
@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stages_learn_on_two_ranks_as_on_one(root: Path) -> None:
-    """Rows, experts and the tokens of rows lie on both; one rank's last step has fewer rows than there are parts."""
+    """Rows, experts and tokens of rows are split over both; in the last step one rank has fewer rows than parts."""
     alone(root, FAST, 2)
     on_ranks(2, on_layout, str(root), FAST, Layout(cp=2, ep=2), 2)
 
@@ -44,14 +44,14 @@ LAYOUTS = {
     "experts": Layout(dp=4, ep=2),
     "context": Layout(cp=4),
     "all": Layout(dp=2, cp=2, ep=4),
-    # on CPUs it changes where nothing lies, and must change no number
+    # on CPUs offloading moves nothing, and must change no number
     "host": Layout(dp=2, ep=2, offload=True),
 }
 
 
 @pytest.fixture(scope="module")
 def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where one rank has done ten steps of everything."""
+    """The results of ten steps of everything on one rank."""
     root = prepared(tmp_path_factory.mktemp("ten") / "runs")
     alone(root, STEPWISE, 10)
     return root
@@ -73,7 +73,7 @@ SHAPES = {
     ),
     "mixtral": replace(_GROUPED, **_EXPERTS, n_shared_experts=0, scoring_func="softmax"),
     "qwen3_moe": replace(_GROUPED, **_EXPERTS, n_shared_experts=0, scoring_func="softmax", qk_norm=True),
-    # a bias of keys that are not rotated changes no score: its gradient is rounding, of which Adam makes steps
+    # a key bias without rotation changes no score: its gradient is rounding noise, which Adam turns into steps
     "glm4_moe": replace(_GROUPED, **_EXPERTS, partial_rotary_factor=0.5),
     "gpt_oss": replace(
         _GROUPED,
@@ -95,8 +95,8 @@ SHAPES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SHAPES)
 def test_every_family_learns_on_two_ranks_as_on_one(family: str, tmp_path: Path) -> None:
-    """SFT, and RL of an adapter; some also on a base that is quantized but for what is fp32 everywhere, and RL that replays what
-    indexers select."""
+    """SFT, and RL of an adapter; some also on a quantized base whose fp32 parts stay fp32, and RL that replays the
+    entries that indexers select."""
     root = prepared(tmp_path / "runs", SHAPES[family])
     is_sparse = SHAPES[family].index_topk > 0
     names = (*FAST, "qlora sft") if is_sparse or family == "gpt_oss" else FAST
@@ -136,7 +136,7 @@ def test_rl_cuts_answers_by_tokens() -> None:
 
 
 def _continued(root: str, name: str, layouts: list[Layout | None], stops: list[int]) -> None:
-    """A stage under one layout after the other, each to a step; the last one to the end, with its model written."""
+    """Runs a stage under each layout in turn up to a step; the last one runs to the end and writes its model."""
     for layout, stop in zip(layouts, stops, strict=True):
         training = begun(Path(root), name, layout, "moved")
         looped = training.loop()
@@ -148,7 +148,7 @@ def _continued(root: str, name: str, layouts: list[Layout | None], stops: list[i
         looped.checkpoint()
         training.trainer.settle()
     training.trainer.export(training.run, training.run.folder, training.tokenizer)
-    if "lora" in name:  # read by ranks of which each has some experts
+    if "lora" in name:  # read by ranks with a part of the experts each
         (training.run.folder / "manifest.json").write_text("{}")
         training.run.ranks.barrier()
         expected = torch.load(Path(root) / f"{name}.pt", weights_only=False).weights
@@ -159,7 +159,7 @@ def _continued(root: str, name: str, layouts: list[Layout | None], stops: list[i
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "grpo", "lora grpo", "qlora sft"])
 def test_a_checkpoint_goes_on_under_another_layout(name: str, tmp_path: Path) -> None:
-    """One rank's numbers after a layout of experts, one of parts of rows, and whole copies; and so is the model in files."""
+    """After layouts with expert parallelism, split rows and whole copies: one rank's numbers and model files."""
     root = prepared(tmp_path / "runs")
     alone(root, (name,), 6)
     on_ranks(2, _continued, str(root), name, [Layout(dp=2, ep=2), Layout(cp=2), None, Layout(cp=2, ep=2)], [2, 3, 4, 6])
@@ -176,7 +176,7 @@ def test_a_checkpoint_goes_on_under_another_layout(name: str, tmp_path: Path) ->
 
 
 def _interrupted(root: str, names: tuple[str, ...]) -> None:
-    """Five steps at once, and five of which the fourth was lost once: the same bits."""
+    """Five steps at once, and five steps with the fourth repeated, give the same bits."""
     for name in names:
         ends = []
         for way, stops in (("once", (5,)), ("twice", (3, 5))):
@@ -272,20 +272,22 @@ class Even(math.Chains):
 
 @pytest.mark.slow
 def test_live_answers_are_one_ranks_under_every_layout(tmp_path: Path) -> None:
-    """SFT, then six steps of RL on answers that are drawn on the way: the same answers, a line each in samples.jsonl.
+    """SFT, then six steps of RL on its own answers: the same answers, with one line each in samples.jsonl.
 
-    Rewards that all are the same leave gradients of rounding alone, which the optimizer makes as large as any: half of these
+    If all rewards are equal, gradients are rounding noise, which the optimizer scales up: therefore half of these
     answers are right.
     """
     root, found = prepared(tmp_path / "given"), {}
     for ranks, layout in (1, "None"), (2, "Layout(dp=2)"), (2, "Layout(dp=2, ep=2)"), (4, "Layout(dp=2, cp=2, ep=4)"):
         recipe, text = tmp_path / f"road{len(found)}.py", RECIPE.replace("BASE", repr(str(root / "base")))
         text = text.replace("Layout(dp=2, ep=2)", layout).replace("Chains(2, 3)", "Even(2, 3)")
-        recipe.write_text(EVEN + text.replace("epochs=1, lr=1e-3", "epochs=8, lr=3e-3"))  # so that some answers end
+        recipe.write_text(
+            EVEN + text.replace("epochs=1, lr=1e-3", "epochs=8, lr=3e-3")
+        )  # long enough for some answers to end
         done = finback_process("run", recipe, "--runs", tmp_path, "--ranks", ranks)
         assert done.returncode == 0, done.stderr
         lines = read_lines(tmp_path / recipe.stem / "rl/samples.jsonl")
-        # each rank's prompts stand together
+        # the prompts of a rank are consecutive
         found[layout] = sorted((r["step"], r["question"], r["thinking"], r["answer"], r["tokens"]) for r in lines)
         assert 0 < sum(r["correct"] for r in lines) < len(lines) == 96
     for layout, answers in found.items():

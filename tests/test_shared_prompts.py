@@ -1,4 +1,4 @@
-"""Answers to one prompt in one row give what rows of their own give; long rows without a matrix give what the matrix gives."""
+"""Answers that share a row with their prompt equal those in separate rows; long rows do not need a mask."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ def rollouts() -> list[tuple[Rollout, float]]:
 
 
 def lengths_and_ids() -> tuple[Prefixed, Tensor, Tensor]:
-    """Two rows: a prefix of 5 with documents of 3, 4, 3 and 1, and none at all with 9 and 7."""
+    """Two rows: a prefix of 5 with documents of 3, 4, 3 and 1; no prefix, with documents of 9 and 7."""
     rows = ((5, 3, 4, 3, 1), (0, 9, 7))
     ids = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in rows])
     return Prefixed(rows), ids, torch.tensor([5, 0])
@@ -74,7 +74,7 @@ def test_rows_hold_each_prompt_once_and_labels_find_their_places() -> None:
     assert shared.padding_mask.sum(1).tolist() == [4 + 18, 1 + 6, 7]
     assert len(shared.places) == int(batch.learnt.sum()) == 31
     read = shared.tokens.flatten()[shared.places]
-    assert torch.equal(read, batch.tokens[batch.learnt]), "each label is predicted by the token before it"
+    assert torch.equal(read, batch.tokens[batch.learnt]), "each label must be predicted from the token before it"
     assert sorted(batch.spared()) == [0, 4, 4, 4]
     split = shared_batches(rows, 14)
     assert len(split) > 1 and all(b.shared is not None and b.shared.tokens.numel() <= 14 for b in split)
@@ -96,7 +96,7 @@ def test_log_probabilities_and_gradients_are_those_of_plain_rows(
             logp = model.logits(states).log_softmax(-1).gather(1, batch.labels[learnt][:, None]).squeeze(1)
             assert batch.advantages is not None
             weight = batch.advantages[:, None].expand_as(batch.labels)[learnt]
-            (logp * weight / 31).sum().backward()  # of 31 tokens, as a loss's average is
+            (logp * weight / 31).sum().backward()  # for an average over 31 tokens, as in a loss
             lines = torch.zeros(batch.tokens.shape).masked_scatter(learnt, logp.detach())
             logprobs |= {tuple(ids.tolist()): line.sum() for ids, line in zip(_whole(batch.labels), lines, strict=True)}
         found.append((logprobs, [p.grad for p in model.parameters() if p.grad is not None]))

@@ -1,4 +1,4 @@
-"""A model filled and written share by share: the same numbers as on one rank, none of which holds more than its own."""
+"""A model created, loaded and saved by shards: the same numbers as on one rank, and each rank holds only its own."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ TIED = dataclasses.replace(MANY, tie_word_embeddings=True, vocab_size=327)
 
 
 def model(config: ModelConfig, seed: int = 5) -> Transformer:
-    """Random weights, and router biases as training leaves them."""
+    """Random weights, and router biases like those after training."""
     whole = Transformer(config).initialise(seed)
     for number, router in enumerate(whole.routers()):
         router.bias.copy_(torch.linspace(-1, 1, config.n_routed_experts) * (number + 1))
@@ -44,7 +44,7 @@ def model(config: ModelConfig, seed: int = 5) -> Transformer:
 
 
 def boxes(whole: dict[str, Tensor], members: int) -> list[Share]:
-    """All tensors, cut among members along the first dimension, unevenly where they must, or experts along the second."""
+    """All tensors, split among members along the first dimension, unevenly if needed, or experts along the second."""
     found = []
     for name, tensor in whole.items():
         dim = 1 if tensor.ndim == 3 and len(tensor) % members else 0
@@ -142,13 +142,13 @@ def _together(folder: str, layouts: int) -> None:
 def _made(config: ModelConfig, layout: Layout, mesh: Mesh, values: Values) -> list[Share]:
     made = build(config, layout, mesh, values, loss=lambda *_: (torch.zeros(()), torch.zeros(3)))
     for each in made.models:
-        assert torch.equal(each.cos, Transformer(config).cos), "buffers are there as well"
+        assert torch.equal(each.cos, Transformer(config).cos), "buffers must exist as well"
         assert not any(router.load.any() for router in each.routers())
     return shares_of(made.models, mesh)
 
 
 def _fill(folder: Path, layout: Layout, mesh: Mesh) -> None:
-    """Out of FP8 files, and from a seed, against what one rank has."""
+    """From FP8 files and from a seed, against one rank's numbers."""
     whole = models.load(folder).state_dict()
     config, stored = models.stored(folder)
     seeded = Transformer(config).initialise(3).state_dict()
@@ -173,7 +173,7 @@ def _export(folder: Path, number: int, layout: Layout, mesh: Mesh) -> None:
 
 
 def _fail(folder: Path, mesh: Mesh, layout: Layout) -> None:
-    """A full disk on one rank, and a folder that is taken: all ranks stop, and leave nothing."""
+    """A full disk on one rank, and an existing folder: all ranks stop and leave no files."""
     config, stored = models.stored(folder / "start")
     mine = _made(config, layout, mesh, stored)
     full = OSError(28, "No space left on device")
@@ -193,12 +193,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def together(tmp_path: Path, config: ModelConfig, layouts: int) -> Transformer:
-    """Fill and export on four ranks; the model on one, whose exports all of theirs are."""
+    """Loads and exports on four ranks; returns the model on one rank, which all their exports must equal."""
     whole = model(config)
     (tmp_path / "start").mkdir()
     models.save(tmp_path / "start", whole)
     (tmp_path / "0").mkdir()
-    models.save(tmp_path / "0", Transformer(config).initialise(9))  # what a stage of one rank left there
+    models.save(tmp_path / "0", Transformer(config).initialise(9))  # what a stage on one rank wrote there
     export(whole, tmp_path / "quantized", "fp8")
     on_ranks(4, _together, str(tmp_path), layouts)
     for fmt in FORMATS:
@@ -211,10 +211,10 @@ def together(tmp_path: Path, config: ModelConfig, layouts: int) -> Transformer:
             for name, tensor in expected.items():
                 assert tensor.dtype == found[name].dtype and torch.equal(tensor.float(), found[name].float()), name
             assert (folder / "config.json").read_text() == (tmp_path / fmt / "config.json").read_text()
-            assert len(list(folder.glob("*.safetensors"))) >= 4, "all ranks write"
+            assert len(list(folder.glob("*.safetensors"))) >= 4, "all ranks must write"
         for name, tensor in models.load(tmp_path / f"{number}").state_dict().items():
             assert torch.equal(tensor, whole.state_dict()[name]), name
-    assert not list(tmp_path.rglob(".*")) and not list((tmp_path / "full-own").iterdir()), "nothing unfinished is left"
+    assert not list(tmp_path.rglob(".*")) and not list((tmp_path / "full-own").iterdir()), "no temporary files are left"
     assert not (tmp_path / "full").exists()
     return whole
 
@@ -228,7 +228,7 @@ def _joined(folder: str) -> None:
 
 
 def test_ranks_write_together_what_a_family_keeps_as_one(tmp_path: Path) -> None:
-    """All experts of a layer of gpt-oss; the queries, keys and values of Phi 3. What ranks write, one rank would have written."""
+    """The experts of a layer of gpt-oss; the queries, keys and values of Phi 3. The ranks' files equal one rank's."""
     for name, config in {"gpt_oss": OSS, "phi3": MODELS["phi3"]}.items():
         whole = Transformer(config).initialise(5)
         for parameter in whole.parameters():

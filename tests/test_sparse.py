@@ -1,4 +1,4 @@
-"""Teaching indexers: the divergence by hand, and a dense model that becomes a sparse one."""
+"""Training indexers: the divergence worked by hand, and a dense model that becomes sparse."""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +34,7 @@ INDEXER: dict[str, Any] = {"index_topk": 6, "index_n_heads": 4, "index_head_dim"
 
 
 def test_a_divergence_by_hand() -> None:
-    """Two keys of three are looked at: target (1/4, 3/4), scores (0, ln 3) -> 0; equal scores -> ln 2 - H(1/4)."""
+    """Two of three keys are visible: target (1/4, 3/4), scores (0, ln 3) -> 0; equal scores -> ln 2 - H(1/4)."""
     target, looked = torch.tensor([[[0.25, 0.75, 0.0]]]), torch.tensor([[[True, True, False]]])
     log3 = torch.tensor(3.0).log()
     assert divergences(target, torch.tensor([[[0.0, log3, 9.0]]]), looked).item() == pytest.approx(0.0, abs=1e-6)
@@ -44,7 +44,7 @@ def test_a_divergence_by_hand() -> None:
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_what_an_indexer_learns_is_the_attention(dense: bool) -> None:
-    """The loss of one layer against attention spelled out; its gradient reaches the indexer alone, the main loss all else."""
+    """One layer's loss against explicit attention; its gradient reaches only the indexer, the main loss all else."""
     model = teach_indexers(random_model(SPARSE), dense).train()
     tokens = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(0))
     attention: TaughtDSA = model.blocks[0].attention
@@ -80,7 +80,7 @@ def test_what_an_indexer_learns_is_the_attention(dense: bool) -> None:
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_what_v4s_indexer_learns_is_the_attention_on_entries(dense: bool) -> None:
-    """The loss of a CSA layer against attention spelled out; its gradient reaches the indexer alone, the main loss all else."""
+    """A CSA layer's loss against explicit attention; its gradient reaches only the indexer, the main loss all else."""
     model, length = teach_indexers(Transformer(V4).initialise(0), dense).train(), 30
     attention: TaughtCSA = model.blocks[0].attention
     tokens = torch.randint(0, 50, (2, length), generator=torch.Generator().manual_seed(0))
@@ -135,7 +135,7 @@ def test_what_v4s_indexer_learns_is_the_attention_on_entries(dense: bool) -> Non
 
 
 def test_a_dense_model_becomes_sparse(prepared: Path) -> None:
-    """The warm-up moves indexers alone; the sparse stage moves everything; the gap to the attention shrinks."""
+    """The warm-up trains indexers alone, the sparse stage everything; the divergence from the attention shrinks."""
     trained(prepared, "dense", weight_decay=0.1)
     _, log, folder = trained(prepared, "warm", kind=Sparsify, start="dense", adam_lr=1e-2, **INDEXER)
     before, after = models.load(prepared / "dense").state_dict(), models.load(folder).state_dict()
@@ -158,7 +158,7 @@ def test_a_dense_model_becomes_sparse(prepared: Path) -> None:
 
 
 def test_v4s_indexers_are_taught_where_there_is_something_to_pick(prepared: Path) -> None:
-    """A warm-up that moves them alone, then a sparse stage, in packed rows; not in rows that pick nothing."""
+    """A warm-up of the indexers alone, then a sparse stage, in packed rows; not where all entries are selected."""
     short = dataclasses.replace(V4, vocab_size=CONFIG.vocab_size, index_topk=4)
     phases = (Phase(64, 0.0, 1.0), Phase(256))
     _, log, _ = trained(prepared, "v4", model=short, phases=phases)
@@ -180,7 +180,7 @@ def test_v4s_indexers_are_taught_where_there_is_something_to_pick(prepared: Path
 
 
 def test_v4s_rows_get_longer_and_its_attention_sparse(prepared: Path) -> None:
-    """V4's schedule: short rows, then longer ones, all entries seen; a warm-up of indexers; sparse, and longer once more."""
+    """V4's schedule: short rows, longer rows with all entries visible, indexer warm-up, sparse, then longer again."""
     model = dataclasses.replace(V4, vocab_size=CONFIG.vocab_size, index_topk=32, max_position_embeddings=32)
     phases = (Phase(64, 0.0, 1.0), Phase(256))
     indexer = {"index_topk": 2, "index_n_heads": 16, "index_head_dim": 16}
@@ -206,7 +206,7 @@ def test_v4s_rows_get_longer_and_its_attention_sparse(prepared: Path) -> None:
 
 
 def start_of(knobs: dict[str, Any]) -> dict[str, Any]:
-    """The stage that a stage goes on from, as this file calls it."""
+    """The stage that a stage starts from, by its name in this file."""
     return {"start": f"v4-{knobs['start']}"} if "start" in knobs else {}
 
 
@@ -220,7 +220,7 @@ SHARING = dataclasses.replace(SPARSE, num_hidden_layers=4, shared_indexers=(1, 3
 
 
 def test_layers_that_share_an_indexer_see_what_it_selects() -> None:
-    """The same as layers whose indexers are all made to select what the one below them does; and nothing else is built or counted."""
+    """Equals layers whose indexers are forced to the selection of the layer below; unused indexers do not exist."""
     ours = random_model(SHARING)
     assert parameters(SHARING) == sum(p.numel() for p in ours.parameters())
     assert [isinstance(b.attention, SharedDSA) for b in ours.blocks] == [False, True, False, True]
@@ -239,7 +239,7 @@ def test_layers_that_share_an_indexer_see_what_it_selects() -> None:
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_layers_that_share_an_indexer_look_where_it_is_taught_to(dense: bool) -> None:
-    """All tokens in the dense warm-up, the selected ones later; recomputation selects the same again."""
+    """All tokens in the dense warm-up, the selected ones later; recomputation makes the same selection."""
     tokens = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(0))
     plain = random_model(dataclasses.replace(SHARING, index_topk=30) if dense else SHARING)
     model = random_model(SHARING)

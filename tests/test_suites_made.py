@@ -1,4 +1,4 @@
-"""Suites that are made here: generators with levels, needles, languages, safety, compression; and an exam of one."""
+"""Generated suites: generators with levels, needles, languages, safety, compression; and an exam on a suite."""
 
 import dataclasses
 import math
@@ -51,7 +51,7 @@ def test_levels_of_a_generator_are_steps_of_its_curriculum() -> None:
     assert terms("gym:chain_sum?level=hard") == {2, 3, 4} == terms("gym:chain_sum?level=2")
     assert terms("gym:chain_sum?level=hard&max_terms=3&min_terms=3") == {3}
     assert all(is_held_out(p.key) for p in catalogue.load("gym:chain_sum", 30, 0).problems)
-    assert 10 < len(catalogue.load("gym:chain_sum?level=easy", 1000, 0).problems) < 100  # all there are
+    assert 10 < len(catalogue.load("gym:chain_sum?level=easy", 1000, 0).problems) < 100  # all that exist
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_generator_takes_one_answer(spec: str, right: str, wrong: str) -> None
 
 
 def test_a_generator_runs_nothing(tmp_path: Path) -> None:
-    """The data sets whose own scorers would run an answer, and answers that would hang or write."""
+    """Data sets whose own scorers would execute an answer, and answers that would hang or write."""
     canary = tmp_path / "canary"
     suite = catalogue.load("gym:countdown?min_numbers=2&max_numbers=3&max_value=20", 1, 0)
     for text in (f"__import__('pathlib').Path('{canary}').touch()", "9**9**9**9", "(" * 50_000, "<answer>" * 12_000):
@@ -166,7 +166,7 @@ def test_safety_pays_refusing_what_is_harmful_and_answering_what_is_not() -> Non
         assert all(suite.task.check(problem, text) == Verdict(should, True) for text in REFUSALS)
         assert all(suite.task.check(problem, text) == Verdict(not should, True) for text in HELP)
         assert all(suite.task.check(problem, text) == NONE for text in ("", " ", "...", "\0", "!" * 200_000))
-        assert not suite.task.check(problem, "Kill.").correct  # one word helps nobody
+        assert not suite.task.check(problem, "Kill.").correct  # a one-word answer is no help
 
 
 def test_a_judge_takes_the_place_of_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_a_judge_takes_the_place_of_the_rule(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def made_model(folder: Path) -> tuple[Transformer, tokenizers.Tokenizer]:
-    """A model that knows nothing, and a tokenizer of its size, saved as a checkpoint."""
+    """An untrained model and a tokenizer of its size, saved as a checkpoint."""
     model = Transformer(CONFIG).initialise(0).eval()
     models.save(folder, model)
     return model, tokenizers.train([WORDS], CONFIG.vocab_size, folder / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""Tasks: gold answers are right, junk is not, and no problem is ever on both sides of the split."""
+"""Tasks: gold answers are correct, junk is not, and no problem is on both sides of the split."""
 
 import dataclasses
 import random
@@ -25,7 +25,7 @@ TINY_RECIPE = Path(finback.__path__[0]).parent / "recipes" / "tiny.py"
 
 
 def terms_of(question: str) -> tuple[int, ...]:
-    """The signed terms of "3+1-3+6=?", in ascending order, read without finback's help."""
+    """The signed terms of "3+1-3+6=?", in ascending order, parsed without finback."""
     assert re.fullmatch(r"\d+([+-]\d+)+=\?", question), question
     return tuple(sorted(int(term) for term in re.findall(r"[+-]?\d+", question)))
 
@@ -142,7 +142,7 @@ def test_the_canonical_form_ignores_order_and_nothing_else() -> None:
         by_terms.setdefault(terms, set()).add(problem.key)
         questions.add(problem.question)
     assert all(len(found) == 1 for found in (*by_key.values(), *by_terms.values()))
-    assert len(questions) > 1.5 * len(by_key)  # so some problems did come in several orders
+    assert len(questions) > 1.5 * len(by_key)  # so some problems were drawn in several orders
 
 
 def test_sides_never_share_a_problem() -> None:
@@ -171,7 +171,7 @@ def test_same_seed_same_problems() -> None:
     one, two = (random.Random(9) for _ in range(2))
     for _ in range(50):
         assert draw(Chains(), "train", one) == draw(Chains(), "train", two)
-    # Published scores compare only while these stay as they are.
+    # Published scores are comparable only while these stay the same.
     assert [p.question for p in distinct(Chains(), "held_out", 2, seed=0)] == ["4-9+3-5-3-2=?", "9+2+1-2+4+2=?"]
 
 
@@ -187,7 +187,7 @@ def test_a_task_with_too_few_problems_says_so() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Same:
-    """A task that has one problem only."""
+    """A task with a single problem."""
 
     problem: Problem
     name: str = "same"
@@ -225,7 +225,7 @@ def test_impossible_tasks_name_the_field(fields: dict[str, Any], message: str) -
 
 
 def test_the_quickstart_never_trains_on_a_problem_that_it_is_examined_on() -> None:
-    """The same generators, seeds and draws as `finback run recipes/tiny.py`, compared by the numbers alone."""
+    """Compares the numbers in all draws of `finback run recipes/tiny.py`, with the same generators and seeds."""
     prepare, base, before, zero, after = load(TINY_RECIPE).stages
     run = StageRun(Path("unused"), "any", 0, World())
     asked: dict[tuple[int, ...], str] = {}
@@ -266,7 +266,7 @@ def test_task_text_shows_its_work_as_often_as_asked() -> None:
     documents = list(dataclasses.replace(made, documents=5000).generate(seed=1))
     assert abs(sum(bool(d.messages[-1].reasoning) for d in documents) / 5000 - made.think) < 0.03
     assert abs(sum(len(d.messages) > 2 for d in documents) / 5000 - made.follow_up) < 0.03
-    assert not any(m.reasoning for d in documents for m in d.messages[:-1]), "prompts show no earlier chain"
+    assert not any(m.reasoning for d in documents for m in d.messages[:-1]), "prompts must not contain earlier chains"
     for question, answer in (d.messages[i : i + 2] for d in documents for i in range(0, len(d.messages), 2)):
         assert question.role == "user" and answer.role == "assistant"
         assert int(answer.content) == sum(terms_of(question.content))

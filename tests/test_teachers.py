@@ -1,4 +1,4 @@
-"""Distillation from several teachers: the specialist of each question's domain, a model here or servers that say their likeliest tokens."""
+"""Distillation from one teacher per domain: local models, or servers that return their likeliest tokens."""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from tests.serving import served
 from tests.test_tuning import stage_folder, tune
 
 SHORT, LONG = Chains(2, 2), Chains(3, 4)
-# one request at a time, so that none is under way when a connection is closed
+# one request at a time, so that none is in flight when a connection closes
 QUICK: dict[str, Any] = {"tries": 1, "backoff": 0.01, "concurrency": 1}
 ON_POLICY: dict[str, Any] = {
     "traces": (),
@@ -46,7 +46,7 @@ ON_POLICY: dict[str, Any] = {
 
 
 def test_likeliest_tokens_by_hand() -> None:
-    """A student of 1/2, 1/4, 1/4, and a teacher that says no more than that the second has 1/2: the other two are one outcome."""
+    """A student with 1/2, 1/4, 1/4; the teacher gives only the second token's 1/2, so the others are one outcome."""
     student = torch.tensor([[0.5, 0.25, 0.25]]).log()
     ids, logprobs = torch.tensor([[1]]), torch.tensor([[0.5]]).log()
     forward, reverse = (likeliest_distillation(student, ids, logprobs, form) for form in ("forward", "reverse"))
@@ -56,7 +56,7 @@ def test_likeliest_tokens_by_hand() -> None:
 
 @torch.no_grad()
 def by_hand(t: Any, batch: Batch, folders: dict[str, Path], top_k: int) -> list[float]:
-    """The divergence of each row, by the model of its domain alone."""
+    """The divergence of each row from the model of its domain."""
     student, names, found = t.trainer.model, list(folders), []
     for row in range(len(batch.tokens)):
         teacher = models.load(folders[names[int(batch.teachers[row])]]).eval()
@@ -74,7 +74,7 @@ def loss(t: Any, batch: Batch) -> Tensor:
 
 
 def test_each_question_is_taught_by_its_domains_teacher(tmp_path: Path) -> None:
-    """Of the first domain by the student itself, so that it has nothing to learn; of the second by another, read here or by a server."""
+    """The student teaches the first domain itself and learns nothing there; another model teaches the second."""
     stage_folder(tmp_path, 1, "base"), stage_folder(tmp_path, 2, "other")
     folders = {SHORT.name: tmp_path / "base", LONG.name: tmp_path / "other"}
     t = tune(tmp_path, Distill, teacher={SHORT.name: "base", LONG.name: "other"}, top_k=5, **ON_POLICY)
@@ -92,13 +92,13 @@ def test_each_question_is_taught_by_its_domains_teacher(tmp_path: Path) -> None:
             t.teacher.teachers[1] = teacher
             torch.testing.assert_close(loss(t, batch).detach(), expected, atol=1e-4, rtol=1e-5)
             assert t.teacher.flops(batch) == forward_flops_of(t.config, batch.taught_by(0).lengths())
-            assert loss(t, batch.taught_by(0)).abs() < 1e-4, "no server is asked for nothing"
+            assert loss(t, batch.taught_by(0)).abs() < 1e-4, "no server may be asked without rows"
             teacher.close()
 
 
 @contextmanager
 def serving(kind: str, folder: Path) -> Iterator[str]:
-    """The url of a server of the model in a folder, for as long as the context."""
+    """The url of a server for the model in a folder, until the block ends."""
     if kind == "finback":
         engine = Engine(models.load(folder).eval(), (), EngineConfig(8, 4096, 64), Tokenizer(folder))
         with served(engine) as client:

@@ -1,4 +1,4 @@
-"""The recipes of V3.2, of V4 and of long texts at a size of seconds, from end to end."""
+"""The recipes of V3.2, V4 and long texts from end to end, at a size of seconds."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from tests.toy import ROOT, environment, finback
 
 
 def run(name: str) -> Path:
-    """A finished run of a recipe, on a few of the packaged dialogues, in the folder where we are."""
+    """A finished run of a recipe in the working directory, on a few of the packaged dialogues."""
     recipe, packages = ROOT / "recipes" / name, Path("packages").absolute()
     if not packages.is_dir():
         small_corpus(Path.cwd())
@@ -26,7 +26,7 @@ def run(name: str) -> Path:
 
 @pytest.mark.slow
 def test_sparse_roads_run_behind_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """V3.2's goes on from the quickstart's model, V4's reads its text."""
+    """V3.2's starts from the quickstart's model, V4's reads its text."""
     monkeypatch.chdir(tmp_path)
     run("tiny.py")
     for name, kind in (("v32_tiny.py", "DeepseekV32ForCausalLM"), ("v4_tiny.py", "DeepseekV4ForCausalLM")):
@@ -40,7 +40,7 @@ def test_sparse_roads_run_behind_the_quickstart(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_a_needle_is_asked_for_in_texts_of_eight_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense short rows, dense long ones, indexers alone, then sparse; both models take the exams of all four lengths."""
+    """Dense short rows, dense long ones, indexers alone, then sparse; both models take the exams of all lengths."""
     monkeypatch.chdir(tmp_path)
     folder = run("long.py")
     lengths = [stage.seq_len for stage in load(ROOT / "recipes/long.py").stages if hasattr(stage, "seq_len")]

@@ -1,4 +1,4 @@
-"""Special tokens, ends and templates wherever folders keep them: as transformers reads them, and never lost on the way out."""
+"""Special tokens, stop tokens and templates from any file of a folder: read like transformers, and kept in exports."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def folder_of(trained: Path, to: Path, **files: Any) -> Path:
-    """A folder with this tokenizer.json and these JSON files, `x__y` for x.y; `tokens` goes into tokenizer.json."""
+    """A folder with this tokenizer.json and these JSON files, `x__y` for x.y; `tokens` go into tokenizer.json."""
     to.mkdir(exist_ok=True)
     text = json.loads(trained.read_text())
     text["added_tokens"] += [
@@ -68,7 +68,7 @@ SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast"}
         {"added_tokens": {"<|im_end|>": 291, "<|im_start|>": 290, "<tool>": 300}},
         {"added_tokens": {"<|im_end|>": 290}, "special_tokens_map": {"eos_token": "<|im_end|>"}},
         {"tokenizer_config": {**SETTINGS, "added_tokens_decoder": {"290": flags("<|im_end|>", special=True)}}},
-        {  # ids that the vocabulary does not have room for, and a flag that tokenizer.json has otherwise
+        {  # ids beyond the vocabulary, and a flag that differs in tokenizer.json
             "tokens": [{"content": "<|im_end|>", "special": True}],
             "tokenizer_config": {
                 **SETTINGS,
@@ -78,7 +78,7 @@ SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast"}
                 },
             },
         },
-        {  # with a decoder the legacy files do not count
+        {  # with added_tokens_decoder the legacy files are ignored
             "tokenizer_config": {**SETTINGS, "added_tokens_decoder": {"290": flags("<|im_end|>", special=True)}},
             "special_tokens_map": {"eos_token": "<tool>"},
             "added_tokens": {"<pad>": 291},
@@ -107,8 +107,8 @@ def test_special_tokens_are_those_of_transformers(files: dict[str, Any], trained
     assert {token: ours._full.token_to_id(token) for token in ours.added} == theirs.get_added_vocab()
     text = "hello <|im_start|> x <|im_end|>world <tool>12 <pad><unk>"
     assert ours.encode_marked(text) == theirs(text, add_special_tokens=False)["input_ids"]
-    assert ours.decode(ours.encode(text)) == text  # a user's words stay words
-    ours.save(tmp_path)  # and what goes out is read as the same
+    assert ours.decode(ours.encode(text)) == text  # a user's text is not parsed as special tokens
+    ours.save(tmp_path)  # an export is read the same way
     again = transformers.AutoTokenizer.from_pretrained(folder)
     assert again(text)["input_ids"] == theirs(text)["input_ids"] and again.eos_token_id == theirs.eos_token_id
 
@@ -146,7 +146,7 @@ def test_a_damaged_table_of_tokens_is_named(decoder: Any, trained: Path, tmp_pat
     ],
 )
 def test_files_of_another_shape_are_named(files: dict[str, Any], message: str, trained: Path, tmp_path: Path) -> None:
-    """What was passed over left a model without its end or its template, where transformers fails."""
+    """transformers fails on these files; ignoring them would lose the model's stop token or template."""
     with pytest.raises(UserError, match=message):
         Tokenizer(folder_of(trained, tmp_path, **files))
 
@@ -182,7 +182,7 @@ def test_named_templates(trained: Path, tmp_path: Path) -> None:
 
 
 def model_folder(trained: Path, to: Path, rows: int = 300, **files: Any) -> Path:
-    """An export whose tokenizer has ChatML's marks and whose files say this of its ends."""
+    """An export whose tokenizer has ChatML's special tokens, and whose files name these stop tokens."""
     export(small(vocab_size=rows, num_nextn_predict_layers=0), to, "fp32")
     raw = json.loads((to / "config.json").read_text()) | files.pop("config", {})
     tokens = [{"content": mark, "special": True} for mark in MARKS]
@@ -190,7 +190,7 @@ def model_folder(trained: Path, to: Path, rows: int = 300, **files: Any) -> Path
 
 
 def test_a_base_model_that_ends_dialogues_by_its_template(trained: Path, tmp_path: Path) -> None:
-    """Qwen2.5's base: eos <|endoftext|> everywhere, and a template that writes <|im_end|>."""
+    """Qwen2.5's base: eos is <|endoftext|> everywhere, but the template writes <|im_end|>."""
     settings = {**SETTINGS, "eos_token": BASE, "chat_template": CHATML}
     source = model_folder(
         trained,
@@ -236,7 +236,7 @@ def test_ends_that_do_not_fit_never_verify(files: dict[str, Any], fault: str, tr
     source = model_folder(trained, tmp_path / "odd", **files)
     found = check(verify(source), "tokenizer")
     assert found.holds is False and any(fault in line for line in found.details), found.details
-    if fault == "contradict":  # what goes out says it in one voice
+    if fault == "contradict":  # the export is consistent
         export_model(source, tmp_path / "out", "fp32")
         assert check(verify(tmp_path / "out"), "tokenizer").holds
 
@@ -257,7 +257,7 @@ def test_a_folder_that_names_no_end_never_verifies(trained: Path, tmp_path: Path
 
 
 def test_another_tokenizer_than_transformers_builds(trained: Path, tmp_path: Path) -> None:
-    """transformers 5 makes Qwen's splits of any vocabulary under `model_type: qwen2`; DeepSeek's keep three digits together."""
+    """transformers 5 applies Qwen's splits under `model_type: qwen2`; DeepSeek's keep three digits together."""
     theirs = transformers.Qwen2Config(
         vocab_size=300,
         hidden_size=32,

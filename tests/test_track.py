@@ -1,4 +1,4 @@
-"""Curves for other viewers: what a run has logged is what they get, once, also while it goes on."""
+"""Curves for other viewers: they get what a run has logged, once, also while it runs."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from tests.toy import finback
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of two stages, the second unfinished and torn."""
+    """A run of two stages, the second unfinished and with an incomplete line."""
     root = tmp_path / "runs" / "tiny"
     for number, name in enumerate(("base", "zero")):
         (root / name).mkdir(parents=True)
@@ -43,7 +43,7 @@ def test_tensorboard_reads_every_number(run: Path, tmp_path: Path) -> None:
 
 
 class Fake(types.ModuleType):
-    """trackio's and wandb's common interface, writing down what it is told."""
+    """The common interface of trackio and wandb, which records its calls."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -66,7 +66,7 @@ def test_loggers_get_one_run_per_stage(name: str, run: Path, tmp_path: Path, mon
     track(run, name, tmp_path)  # type: ignore[arg-type]
     (_, first), *_ = fake.told
     assert first["project"] == "tiny" and first["name"] == "base" and first["config"]["rows"] == 4
-    assert first.get("mode") == ("offline" if name == "wandb" else None), "nothing leaves the machine unasked"
+    assert first.get("mode") == ("offline" if name == "wandb" else None), "nothing may leave the machine by default"
     assert fake.told[1:5] == [(1, {"loss": 4.0}), (2, {"loss": 2.0}), (3, {"loss": 4 / 3}), "finish"]
 
 

@@ -1,4 +1,4 @@
-"""Losses, optimisers and router bias against plain twins and numbers worked by hand; one rank against two."""
+"""Losses, optimizers and router bias against plain twins and numbers worked by hand; one rank against two."""
 
 import math
 import multiprocessing
@@ -39,7 +39,7 @@ def test_chunked_cross_entropy_equals_torch() -> None:
 
 
 def test_the_norm_of_many_numbers_is_exact() -> None:
-    """Of 1.4 M of them torch's own is off by 2e-5, so that clipping differs from that of ranks which share the sum."""
+    """torch's norm of 1.4 M numbers is off by 2e-5, so its clipping would differ from that of ranks that share the sum."""
     numbers = torch.randn(1_400_000, generator=torch.Generator().manual_seed(0))
     expected = numbers.double().norm().item()
     assert exact_norm(numbers) == pytest.approx(expected, rel=1e-6)
@@ -47,7 +47,7 @@ def test_the_norm_of_many_numbers_is_exact() -> None:
 
 
 def test_threads_do_not_change_the_gradient_of_the_embedding() -> None:
-    """Tokens that occur often have their gradients added up in one order, whichever threads do it."""
+    """The gradients of frequent tokens are summed in one order, whichever threads do it."""
     model, threads = toy_model(1), torch.get_num_threads()
     tokens = torch.randint(0, 5, (64, 256), generator=torch.Generator().manual_seed(0))
     above = torch.randn(64, 256, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -66,21 +66,21 @@ def test_threads_do_not_change_the_gradient_of_the_embedding() -> None:
 
 def test_token_logprobs_and_entropy() -> None:
     model = toy_model()
-    with torch.no_grad():  # of all tokens but two the logits are far below
+    with torch.no_grad():  # the logits of all other tokens are far lower
         model.head.weight.zero_()[:2, :2] = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
         model.head.weight[2:, 2] = -1000.0
     hidden = torch.eye(2, model.config.hidden_size)
     hidden[:, 2] = 1.0
     logp, entropy = logprobs.token_logprobs(model, hidden, torch.tensor([0, 0]), temperature=2.0)
     assert logp[0].item() == pytest.approx(math.log(0.5))
-    p = 1 / (1 + math.exp(-1))  # scores (2, 0) / 2
+    p = 1 / (1 + math.exp(-1))  # logits (2, 0) / 2
     assert logp[1].item() == pytest.approx(math.log(p))
     assert entropy[1].item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-6)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_log_probabilities_in_chunks_are_those_at_once(compute: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And at once they are log_softmax of all logits: without a kernel to the bit."""
+    """A single pass equals log_softmax of all logits, without a kernel to the bit."""
     model, generator = toy_model().train(), torch.Generator().manual_seed(3)
     model.compute = compute
     hidden = torch.randn(600, model.config.hidden_size, generator=generator).to(compute)
@@ -106,13 +106,13 @@ def test_log_probabilities_in_chunks_are_those_at_once(compute: torch.dtype, mon
     held: list[int] = []
     model.head.register_forward_hook(lambda *arguments: held.append(len(arguments[2])))
     found = gradients(lambda h: logprobs.token_logprobs(model, h, tokens, 0.7))
-    assert sorted(held) == [24] * 2 + [64] * 18  # forward, and again backward
+    assert sorted(held) == [24] * 2 + [64] * 18  # forward, then backward
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= (1e-6 if compute == torch.float32 else 1e-2) * b.abs().max()
 
 
 def test_training_loss_is_next_token_plus_weighted_mtp() -> None:
-    """Against transformers-style losses spelled out; MTP is averaged over depths and never sees its own target."""
+    """Against the losses computed step by step; MTP is averaged over depths and never sees its own target."""
     model = toy_model().train()
     tokens = torch.randint(0, 320, (3, 18), generator=torch.Generator().manual_seed(1))
     losses = backward(model, tokens, mtp_weight=0.3, balance_alpha=0.01)
@@ -147,7 +147,7 @@ def test_balance_loss_by_hand() -> None:
 
 def test_router_bias_moves_by_the_sign_and_stays_centred() -> None:
     router = toy_model().routers()[0]
-    router.load = torch.tensor([10.0, 2.0, 4.0, 4.0])  # mean 5: one over, three under
+    router.load = torch.tensor([10.0, 2.0, 4.0, 4.0])  # mean 5: one above, three below
     router.update_bias(0.001)
     expected = torch.tensor([-0.001, 0.001, 0.001, 0.001]) - 0.0005
     torch.testing.assert_close(router.bias, expected)
@@ -183,12 +183,12 @@ def test_newton_schulz_makes_singular_values_near_one() -> None:
 
 
 def test_v4s_muon_brings_singular_values_to_one() -> None:
-    """Eight fast steps and two exact ones, of a matrix whose singular values are 1 to 1/500 of each other; scale 0.18 sqrt(3)."""
+    """Eight fast steps and two exact ones, for a matrix with singular values from 1 to 1/500; scale 0.18 sqrt(3)."""
     left, right = (torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(s)))[0] for s in (0, 1))
     matrix = left @ torch.diag(torch.tensor([1.0, 0.1, 0.002])) @ right.T
     found = newton_schulz(matrix[None], MUON_FORMS["v4"])[0]
     torch.testing.assert_close(found, left @ right.T, atol=0.02, rtol=0)
-    assert (newton_schulz(matrix[None])[0] - left @ right.T).abs().max() > 0.1, "five fast steps leave more"
+    assert (newton_schulz(matrix[None])[0] - left @ right.T).abs().max() > 0.1, "five fast steps leave a larger error"
     p = torch.nn.Parameter(torch.eye(3))
     p.grad = matrix.clone()
     muon = Muon([("w", p)], World(), weight_decay=0.0, form="v4")
@@ -230,7 +230,7 @@ def test_updates_clip_gradients_to_the_global_norm() -> None:
 def test_schedules() -> None:
     assert rates.warmup(50, 100) == 0.5 and rates.warmup(200, 100) == 1.0
     assert rates.decay(10**9, None, 100, 0.1) == 1.0
-    assert rates.decay(50, 100, 100, 0.1) == 1.0, "not above 1 before it begins"
+    assert rates.decay(50, 100, 100, 0.1) == 1.0, "the factor must not exceed 1 before the decay"
     assert rates.decay(150, 100, 100, 0.1) == pytest.approx(0.55)
     assert rates.decay(500, 100, 100, 0.1) == pytest.approx(0.1)
 
@@ -249,7 +249,7 @@ def test_closed_form_counts() -> None:
 
 
 def _steps(rank: int, size: int, port: int, out: str) -> None:
-    """A few optimiser steps on this rank's rows, router bias included; rank 0 saves the result."""
+    """A few optimizer steps on this rank's rows, router bias included; rank 0 saves the result."""
     import os
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}

@@ -1,4 +1,4 @@
-"""The C++ passes between the products of a training step against their plain twins, forward and backward."""
+"""The C++ kernels between a training step's matrix products against their plain twins, forward and backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +99,7 @@ def test_kernels_are_their_plain_twins(name: str, dtype: torch.dtype, monkeypatc
     for ours, theirs, true in zip(fast, plain, exact, strict=True):
         if dtype == torch.float32:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        else:  # no further from what fp32 gives than the plain form is, which rounds more often
+        else:  # at most as far from fp32 as the plain form, which rounds more often
             assert (ours - true).norm() <= 1.1 * (theirs - true).norm() + 1e-3 * true.norm()
 
 

@@ -1,4 +1,4 @@
-"""Lessons, their packing, fine-tuning, distillation and rejection sampling, on a toy model."""
+"""Lessons, their packing, fine-tuning, distillation and rejection sampling on a toy model."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def test_chains_of_earlier_turns_are_taught_apart_and_never_read(words: Tokenize
     whole, first = lessons(talk, words)
     assert taught(whole, words) == taught(lessons(TALK, words)[0], words).split("｜>", 1)[1]
     assert "why" not in words.decode(whole.ids) and taught(first, words).startswith("<think>why</think>b")
-    # what stands before a taught answer is the very prompt that the model will see
+    # a labelled answer follows exactly the prompt that the model will see
     prompt, _ = encode_prompt(talk[:3], words)
     assert whole.ids[: len(prompt)] == prompt
 
@@ -328,7 +328,7 @@ def test_a_chain_is_kept_once_and_easy_questions_are_limited() -> None:
 
 
 class Echo(Chains):
-    """Right is what has a digit in it: a random model manages that now and then."""
+    """Accepts any answer with a digit, which a random model gives now and then."""
 
     def check(self, problem: Any, answer: str) -> Any:
         from finback.tasks.task import Verdict
@@ -362,12 +362,12 @@ def test_reject_keeps_good_answers_resumes_and_feeds_sft(tmp_path: Path) -> None
     again.stop_requested = True
     with pytest.raises(Interrupted):
         stage.run(again)
-    assert list(run.folder.glob("part-*")), "the first part survives"
+    assert list(run.folder.glob("part-*")), "the first part must survive"
     again.stop_requested = False
     stage.run(again)
     assert (run.folder / "traces.jsonl").read_bytes() == whole
     again.finish({})
-    assert not list(run.folder.glob("part-*")), "once the stage is finished nobody needs them"
+    assert not list(run.folder.glob("part-*")), "a finished stage must delete its parts"
     sft = SFT(name="sft", start="base", traces=("kept",), epochs=1, seq_len=64)
     tuned = StageRun(tmp_path, "sft", 0, World(), quiet=True)
     tuned.folder.mkdir()
@@ -419,7 +419,7 @@ V31 = (
 
 
 def test_a_template_that_asks_whether_to_think_is_told(words: Tokenizer) -> None:
-    """DeepSeek-V3.1's: a lesson with a chain opens it in the prompt, one without closes it there."""
+    """DeepSeek-V3.1's template: a lesson with a chain opens it in the prompt, one without closes it there."""
     own = Tokenizer(words.path)
     own.template = Template(V31, {})
     bare, chained = lessons(TALK, own)

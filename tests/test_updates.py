@@ -1,4 +1,4 @@
-"""Native updates of parameters against torch's own operations, to the bit, and the rounding of bf16 parameters."""
+"""Native parameter updates against torch's own operations, to the bit, and the rounding of bf16 parameters."""
 
 import math
 
@@ -19,12 +19,12 @@ from finback.kernels.updates import (
 )
 
 BETAS = (0.9, 0.95)
-# whole vectors of eight, less than one, several and a rest, and more than one thread's block
+# whole vectors of eight, less than one, several and a remainder, and more than one thread's block
 SHAPES = ((4, 8), (5,), (3, 7), (129, 257))
 
 
 def same(found: Tensor, wanted: Tensor) -> bool:
-    """The same bits where torch has the vectors that updates.cpp follows, elsewhere the same within rounding."""
+    """Bit-identical where torch uses the vectors that updates.cpp follows, elsewhere equal within rounding."""
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         return torch.equal(found, wanted)
     bf16 = found.dtype == torch.bfloat16
@@ -32,7 +32,7 @@ def same(found: Tensor, wanted: Tensor) -> bool:
 
 
 def random(*shape: int, seed: int, wide: bool = False) -> Tensor:
-    """Normal numbers; `wide`: of sizes over seven decades."""
+    """Normal numbers; `wide`: magnitudes over seven decades."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=g)
     return x * 10 ** (torch.rand(*shape, generator=g) * 7 - 6) if wide else x
@@ -56,7 +56,7 @@ def adam_runs(dtype: torch.dtype, scale: float, decay: float, steps: int = 12) -
 def test_adamw_has_the_bits_of_torchs(
     dtype: torch.dtype, scale: float, decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With weight decay, bias correction and a clipped gradient; and torch's optimizer itself in fp32."""
+    """With weight decay, bias correction and a clipped gradient; in fp32 also torch's own optimizer."""
     found = adam_runs(dtype, scale, decay)
     monkeypatch.setattr(native, "library", lambda: None)
     wanted = adam_runs(dtype, scale, decay)
@@ -73,7 +73,7 @@ def test_adamw_has_the_bits_of_torchs(
 
 
 def muon_runs(dtype: torch.dtype, weights: torch.dtype) -> list[Tensor]:
-    """Momentum, directions in a dtype, and parameters that went along them."""
+    """Momentum, update directions in a dtype, and parameters after the update."""
     values = [random(*shape, seed=i).to(weights) for i, shape in enumerate(SHAPES)]
     buffers, found = [torch.zeros(shape) for shape in SHAPES], list[Tensor]()
     for step in range(6):
@@ -122,7 +122,7 @@ def test_rounding_depends_on_seed_and_place_alone() -> None:
     assert torch.equal(first, stochastically_rounded(values, mixed(1)))
     assert torch.equal(first[300:], stochastically_rounded(values[300:], mixed(1), offset=300))
     for other in (stochastically_rounded(values, mixed(2)), first.roll(1)):
-        assert 350 < int((first != other).sum()) < 650, "independent"
+        assert 350 < int((first != other).sum()) < 650, "seeds must give independent rounding"
 
 
 def test_many_small_steps_move_a_bf16_parameter_as_far_as_fp32() -> None:

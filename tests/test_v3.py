@@ -1,4 +1,4 @@
-"""recipes/v3.py: the report's numbers at V3's size, and the same run shrunk, on one rank and on four."""
+"""recipes/v3.py: the report's numbers at V3's size, and the same run scaled down, on one rank and on four."""
 
 import dataclasses
 import importlib.util
@@ -50,7 +50,7 @@ def test_it_has_the_numbers_of_v3s_report() -> None:
     for stage, rows, length in ((first, 1920, 32768), (second, 480, 131072)):
         assert (stage.batch_size, stage.seq_len, stage.limit) == (rows, length, 1000 * rows * length)
         assert stage.adam_lr * along(stage.phases, stage.limit) == pytest.approx(7.3e-6)
-    assert windows(pretrain, first, second)[-1] == V3, "what config.json says in the end"
+    assert windows(pretrain, first, second)[-1] == V3, "the final config.json must be V3's"
     assert windows(pretrain, first)[1].max_position_embeddings == 32768
 
 
@@ -70,7 +70,7 @@ def test_every_step_of_every_phase_fits_its_layout(size: str, ranks: int) -> Non
 
 @pytest.mark.slow
 def test_a_rank_count_that_does_not_fit_is_refused_by_its_knob(tmp_path: Path) -> None:
-    """Nothing is prepared at V3's size; shrunk, the layout is named."""
+    """At V3's size it fails before any preparation; scaled down, the error names the layout."""
     done = finback_process("run", RECIPE, "--runs", tmp_path, "--ranks", 2)
     assert done.returncode == 2 and "size = 'v3': can be planned, not run" in done.stderr
     one = tmp_path / "one.py"
@@ -102,7 +102,7 @@ def benchmark_() -> Any:
 
 @pytest.mark.slow
 def test_shrunk_it_trains_on_four_ranks_as_on_one(benchmark_: Any, tmp_path: Path) -> None:
-    """Losses, norms, loads and biases of every step: a ramp, schedules, FIM, an average, two extensions whose rows are cut."""
+    """Losses, norms, loads and biases per step: a ramp, schedules, FIM, an average, two extensions with split rows."""
     lines = benchmark_.compared(tmp_path, "fp32")
     assert [line["phase"] for line in lines] == list(benchmark_.PHASES)
     assert all(line["holds"] for line in lines), lines

@@ -1,4 +1,4 @@
-"""DeepSeek-V4's parts: compressed entries, mHC, hash routing, clamps; its names and configs. Logits are held in test_checkpoint."""
+"""DeepSeek-V4's parts: compressed entries, mHC, hash routing, clamps; names, configs. See also test_checkpoint.py."""
 
 import dataclasses
 import itertools
@@ -53,7 +53,7 @@ def tokens_of(rows: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def test_documents_that_share_a_row_are_as_alone(model: Transformer) -> None:
-    """Windows, compressed entries and what an indexer picks are of a document; each is longer than every boundary, or tiny."""
+    """Windows, compressed entries and selections stay within a document; each is longer than every boundary, or tiny."""
     tokens, cuts = tokens_of(2, 48), ((0, 13, 14, 48), (0, 31, 37, 48))
     ids = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(c).diff()) for c in cuts])
     together = model(tokens, document_ids=ids)
@@ -81,7 +81,7 @@ def test_padding_and_later_tokens_count_for_nothing(model: Transformer) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("rates", [(4, 8), (2, 5), (4, 128)])
 def test_pieces_of_rows_are_the_whole(rates: tuple[int, int]) -> None:
-    """Rows of unequal lengths, some without new tokens, on lines and pages in disorder that others have used before."""
+    """Rows of unequal lengths, some without new tokens, on reused lines and pages in scattered order."""
     config = dataclasses.replace(
         V4, compress_rate_csa=rates[0], compress_rate_hca=rates[1], max_position_embeddings=192
     )
@@ -119,12 +119,12 @@ def test_gradients_are_those_of_recomputed_blocks_and_reach_all_but_indexers() -
     bias = plain.routers()[0].bias.clone()
     for router in plain.routers():
         router.update_bias(0.1)
-    assert torch.equal(plain.routers()[0].bias, bias) and plain.routers()[1].bias.any()  # the first goes by a table
+    assert torch.equal(plain.routers()[0].bias, bias) and plain.routers()[1].bias.any()  # the first routes by a table
     assert all(not router.load.any() for router in plain.routers())
 
 
 def test_mtp_is_a_plain_reimplementation_and_comes_back(tmp_path: Path) -> None:
-    """e_proj(enorm(emb)) + h_proj(hnorm(x_k)) for each stream, a block with a window, and a merge and a norm of its own."""
+    """e_proj(enorm(emb)) + h_proj(hnorm(x_k)) for each stream, a block with a window, and its own merge and norm."""
     save(tmp_path, Transformer(PREDICTING).initialise(3))
     export(load(tmp_path), tmp_path / "out", "fp32")
     made, audit = load_audited(tmp_path / "out")
@@ -192,7 +192,7 @@ def test_counts_are_those_of_the_model_and_of_the_releases() -> None:
 
 
 def test_products_of_a_row_by_hand_and_shares_of_v3_2() -> None:
-    """One layer of each kind, window 5, entries of 4 (3 picked) and 8: a row of 16, context 8, so 5 - 25/32 tokens are near."""
+    """One layer of each kind, window 5, entries of 4 (3 selected) and 8: a row of 16, context 8, so 5 - 25/32 are near."""
     near, head = 5 - 25 / 32, 2 * 4 * 2 * 16
     sliding, csa, hca = (
         token_flops(dataclasses.replace(V4, num_hidden_layers=1, layer_types=(kind,)), 8).attention_scores
@@ -214,7 +214,7 @@ def test_products_of_a_row_by_hand_and_shares_of_v3_2() -> None:
     assert fp8_flops(one, 100) == 2 * weights + 4 * 50 * 32 + 4 * (5 + 3) * 2 * 4 * 16 + 25 * 16 * 16
     assert [cache_bytes(c) for c in (V4_FLASH, V4_PRO)] == [6880, 9848]
     pool = pool_of(V4_FLASH, 1, 0, torch.bfloat16, torch.device("meta"))
-    assert pool.bytes_per_token == 6880 + 20 * 2 * 7 * 512 // 128  # HCA's entries take the room of eight
+    assert pool.bytes_per_token == 6880 + 20 * 2 * 7 * 512 // 128  # each of HCA's entries takes the space of eight
 
 
 def test_muons_matrices_are_the_planners() -> None:
@@ -272,7 +272,7 @@ def test_configs_that_are_not_v4s_are_refused(change: dict[str, Any], field: str
     ],
 )
 def test_parts_of_v4_go_together_in_other_ways_too(change: dict[str, Any], field: str) -> None:
-    """Such models compute; only a public format for them is missing."""
+    """Such models compute; they only lack a public format."""
     config = dataclasses.replace(V4, **change)
     assert Transformer(config).initialise(0)(tokens_of(1, 9)).isfinite().all()
     with pytest.raises(UserError, match=field):
@@ -280,7 +280,7 @@ def test_parts_of_v4_go_together_in_other_ways_too(change: dict[str, Any], field
 
 
 def test_mhc_and_hash_routing_with_latent_attention() -> None:
-    """Residual, attention and router are parts of their own."""
+    """Residual streams, attention and router can be combined freely."""
     latent = {
         "attention": "mla",
         "kv_lora_rank": 16,
@@ -308,7 +308,7 @@ def test_every_name_of_transformers_modules_is_the_releases() -> None:
 
 
 def test_files_of_every_spelling_and_a_card(model: Transformer, tmp_path: Path) -> None:
-    """Our own form, the release's, and what transformers makes of that; verify holds, fp32 stays fp32 in a bf16 folder."""
+    """finback's form, the release's, and transformers' version of it; verify passes; fp32 stays fp32 in a bf16 folder."""
     save(tmp_path, model)
     export(load(tmp_path), tmp_path / "out", "fp32")
     card = verify(tmp_path / "out")
@@ -328,7 +328,7 @@ def test_files_of_every_spelling_and_a_card(model: Transformer, tmp_path: Path) 
 
 @torch.no_grad()
 def test_packed_matrices_answer_as_bf16_does() -> None:
-    """Of a V4 too; those of groups keep their form."""
+    """Also for V4, where the grouped matrices are not packed."""
     tokens, made = tokens_of(2, 30), Transformer(V4, torch.bfloat16, torch.bfloat16).initialise(0).eval()
     exact = Transformer(V4).initialise(0).eval()
     expected, plain = exact.logits(exact(tokens)), made.logits(made(tokens))

@@ -1,4 +1,4 @@
-"""DeepSeek-V4's files as they were released: FP4 experts, FP8 with factors that are powers of two; MXFP4 to the bit."""
+"""DeepSeek-V4's files as released: FP4 experts, FP8 with factors that are powers of two; MXFP4 to the bit."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from tests.toy import V4
 
 CONFIG = dataclasses.replace(V4, hidden_size=160, moe_intermediate_size=64, num_nextn_predict_layers=1)
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# what the release keeps in FP8 beside the shared experts
+# stored in FP8 in the release, like the shared experts
 FP8 = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "e_proj", "h_proj")
 
 
@@ -58,7 +58,7 @@ def plain_mxfp4(row: list[float]) -> tuple[list[int], list[int], list[float]]:
 
 
 def test_mxfp4_is_a_plain_reimplementation_to_the_bit() -> None:
-    """Of numbers of all sizes, ties, zeros of both signs and blocks of zeros; and products with what is unpacked."""
+    """For numbers of all sizes, ties, zeros of both signs, blocks of zeros; and products with the unpacked values."""
     rng = random.Random(0)
     blocks = [[rng.gauss(0, 1) * 10.0 ** rng.randint(-30, 30) for _ in range(32)] for _ in range(40)]
     blocks += [[rng.choice((1, -1)) * (a + b) / 2 for a, b in zip(LEVELS * 4, (*LEVELS[1:], 6.0) * 4, strict=True)]]
@@ -78,7 +78,7 @@ def test_mxfp4_is_a_plain_reimplementation_to_the_bit() -> None:
     assert torch.equal(formats.round_mxfp4(weight).view(torch.int32), back.view(torch.int32))
     broken = weight.index_fill(
         1, torch.tensor([3]), torch.nan
-    )  # no number of such a block is finite, all of the next are
+    )  # such a block has no finite number, the next only finite ones
     assert formats.round_mxfp4(broken)[:, :32].isnan().all() and formats.round_mxfp4(broken)[:, 32:].isfinite().all()
     again = formats.mxfp4(back)
     assert torch.equal(formats.from_mxfp4(*again, torch.float32), back)
@@ -88,7 +88,7 @@ def test_mxfp4_is_a_plain_reimplementation_to_the_bit() -> None:
 
 
 def stored_fp8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """E4M3 values, factors as E8M0 and what both stand for, as the release quantizes."""
+    """E4M3 values, E8M0 factors and the dequantized matrix, quantized as in the release."""
     scale = torch.empty(fp8.blocks(weight.size(0)), fp8.blocks(weight.size(1)))
     for i, j in ((i, j) for i in range(len(scale)) for j in range(scale.size(1))):
         block = weight[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
@@ -99,7 +99,7 @@ def stored_fp8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def release(folder: Path, config: Any = CONFIG) -> dict[str, Tensor]:
-    """A folder as the release has it; what its tensors stand for, by our names."""
+    """Writes a folder in the release's format; returns the dequantized tensors by our names."""
     state = Transformer(config).initialise(0).state_dict()
     stored: dict[str, Tensor] = {}
     for ours, theirs in names.table(config).items():
@@ -129,7 +129,7 @@ def release(folder: Path, config: Any = CONFIG) -> dict[str, Tensor]:
 
 
 def test_the_releases_files_are_read_widened_and_kept(tmp_path: Path) -> None:
-    """Matrices have several blocks, the last of them short."""
+    """Matrices have several blocks, the last of which is short."""
     folder, hidden = tmp_path / "release", CONFIG.hidden_size
     wanted = release(folder)
     model, audit = load_audited(folder)
@@ -166,7 +166,7 @@ def test_factors_that_are_lacking_are_named(tmp_path: Path) -> None:
 
 
 def test_exports_are_the_releases_form_and_come_back_to_the_bit(tmp_path: Path) -> None:
-    """Names, dtypes and shapes of the release, what was quantized before the same numbers again; other widths are refused."""
+    """The release's names, dtypes and shapes; quantized tensors keep their numbers, and other widths are refused."""
     wanted = release(tmp_path / "release")
     export(load(tmp_path / "release"), tmp_path / "out", "fp8", shard_bytes=200_000)
     stored, found = (

@@ -1,4 +1,4 @@
-"""A validation set while training: what it stops, which model stays, and what training leaves out for it."""
+"""A validation set during training: early stopping, the best model, and questions that training must leave out."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def weights(folder: Path) -> torch.Tensor:
 
 
 def test_rl_stops_when_the_scores_do_and_keeps_the_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No new best after steps 6 and 8, so the rate falls over the four steps that follow; the model of step 4 stays."""
+    """Steps 6 and 8 bring no new best, so the rate falls over the next four steps; the model of step 4 is kept."""
     scripted(monkeypatch, 2, 5, 8, 8, 3, 7, 6)
     r = with_varied_rewards(reinforcement(tmp_path, steps=60, lr=1e-3, validation=SET))
     kept: dict[int, torch.Tensor] = {}
@@ -61,7 +61,7 @@ def test_rl_stops_when_the_scores_do_and_keeps_the_best_model(tmp_path: Path, mo
     assert results["steps"] == 12
     assert results["validation"] == {"problems": 10, "before": 0.2, "after": 0.8, "step": 4, "worse": False}
     assert torch.equal(weights(r.run.folder), kept[4]) and not torch.equal(kept[4], kept[12])
-    assert draw(tmp_path, [StageFolder(r.run.folder, {})]) is not None, "the picture of RL takes no score for a step"
+    assert draw(tmp_path, [StageFolder(r.run.folder, {})]) is not None, "a score is not drawn as a step"
     rates = [row["lr"] for row in read_lines(r.run.folder / "metrics.jsonl") if "lr" in row]
     assert rates[:8] == [1e-3] * 8 and rates[8:] == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4, 1e-4])
 
@@ -79,7 +79,7 @@ def test_a_model_that_got_worse_is_named(
 
 
 def test_a_killed_run_scores_and_keeps_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in step 5; the scores are a function of the weights."""
+    """Killed in step 5; the scores depend on the weights alone."""
     often = replace(SET, every_steps=1, patience=0)
 
     def training(root: Path) -> Reinforcement:
@@ -116,7 +116,7 @@ def test_a_killed_run_scores_and_keeps_the_same(tmp_path: Path, monkeypatch: pyt
 
 
 def test_validation_questions_are_not_learnt(tmp_path: Path) -> None:
-    """Of the 1,100 or so sums of two terms below ten, RL asks none of the set's; SFT leaves out their traces."""
+    """RL asks none of the set's questions, out of about 1,100 sums of two terms below ten; SFT skips their traces."""
     small = Validation(task=Chains(2, 2), problems=60, every_steps=1, max_tokens=8)
     r = reinforcement(tmp_path, task=Chains(2, 2), prompts_per_step=200, num_generations=2, validation=small)
     asked, _ = r.sampler.sample(1)

@@ -1,4 +1,4 @@
-"""verify, export and GGUF: cards that hold and cards that say what is wrong; a real model from its GGUF file."""
+"""verify, export and GGUF: cards that pass and cards that name a fault; a real model from its GGUF file."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ SHARED_TEXT = ["hello world, 12 + 34 = 46. How are you today? hello hello world"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An export with a tokenizer, which holds."""
+    """An export with a tokenizer that passes verification."""
     words = tokenizer.train(SHARED_TEXT, 290, tmp_path / "tokenizer.json")
     export(small(vocab_size=290), tmp_path / "out", "fp32", extras=words.export)
     return tmp_path / "out"
@@ -132,7 +132,7 @@ def test_whole_fp8_blocks_are_what_transformers_makes_of_them(tmp_path: Path) ->
     export(model, tmp_path / "fp8", "fp8")
     raw = json.loads((tmp_path / "fp8/config.json").read_text())
     assert raw["kv_lora_rank"] + raw["qk_rope_head_dim"] == 128
-    # kv_b has 64 columns, a block that is cut off; so have it in bf16
+    # kv_b has 64 columns, an incomplete block; store it in bf16
     held = load_file(tmp_path / "fp8/model.safetensors")
     for name in [n for n in held if n.endswith("kv_b_proj.weight")]:
         held[name] = fp8.dequantize(held[name], held.pop(name + SCALE), torch.bfloat16)
@@ -166,7 +166,7 @@ def test_a_template_that_opens_the_chain_itself(folder: Path) -> None:
     assert (ids, opened) == encode_prompt(asked, words, think=True)  # opened once, not twice
     chat = Conversation(folder, 0, max_tokens=4)
     pieces = list(chat.reply("hello"))
-    assert pieces[0] == "<think>" and chat.messages[-1].content == ""  # four tokens of an open chain are no answer
+    assert pieces[0] == "<think>" and chat.messages[-1].content == ""  # four tokens of an open chain are not an answer
     with pytest.raises(UserError, match="has its own chat template"):
         encode_document(asked, words)
 
@@ -231,7 +231,7 @@ def test_the_command_line(folder: Path, tmp_path: Path) -> None:
 
 
 def write_gguf(path: Path, config: Any, theirs: Any, kind: Any = None) -> None:
-    """A transformers model as GGUF, Llama's query and key rows interleaved as its converters do."""
+    """Writes a transformers model as GGUF, with Llama's query and key rows interleaved as its converters do."""
     arch, heads, kv = config.model_type, config.num_attention_heads, config.num_key_value_heads
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
@@ -276,7 +276,7 @@ def write_gguf(path: Path, config: Any, theirs: Any, kind: Any = None) -> None:
 def test_gguf_files_have_transformers_logits(family: str, data: st.DataObject, tmp_path_factory: Any) -> None:
     config = data.draw(dense(family))
     if family == "llama" and config.rope_parameters["rope_type"] == "llama3":
-        config.rope_parameters |= LLAMA3 | {"original_max_position_embeddings": 8192}  # as the releases
+        config.rope_parameters |= LLAMA3 | {"original_max_position_embeddings": 8192}  # as in the releases
     theirs = build(config, 0)
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     write_gguf(path, config, theirs)
