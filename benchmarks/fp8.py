@@ -97,7 +97,7 @@ def train_all(options: argparse.Namespace) -> bool:
 
 
 def smooth(losses: Sequence[float], window: int) -> list[float]:
-    """Means over the last `window` steps, from the first step that has so many behind it."""
+    """Means over the last `window` steps, from step `window` on."""
     return [statistics.fmean(losses[end - window : end]) for end in range(window, len(losses) + 1)]
 
 

@@ -31,7 +31,7 @@ from finback.tasks.math import Chains
 
 CHAINS = Chains(min_terms=4, max_terms=6)
 LR = 1e-6  # TRL's default: small enough for answers to keep their lengths
-STEPS = 64  # questions drawn for TRL's data set; it repeats after so many steps
+STEPS = 64  # questions drawn for TRL's data set; it repeats after this many steps
 
 
 def reward(answer: Sequence[int]) -> float:

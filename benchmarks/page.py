@@ -47,7 +47,7 @@ BLOCKS = (
 
 
 def text_of(tokens: int) -> str:
-    """Text of about so many tokens of four characters: paragraphs with some lists, code, tables and equations."""
+    """Text of about `tokens` tokens of four characters: paragraphs with some lists, code, tables and equations."""
     parts: list[str] = []
     size = 0
     for n in range(tokens):

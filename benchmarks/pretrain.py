@@ -57,7 +57,7 @@ def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds
 
 
 def beside_busy(quiet: Sequence[Contestant], tokens: int, rounds: int) -> dict[str, Any]:
-    """finback's layouts alone and beside one process that spins, one step each, in turns.
+    """finback's layouts, without and with another process that keeps a core busy, one step each, alternating.
 
     All wait passively, as finback's launcher sets it; the threaded layout also by OpenMP's default, and actively.
     """

@@ -1,6 +1,6 @@
 """Three ways to distill one teacher into one student. Uses the results of recipes/r1.py: run that first.
 
-Traces alone, as R1 did it; the teacher's probabilities on the same traces; and its probabilities on the student's own
+Traces only, as in R1; the teacher's probabilities on the same traces; and its probabilities on the student's own
 answers. All three see about as many tokens.
 """
 

@@ -187,7 +187,7 @@ def _python() -> Iterator[str]:
                 if METHOD.fullmatch(method) and callable(getattr(value, method)) and function.__doc__:
                     yield f"```python\n{_signature(method, getattr(value, method))}\n```"
                     yield docstring(function.__doc__)
-    yield "Stages, which `finback` offers too, have a page [of their own](stages.md)."
+    yield "`finback` also exports the stages, which have [their own page](stages.md)."
 
 
 def _signature(name: str, value: Any) -> str:

@@ -21,7 +21,7 @@ NAMESPACE = "finback"
 
 @dataclass(frozen=True)
 class Room:
-    """The resources that a fleet wants from Ray."""
+    """The resources that a fleet needs from Ray."""
 
     # prefix of its actors' names, followed by a number
     name: str

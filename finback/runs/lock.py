@@ -119,7 +119,7 @@ def _create(path: Path, text: str) -> bool:
 
 
 def _demand_dead(root: Path, theirs: dict[str, Any], job: str) -> None:
-    """Raises UserError unless the owner of a folder is known to be dead; flock already tells about owners on this machine."""
+    """Raises UserError unless the owner of a folder is known to be dead; flock already detects most owners on this machine."""
     if theirs.get("host") == platform.node():
         if _is_alive(theirs):
             raise _taken(root, theirs)

@@ -47,7 +47,7 @@ class Stage:
 
     # knobs that do not change the result: they may change in a half-finished stage
     free: ClassVar[frozenset[str]] = frozenset({"checkpoint_steps", "max_gap", "patience", "rollouts", "workers"})
-    # knobs whose files the stage reads again by itself when they change
+    # knobs whose files the stage itself reads again when they change
     watched: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ class GRPO(Stage):
     overlong_penalty: float = 0.5
     # exclude answers that were cut off, from the loss and from their group's mean and standard deviation
     mask_truncated: bool = False
-    # replace the reference model of objective.beta by the policy every so many steps; 0: never
+    # replace the reference model of objective.beta by the policy every this many steps; 0: never
     reference_steps: int = 0
     # compute each prompt once for all its answers in the update: faster if prompts are long
     share_prompts: bool = False
@@ -110,7 +110,7 @@ class GRPO(Stage):
     shuffle_rewards: bool = False
     # stop if the log-probabilities of trainer and engine differ by more on average (nats per token); None: 1e-2 in fp32, 0.2 in bf16
     max_gap: float | None = None
-    # stop after so many steps in a row without a gradient, successfully if every answer was right; 0: never
+    # stop after this many steps in a row without a gradient, successfully if every answer was right; 0: never
     patience: int = 20
     # precision of trainer and engine; in bf16 the gap between them is about a thousand times as large
     compute: Literal["fp32", "bf16"] = "fp32"

@@ -224,7 +224,7 @@ def origin(source: Source | TaskText, documents: int) -> dict[str, Any]:
 def _interleave(document: Document, made: TaskText, share: float, rng: random.Random) -> Document:
     """With probability `share`, inserts a problem and its answer between two turns; half of these dialogues end there.
 
-    This teaches a model to switch between dialogue and arithmetic. Validation documents stay as they are.
+    This teaches a model to switch between dialogue and arithmetic. Validation documents are not changed.
     """
     chosen = rng.random() < share
     if not chosen or not document.messages or pack.is_validation(document.plain):

@@ -106,7 +106,7 @@ class Pretrain(Stage):
     ema_decay: float = 0.0
     # skip steps whose loss is this many standard deviations above normal; 0: never
     spike_sigma: float = 8.0
-    # after so many skipped steps in a row, return to the last checkpoint and continue with the data that follow
+    # after this many skipped steps in a row, return to the last checkpoint and continue with the data that follow
     spike_patience: int = 3
     # after such a return, the number of steps with V4's anticipatory routing: experts chosen by older weights; 0: none
     anticipatory_steps: int = 0
@@ -124,7 +124,7 @@ class Pretrain(Stage):
     expert_kernel: ExpertKernel = "auto"
     # fuse elementwise operations with torch.compile: faster steps, but the first may take a minute longer
     compile: bool = False
-    # measure compression of validation text every so many tokens; 0: only at the end
+    # measure compression of validation text every this many tokens; 0: only at the end
     valid_tokens: int = 0
     # write the model with the best compression to <stage>/best
     keep_best: bool = False
@@ -230,7 +230,7 @@ class Pretrain(Stage):
     def describe(self, results: dict[str, Any]) -> str:
         reached, router = results["probe_reached"], results["router_last_100_steps"]
         if reached is None:
-            end = "ended at its token limit (no probe asked for)"
+            end = "ended at its token limit (no probe was set)"
         elif reached:
             end = f"passed its probe ({results['probe_best']:.0%}) at {results['probe_passed_at_tokens']:,} tokens"
         else:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from finback.stages.pretrain import Pretrain, Probe
 
 STATE = ("decay_start", "passed_at", "best_probe", "tokens", "best_bits", "skipped", "rewinds")
-REWINDS = 5  # after so many, the weights or learning rates are at fault, and other data will not help
+REWINDS = 5  # after this many, the weights or learning rates are at fault, and other data will not help
 
 
 class Pretraining(Training):

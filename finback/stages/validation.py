@@ -69,7 +69,7 @@ class Validation:
         return frozenset(key for p in self.questions(run) for key in (p.key, canonical(p.question)))
 
     def generates(self, steps: int) -> int:
-        """Upper bound of the tokens generated over so many steps."""
+        """Upper bound of the tokens generated over `steps` steps."""
         return (2 + steps // self.every_steps) * self.problems * self.max_tokens
 
 

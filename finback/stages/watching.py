@@ -46,7 +46,7 @@ class Watch:
             raise UserError("watch.prompts", self.prompts, "no prompts", "Give a tuple of texts.")
 
     def generates(self, steps: int, max_tokens: int) -> int:
-        """Upper bound of the tokens generated over so many steps."""
+        """Upper bound of the tokens generated over `steps` steps."""
         return (1 + steps // self.every_steps) * len(self.prompts) * max_tokens
 
 
