@@ -80,7 +80,7 @@ def blocks(page: Path) -> list[Block]:
 def small_corpus(folder: Path) -> Path:
     """Writes a package that replaces the dialogues' by its first few; returns the path to import it from."""
     spec = importlib.util.find_spec("chitchat_dataset")
-    assert spec is not None and spec.origin is not None, "the dialogues are installed"
+    assert spec is not None and spec.origin is not None, "the dialogues are not installed"
     dialogues = json.loads(Path(spec.origin).with_name("dataset.json").read_text(encoding="utf-8"))
     package = folder / "packages/chitchat_dataset"
     package.mkdir(parents=True)

@@ -95,13 +95,13 @@ class FakeEngineServer:
 
     def _made(self, ids: list[int], sampling: SamplingParams, seed: int) -> Completion:
         with self._lock:
-            assert not self.released, "it sleeps"
+            assert not self.released, "the engine is asleep"
             self.answered += 1
             return self.engine.generate([ids], sampling, [seed])[0]
 
     def _load(self, path: str) -> None:
         with self._lock:
-            assert "weights" not in self.released, "there is no room for them"
+            assert "weights" not in self.released, "the memory for weights is released"
             self.engine = self._engine(Path(path))
 
     def _engine(self, folder: Path) -> Engine:

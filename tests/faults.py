@@ -197,7 +197,7 @@ class Trial:
         """Waits until a process reports the cause."""
         while words not in self.cluster.text(mark):
             if time.monotonic() - begin > WITHIN:
-                self.wrong.append(f"{kind}: nobody said {words!r} within {WITHIN:.0f} s")
+                self.wrong.append(f"{kind}: no process reported {words!r} within {WITHIN:.0f} s")
                 return
             time.sleep(0.1)
         self.said.setdefault(kind, []).append(round(time.monotonic() - begin, 1))
@@ -212,7 +212,7 @@ class Trial:
             if not ends and "resumed at step" in cluster.text(mark):
                 return
             if time.monotonic() - begin > LIMIT:
-                self.wrong.append(f"{kind}: neither at an end nor gone on after {LIMIT:.0f} s")
+                self.wrong.append(f"{kind}: neither ended nor resumed after {LIMIT:.0f} s")
                 cluster.end()
                 break
             time.sleep(0.1)
@@ -243,22 +243,22 @@ class Trial:
             if self.cluster.is_finished():
                 return
             if time.monotonic() - begin > LIMIT or self.cluster.has_ended():
-                self.wrong.append(f"{kind}: not gone on with {self.cluster.text(mark)[-600:]}")
+                self.wrong.append(f"{kind}: did not resume: {self.cluster.text(mark)[-600:]}")
                 return
             time.sleep(0.1)
         step = int(found[0].replace(",", ""))
         is_damaged = kind in ("flip shard", "cut manifest", "drop manifest")
         if step < expected or (is_damaged and step != expected):
-            self.wrong.append(f"{kind}: gone on from step {step}, not {expected}")
+            self.wrong.append(f"{kind}: resumed from step {step}, not {expected}")
         if is_damaged and "falling back to the previous checkpoint" not in self.cluster.text(mark):
-            self.wrong.append(f"{kind}: passed over without a word")
+            self.wrong.append(f"{kind}: skipped the damaged checkpoint without a message")
 
     def _advance(self, step: int) -> bool:
         """Waits for this step; False if training has ended, successfully or not."""
         begin, cluster = time.monotonic(), self.cluster
         while cluster.step() < step and not cluster.is_finished():
             if cluster.has_ended() or time.monotonic() - begin > 2 * LIMIT:
-                self.wrong.append(f"stands at step {cluster.step()}: {cluster.text()[-600:]}")
+                self.wrong.append(f"stuck at step {cluster.step()}: {cluster.text()[-600:]}")
                 return False
             time.sleep(0.05)
         return not cluster.is_finished()
@@ -269,7 +269,7 @@ def compare(root: Path, whole: Path, steps: int) -> list[str]:
     ours, theirs = (read_lines(r / "runs/faults/base/metrics.jsonl") for r in (root, whole))
     wrong = []
     if [r["step"] for r in ours] != list(range(1, steps + 1)):
-        wrong.append("steps are missing or learnt twice")
+        wrong.append("steps are missing or repeated")
     if [r["loss"] for r in ours] != [r["loss"] for r in theirs]:
         wrong.append("losses differ")
     one, two = (models.load(r / "runs/faults/base").state_dict() for r in (root, whole))

@@ -1,7 +1,7 @@
 """Runs in a separate environment (`make test-slow` creates it): what transformers and peft compute for given cases.
 
-A case on stdin names a base in Hugging Face's files and either an adapter to load or the settings of one to create. The
-answer, a safetensors file, has logits, the next-token loss, the adapter's gradients, and the adapter after one AdamW step.
+A case on stdin names a base in Hugging Face's files and either an adapter to load or the settings of one to create.
+The answer, a safetensors file, has logits, next-token loss, adapter gradients, and the adapter after one AdamW step.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Runs in a separate environment (`make test-slow` creates it): V4's and V4.1's prompts and answers by DeepSeek's recipe,
-and V3.2's prompts by SGLang."""
+"""Runs in a separate environment (`make test-slow` creates it): V4's and V4.1's prompts and answers by DeepSeek's
+recipe, and V3.2's prompts by SGLang."""
 
 import importlib.util
 import json

@@ -108,7 +108,7 @@ def test_a_server_that_does_not_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIENTS.is_file(), reason="no clients installed; `make test-slow` does it")
+@pytest.mark.skipif(not CLIENTS.is_file(), reason="no clients installed; `make test-slow` installs them")
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_real_one_through_the_command(chat: bool, tmp_path: Path) -> None:
     lines = [json.dumps({"question": f"{i}+{i}=", "answer": str(2 * i)}) for i in range(6)]
@@ -173,7 +173,7 @@ TEXTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIENTS.is_file(), reason="no clients installed; `make test-slow` does it")
+@pytest.mark.skipif(not CLIENTS.is_file(), reason="no clients installed; `make test-slow` installs them")
 @pytest.mark.parametrize("shots", [0, 3])
 def test_the_real_one_scores_choices_as_we_do(shots: int, tmp_path: Path) -> None:
     """acc and acc_norm of the harness and of `?score=` on the same questions, to the digit."""

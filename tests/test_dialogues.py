@@ -41,7 +41,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
 @pytest.mark.parametrize(
     ("record", "turns"),
     [
-        # ShareGPT and its relatives
+        # ShareGPT and similar formats
         ({"conversations": [{"from": "human", "value": "4+5?"}, {"from": "gpt", "value": "9"}]}, (USER, ANSWER)),
         ({"conversations": [{"from": "user", "value": "4+5?"}, {"from": "Assistant", "value": "9"}]}, (USER, ANSWER)),
         ({"conversation": [ASKED, SAID]}, (USER, ANSWER)),

@@ -87,7 +87,7 @@ def test_what_must_answer_at_once_does_not_wait_for_torch() -> None:
     assert subprocess.run(command, capture_output=True, check=True, cwd=PACKAGE.parent).stdout == b"False\n"
 
 
-# ---- limits of the house -----------------------------------------------------------------------------------------------
+# ---- house limits ------------------------------------------------------------------------------------------------------
 
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 300, 50, 8
 

@@ -114,7 +114,7 @@ def test_runs_of_adapters_survive_kills_and_agree_on_two_ranks(tmp_path: Path) -
 
     for stage in ("cold", "rl"):
         assert (killed / stage / WEIGHTS_FILE).read_bytes() == (whole / stage / WEIGHTS_FILE).read_bytes(), stage
-    # SFT only: with equal rewards RL's gradient is rounding noise, which Adam turns into steps (see test_sharded_tuning.py)
+    # SFT only: with equal rewards RL's gradient is rounding noise (test_sharded_tuning.py tests RL)
     recipe = (tmp_path / "r.py").read_text()
     (tmp_path / "r.py").write_text(recipe[: recipe.index("    GRPO(")] + "]\n")
     assert ends_whole(start(tmp_path, "two", ranks=2))

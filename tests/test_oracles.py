@@ -50,7 +50,7 @@ def ours(t: dict[str, Tensor], aim: Objective) -> tuple[float, Tensor]:
 
 def asked(cases: list[dict[str, Any]]) -> list[Any]:
     if not PYTHON.exists():
-        pytest.skip("TRL and verl are not installed; `make test-slow` does it")
+        pytest.skip("TRL and verl are not installed; `make test-slow` installs them")
     given = json.dumps([c | {"tensors": {k: v.tolist() for k, v in c["tensors"].items()}} for c in cases])
     done = subprocess.run([PYTHON, ROOT / "tests/oracles.py"], input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -35,7 +35,7 @@ def base(family: str, folder: Path) -> Path:
 
 def asked(cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
     if not PYTHON.exists():
-        pytest.skip("peft is not installed; `make test-slow` does it")
+        pytest.skip("peft is not installed; `make test-slow` installs it")
     given = json.dumps([{"ids": ROWS.tolist(), "lr": LR} | case for case in cases])
     script = ROOT / "tests/peft_oracle.py"
     done = subprocess.run([PYTHON, script], input=given, capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1"})

@@ -154,7 +154,7 @@ def test_a_template_beside_a_gguf_file_is_read(tmp_path: Path) -> None:
     assert Tokenizer(tmp_path / "m.gguf").settings["chat_template"] == R1_TEMPLATE
 
 
-# what is said
+# the errors
 
 
 def adapter(folder: Path) -> None:

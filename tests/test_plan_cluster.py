@@ -46,7 +46,7 @@ def test_what_deepseek_published_comes_out() -> None:
     for name in ("V3 H800-hours per trillion tokens", "V3 dollars in all", "R1 dollars"):
         assert abs(claims[name].off) < 0.1, claims[name]
     shares = [round(claim.ours) for what, claim in claims.items() if what.startswith("V4")]
-    assert shares == [10, 27], "single-token FLOPs in FP8's"
+    assert shares == [10, 27], "in single-token FLOPs of FP8"
     assert all(claim.rule and claim.source for claim in claims.values())
     # by hand from first principles: 250.456 GFLOPs over 38.94 % of 987.9 TFLOPS
     by_hand = 250.455926784e9 * 1e12 / (0.3894 * 432e12 / 0.4373) / 3600
@@ -394,4 +394,4 @@ def test_small_steps_have_a_floor() -> None:
         cost.step(V3, large, H800, 0.5, hardware.assumptions([f"launch={launch}"], H800)[0]).seconds
         for launch in ("5e-6", "0")
     ]
-    assert times[0] == times[1], "V3's kernels are long"
+    assert times[0] == times[1], "V3's kernels take longer than a launch"

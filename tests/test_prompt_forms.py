@@ -449,7 +449,7 @@ def test_answers_are_read_back_whole_and_streamed(form: str, made: Any) -> None:
 def test_five_hundred_dialogues_against_the_recipe_and_sglang(form: str, tmp_path: Path) -> None:
     """Compares the text, the ids in V4's vocabulary, and the message parsed from the answer."""
     if not PYTHON.exists() or not V4_WORDS.is_dir():
-        pytest.skip("deepseek-recipe and SGLang are not installed; `make test-slow` does it")
+        pytest.skip("deepseek-recipe and SGLang are not installed; `make test-slow` installs them")
     shutil.copytree(V4_WORDS, tmp_path, dirs_exist_ok=True)
     state = json.loads((tmp_path / "tokenizer.json").read_text())
     if form == "v4.1":

@@ -1,4 +1,4 @@
-"""Questions from files: gold answers pass, double answers earn nothing, hostile text does nothing, bad files are refused."""
+"""Questions from files: gold answers pass, double and hostile answers earn nothing, bad files are refused by name."""
 
 import contextlib
 import dataclasses

@@ -16,7 +16,7 @@ from tests.serving import KEY, Scripted, served, small_tokenizer
 PYTHON = Path(sys.prefix) / "clients" / "bin" / "python"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.is_file(), reason="no clients installed; `make test-slow` does it"),
+    pytest.mark.skipif(not PYTHON.is_file(), reason="no clients installed; `make test-slow` installs them"),
 ]
 
 GENERATE = """

@@ -19,7 +19,7 @@ CLIENTS = Path(os.environ.get("FINBACK_CLIENTS") or Path(sys.prefix) / "clients"
 PYTHON, NODE = CLIENTS / "bin" / "python", CLIENTS / "js"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not NODE.is_dir(), reason="no clients installed; `make test-slow` does it"),
+    pytest.mark.skipif(not NODE.is_dir(), reason="no clients installed; `make test-slow` installs them"),
 ]
 
 CALL = (

@@ -102,7 +102,7 @@ SAIL = {
 
 @pytest.mark.parametrize("form", WRITTEN)
 def test_demanded_calls_in_dsml_are_as_the_form_writes_them(form: str) -> None:
-    """Accepts calls that fit the schemas, parses them back unchanged, rejects others; `now` takes nothing, `any` all."""
+    """Accepts calls that fit the schemas, reads them back unchanged, rejects others; `now` takes nothing, `any` all."""
     own = copy.copy(small_tokenizer())  # shared with other tests
     own.form = form
     functions = [("sail", SAIL), ("now", None), ("any", {"type": "object"})]

@@ -137,7 +137,7 @@ def message(reply: httpx.Response) -> dict[str, Any]:
 
 
 def test_prompts_go_where_they_were_read() -> None:
-    """Two prompts with a common prefix go to one replica unless it is much busier; a failed one is avoided for a while."""
+    """Two prompts with a common prefix go to one replica unless it is busier; a failed one is avoided for a while."""
     one, two = (VllmReplica(f"http://127.0.0.1:{port}", "m") for port in (1, 2))
     router = ReplicaRouter([one, two])
     long = list(range(3 * BLOCK))

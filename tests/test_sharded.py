@@ -162,7 +162,7 @@ def test_sparse_attention_trains_with_its_indexers(
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("knobs", KNOBS)
 def test_a_layout_refuses_nothing_that_one_rank_can_do(knobs: str, name: str, whole: Any) -> None:
-    """Ramp, document mask, AdamW, averages, validation, best model, probes; spikes and rewinds: every log line is equal."""
+    """Ramp, document mask, AdamW, averages, validation, best model, probes; spikes and rewinds: all log lines equal."""
     folder, expected = whole(knobs)
     found = run(folder, name, LAYOUTS[name], KNOBS[knobs])
     timed = ("seconds", "tokens_per_second", "mfu")

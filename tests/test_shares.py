@@ -28,7 +28,7 @@ from tests.many import MANY, on_ranks, pipeline
 from tests.test_context import OSS
 from tests.test_gguf_export import MODELS
 
-# matrices of several FP8 blocks, none a whole number of them high
+# matrices of several FP8 blocks, whose heights are not multiples of a block
 WIDE = dataclasses.replace(
     MANY, hidden_size=160, intermediate_size=300, moe_intermediate_size=140, num_hidden_layers=2, n_routed_experts=4
 )

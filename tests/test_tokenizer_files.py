@@ -178,7 +178,7 @@ def test_named_templates(trained: Path, tmp_path: Path) -> None:
     assert written(()) == "for processors"
 
 
-# ends
+# stop tokens
 
 
 def model_folder(trained: Path, to: Path, rows: int = 300, **files: Any) -> Path:

@@ -39,7 +39,7 @@ def test_chunked_cross_entropy_equals_torch() -> None:
 
 
 def test_the_norm_of_many_numbers_is_exact() -> None:
-    """torch's norm of 1.4 M numbers is off by 2e-5, so its clipping would differ from that of ranks that share the sum."""
+    """torch's norm of 1.4 M numbers is off by 2e-5: clipping would differ from that of ranks that share the sum."""
     numbers = torch.randn(1_400_000, generator=torch.Generator().manual_seed(0))
     expected = numbers.double().norm().item()
     assert exact_norm(numbers) == pytest.approx(expected, rel=1e-6)

@@ -18,7 +18,7 @@ from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
 from finback.train.loss import cross_entropy
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler here")
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 Outputs = Tensor | tuple[Tensor, ...]
 IDS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 9])
 

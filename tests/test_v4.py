@@ -53,7 +53,7 @@ def tokens_of(rows: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def test_documents_that_share_a_row_are_as_alone(model: Transformer) -> None:
-    """Windows, compressed entries and selections stay within a document; each is longer than every boundary, or tiny."""
+    """Windows, compressed entries and selections stay within a document; each exceeds every boundary, or is tiny."""
     tokens, cuts = tokens_of(2, 48), ((0, 13, 14, 48), (0, 31, 37, 48))
     ids = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(c).diff()) for c in cuts])
     together = model(tokens, document_ids=ids)
@@ -192,7 +192,7 @@ def test_counts_are_those_of_the_model_and_of_the_releases() -> None:
 
 
 def test_products_of_a_row_by_hand_and_shares_of_v3_2() -> None:
-    """One layer of each kind, window 5, entries of 4 (3 selected) and 8: a row of 16, context 8, so 5 - 25/32 are near."""
+    """One layer of each kind, window 5, entries of 4 (3 selected) and 8: a row of 16, context 8; 5 - 25/32 are near."""
     near, head = 5 - 25 / 32, 2 * 4 * 2 * 16
     sliding, csa, hca = (
         token_flops(dataclasses.replace(V4, num_hidden_layers=1, layer_types=(kind,)), 8).attention_scores
@@ -308,7 +308,7 @@ def test_every_name_of_transformers_modules_is_the_releases() -> None:
 
 
 def test_files_of_every_spelling_and_a_card(model: Transformer, tmp_path: Path) -> None:
-    """finback's form, the release's, and transformers' version of it; verify passes; fp32 stays fp32 in a bf16 folder."""
+    """finback's form, the release's, and transformers' version of it; verify passes; fp32 stays in a bf16 folder."""
     save(tmp_path, model)
     export(load(tmp_path), tmp_path / "out", "fp32")
     card = verify(tmp_path / "out")

@@ -219,8 +219,8 @@ def compared(found: Outcome, one: Outcome, within: float = 1e-5) -> None:
 
 
 def with_gradient(name: str, tensor: Tensor) -> Tensor:
-    """Drops the parts with which V4's first layer reads and mixes its 4 streams. The streams are equal there, and the next
-    norm removes the scale, so their gradient is rounding noise, which Adam turns into full steps."""
+    """Drops the parts with which V4's first layer reads and mixes its 4 streams. The streams are equal there, and the
+    next norm removes the scale, so their gradient is rounding noise, which Adam turns into full steps."""
     if not name.startswith("blocks.0.attention_mix."):
         return tensor
     return tensor[1:2] if name.endswith(".scale") else tensor[4:8]
