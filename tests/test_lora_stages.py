@@ -87,7 +87,7 @@ def test_an_adapter_goes_on_learning_or_is_merged_where_all_weights_learn(tmp_pa
     )
     named = tune(tmp_path, name="named", start=f"{tmp_path}/base+{tmp_path}/tuned")
     assert torch.equal(logits(named.trainer.model.eval()), logits(whole.trainer.model.eval()))
-    with pytest.raises(UserError, match=r"base = '.*other'.*weights are not those"):
+    with pytest.raises(UserError, match=r"base = '.*other'.*its weights differ from those"):
         models.load(Path(f"{tmp_path}/other+{tmp_path}/tuned"))
 
 
