@@ -349,7 +349,7 @@ def test_weights_that_travel_in_bf16_train_like_those_in_fp32(tmp_path: Path) ->
 
 
 def _levels(start: str) -> None:
-    """A pipeline that stops computing the MTP loss at some step, and one that continues with trained biases."""
+    """A pipeline that starts from trained biases and stops computing the MTP loss at some step."""
     many = ShardedTrainer(MANY, pipeline("1f1b"), ROWS, models.stored(Path(start))[1])
     assert all(router.bias.tolist() == list(range(8)) for router in many.routers)
     for weight in (0.3, 0.3, 0.0, 0.0):

@@ -80,7 +80,7 @@ def test_token_logprobs_and_entropy() -> None:
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_log_probabilities_in_chunks_are_those_at_once(compute: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single pass equals log_softmax of all logits, without a kernel to the bit."""
+    """A single pass equals log_softmax of all logits, and is bit-identical without a kernel."""
     model, generator = toy_model().train(), torch.Generator().manual_seed(3)
     model.compute = compute
     hidden = torch.randn(600, model.config.hidden_size, generator=generator).to(compute)

@@ -78,7 +78,7 @@ def test_mxfp4_is_a_plain_reimplementation_to_the_bit() -> None:
     assert torch.equal(formats.round_mxfp4(weight).view(torch.int32), back.view(torch.int32))
     broken = weight.index_fill(
         1, torch.tensor([3]), torch.nan
-    )  # such a block has no finite number, the next only finite ones
+    )  # a NaN makes its whole block NaN, and leaves the next block finite
     assert formats.round_mxfp4(broken)[:, :32].isnan().all() and formats.round_mxfp4(broken)[:, 32:].isfinite().all()
     again = formats.mxfp4(back)
     assert torch.equal(formats.from_mxfp4(*again, torch.float32), back)
