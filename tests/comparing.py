@@ -110,14 +110,15 @@ class Fake:
                     fake.at_once += 1
                     fake.most_at_once = max(fake.most_at_once, fake.at_once)
                 try:
-                    self.reply(fake.behave(n, body))
+                    reply = fake.behave(n, body)
+                    time.sleep(reply.delay)
                 finally:
-                    with fake.lock:
+                    with fake.lock:  # before the reply: a client that has it may ask again at once
                         fake.at_once -= 1
+                self.reply(reply)
 
             def reply(self, reply: Reply) -> None:
                 kind, content = reply.body()
-                time.sleep(reply.delay)
                 self.send_response(reply.status)
                 for name, value in reply.headers.items():
                     self.send_header(name, value)

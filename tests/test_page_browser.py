@@ -436,7 +436,7 @@ def test_files_out_and_in_are_the_same(opened: Opened, tmp_path: Path) -> None:
         for wrong, words in (
             *((json.dumps(crafted(node)).encode(), "damaged") for node in CRAFTED),
             (b"{", "not JSON"),
-            (b"{}", "no chats"),
+            (b"{}", "contains no finback chats"),
             (json.dumps(first | {"chats": [{}]}).encode(), "damaged"),
         ):
             bring(page, wrong)

@@ -230,7 +230,7 @@ def test_curves_zoom_move_and_change_their_axis(opened: Opened, root: Path) -> N
             page.mouse.up()
 
         drag(0.25, 0.5)
-        expect(page.locator("text=Show all")).to_be_visible()
+        expect(page.get_by_role("button", name="Show all")).to_be_visible()
         wait_for_query(page, asked, "from=")
         first = float(re.findall(r"from=([\d.]+)", asked[-1])[0])
         assert 20 < first < 32
@@ -242,7 +242,7 @@ def test_curves_zoom_move_and_change_their_axis(opened: Opened, root: Path) -> N
         assert float(re.findall(r"from=(-?[\d.]+)", asked[-1])[0]) < first - 5
         page.reload()  # the address has the range
         wait_for_query(page, asked, "from=", other=before)
-        page.click("text=Show all")
+        page.get_by_role("button", name="Show all").click()
         page.click(".segments >> text=Cost")
         wait_for_query(page, asked, "x=cost")
         page.check("text=Log scale")
@@ -268,7 +268,7 @@ def test_curves_zoom_move_and_change_their_axis(opened: Opened, root: Path) -> N
         chart.press("Shift+ArrowRight")
         wait_for_query(page, asked, "from=-0.375&to=49.125", other=before)
         chart.press("0")
-        expect(page.locator("text=Show all")).to_have_count(0)
+        expect(page.get_by_role("button", name="Show all")).to_have_count(0)
 
 
 def test_what_a_kill_has_torn_is_shown_as_torn(opened: Opened, tmp_path: Path) -> None:
