@@ -331,7 +331,8 @@ def smollm() -> Path:
 
 @pytest.mark.slow
 def test_smollm2_talks_and_goes_out(tmp_path: Path) -> None:
-    asked = finback("chat", smollm(), "--temperature", 0, input="What is the capital of France?\n")
+    # in fp32: with activations of 8 bits its first token is a near tie that the processor decides
+    asked = finback("chat", smollm(), "--temperature", 0, "--dtype", "fp32", input="What is the capital of France?\n")
     assert "Paris" in asked.stdout
     assert finback("export", smollm(), tmp_path / "out", "--dtype", "fp32").returncode == 0
     card = verify(tmp_path / "out")
