@@ -172,10 +172,15 @@ class _HeadsForTokens(torch.autograd.Function):
 
 def _exchanged(tensor: Tensor, group: dist.ProcessGroup, cut: int, joined: int) -> Tensor:
     """Splits a tensor along `cut`, sends one part to each member, and joins the received parts along `joined`."""
+    return torch.cat(_received(tensor, group, cut).unbind(0), dim=joined)
+
+
+def _received(tensor: Tensor, group: dist.ProcessGroup, cut: int) -> Tensor:
+    """Splits a tensor along `cut`, sends one part to each member, and stacks the received parts."""
     sent = torch.stack(tensor.chunk(group.size(), dim=cut))
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    return torch.cat(received.unbind(0), dim=joined)
+    return received
 
 
 def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -192,10 +197,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        sent = torch.stack(grads[0].chunk(ctx.group.size(), dim=1))
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=ctx.group)
-        return None, received.sum(dim=0)
+        return None, _received(grads[0], ctx.group, 1).sum(dim=0)
 
 
 def in_parts(read: Callable[[Tensor], Tensor], tokens: Tensor, axis: DeviceMesh | None) -> Tensor:
