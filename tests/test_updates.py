@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from finback.engine.engine import Engine, EngineConfig
+from finback.engine.request import SamplingParams
 from finback.kernels import native
 from finback.kernels.updates import (
     AdamPart,
@@ -17,6 +19,9 @@ from finback.kernels.updates import (
     step_along,
     stochastically_rounded,
 )
+from finback.model.transformer import Transformer
+from finback.train.optim import Adam
+from tests.toy import CONFIG
 
 BETAS = (0.9, 0.95)
 # whole vectors of eight, less than one, several and a remainder, and more than one thread's block
@@ -135,3 +140,19 @@ def test_many_small_steps_move_a_bf16_parameter_as_far_as_fp32() -> None:
         moved[dtype] = value.double().mean().item() - 1
     assert moved[torch.float32] == pytest.approx(40 * 0.1 / 128, rel=1e-4)
     assert moved[torch.bfloat16] == pytest.approx(moved[torch.float32], rel=0.03)  # the standard error is 0.7 %
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_an_engine_notices_an_update(is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the prompt again, although it has kept the pages of the same prompt from before."""
+    if not is_native:
+        monkeypatch.setattr(native, "serves", lambda x: False)
+    model, prompt, sampling = Transformer(CONFIG).initialise(0), list(range(3, 43)), SamplingParams(max_tokens=4)
+    kept = Engine(model, [1], EngineConfig(reuse=True))
+    before = kept.generate([prompt], sampling, [0])[0].logprobs
+    named = list(model.named_parameters())
+    for number, (_, parameter) in enumerate(named):
+        parameter.grad = random(*parameter.shape, seed=number)
+    Adam(named, BETAS, 0.0).step(0.05)
+    after, fresh = (e.generate([prompt], sampling, [0])[0].logprobs for e in (kept, Engine(model, [1])))
+    assert after != before and after == pytest.approx(fresh, abs=1e-5)

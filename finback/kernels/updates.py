@@ -74,6 +74,7 @@ def adamw(
         native.call("adamw", *given, len(swift), scale, 1 - lr * weight_decay, *betas, EPS)
     for device in {p.value.device for p in plain}:
         _plain_adamw([p for p in plain if p.value.device == device], lr, betas, weight_decay, scale)
+    _mark_changed(parts)
 
 
 def _plain_adamw(
@@ -136,6 +137,7 @@ def step_along(parts: Sequence[Along], lr: float, weight_decay: float) -> None:
         else:
             value = p.value.float().mul_(decay).add_(p.direction * p.scale, alpha=-lr)
             p.value.copy_(stochastically_rounded(value, mixed(p.seed)))
+    _mark_changed(parts)
 
 
 # ---- rounding ----------------------------------------------------------------------------------------------------------
@@ -189,6 +191,11 @@ def _sorted(parts: Sequence[Part], tensors: Callable[[Part], tuple[Any, ...]]) -
         fits = fits and all(t.is_contiguous() and t.dtype == torch.float32 and native.serves(t) for t in others)
         (swift if fits else plain).append(part)
     return swift, plain
+
+
+def _mark_changed(parts: Sequence[AdamPart] | Sequence[Along]) -> None:
+    """Counts the change in the tensors' versions, by which engines notice new weights; kernels write by address."""
+    torch.autograd.graph.increment_version([p.value for p in parts])
 
 
 def _places(*tensors: Tensor | None) -> list[int]:
