@@ -148,3 +148,13 @@ def test_ranks_with_some_rows_each_have_the_blocks_of_one(tmp_path: Path) -> Non
     states = {m: o.state() | {n: p.detach() for n, p in o.named} for m, o in one.items()}
     torch.save(states, tmp_path / "one.pt")
     on_ranks(2, _shared_out, str(tmp_path / "one.pt"))
+
+
+@pytest.mark.parametrize("moments", ["host", "int8"])
+def test_some_rows_of_each_expert_are_updated_in_place(moments: Moments) -> None:
+    """ZeRO-1 cuts experts by rows if ranks do not divide their number; such a share is not contiguous."""
+    whole = torch.randn(3, 8, 1280, generator=torch.Generator().manual_seed(0))
+    parts = [nn.Parameter(whole.clone()[:, 2:4]), nn.Parameter(whole[:, 2:4].clone())]
+    assert not parts[0].is_contiguous()
+    cut, plain = (learnt(LeanAdam([("a", part)], BETAS, 0.1, moments)) for part in parts)
+    assert torch.equal(cut[0], plain[0]) and not torch.equal(plain[0], whole[:, 2:4])

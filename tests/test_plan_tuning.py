@@ -164,6 +164,32 @@ def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> No
     assert packed.served == tuning.frozen_bytes(QWEN_7B, tuning.ADAPTER | {"base": "nf4"}) < 0.4 * four.served
 
 
+def test_zero1_shares_out_moments_and_what_is_frozen() -> None:
+    """By hand: Qwen2.5-7B on 4 ranks, which hold it whole and generate with it; and V3, whose experts are split."""
+    layout, size = Layout(dp=4, sharding="zero1"), parameters(QWEN_7B)
+    sft = {"adapter": None, "batch_size": 8, "seq_len": 512}
+    found = tuning.memory(QWEN_7B, sft, 0.0, layout=layout)
+    assert (found.weights, found.gradients, found.optimizer) == (4 * size, 4 * size, 8 * size / 4)
+    assert found.gathered == found.served == found.reference == 0
+    rl = {"adapter": None, "task": "t", "prompts_per_step": 4, "num_generations": 4, "max_tokens": 512}
+    rl |= {"micro_tokens": 4096, "steps": 10, "objective": {"beta": 0.1}, "compute": "bf16"}
+    found = tuning.memory(QWEN_7B, rl, 0.0, layout=layout)
+    layer = 3584 * (3584 + 3584 + 2 * 512 + 3 * 18944 + 2) + 3584 + 2 * 512
+    assert (found.reference, found.gathered, found.served) == (size, 4 * (2 * 152064 * 3584 + 2 * layer), 0)
+    routed = 59 * 256 * 3 * 7168 * 2048
+    found = tuning.memory(
+        V3, sft | {"task": "t", "prompts_per_step": 8, "max_tokens": 512}, 0.0, layout=replace(layout, ep=4)
+    )
+    assert found.weights == pytest.approx(4 * (parameters(V3) - routed * 3 / 4), rel=1e-3)
+    assert found.optimizer == 8 * parameters(V3) / 4 and found.served == 4 * parameters(V3)
+    assert tuning.changes(QWEN_7B, rl, 2e9, 80e9, layout=layout)[0][0] == 'sharding="fsdp"'
+    # one exchange of fp32 gradients and weights per update, which passes do not hide
+    site = hardware.site("h800:4", ())
+    stage = PlannedStage("rl", "GRPO", False, rl | {"layout": {"dp": 4, "sharding": "zero1"}}, Work(10**7), QWEN_7B)
+    seconds = tuning_time.beside_products(stage, site, 1e9)
+    assert seconds == pytest.approx(tuning_time.updates(stage) * 8 * size * 3 / 4 / 160e9)
+
+
 def test_a_layout_takes_time_for_what_ranks_send() -> None:
     """The experts' all-to-all by hand; long passes hide all gathering except a whole copy per step of answers."""
     knobs = {"compute": "bf16", "adapter": None, "task": "t", "steps": 10, "prompts_per_step": 4, "num_generations": 4}

@@ -26,6 +26,7 @@ from tests.toy import DENSE, ROOT, V4, environment, finback_process
 from tests.tuned import EXACT, SPREAD, STEPWISE, alone, begun, on_layout, prepared, weights
 
 FAST = ("sft", "lora grpo")
+WHOLE = ("sft", "grpo")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,12 @@ def test_stages_learn_on_two_ranks_as_on_one(root: Path) -> None:
     """Rows, experts and tokens of rows are split over both; in the last step one rank has fewer rows than parts."""
     alone(root, FAST, 2)
     on_ranks(2, on_layout, str(root), FAST, Layout(cp=2, ep=2), 2)
+
+
+def test_ranks_with_whole_models_learn_as_one(root: Path) -> None:
+    """ZeRO-1: each rank generates with the model that it trains; the reference model is sharded, and refreshed once."""
+    alone(root, WHOLE, 3)
+    on_ranks(2, on_layout, str(root), WHOLE, Layout(dp=2, sharding="zero1"), 3)
 
 
 LAYOUTS = {
@@ -55,6 +62,20 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = prepared(tmp_path_factory.mktemp("ten") / "runs")
     alone(root, STEPWISE, 10)
     return root
+
+
+ZERO = {
+    "whole": Layout(dp=2, sharding="zero1"),
+    "experts": Layout(dp=4, ep=2, sharding="zero1"),
+    "all": Layout(dp=2, cp=2, ep=2, sharding="zero1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ZERO)
+def test_ten_steps_of_all_weights_are_those_of_one_rank_under_zero1(layout: str, ten: Path) -> None:
+    names = tuple(name for name in STEPWISE if "lora" not in name and "dora" not in name)
+    on_ranks(ZERO[layout].ranks, on_layout, str(ten), names, ZERO[layout], 10)
 
 
 @pytest.mark.slow
@@ -116,7 +137,14 @@ def test_rows_cut_into_micro_batches_are_those_of_one_pass(ten: Path) -> None:
     ("knobs", "words"),
     [
         ({"layout": Layout(pp=2)}, r"tuned\.layout\.pp = 2: is supported in pre-training only\. Use dp, cp and ep"),
-        ({"layout": Layout(dp=2, sharding="zero1")}, r"tuned\.layout\.sharding = 'zero1': .* Use \"fsdp\""),
+        (
+            {"layout": Layout(dp=2, sharding="ddp")},
+            r"tuned\.layout\.sharding = 'ddp': can be planned, .* Use \"zero1\"",
+        ),
+        (
+            {"layout": Layout(dp=2, sharding="zero1"), "adapter": LoRA()},
+            r"tuned\.layout\.sharding = 'zero1': would hold an adapter's base whole on every rank\. Use \"fsdp\"",
+        ),
         (
             {"layout": Layout(dp=2, gather="bf16"), "adapter": LoRA(base="nf4")},
             r"tuned\.layout\.gather = 'bf16': nf4 is gathered as it is stored\. Leave it out\.",
@@ -162,7 +190,8 @@ def test_a_checkpoint_goes_on_under_another_layout(name: str, tmp_path: Path) ->
     """After layouts with expert parallelism, split rows and whole copies: one rank's numbers and model files."""
     root = prepared(tmp_path / "runs")
     alone(root, (name,), 6)
-    on_ranks(2, _continued, str(root), name, [Layout(dp=2, ep=2), Layout(cp=2), None, Layout(cp=2, ep=2)], [2, 3, 4, 6])
+    second = Layout(cp=2) if "lora" in name else Layout(dp=2, sharding="zero1")
+    on_ranks(2, _continued, str(root), name, [Layout(dp=2, ep=2), second, None, Layout(cp=2, ep=2)], [2, 3, 4, 6])
     expected = torch.load(root / f"{name}.pt", weights_only=False)
     log = read_lines(root / "moved/metrics.jsonl")
     for line, one in zip(log, expected.metrics, strict=True):
@@ -175,13 +204,13 @@ def test_a_checkpoint_goes_on_under_another_layout(name: str, tmp_path: Path) ->
     assert all((found[n] - tensor).abs().max() <= 1e-5 for n, tensor in expected.weights.items())
 
 
-def _interrupted(root: str, names: tuple[str, ...]) -> None:
+def _interrupted(root: str, names: tuple[str, ...], layout: Layout) -> None:
     """Five steps at once, and five steps with the fourth repeated, give the same bits."""
     for name in names:
         ends = []
         for way, stops in (("once", (5,)), ("twice", (3, 5))):
             for stop in stops:
-                training = begun(Path(root), name, Layout(dp=2, ep=2), f"{name} {way}".replace(" ", "_"))
+                training = begun(Path(root), name, layout, f"{name} {way} {layout.sharding}".replace(" ", "_"))
                 looped = training.loop()
                 state = looped.restore()
                 if state is not None:
@@ -200,7 +229,8 @@ def _interrupted(root: str, names: tuple[str, ...]) -> None:
 def test_an_interrupted_stage_ends_with_the_same_bits(tmp_path: Path) -> None:
     root, names = prepared(tmp_path / "runs"), ("sft", "sft on the host", "grpo", "lora grpo")
     alone(root, names[2:], 5)
-    on_ranks(2, _interrupted, str(root), names)
+    on_ranks(2, _interrupted, str(root), names, Layout(dp=2, ep=2))
+    on_ranks(2, _interrupted, str(root), names[:3], Layout(dp=2, sharding="zero1"))
 
 
 RECIPE = """

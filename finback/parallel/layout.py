@@ -63,6 +63,11 @@ class Layout:
         return self.dp * self.cp
 
     @property
+    def is_whole(self) -> bool:
+        """Whether each rank holds the whole model and computes with it alone, so that it can also generate with it."""
+        return self.sharding != "fsdp" and self.pp == self.cp == self.ep == 1
+
+    @property
     def edp(self) -> int:
         """The number of ranks that hold the same experts."""
         return self.holders // self.ep

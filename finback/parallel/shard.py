@@ -184,14 +184,17 @@ def _cut(parameter: Tensor, members: int) -> int:
 
 
 class ZeroOne(Sharding):
-    """ZeRO-1: parameters and gradients are whole on every rank that uses them; an optimizer sees its share of each."""
+    """ZeRO-1: parameters and gradients are whole on every rank that uses them; an optimizer sees its share of each.
+
+    Frozen parameters have no gradients and are not exchanged.
+    """
 
     def __init__(self, models: list[Transformer], mesh: Mesh) -> None:
         for model in models:
             materialise(model, model, mesh.device)
-        experts = [p for model in models for p in expert_parameters(model).values()]
-        known = {id(p) for p in experts}
-        others = [p for model in models for p in model.parameters() if id(p) not in known]
+        known = {id(p) for model in models for p in expert_parameters(model).values()}
+        learnt = [p for model in models for p in model.parameters() if p.requires_grad]
+        experts, others = ([p for p in learnt if (id(p) in known) == is_one] for is_one in (True, False))
         self.shared = [(axis, ps, flat_gradients(ps)) for axis, ps in ((mesh.dp, others), (mesh.edp, experts)) if ps]
         self.parts = [
             [ShardedParameter(n, _view(p, mesh, id(p) in known)) for n, p in model.named_parameters()]
@@ -210,7 +213,7 @@ class ZeroOne(Sharding):
     def publish(self) -> None:
         for axis, parameters, _ in self.shared:
             me, members = axis.get_local_rank(), range(axis.size())
-            theirs = [[_narrow(p.data, axis.size(), member) for p in parameters] for member in members]
+            theirs = [[_narrow(p.detach(), axis.size(), member) for p in parameters] for member in members]
             sizes = [sum(t.numel() for t in part) for part in theirs]
             mine = parameters[0].new_zeros(max(sizes))
             mine[: sizes[me]] = torch.cat([t.flatten() for t in theirs[me]])
@@ -228,7 +231,7 @@ def _narrow(whole: Tensor, members: int, member: int) -> Tensor:
 
 
 def _view(parameter: nn.Parameter, mesh: Mesh, is_of_experts: bool) -> nn.Parameter:
-    """A share that is a view of a whole parameter and of its gradient, placed as FSDP2 would place it."""
+    """A share that is a view of a whole parameter, and of its gradient if it learns, placed as FSDP2 would place it."""
     axis, where, shape = mesh.dp, mesh.dp, list(parameter.shape)
     placements: list[Placement] = [Shard(0)]
     if is_of_experts:
@@ -240,14 +243,13 @@ def _view(parameter: nn.Parameter, mesh: Mesh, is_of_experts: bool) -> nn.Parame
             placements = [_StridedShard(0, split_factor=mesh.ep.size()) if dim == 0 else Shard(dim), Shard(0)]
             shape[0] *= mesh.ep.size()
     stride = torch.empty(shape, device="meta").stride()
-    assert parameter.grad is not None, "flat_gradients must run first"
-    members, me = axis.size(), axis.get_local_rank()
-    value, gradient = (
-        DTensor.from_local(t, where, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-        for t in (_narrow(parameter.detach(), members, me), _narrow(parameter.grad, members, me))
-    )
-    part = nn.Parameter(value, parameter.requires_grad)
-    part.grad = gradient
+
+    def mine(whole: Tensor) -> DTensor:
+        t = _narrow(whole, axis.size(), axis.get_local_rank())
+        return DTensor.from_local(t, where, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+    part = nn.Parameter(mine(parameter.detach()), parameter.requires_grad)
+    part.grad = None if parameter.grad is None else mine(parameter.grad)
     return part
 
 

@@ -220,7 +220,8 @@ def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[
         computing = cluster.product_seconds(_trained(stage, stage.model), site)
         beside = tuning_time.beside_products(stage, site, computing) + tuning_time.on_host(stage, site, computing)
         rough = cluster.by_flops(values["flops"], site, options, _least(stage, site), beside)
-        return values | rough | {"notes": [*known, remarks.ROUGH, *([remarks.HIDDEN] if stage.layout else [])]}
+        hidden = [remarks.HIDDEN] if stage.layout and stage.layout.sharding == "fsdp" else []
+        return values | rough | {"notes": [*known, remarks.ROUGH, *hidden]}
     try:
         return values | _laid_out(stage, site, options)
     except UserError as error:

@@ -5,7 +5,7 @@ what its format takes. Activations follow the policies of memory.py.
 
 A layout shards all of these except an adapter: each rank holds the adapter without the experts of other ranks. With
 `offload` the shards, their gradients and moments are in host memory. In addition: the parameters that FSDP gathers for a
-pass (both ends of the model throughout, and two layers at a time), and the full copy for generation.
+pass (both ends of the model throughout, and two layers at a time), and the full copy for generation. ZeRO-1 shards moments.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from finback.model.config import ModelConfig
 from finback.model.count import cache_bytes, choice_bytes, layer_parameters, parameters
 from finback.parallel.layout import Layout
 from finback.planner.hardware import Fact
-from finback.planner.memory import layer_activation
+from finback.planner.memory import layer_activation, rank_stages
 from finback.planner.planned_stage import PlannedStage
 from finback.planner.workload import Precision, Recompute
 
@@ -91,7 +91,7 @@ def memory(
         held, learnt = frozen_bytes(c, adapter) / holders, learnt_numbers(c, adapter, layout.ep if layout else 1)
         working = logits + _dequantized(c, adapter, precision)
     else:
-        held, learnt = 0.0, whole / holders
+        held, learnt = 0.0, on_rank(c, layout)
         working = logits + 4.0 * c.vocab_size * c.hidden_size
     beta = (knobs.get("objective") or {}).get("beta", 0)
     beside = (4.0 * whole if beta and not adapter else 0.0) + 4.0 * sum(map(parameters, teachers))
@@ -102,20 +102,28 @@ def memory(
     found = TuningMemory(
         weights=stored * held + trained * 4.0 * learnt,
         gradients=trained * 4.0 * learnt,
-        optimizer=trained * MOMENTS[knobs.get("moments", "fp32")] * learnt,
+        optimizer=trained * MOMENTS[knobs.get("moments", "fp32")] * (learnt if adapter else whole / holders),
         reference=stored * beside / holders,
         activations=tokens * activations,
         working=working + tokens * again,
         cache=0.0,
         reserve=reserve,
-        gathered=0.0 if layout is None else _gathered(c, layout, adapter),
-        served=_served(c, knobs, layout) if layout is not None and generates(knobs) else 0.0,
+        gathered=0.0 if layout is None else _gathered(c, layout, adapter, bool(beside)),
+        served=_served(c, knobs, layout) if layout is not None and copies(knobs, layout) else 0.0,
     )
     replayed = choice_bytes(c, bool(knobs.get("routing_replay")), bool(knobs.get("indexer_replay")))
     each = int(knobs.get("max_tokens") or 0) * (cache_bytes(c, width) + replayed)
     states = found.total - activations * tokens
     answers = -(-_answers(knobs) // (layout.ranks if layout else 1))
     return dataclasses.replace(found, cache=_cache(answers, each, room - states + found.working))
+
+
+def on_rank(c: ModelConfig, layout: Layout | None) -> float:
+    """Values of a model that learns which a rank holds."""
+    if layout is None or layout.sharding == "fsdp":
+        return parameters(c) / (layout.holders if layout else 1)
+    mine = rank_stages(c, layout)[0]
+    return mine.plain + mine.routed
 
 
 def learnt_numbers(c: ModelConfig, adapter: dict[str, Any], ep: int = 1) -> float:
@@ -154,17 +162,19 @@ def gathered_width(layout: Layout, adapter: dict[str, Any] | None) -> float:
     return 2.0 if layout.gather == "bf16" else WIDTHS[adapter.get("base", "bf16") if adapter else "fp32"]
 
 
-def _gathered(c: ModelConfig, layout: Layout, adapter: dict[str, Any] | None) -> float:
+def _gathered(c: ModelConfig, layout: Layout, adapter: dict[str, Any] | None, beside: bool) -> float:
     """Bytes of the parameters that FSDP gathers on a rank at a time, and of their gradients before reduction.
 
-    Both ends of the model are not quantized.
+    Both ends of the model are not quantized. With ZeRO-1 they are those of frozen models of this shape, if any are `beside`.
     """
+    if layout.sharding != "fsdp" and not beside:
+        return 0.0
     ends = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     largest = 0.0
     for n in range(c.num_hidden_layers):
         routed = c.is_moe(n) * c.n_routed_experts * 3 * c.hidden_size * c.moe_intermediate_size
         largest = max(largest, layer_parameters(c, n, active=False) - routed + routed / layout.ep)
-    width, gradients = gathered_width(layout, adapter), 0 if adapter else 4
+    width, gradients = gathered_width(layout, adapter), 0 if adapter or layout.sharding != "fsdp" else 4
     unpacked = max(width, WIDTHS["bf16"])
     return (unpacked + gradients) * ends + 2 * (width + gradients) * largest
 
@@ -172,6 +182,11 @@ def _gathered(c: ModelConfig, layout: Layout, adapter: dict[str, Any] | None) ->
 def generates(knobs: dict[str, Any]) -> bool:
     """Whether a stage's own model generates while it learns."""
     return bool(knobs.get("task") or knobs.get("validation"))
+
+
+def copies(knobs: dict[str, Any], layout: Layout) -> bool:
+    """Whether ranks of a layout gather a full copy to generate with."""
+    return generates(knobs) and (not layout.is_whole or knobs.get("qat", "none") != "none")
 
 
 def copy_bytes(c: ModelConfig, knobs: dict[str, Any]) -> float:
@@ -264,6 +279,9 @@ def changes(
     """The fewest of STEPS, in order, that make a stage fit, or all of them; and the bytes it then needs."""
     knobs, taken = dict(knobs), list[str]()
     total = memory(c, knobs, reserve, room, teachers, layout).total
+    if layout is not None and layout.sharding != "fsdp" and total > room:
+        layout, taken = dataclasses.replace(layout, sharding="fsdp"), ['sharding="fsdp"']
+        total = memory(c, knobs, reserve, room, teachers, layout).total
     for text, changed in STEPS:
         changed = {k: v for k, v in changed.items() if k in knobs and not (k == "adapter" and _is_smaller(knobs[k], v))}
         less = memory(c, knobs | changed, reserve, room, teachers, layout).total

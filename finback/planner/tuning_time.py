@@ -47,7 +47,7 @@ def on_host(stage: PlannedStage, site: Site, computing: float) -> float:
 def beside_products(stage: PlannedStage, site: Site, computing: float) -> float:
     """Seconds of all-to-all, of gathering beyond `computing` seconds of passes, and of full copies for generation.
 
-    Rows are assumed to be as long as a pass; the small gradients of an adapter are ignored.
+    ZeRO-1 exchanges gradients and weights, both in fp32, once per update and after its passes. Rows are assumed to be as long as a pass; the small gradients of an adapter are ignored.
     """
     layout, knobs, c = stage.layout, stage.knobs, stage.model
     if layout is None or c is None or layout.ranks == 1:
@@ -64,9 +64,11 @@ def beside_products(stage: PlannedStage, site: Site, computing: float) -> float:
     width = tuning.gathered_width(layout, knobs.get("adapter"))
     # traffic assumes gradients and twice the weights in the gathered dtype; a frozen base has weights only
     share = 2 * width / (4 + 2 * width) if knobs.get("adapter") else 1.0
-    gathering = steps * sent.exchange_seconds * share
+    exchanged = max(steps * sent.exchange_seconds * share - computing, 0.0)
+    if layout.sharding != "fsdp":  # traffic assumes weights in the precision of the passes
+        exchanged = updates(stage) * sent.exchange_seconds * 8 / (8 if precision == "fp32" else 6)
     wire = traffic.wire(site.machine, layout.ranks, inside=layout.ranks <= traffic.per_node(site.machine))
-    received = tuning.copy_bytes(c, knobs) * (layout.ranks - 1) / layout.ranks if tuning.generates(knobs) else 0.0
+    received = tuning.copy_bytes(c, knobs) * (layout.ranks - 1) / layout.ranks if tuning.copies(knobs, layout) else 0.0
     copies = 1 if knobs.get("adapter") or not knobs.get("task") else int(knobs.get("steps") or 1)
     around = steps * (sent.dispatch_seconds + sent.context_seconds)
-    return around + max(gathering - computing, 0.0) + copies * received / wire
+    return around + exchanged + copies * received / wire

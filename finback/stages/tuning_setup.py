@@ -43,12 +43,14 @@ def check_layout(stage: "SFT | GRPO") -> None:
         raise stage.wrong("compile", "works only if all weights are trained, without qat", "Leave it out.")
     if layout is None:
         return
-    for name, value, usual, remedy in (
-        ("pp", layout.pp, 1, "Use dp, cp and ep, which also shard the whole model."),
-        ("sharding", layout.sharding, "fsdp", 'Use "fsdp", which needs less memory.'),
-    ):
-        if value != usual:
-            raise UserError(f"{stage.name}.layout.{name}", value, "is supported in pre-training only", remedy)
+    if layout.pp > 1:
+        remedy = "Use dp, cp and ep, which also shard the whole model."
+        raise UserError(f"{stage.name}.layout.pp", layout.pp, "is supported in pre-training only", remedy)
+    if layout.sharding == "zero1" and adapter is not None:
+        problem = "would hold an adapter's base whole on every rank"
+        raise UserError(f"{stage.name}.layout.sharding", layout.sharding, problem, 'Use "fsdp", or leave out layout.')
+    if layout.sharding == "ddp":
+        raise UserError(f"{stage.name}.layout.sharding", "ddp", "can be planned, not trained", 'Use "zero1".')
     if adapter is not None and adapter.base in FORMATS and layout.gather != "fp32":
         problem = f"{adapter.base} is gathered as it is stored"
         raise UserError(f"{stage.name}.layout.gather", layout.gather, problem, "Leave it out.")

@@ -110,7 +110,8 @@ class LeanAdam:
         for name, p in self.named:
             if p.grad is None:
                 continue
-            values, gradient, kept = _rows(self.share(p)), _rows(self.share(p.grad)), self.kept[name]
+            mine, kept = self.share(p), self.kept[name]
+            values, gradient = _rows(mine), _rows(self.share(p.grad))
             for part in _parts(values):
                 first, second = (moment.read(part, p.device) for moment in kept)
                 done, before = self.steps.to(p.device, copy=True), part.start * values.size(1)
@@ -118,6 +119,8 @@ class LeanAdam:
                 adamw([rows], lr, self.betas, self.weight_decay, scale)
                 for moment, changed in zip(kept, (first, second), strict=True):
                     moment.write(part, changed)
+            if values.data_ptr() != mine.data_ptr():
+                mine.copy_(values.view_as(mine))
         self.steps += 1
 
     def state(self) -> dict[str, Tensor]:
@@ -143,8 +146,8 @@ def adam_of(named: Named, weight_decay: float, moments: Moments, seed: int = 0) 
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """A two-dimensional view of a tensor."""
-    return tensor.view(-1, tensor.size(-1))
+    """A tensor's rows, as a view where possible: not for some rows of each expert."""
+    return tensor.reshape(-1, tensor.size(-1))
 
 
 def _parts(rows: Tensor) -> list[slice]:

@@ -179,7 +179,17 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
         """See Trainer.balance; only for routers that are trained."""
         return router_health.balance(self.routers, self.world, speed)
 
+    @property
+    def _serves_itself(self) -> bool:
+        """Whether this rank generates with the model that it trains."""
+        return self.layout.is_whole and self.options.qat == "none"
+
+    def gathered(self) -> Transformer:
+        return self.model if self._serves_itself else super().gathered()
+
     def served(self) -> ServedWeights:
+        if self._served is None and self._serves_itself:
+            self._served = ServedWeights(self.model)
         if self._served is None:
             dtype, put_on = self.options.dtype, round_indexers if self.options.qat != "none" else nn.Module.eval
             model, fills = whole_copy(self.config, dtype, dtype, self.world, put_on)
@@ -188,7 +198,7 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
 
 
 class FrozenShare:
-    """A frozen model, sharded like the trained one: a teacher or a reference model."""
+    """A frozen model that is sharded by FSDP2 over the trainer's mesh: a teacher or a reference model."""
 
     def __init__(
         self,
@@ -202,8 +212,10 @@ class FrozenShare:
         """prefix: starts its names in a checkpoint. qat: how its weights are rounded, as in ShardedOptions."""
         trainer.layout.check(config, trainer.layout.dp * trainer.layout.micro_batches)
         freezing = lambda model: (model if qat == "none" else use_fp4(model)).requires_grad_(False)  # noqa: E731
-        made = build(config, trainer.layout, trainer.mesh, values, compute, put_on=freezing)
+        layout = replace(trainer.layout, sharding="fsdp")
+        made = build(config, layout, trainer.mesh, values, compute, put_on=freezing)
         self.model, self.sharding, self.prefix = made.models[0].eval(), made.sharding, prefix
+        self.policy = trainer.sharding.parts[0]
 
     @contextmanager
     def asked(self) -> Iterator[Transformer]:
@@ -213,8 +225,8 @@ class FrozenShare:
 
     @torch.no_grad()
     def refresh(self, model: Transformer) -> None:
-        """Copies what another model of the same layout has learned, shard by shard."""
-        theirs: dict[str, Tensor] = dict(model.named_parameters()) | router_buffers(model)
+        """Copies what the trainer's model has learned, shard by shard."""
+        theirs: dict[str, Tensor] = {part.name: part.value for part in self.policy} | router_buffers(model)
         for name, mine in self.state().items():
             local(mine).copy_(local(theirs[name.removeprefix(f"{self.prefix}.")]))
 
