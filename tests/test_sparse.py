@@ -45,7 +45,7 @@ def test_a_divergence_by_hand() -> None:
 @pytest.mark.parametrize("dense", [True, False])
 def test_what_an_indexer_learns_is_the_attention(dense: bool) -> None:
     """One layer's loss against explicit attention; its gradient reaches only the indexer, the main loss all else."""
-    model = teach_indexers(random_model(SPARSE), dense).train()
+    model = teach_indexers(random_model(SPARSE), "warm-up" if dense else "sparse").train()
     tokens = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(0))
     attention: TaughtDSA = model.blocks[0].attention
     hidden = model(tokens)
@@ -81,7 +81,7 @@ def test_what_an_indexer_learns_is_the_attention(dense: bool) -> None:
 @pytest.mark.parametrize("dense", [True, False])
 def test_what_v4s_indexer_learns_is_the_attention_on_entries(dense: bool) -> None:
     """A CSA layer's loss against explicit attention; its gradient reaches only the indexer, the main loss all else."""
-    model, length = teach_indexers(Transformer(V4).initialise(0), dense).train(), 30
+    model, length = teach_indexers(Transformer(V4).initialise(0), "warm-up" if dense else "sparse").train(), 30
     attention: TaughtCSA = model.blocks[0].attention
     tokens = torch.randint(0, 50, (2, length), generator=torch.Generator().manual_seed(0))
     given: list[Tensor] = []
@@ -244,7 +244,7 @@ def test_layers_that_share_an_indexer_look_where_it_is_taught_to(dense: bool) ->
     plain = random_model(dataclasses.replace(SHARING, index_topk=30) if dense else SHARING)
     model = random_model(SHARING)
     model.load_state_dict(plain.state_dict())
-    teach_indexers(model, dense).train()
+    teach_indexers(model, "warm-up" if dense else "sparse").train()
     found, gradients = model(tokens), []
     assert (found - plain(tokens)).abs().max() <= 1e-5
     for policy in ("none", "block"):

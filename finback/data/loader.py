@@ -27,20 +27,30 @@ class Loader:
     ) -> None:
         if not mixture or min(mixture.values()) < 0 or sum(mixture.values()) <= 0:
             raise UserError("mixture", mixture, "weights must be >= 0 and not all 0", "Give each source a share.")
-        self.length, self.extra, self.seed, self.packing = length, extra, seed, packing
+        self.extra, self.seed, self.packing = extra, seed, packing
         total = sum(mixture.values())
         self.shares = {name: weight / total for name, weight in mixture.items() if weight > 0}
         self.shards = {name: pack.read(folder / f"{name}.train.bin") for name in self.shares}
-        kind = Windows if packing == "stream" else Fitted
-        self.orders: dict[str, RowOrder] = {
-            name: kind(name, shard, length, extra, seed) for name, shard in self.shards.items()
+        self.length, self.orders = length, self._orders(length)
+        self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, without padding
+
+    def _orders(self, length: int) -> dict[str, RowOrder]:
+        """Each source's rows of this length, from the first."""
+        kind = Windows if self.packing == "stream" else Fitted
+        orders: dict[str, RowOrder] = {
+            name: kind(name, shard, length, self.extra, self.seed) for name, shard in self.shards.items()
         }
-        for name, order in self.orders.items():
+        for name, order in orders.items():
             if order.count < 1:
                 problem = f"the source has only {len(self.shards[name])} tokens"
-                remedy = f"Give it at least {length + extra} or shorten the rows."
+                remedy = f"Give it at least {length + self.extra} or shorten the rows."
                 raise UserError(f"mixture.{name}", self.shares[name], problem, remedy)
-        self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, without padding
+        return orders
+
+    def resize(self, length: int) -> None:
+        """Draws rows of another length from now on: all of the sources' text anew, so some of it may be read again."""
+        if length != self.length:
+            self.length, self.orders = length, self._orders(length)
 
     def draw(self, rows: int, rank: int = 0, ranks: int = 1, document_ids: bool = True) -> list[Row]:
         """This rank's share of the next `rows` rows; with `document_ids`, also the document of each token.
@@ -63,12 +73,14 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint."""
-        return {"tokens": dict(self.drawn), "at": {name: order.state() for name, order in self.orders.items()}}
+        at = {name: order.state() for name, order in self.orders.items()}
+        return {"tokens": dict(self.drawn), "at": at, "length": self.length}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continues after the row at which `state` was taken."""
         if "drawn" in state:  # from versions without best-fit packing: counts rows
             state = {"tokens": {n: c * self.length for n, c in state["drawn"].items()}, "at": state["drawn"]}
+        self.resize(state.get("length", self.length))  # earlier versions had one length
         assert set(state["at"]) == set(self.orders), "the checkpoint used other sources"
         for name, place in state["at"].items():
             assert isinstance(place, int) == (self.packing == "stream"), "the checkpoint used another packing"

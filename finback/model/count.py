@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from finback.model.config import CSA, HCA, ModelConfig
 
 
+def attending_densely(c: ModelConfig) -> ModelConfig:
+    """The same model with indexers that select everything."""
+    return dataclasses.replace(c, index_topk=max(c.index_topk, c.max_position_embeddings)) if c.index_topk else c
+
+
 def attention_parameters(c: ModelConfig, layer: int = 0) -> int:
     """One layer's attention, including the norms of the latents; layers differ in compressed attention and where indexers are shared."""
     if c.attention == "compressed":

@@ -6,9 +6,12 @@ Its hidden states and its target are detached, so the token loss and this one sh
 
   dense   all earlier tokens are attended to and are part of the target: for a model that is not sparse yet
   sparse  only selected tokens, as in inference
+
+Before that, indexers may rest: a model that begins with short rows attends densely at first (V4 4.2).
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from finback.kernels.documents import Mask, visible
 from finback.model.cache import LayerCache
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
+from finback.model.count import attending_densely
 from finback.model.csa import CSA
 from finback.model.dsa import DSA, Seen, SharedDSA, listed
 from finback.model.replace import recast
@@ -25,13 +29,27 @@ from finback.model.swa import Far
 from finback.model.transformer import Transformer
 from finback.model.windows import windows_of
 
+# how training attends: to everything, the same while indexers learn from it, or to what they select while they learn
+Attention = Literal["dense", "warm-up", "sparse"]
 
-def teach_indexers(model: Transformer, dense: bool = False) -> Transformer:
+
+def teach_indexers(model: Transformer, attention: Attention = "sparse") -> Transformer:
     """Makes a model's training passes compute the indexers' loss, in place; inference is unchanged."""
     for module in list(model.modules()):
         for kind, taught in ((DSA, TaughtDSA), (CSA, TaughtCSA)):
             if isinstance(module, kind) and not isinstance(module, SharedDSA):
-                recast(module, taught).dense = dense
+                recast(module, taught)
+    return set_attention(model, attention)
+
+
+def set_attention(model: Transformer, attention: Attention) -> Transformer:
+    """Makes a model attend this way, in place. Without gradients and with a cache it is dense under "dense", else sparse."""
+    config = attending_densely(model.config) if attention == "dense" else model.config
+    for module in model.modules():
+        if isinstance(module, DSA | CSA):
+            module.config = config
+        if isinstance(module, Taught):
+            module.attention = attention
     return model
 
 
@@ -71,14 +89,14 @@ def divergence(model: Transformer) -> float:
 class Taught(nn.Module):
     """Attention whose training passes compare the indexer's scores with the main attention's weights."""
 
-    dense: bool
+    attention: Attention = "sparse"
     # loss of the last training pass, with gradient, until it is taken
     loss: Tensor | None = None
     measured: float = 0.0
 
     def learns(self, cache: LayerCache | None) -> bool:
-        """Whether this is a training pass."""
-        return cache is None and self.training and torch.is_grad_enabled()
+        """Whether this is a training pass of an indexer that does not rest."""
+        return cache is None and self.training and torch.is_grad_enabled() and self.attention != "dense"
 
     def leave(self, total: Tensor, tokens: int) -> None:
         """Stores a pass's divergences, summed over tokens, until they are taken."""
@@ -105,7 +123,7 @@ class TaughtDSA(Taught, DSA):
         for part in self.parts(query.size(2), key.size(2), len(query)):
             seen = visible(attention_mask, part, key.size(2), x.device)
             scores = self.indexer.scores(asked[:, part], weight[:, part], indexer_key)
-            looked = seen if self.dense else self.indexer.select(scores.detach(), seen, part)
+            looked = seen if self.attention == "warm-up" else self.indexer.select(scores.detach(), seen, part)
             if shared is not None:
                 shared[:, part] = listed(looked.expand_as(scores), seen, self.config.index_topk)
             read.append(torch_attention(query[:, :, part], key, value, self.scale, looked))
@@ -141,7 +159,7 @@ class TaughtCSA(Taught, CSA):
         query, weight = self.indexer.queries(x.detach(), q_latent.detach(), *angles)
         self.scored = lambda part: self.indexer.scores(query[:, part], weight[:, part], keys)
         seen: Seen = lambda part: windows.seen(mask, part, length)  # noqa: E731
-        if self.dense or entries.size(1) <= self.config.index_topk:
+        if self.attention == "warm-up" or entries.size(1) <= self.config.index_topk:
             return entries, seen
         return entries, self.picker(x, q_latent, angles, keys, seen)
 

@@ -35,8 +35,9 @@ class PlannedStage:
 
     @property
     def length(self) -> int:
-        """Tokens per row."""
-        return int(self.knobs.get("seq_len") or self.knobs.get("max_tokens") or 0)
+        """Tokens per row; of rows that grow, the longest."""
+        length = self.knobs.get("seq_len") or self.knobs.get("max_tokens") or 0
+        return max(each for _, each in length) if isinstance(length, list) else int(length)
 
     @property
     def layout(self) -> Layout | None:

@@ -6,7 +6,8 @@ which is rough: their rows vary in length, and generation has other bottlenecks.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from finback.config import UserError
@@ -19,6 +20,7 @@ from finback.planner import (
     engines,
     hardware,
     remarks,
+    scheduled,
     this_machine,
     tuning,
     tuning_time,
@@ -50,9 +52,10 @@ def plan_configs(
     known = None if options.on else calibration
     site = hardware.site(options.on, options.assume) if options.on else None
     if site is not None:
-        stages = {stage.name: _on_hardware(stage, site, options) for stage in planned}
+        of: Callable[[PlannedStage], dict[str, Any]] = partial(_on_hardware, site=site, options=options)
     else:
-        stages = {stage.name: _here(stage, options, known, ranks) for stage in planned}
+        of = partial(_here, options=options, calibration=known, ranks=ranks)
+    stages = {stage.name: scheduled.joined([of(part) for part in scheduled.parts(stage)]) for stage in planned}
     met = engines.measured(options.measured) if options.measured is not None else {}
     for stage in planned:
         _add_engines(stages[stage.name], stage, None if site is None else site.machine, met)

@@ -67,10 +67,11 @@ class Anticipation:
     def _drawn(self) -> Batch:
         """This rank's rows of the next step that has not been read yet."""
         stage, trainer = self.training.stage, self.training.trainer
-        rows = stage.batch_size_at(self.tokens)
-        self.tokens += rows * stage.seq_len
+        rows, length = stage.batch_size_at(self.tokens), stage.seq_len_at(self.tokens)
+        self.tokens += rows * length
+        self.ahead.resize(length)
         drawn = self.ahead.draw(rows, trainer.data_rank, trainer.data_ranks, stage.document_mask)
-        return of_rows(drawn, stage.seq_len)
+        return of_rows(drawn, length)
 
     @torch.no_grad()
     def _look(self, loop: Loop) -> None:

@@ -30,7 +30,7 @@ class Extend(Pretrain):
             raise UserError(
                 f"{self.name}.model", "given", "extension continues a trained model", "Give `start` instead."
             )
-        if self.seq_len > self.window:
+        if self.longest > self.window:
             raise self.wrong("seq_len", f"rows are longer than the window of {self.window}", "Shorten them.")
         if self.factor is not None and self.factor < 1:
             raise self.wrong("factor", "shortens the window", "Use 1 or more.")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from finback.config import UserError, check_fields, check_not_negative, check_positive, check_share
 from finback.model.config import ModelConfig
+from finback.model.dsa_training import Attention
 from finback.model.fp4 import Qat
 from finback.model.recompute import Policy
 from finback.parallel.layout import Layout
@@ -22,7 +23,7 @@ from finback.tasks.task import Task
 from finback.train import loop, rates
 from finback.train.optim import MuonForm
 from finback.train.precision import ExpertKernel, check_qat
-from finback.train.rates import Level, Phase
+from finback.train.rates import Level, Phase, Steps
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,18 @@ class Pretrain(Stage):
     decay_tokens: int = 500_000
     # tokens over which the learning rates warm up
     warmup_tokens: int = 80_000
-    # rows per step over all ranks
-    batch_size: int = 32
+    # rows per step over all ranks; ((first token, rows), ...): a schedule, such as fewer rows where they are longer
+    batch_size: Steps = 32
     # initial batch size, which grows to batch_size over ramp_tokens; 0: constant
     batch_size_start: int = 0
     # tokens over which the batch grows from batch_size_start
     ramp_tokens: int = 0
-    # tokens per row
-    seq_len: int = 128
+    # tokens per row; ((first token, length), ...): rows that grow (V4: 4K, 16K, 64K, 1M)
+    seq_len: Steps = 128
+    # attention of a model with indexers is dense in rows shorter than this, and its indexers do not learn (V4: 64K)
+    sparse_from: int = 0
+    # when attention becomes sparse, tokens over which indexers first learn from dense attention
+    indexer_tokens: int = 0
     # stream: windows of the token stream; best_fit: whole documents, packed by best fit (V3)
     packing: Literal["stream", "best_fit"] = "stream"
     # mask attention between documents of a row; V3 pre-trained without
@@ -144,9 +149,12 @@ class Pretrain(Stage):
         if self.phases and self.probe:
             problem = "phases and a probe would both set the end of training"
             raise UserError(f"{self.name}.phases", len(self.phases), problem, "Give one of the two.")
-        if self.batch_size_start and (self.batch_size_start > self.batch_size or not self.ramp_tokens):
+        if self.batch_size_start and isinstance(self.batch_size, tuple):
+            raise self.wrong("batch_size_start", "batch_size is a schedule already", "Give one of the two.")
+        if self.batch_size_start and (self.batch_size_start > self.most_rows or not self.ramp_tokens):
             problem = f"must be below batch_size ({self.batch_size}), with ramp_tokens ({self.ramp_tokens:,}) above 0"
             raise self.wrong("batch_size_start", problem, "Correct one of them.")
+        self._check_lengths()
         if self.keep_best and not self.valid_tokens:
             raise self.wrong("keep_best", "without validation there is no best model", "Set valid_tokens as well.")
         if self.expert_kernel == "grouped_mm" and self.compute == "fp8":
@@ -157,14 +165,15 @@ class Pretrain(Stage):
             problem = "needs a full copy on each rank and routers that are not compiled"
             raise self.wrong("anticipatory_steps", problem, "Leave out layout and compile, or use 0.")
         if self.layout is not None:
-            self.layout.check_length(self.seq_len)
+            for _, length in rates.pairs_of(self.seq_len):
+                self.layout.check_length(length)
             if self.layout.offload:
                 problem = "is supported in fine-tuning and RL only: Muon would orthogonalize on the host"
                 raise UserError(f"{self.name}.layout.offload", True, problem, "Leave it out, or use more ranks.")
         check_qat(self.name, self.qat, self.layout)
 
     def _check_numbers(self) -> None:
-        counts = ("max_tokens", "batch_size", "seq_len", "checkpoint_steps", "keep", "router_steps", "spike_patience")
+        counts = ("max_tokens", "checkpoint_steps", "keep", "router_steps", "spike_patience")
         check_positive(self, self.name, *counts, "anticipatory_delay", "muon_lr", "adam_lr", "max_grad_norm")
         names = (
             "decay_tokens",
@@ -173,10 +182,23 @@ class Pretrain(Stage):
             "batch_size_start",
             "valid_tokens",
             "anticipatory_steps",
+            "sparse_from",
+            "indexer_tokens",
         )
         check_not_negative(self, self.name, *names, "weight_decay", "balance_alpha", "spike_sigma")
         check_share(self, self.name, "final_lr", "ema_decay")
         rates.check_levels(self, self.name, "mtp_weight", "bias_speed")
+        rates.check_steps(self, self.name, "batch_size", "seq_len")
+
+    def _check_lengths(self) -> None:
+        lengths = [length for _, length in rates.pairs_of(self.seq_len)]
+        if lengths != sorted(set(lengths)):
+            raise self.wrong(
+                "seq_len", "rows must grow: a length that returns would read its rows again", "Order them."
+            )
+        if self.sparse_from > self.longest:
+            problem = f"rows have at most {self.longest} tokens, so attention would never be sparse"
+            raise self.wrong("sparse_from", problem, "Lower it, or lengthen the rows.")
 
     @property
     def limit(self) -> int:
@@ -186,22 +208,46 @@ class Pretrain(Stage):
     @property
     def batch_sizes(self) -> list[int]:
         """All batch sizes that steps may have, in rows."""
+        if isinstance(self.batch_size, tuple):
+            return sorted({rows for _, rows in self.batch_size})
         return rates.ramp_sizes(self.batch_size_start, self.batch_size)
+
+    @property
+    def most_rows(self) -> int:
+        """The largest batch size."""
+        return max(rows for _, rows in rates.pairs_of(self.batch_size))
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest rows."""
+        return max(length for _, length in rates.pairs_of(self.seq_len))
 
     def batch_size_at(self, tokens: int) -> int:
         """Batch size, in rows, of the step that follows after `tokens` tokens."""
         if not self.batch_size_start:
-            return self.batch_size
-        return rates.ramp(tokens, self.batch_size_start, self.batch_size, self.ramp_tokens)
+            return rates.level(self.batch_size, tokens)
+        return rates.ramp(tokens, self.batch_size_start, self.most_rows, self.ramp_tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest step, padding included."""
+        starts = {start for value in (self.batch_size, self.seq_len) for start, _ in rates.pairs_of(value)}
+        return max(rates.level(self.batch_size, start) * self.seq_len_at(start) for start in starts)
+
+    def seq_len_at(self, tokens: int) -> int:
+        """Tokens per row of the step that follows after `tokens` tokens."""
+        return rates.level(self.seq_len, tokens)
+
+    def attention_at(self, tokens: int) -> Attention:
+        """How that step attends, in a model with indexers."""
+        if self.seq_len_at(tokens) < self.sparse_from:
+            return "dense"
+        begin = next(start for start, length in rates.pairs_of(self.seq_len) if length >= self.sparse_from)
+        return "warm-up" if tokens < begin + self.indexer_tokens else "sparse"
 
     def adapted(self, config: ModelConfig) -> ModelConfig:
         """The config of `start` as training continues it."""
         return config
-
-    @property
-    def attends_densely(self) -> bool:
-        """Whether tokens of a sparse model attend to all earlier ones during training."""
-        return False
 
     def learns(self, name: str) -> bool:
         """Whether this stage trains the parameter of this name."""

@@ -23,6 +23,7 @@ from finback.runs.files import read_json, write_json
 from finback.runs.folder import StageRun
 from finback.stages.compile_check import check_compiler
 from finback.stages.pretraining import Pretraining
+from finback.train import rates
 from finback.train.optim import BETAS, Adam, Muon, is_matrix
 from finback.train.precision import choose_expert_kernel, dtype_of, use_expert_kernel, use_fp8
 from finback.train.sharded_options import ShardedOptions
@@ -43,7 +44,7 @@ def set_up(stage: "Pretrain", run: StageRun) -> Pretraining:
 
 def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     for name in ("batch_size", "batch_size_start"):
-        if getattr(stage, name) % world.size:
+        if any(rows % world.size for _, rows in rates.pairs_of(getattr(stage, name))):
             remedy = f"Use a multiple of {world.size}, or other --ranks."
             raise stage.wrong(name, f"does not divide among {world.size} ranks", remedy)
     if stage.model is not None:
@@ -94,6 +95,9 @@ def _with_values(
 
 def _prepare(stage: "Pretrain", config: ModelConfig, model: Transformer) -> None:
     """Freezes the parameters that a stage does not train, in place, and sets up the training of indexers."""
+    for knob in () if config.index_topk else ("sparse_from", "indexer_tokens"):
+        if getattr(stage, knob):
+            raise stage.wrong(knob, "the model has no indexers", "Use 0, or a model with index_topk.")
     teaches = _teaches_indexers(stage, config)
     if teaches and config.index_topk and stage.layout is not None and stage.layout.cp > 1:
         problem = "indexers are trained on whole rows"
@@ -103,7 +107,7 @@ def _prepare(stage: "Pretrain", config: ModelConfig, model: Transformer) -> None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.learns(name) and (teaches or ".indexer." not in name))
     if teaches and config.index_topk:
-        teach_indexers(model, stage.attends_densely)
+        teach_indexers(model, stage.attention_at(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +123,9 @@ class PretrainingOptions(ShardedOptions):
 
 def _teaches_indexers(stage: "Pretrain", config: ModelConfig) -> bool:
     """Whether indexers learn: V4's only if rows are long enough for selection, or if the stage trains them."""
-    picks = stage.seq_len // config.compress_rate_csa > config.index_topk
-    return config.attention != "compressed" or stage.attends_densely or (CSA in config.layer_types and picks)
+    picks = stage.longest // config.compress_rate_csa > config.index_topk
+    asked = stage.indexer_tokens > 0 or stage.attention_at(0) == "warm-up"
+    return config.attention != "compressed" or asked or (CSA in config.layer_types and picks)
 
 
 def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
@@ -146,12 +151,12 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         whole = 4 * count.parameters(config) / 2**20
         run.say(f"{stage.name:10} each probe gathers the whole model, {whole:,.0f} MiB, on every rank temporarily")
     try:
-        trainer = ShardedTrainer(config, stage.layout, stage.batch_size, values, options, device)
-        stage.layout.check_steps(config, stage.batch_sizes, stage.batch_size)
+        trainer = ShardedTrainer(config, stage.layout, stage.most_rows, values, options, device)
+        stage.layout.check_steps(config, stage.batch_sizes, stage.most_rows)
     except UserError as error:
         field = error.field
         if field == "rows":  # rows per step come from this knob
-            field = "batch_size" if error.value == stage.batch_size else "batch_size_start"
+            field = "batch_size_start" if stage.batch_size_start and error.value != stage.batch_size else "batch_size"
         elif not field.startswith("layout."):
             raise
         raise UserError(f"{stage.name}.{field}", error.value, error.problem, error.remedy) from None
@@ -174,7 +179,7 @@ def _start(stage: "Pretrain", run: StageRun) -> Path:
 
 def _use_expert_kernel(stage: "Pretrain", run: StageRun, world: World, model: Transformer) -> None:
     """Sets the expert kernel; "auto" is resolved on GPUs only."""
-    kernel, tokens = stage.expert_kernel, stage.batch_size * stage.seq_len // world.size
+    kernel, tokens = stage.expert_kernel, stage.most_tokens // world.size
 
     def choose() -> dict[str, Any]:
         measured = world.gather(choose_expert_kernel(model, tokens))

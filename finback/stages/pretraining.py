@@ -8,8 +8,8 @@ import torch
 from finback.data.loader import Loader
 from finback.data.tokenizer import Tokenizer
 from finback.engine.request import SamplingParams
-from finback.model.count import recomputed_flops, training_flops_of
-from finback.model.dsa_training import divergence, is_taught
+from finback.model.count import attending_densely, recomputed_flops, training_flops_of
+from finback.model.dsa_training import Attention, divergence, is_taught, set_attention
 from finback.parallel.served_weights import ServedWeights
 from finback.rollouts.drawing import Window
 from finback.rollouts.here import EngineRollouts
@@ -49,16 +49,19 @@ class Pretraining(Training):
         self.tokenizer = Tokenizer(self.folder)
         self.depths = self.config.num_nextn_predict_layers
         extra, order = 1 + self.depths, run.seed("order")
-        self.loader = Loader(self.folder, stage.mixture, stage.seq_len, extra, order, stage.packing)
+        # the longest rows first, so that a source that is too short for them is refused now
+        self.loader = Loader(self.folder, stage.mixture, stage.longest, extra, order, stage.packing)
+        self.loader.resize(stage.seq_len_at(0))
         self.spikes = Spikes(stage.spike_sigma, stage.spike_patience)
         self.anticipation: Anticipation | None = None
         if stage.anticipatory_steps:
             if not self.config.n_routed_experts:
                 raise stage.wrong("anticipatory_steps", "the model has no routed experts", "Use 0.")
-            ahead = Loader(self.folder, stage.mixture, stage.seq_len, extra, order, stage.packing)
+            ahead = Loader(self.folder, stage.mixture, stage.seq_len_at(0), extra, order, stage.packing)
             self.anticipation = Anticipation(self, ahead)
             trainer.extras = [*trainer.extras, self.anticipation]
-        self.tokens = 0
+        self.tokens, self.tokens_before = 0, 0  # after and before the last step
+        self.attention: Attention = stage.attention_at(0)
         self.decay_start: int | None = None
         # tokens at which the probe was passed
         self.passed_at: int | None = None
@@ -81,10 +84,10 @@ class Pretraining(Training):
     def step(self, loop: Loop) -> dict[str, Any]:
         """One step on the next rows; if it is skipped, `skipped` says why."""
         stage, trainer = self.stage, self.trainer
-        rows = stage.batch_size_at(self.tokens)
+        rows, length = stage.batch_size_at(self.tokens), stage.seq_len_at(self.tokens)
         routed = nullcontext() if self.anticipation is None else self.anticipation.routed(loop)
-        self.tokens += rows * stage.seq_len
-        batch, counts = self._batch(rows, loop)
+        self.tokens_before, self.tokens = self.tokens, self.tokens + rows * length
+        batch, counts = self._batch(rows, length, loop)
         mtp_weight, share = rates.level(stage.mtp_weight, self.tokens), len(batch.tokens) / rows
         trainer.zero()
         with routed:
@@ -93,7 +96,9 @@ class Pretraining(Training):
         loss, mtp, balance = losses.tolist()
         metrics = {"tokens": self.tokens, "batch_size": rows, "loss": loss, "mtp_loss": mtp, "balance": balance}
         metrics["grad_norm"] = norm
-        if self.config.index_topk and is_taught(trainer.model):
+        if isinstance(stage.seq_len, tuple):
+            metrics["seq_len"] = length
+        if self.config.index_topk and self.attention != "dense" and is_taught(trainer.model):
             metrics["indexer_loss"] = sum(self.world.gather(divergence(trainer.model))) / self.world.size
         verdict = self.spikes.judge(loss, norm)
         if verdict != "learn":
@@ -109,22 +114,35 @@ class Pretraining(Training):
             self.run.append(ROUTER, {"step": loop.step, "tokens": self.tokens, **described})
         return metrics | {"lr": self.lrs[0], "max_violation": health.violation, "idle_experts": health.idle}
 
-    def _batch(self, rows: int, loop: Loop) -> tuple[Batch, list[float]]:
+    def _attend(self) -> None:
+        """Sets how the model attends in the next step, and in evaluation before it."""
+        before, self.attention = self.attention, self.stage.attention_at(self.tokens)
+        for model in self.trainer.models if self.config.index_topk else ():
+            set_attention(model, self.attention)
+        if before != self.attention:
+            self.run.say(
+                f"{self.stage.name:10} {self.tokens:,} tokens: attention changes from {before} to {self.attention}"
+            )
+
+    def _batch(self, rows: int, length: int, loop: Loop) -> tuple[Batch, list[float]]:
         """This rank's share of the step's rows, and the number of labels of the whole step for the trunk and each MTP depth."""
         stage, trainer = self.stage, self.trainer
+        self.loader.resize(length)
         drawn = self.loader.draw(rows, trainer.data_rank, trainer.data_ranks, stage.document_mask)
-        batch = of_rows(drawn, stage.seq_len)
+        batch = of_rows(drawn, length)
+        # a warm-up is counted as the dense attention that it is
+        config = self.config if self.attention == "sparse" else attending_densely(self.config)
         if stage.packing == "stream" and not stage.document_mask:  # every row is full, so nothing needs counting
-            counts = [float(rows * stage.seq_len)] * (1 + self.depths)
-            flops = training_flops_of(self.config, [stage.seq_len]) * rows
+            counts = [float(rows * length)] * (1 + self.depths)
+            flops = training_flops_of(config, [length]) * rows
         else:
             mine = torch.cat([batch.counts(self.depths), torch.zeros(1, dtype=torch.float64)])
-            mine[-1] = training_flops_of(self.config, batch.lengths())
+            mine[-1] = training_flops_of(config, batch.lengths())
             same = self.world.size // trainer.data_ranks  # ranks that read the same rows, such as those of a pipeline
             *counts, flops = (self.world.sum_(mine) / same).tolist()
             counts = [max(1.0, count) for count in counts]
-        again = recomputed_flops(self.config, (stage.seq_len + 1) / 2, stage.recompute)
-        loop.spend(tokens=rows * stage.seq_len, training=flops, recomputed=rows * stage.seq_len * again)
+        again = recomputed_flops(config, (length + 1) / 2, stage.recompute)
+        loop.spend(tokens=rows * length, training=flops, recomputed=rows * length * again)
         return batch.to(self.world.device), counts
 
     @property
@@ -148,9 +166,9 @@ class Pretraining(Training):
         if metrics.get("skipped") == "rewind":  # the restored model was evaluated before
             self._rewind(loop)
             return
-        before = self.tokens - metrics["batch_size"] * self.stage.seq_len
-        self._maybe_probe(loop, before)
-        self._maybe_validate(loop, before)
+        self._attend()
+        self._maybe_probe(loop, self.tokens_before)
+        self._maybe_validate(loop, self.tokens_before)
 
     def _maybe_probe(self, loop: Loop, before: int) -> None:
         """Starts the decay if the probe is passed, or if only the decay still fits; `before`: tokens at the previous call."""
@@ -180,7 +198,8 @@ class Pretraining(Training):
         problems = self.probed
         sampling = SamplingParams(temperature=0.0, max_tokens=probe.max_tokens)
         given = self.tokenizer, probe.task, problems, [0] * len(problems), sampling, True, self.world
-        rollouts = EngineRollouts(ServedWeights(self.trainer.gathered()), self.config, self.tokenizer)
+        model = set_attention(self.trainer.gathered(), self.attention)
+        rollouts = EngineRollouts(ServedWeights(model), self.config, self.tokenizer)
         rollouts.update(loop.step)
         right, flops = answered(rollouts, *given)
         loop.spend(evaluation=flops)
@@ -219,6 +238,7 @@ class Pretraining(Training):
         self.spikes.load_state(state["spikes"])
         for name in STATE:
             setattr(self, name, state[name])
+        self._attend()
         if self.anticipation is not None:
             self.anticipation.resume(state["anticipation"])
 
@@ -235,6 +255,7 @@ class Pretraining(Training):
         for name in ("tokens", "decay_start", "passed_at"):
             setattr(self, name, state[name])
         self.rewinds += 1
+        self._attend()
         if self.anticipation is not None:
             self.anticipation.start()
             how = f"by weights that are {stage.anticipatory_delay} updates old"
@@ -248,6 +269,8 @@ class Pretraining(Training):
     def finish(self, loop: Loop) -> dict[str, Any]:
         """Writes the model and its moving average, and returns the results."""
         stage, run = self.stage, self.run
+        if self.config.index_topk and self.attention == "dense":
+            run.say(f"{stage.name:10} ENDED WITH DENSE ATTENTION at {self.tokens:,} tokens: indexers are untrained")
         self.trainer.export(run, run.folder, self.tokenizer)
         if stage.ema_decay:
             with self.trainer.averaged():

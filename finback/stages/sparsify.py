@@ -6,6 +6,7 @@ from typing import Literal
 
 from finback.config import UserError, check_positive
 from finback.model.config import ModelConfig
+from finback.model.dsa_training import Attention
 from finback.runs.declaration import Declaration
 from finback.stages.pretrain import Pretrain
 from finback.train.rates import Level
@@ -41,6 +42,9 @@ class Sparsify(Pretrain):
             raise UserError(
                 f"{self.name}.model", "given", "this stage continues a trained model", "Give `start` instead."
             )
+        for name in ("sparse_from", "indexer_tokens"):
+            if getattr(self, name):
+                raise self.wrong(name, "this stage is all warm-up", "Use 0; Pretrain has the knob.")
         if self.bias_speed:
             raise self.wrong("bias_speed", "would move the routers of a frozen model", "Use 0.")
 
@@ -64,9 +68,8 @@ class Sparsify(Pretrain):
             leaf = error.field.removeprefix("model.")
             raise UserError(f"{self.name}.{leaf}", error.value, error.problem, error.remedy) from None
 
-    @property
-    def attends_densely(self) -> bool:
-        return True
+    def attention_at(self, tokens: int) -> Attention:
+        return "warm-up"
 
     def learns(self, name: str) -> bool:
         return ".indexer." in name

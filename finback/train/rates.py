@@ -4,11 +4,13 @@ shape of a run."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from finback.config import UserError, check_fields, check_not_negative, check_positive
 
 Level = float | tuple[tuple[int, float], ...]  # one value, or (first token, value) pairs in order
+Steps = int | tuple[tuple[int, int], ...]  # the same for counts
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,38 @@ def along(phases: Sequence[Phase], tokens: int) -> float:
     return phases[-1].end
 
 
-def level(value: Level, tokens: int) -> float:
+def pairs_of(value: N | tuple[tuple[int, N], ...]) -> tuple[tuple[int, N], ...]:
+    """(first token, value) pairs, one for a constant."""
+    return value if isinstance(value, tuple) else ((0, value),)
+
+
+def level(value: N | tuple[tuple[int, N], ...], tokens: int) -> N:
     """The value in effect after `tokens` tokens."""
-    if not isinstance(value, tuple):
-        return value
-    return [v for start, v in value if start <= tokens][-1]
+    return [v for start, v in pairs_of(value) if start <= tokens][-1]
 
 
 def check_levels(config: object, where: str, *names: str) -> None:
     """Raises UserError for the first named field that is negative, or whose pairs are not in order from token 0."""
     for name in names:
-        value = getattr(config, name)
-        pairs = value if isinstance(value, tuple) else ((0, value),)
-        starts = [start for start, _ in pairs]
-        if not pairs or starts[0] != 0 or starts != sorted(set(starts)):
-            problem = "pairs of (token, value) must start at token 0 and ascend"
-            raise UserError(f"{where}.{name}", value, problem, "Order them.")
-        if min(v for _, v in pairs) < 0:
-            raise UserError(f"{where}.{name}", value, "negative", "Use 0 or more.")
+        if min(_ordered(config, where, name)) < 0:
+            raise UserError(f"{where}.{name}", getattr(config, name), "negative", "Use 0 or more.")
+
+
+def check_steps(config: object, where: str, *names: str) -> None:
+    """As check_levels, for counts, which must be above 0."""
+    for name in names:
+        if min(_ordered(config, where, name)) <= 0:
+            raise UserError(f"{where}.{name}", getattr(config, name), "not above 0", "Use 1 or more.")
+
+
+def _ordered(config: object, where: str, name: str) -> list[float]:
+    """The values of a Level, after checking the order of its pairs."""
+    value = getattr(config, name)
+    starts = [start for start, _ in pairs_of(value)]
+    if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+        problem = "pairs of (token, value) must start at token 0 and ascend"
+        raise UserError(f"{where}.{name}", value, problem, "Order them.")
+    return [v for _, v in pairs_of(value)]
 
 
 def ramp(tokens: int, first: int, last: int, over: int) -> int:

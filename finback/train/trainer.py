@@ -54,6 +54,8 @@ class Trainer(ABC):
     """
 
     model: Transformer
+    # the model, or the pipeline stages of it, on this rank
+    models: list[Transformer]
     # index of this rank's share of a step's rows, out of data_ranks equal shares
     data_rank: int
     data_ranks: int
@@ -177,7 +179,7 @@ class ReplicatedTrainer(Trainer):
         extras: Sequence[Stateful] = (),
         ema_decay: float = 0.0,
     ) -> None:
-        self.model, self.world = model, world
+        self.model, self.models, self.world = model, [model], world
         self.data_rank, self.data_ranks = world.rank, world.size
         self.gradients = Gradients([p for _, p in named or list(model.named_parameters())])
         self.averages = [EMA(list(model.named_parameters()), ema_decay)] if ema_decay else []
