@@ -11,7 +11,7 @@ from finback.planner import calibration_file, recipe_plan
 from finback.planner.options import PlanOptions
 from finback.planner.render import big, span
 from finback.runs import reader
-from finback.runs.ledger import cost
+from finback.runs.ledger import cost, shown
 from finback.runs.reader import StageFolder
 from finback.runs.terminal import table
 
@@ -33,7 +33,8 @@ def plan_and_actual(root: Path, calibration: Path) -> dict[str, Any]:
     for stage in begun:
         planned, paid = found.get(stage.name), cost(stage.folder)
         plan = {k: planned.get(k) for k in SPENT} if planned else None
-        rows[stage.name] = {"plan": plan, "actual": {k: paid[v] for k, v in SPENT.items()}}
+        actual = {k: paid[v] for k, v in SPENT.items()}
+        rows[stage.name] = {"plan": plan, "actual": actual, "unknown": paid["unknown"]}
     return {"stages": rows, "notes": notes}
 
 
@@ -75,9 +76,10 @@ def text(values: dict[str, Any]) -> str:
         for label in ("plan", "actual"):
             s = stage[label] or dict.fromkeys(SPENT)
             dollars = "-" if s["dollars"] is None else f"{s['dollars']:,.4f}"
+            dollars = shown(dollars, stage, "money") if label == "actual" else dollars
             amounts = [big(s[k]) if s[k] else "-" for k in ("tokens_trained", "tokens_generated", "flops")]
             time = span(s["seconds"]) if s["seconds"] else "-"
             rows.append([name if label == "plan" else "", label, *amounts, time, dollars])
     title = "Plan and actual; a plan has the most tokens that a stage can take:"
-    shown = table(rows, ("stage", "", "trains", "generates", "FLOPs", "time", "$"), indent=2)
-    return "\n".join([title, shown, *(f"note: {text}" for text in values["notes"])])
+    lines = table(rows, ("stage", "", "trains", "generates", "FLOPs", "time", "$"), indent=2)
+    return "\n".join([title, lines, *(f"note: {text}" for text in values["notes"])])

@@ -8,6 +8,7 @@ from finback.rollouts import rl_alerts
 from finback.runs import reader
 from finback.runs.declaration import DECLARATION
 from finback.runs.files import METRICS, SUMMARY, is_number
+from finback.runs.ledger import shown
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.progress import clock
 from finback.runs.reader import StageFolder
@@ -84,14 +85,17 @@ def _costs(stages: dict[str, Any], path: Path) -> str:
             f"{c['tokens_trained'] + c['tokens_generated']:,}",
             f"{c['tokens_per_second']:,.0f}",
             f"{c['mfu']:.0%}" if c["mfu"] else "-",
-            f"{c['energy_wh']:.2f}",
-            f"{c['money_usd']:.4f}",
+            shown(f"{c['energy_wh']:.2f}", c, "energy"),
+            shown(f"{c['money_usd']:.4f}", c, "money"),
         ]
         for name, c in costs.items()
     ]
-    total = ["all", clock(seconds), "", "", "", "", f"{money:.4f}"]
-    shown = table([*rows, total], ("stage", "wall", "tokens", "tokens/s", "MFU", "Wh", "$"))
-    return f"{shown}\nEnergy and money are an {next(iter(costs.values()))['basis']}." if costs else shown
+    every = {"unknown": [text for c in costs.values() for text in c.get("unknown", ())]}
+    total = ["all", clock(seconds), "", "", "", "", shown(f"{money:.4f}", every, "money")]
+    text = table([*rows, total], ("stage", "wall", "tokens", "tokens/s", "MFU", "Wh", "$"))
+    if costs:
+        text += f"\nEnergy and money are an {next(iter(costs.values()))['basis']}."
+    return f"{text}\nUnknown and not included: {', '.join(every['unknown'])}." if every["unknown"] else text
 
 
 def _before_after(before: StageFolder, after: StageFolder) -> str:

@@ -19,6 +19,7 @@ from finback.rollouts.generation import Backend, PolicyModel, Rollouts
 from finback.rollouts.remote import RemoteRollouts
 from finback.rollouts.weight_files import WeightFiles, merged
 from finback.runs import provenance
+from finback.runs.external import EnginePrice
 
 SILENT = {"finback": 120.0, "vllm": 1800.0, "sglang": 1800.0}  # default timeout in seconds
 
@@ -40,6 +41,8 @@ class Fleet(Backend):
     num_cpus: int = 1
     # GPUs that Ray reserves for each engine
     num_gpus: float = 0.0
+    # dollars per hour of each engine; None: its CPUs are priced like the ranks', and the price of GPUs is unknown
+    price_hour: float | None = None
     # engines share their GPUs with the trainer and release their memory while it learns
     colocated: bool = False
     # precision of the matrices sent to engines; auto: the one in which the trainer computes
@@ -69,7 +72,7 @@ class Fleet(Backend):
     def __post_init__(self) -> None:
         check_fields(self, "rollouts")
         check_positive(self, "rollouts", "n", "num_cpus", "probe_gap", "timeout", "tries", "concurrency")
-        check_not_negative(self, "rollouts", "num_gpus", "backoff")
+        check_not_negative(self, "rollouts", "num_gpus", "backoff", "price_hour")
         if self.engine != "finback":
             self.program.check("rollouts")
             return
@@ -85,6 +88,11 @@ class Fleet(Backend):
         """The program that each engine starts, if it is not finback's own."""
         assert self.engine != "finback", "a program"
         return EngineProgram(self.engine, self.python, self.flags, self.env)
+
+    @property
+    def price(self) -> EnginePrice:
+        """What each engine costs."""
+        return EnginePrice(None, None, self.price_hour, self.num_cpus, self.num_gpus, is_here=not self.address)
 
     @property
     def patience(self) -> float:
@@ -115,9 +123,9 @@ class FleetRollouts(RemoteRollouts):
         asked = ray_cluster.Room(name, fleet.n, fleet.num_cpus, fleet.num_gpus, fleet.address)
         self.cluster = ray_cluster.join(asked, self.field, self.world)
         member = RayEngine if fleet.engine == "finback" else ProgramMember
-        policy.run.hired_cores += fleet.n * fleet.num_cpus
         try:
             self.servers = [member(self, number, self.served) for number in range(fleet.n)]
+            self.hire(fleet.price)
             if policy.run.is_writer:
                 self._check()
         except BaseException:
@@ -167,7 +175,7 @@ class FleetRollouts(RemoteRollouts):
 
     def close(self) -> None:
         """Ends the engines."""
-        self.policy.run.hired_cores = 0
+        self.leave()
         for member in self.members:
             member.close()
         self.cluster.leave()

@@ -14,6 +14,7 @@ import numpy as np
 
 from finback.client import Client, RequestFailed
 from finback.config import UserError
+from finback.runs.external import TokenCount
 
 # scripts, digits, code and spaces, where tokenizers differ
 TEXTS = (
@@ -89,6 +90,8 @@ class GenerationServer(ABC):
         self.drops = False
         # whether it has released its memory since the last weights
         self.asleep = False
+        # what it has read and generated for this rank
+        self.count = TokenCount()
 
     def unfit(self, problem: str, remedy: str) -> UserError:
         """The error for a server that a run cannot use."""
@@ -114,6 +117,7 @@ class GenerationServer(ABC):
     def likeliest(self, token_ids: Sequence[int], k: int) -> list[Likeliest]:
         """The model's k likeliest tokens at each position of a text except the first, at temperature 1; UserError if it reports fewer."""
         found = [sorted(pairs, key=lambda pair: -pair[1])[:k] for pairs in self._likeliest(token_ids, k)]
+        self.count.add(len(token_ids), 1)  # programs generate at least one token
         if len(found) != len(token_ids) - 1 or any(len(pairs) < k for pairs in found):
             remedy = f"Start it so that it returns {k} (vLLM: --max-logprobs {k}), or lower top_k."
             raise self.unfit(f"does not report its {k} likeliest tokens at each position of a text", remedy)
@@ -173,8 +177,9 @@ class GenerationServer(ABC):
         return [int(token) for token in ids]
 
     def _checked(self, prompt: TokenPrompt, answer: TokenAnswer) -> TokenAnswer:
-        """The answer. UserError if it cannot be learned from, RequestFailed if it was aborted."""
+        """The answer, whose tokens are counted. UserError if it cannot be learned from, RequestFailed if it was aborted."""
         m, count = self.model, len(answer.tokens)
+        self.count.add(len(prompt.token_ids), count)
         if answer.finish_reason == "abort" and self.drops:
             raise RequestFailed("an answer that was dropped for new weights", busy=True, retry_after=0.0)
         if answer.finish_reason not in ("stop", "length") or not count:

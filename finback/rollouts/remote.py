@@ -16,6 +16,7 @@ from finback.rollouts import server_checks
 from finback.rollouts.dispatcher import Dispatcher
 from finback.rollouts.generation import PolicyModel, Rollouts
 from finback.rollouts.generation_server import GenerationServer, ServedModel, TokenAnswer, TokenPrompt
+from finback.runs.external import EnginePrice, ExternalEngines
 
 
 class Remote(Protocol):
@@ -54,6 +55,8 @@ class RemoteRollouts(Rollouts):
         # engines that have the current weights
         self.ready: list[GenerationServer] = []
         self.servers: list[GenerationServer] = []
+        # how the ledger counts them, once they are hired
+        self.hired: ExternalEngines | None = None
         # remaining checks of log-probabilities: at the first weights, and after the first update
         self.probes = 2 if policy.learns else 1
 
@@ -73,6 +76,16 @@ class RemoteRollouts(Rollouts):
     def sends(self) -> bool:
         """Whether weights are sent to engines."""
         return self.policy.learns or self.is_owner
+
+    def hire(self, price: EnginePrice) -> None:
+        """Counts `servers` in the stage's ledger from now until `leave`."""
+        # the stage counts FLOPs of generation itself, from the model in training
+        self.hired = self.policy.run.hire(self.field, price, [each.count for each in self.servers], knows_flops=True)
+
+    def leave(self) -> None:
+        """The servers are no longer used."""
+        if self.hired is not None:
+            self.hired.leave()
 
     @abstractmethod
     def _write(self, model: Transformer, label: str) -> tuple[Any, int]:

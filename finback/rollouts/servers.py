@@ -14,6 +14,7 @@ from finback.rollouts.generation_server import GenerationServer, ServedModel
 from finback.rollouts.remote import RemoteRollouts
 from finback.rollouts.server_kinds import FinbackServer, VllmServer, find_server
 from finback.rollouts.weight_files import WeightFiles
+from finback.runs.external import EnginePrice
 
 SAME = "Serve the model that is trained, with its own tokenizer."
 LONGEST_REPLY = 1 << 30  # bytes; routed experts of a long answer take megabytes
@@ -44,17 +45,30 @@ class Servers(Backend):
     tries: int = 6
     # seconds before a failed server is asked again; doubles with each failure
     backoff: float = 1.0
+    # dollars per million prompt tokens, and per million generated ones, if the servers charge for tokens
+    price_in: float | None = None
+    price_out: float | None = None
+    # dollars per hour of each server, if they charge for time
+    price_hour: float | None = None
+    # CPU cores of each server, priced like this machine's if there is no other price
+    num_cpus: int | None = None
     # name of vLLM's worker method that reloads weights, called with weights_path
     reload_method: str = "reload_weights"
 
     def __post_init__(self) -> None:
         check_fields(self, "rollouts")
-        check_positive(self, "rollouts", "probe_gap", "concurrency", "timeout", "tries")
-        check_not_negative(self, "rollouts", "backoff")
+        check_positive(self, "rollouts", "probe_gap", "concurrency", "timeout", "tries", "num_cpus")
+        check_not_negative(self, "rollouts", "backoff", "price_in", "price_out", "price_hour")
+        self.price.check("rollouts")
         if not self.urls or len({*self.urls}) < len(self.urls):
             raise UserError("rollouts.urls", self.urls, "empty, or one of them twice", "Name each server once.")
         for url in self.urls:
             check_url(url, "rollouts.urls", "http://127.0.0.1:8000")
+
+    @property
+    def price(self) -> EnginePrice:
+        """What each server costs."""
+        return EnginePrice(self.price_in, self.price_out, self.price_hour, self.num_cpus)
 
     def clients(self, field: str) -> dict[str, Client]:
         """A client for each server, by url; UserError about the stage's knob if the key cannot be read."""
@@ -76,6 +90,7 @@ class ServerRollouts(RemoteRollouts):
         self.files = WeightFiles(folder, self.field)
         try:
             self.servers = connected(self.clients, self.field, self.served)
+            self.hire(knobs.price)
             for server in self.servers:
                 self._prepare(server, knobs)
             for server in self.servers if policy.run.is_writer else ():
@@ -98,6 +113,7 @@ class ServerRollouts(RemoteRollouts):
 
     def close(self) -> None:
         """Releases connections and deletes the files of weights."""
+        self.leave()
         for client in self.clients.values():
             client.close()
         if self.policy.run.is_writer:

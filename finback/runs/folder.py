@@ -13,6 +13,7 @@ runs/<recipe>/summary.json           results and costs of all finished stages
 Only rank 0 writes. Files are replaced as a whole, never rewritten in place.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,13 +21,14 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from finback.config import UserError
 from finback.runs import adapters, hub_models, provenance
 from finback.runs.energy import CpuTime, Energy
+from finback.runs.external import EnginePrice, ExternalEngines, TokenCount, billed
 from finback.runs.files import (
     HUB,
     LEDGER,
@@ -79,8 +81,8 @@ class StageRun:
         self.stages: Sequence[Any] = ()
         self.stop_requested = False
         self._mark = time.perf_counter()
-        # cores of external engines for this stage, which cost as much as ranks
-        self.hired_cores = 0
+        # engines outside the ranks that work for this stage
+        self.external: list[ExternalEngines] = []
         self._energy: Energy | None = None
         self._cpu: CpuTime | None = None
         self._line: TextIO = sys.stderr
@@ -145,6 +147,8 @@ class StageRun:
         FLOPs by purpose are named flops_<one of FLOPS>; `flops` are those that MFU counts.
         """
         assert all(k[6:] in FLOPS for k in spent if k.startswith("flops_")), f"unknown purpose in {set(spent)}"
+        if not self.is_writer:
+            return
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         joules = self._energy.take() if self._energy is not None else None
@@ -153,7 +157,34 @@ class StageRun:
         busy = self._cpu.take() if self._cpu is not None else None
         if busy is not None:
             spent["cpu_seconds"] = busy
-        self.append(LEDGER, {"seconds": seconds, "cores": self.ranks.size + self.hired_cores, **spent})
+        external = billed(self.external, joules is not None)
+        self.append(LEDGER, {"seconds": seconds, "cores": self.ranks.size, **spent, **external})
+
+    def hire(self, name: str, price: EnginePrice, counts: list[TokenCount], knows_flops: bool) -> ExternalEngines:
+        """Counts external engines of one knob in the ledger from now on; arguments as for ExternalEngines."""
+        self.external.append(ExternalEngines(name, price, counts, knows_flops))
+        return self.external[-1]
+
+    @contextlib.contextmanager
+    def billed(self) -> Iterator[None]:
+        """A context that records external engines in the ledger if it ends by an error, since they are paid for all the same."""
+        try:
+            yield
+        except BaseException:
+            if self.external:  # this rank may be the only one that fails, so nothing is gathered
+                for engines in self.external:
+                    engines.add(*engines.take())
+                self.account()
+            raise
+
+    def gather_external(self) -> None:
+        """Collects on rank 0 the tokens that external engines have read and generated for all ranks. Collective."""
+        if not self.external:
+            return
+        found = self.ranks.gather([engines.take() for engines in self.external])
+        for engines, *counts in zip(self.external, *found, strict=True):
+            for count in counts:
+                engines.add(*count)
 
     def append(self, name: str, *records: dict[str, Any]) -> None:
         """Appends rows to one of the folder's files; rows of a step have its number as "step"."""
@@ -177,6 +208,7 @@ class StageRun:
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the manifest, which marks the stage as finished; then deletes what only resuming needed."""
+        self.gather_external()
         self.account()
         if self.is_writer:
             scratch = {p.name for p in self._scratch()}

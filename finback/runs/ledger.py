@@ -19,7 +19,8 @@ BASIS = (
 )
 
 # numeric entries of a ledger, besides tokens_* and flops_*
-AMOUNTS = ("seconds", "cores", "cpu_seconds", "joules", "metered_core_seconds", "flops", "peak_flops")
+EXTERNAL = ("external_seconds", "external_core_seconds", "external_joules", "external_usd")
+AMOUNTS = ("seconds", "cores", "cpu_seconds", "joules", "metered_core_seconds", "flops", "peak_flops", *EXTERNAL)
 MOST = 1e30  # upper bound of any plausible amount
 
 # FLOPs by purpose, as the EU's guidelines on general-purpose models distinguish them (annex, 117-133)
@@ -95,6 +96,7 @@ def watt_hours(ledger: Iterable[dict[str, Any]]) -> float:
         joules += line.get("joules", 0.0)
         if metered < wall:
             joules += line.get("cpu_seconds", wall) * (1 - metered / wall) * WATTS_PER_CORE
+        joules += line.get("external_joules", 0.0)
     return joules / 3600
 
 
@@ -103,11 +105,32 @@ def dollars(core_seconds: float) -> float:
     return core_seconds / 3600 * DOLLARS_PER_CORE_HOUR
 
 
+def money(total: dict[str, float]) -> float:
+    """Dollars for `sums` of a ledger, as far as they are known."""
+    return dollars(total["core_seconds"]) + total.get("external_usd", 0.0)
+
+
+def unknown(ledger: Iterable[dict[str, Any]]) -> list[str]:
+    """What no amount of a ledger includes, such as "money of rl.rollouts"."""
+    lists = [line["unknown"] for line in ledger if isinstance(line.get("unknown"), list)]
+    return sorted({text for texts in lists for text in texts if isinstance(text, str)})
+
+
+def lacks(bill: dict[str, Any], what: str) -> bool:
+    """Whether a bill of `cost` does not include all "money", "energy" or "FLOPs"."""
+    return any(text.startswith(f"{what} of ") for text in bill.get("unknown", ()))
+
+
+def shown(amount: str, bill: dict[str, Any], what: str) -> str:
+    """An amount of a bill as text, which says whether more is unknown; arguments as for `lacks`."""
+    return f"{amount} + unknown" if lacks(bill, what) else amount
+
+
 def cost(folder: Path) -> dict[str, Any]:
     """Wall time, throughput, FLOPs, MFU, energy and money of one stage, from its ledger."""
     ledger = read(folder)
     total = sums(ledger.lines)
-    seconds, hours = total["seconds"], total["core_seconds"] / 3600
+    seconds, hours = total["seconds"], (total["core_seconds"] + total.get("external_core_seconds", 0.0)) / 3600
     tokens = total.get("tokens_trained", 0) + total.get("tokens_generated", 0)
     flops, peak_flops = total.get("flops", 0), total.get("peak_flops", 0)
     return {
@@ -119,15 +142,30 @@ def cost(folder: Path) -> dict[str, Any]:
         "mfu": round(flops / peak_flops, 4) if peak_flops else None,
         "mfu_basis": "model FLOPs over the GEMM peak measured on this machine, all ranks at once, times wall time",
         "energy_wh": round(watt_hours(ledger.lines), 3),
-        "money_usd": round(hours * DOLLARS_PER_CORE_HOUR, 5),
-        "basis": "; ".join([_basis(ledger.lines, total), *_left_out(ledger.lines), *ledger.faults]),
+        "money_usd": round(money(total), 5),
+        "basis": "; ".join([_basis(ledger.lines, total), *_external(total), *_left_out(ledger.lines), *ledger.faults]),
+        "unknown": unknown(ledger.lines),
+        "external": {key: total[key] for key in total if key.startswith(("external_", "tokens_external_"))},
         "device_hours": hours,
         "flops_by": {name: total[f"flops_{name}"] for name in FLOPS if f"flops_{name}" in total},
     }
 
 
+def _external(total: dict[str, float]) -> list[str]:
+    """The part of external engines."""
+    if "external_seconds" not in total:
+        return []
+    read, made = (int(total.get(f"tokens_external_{kind}", 0)) for kind in ("prompt", "generated"))
+    text = f"external engines read {read:,} tokens and generated {made:,} in {total['external_seconds']:,.0f} engine-seconds"
+    return [text + (f", ${total['external_usd']:.5g} of the money" if "external_usd" in total else "")]
+
+
 def _left_out(lines: list[dict[str, Any]]) -> list[str]:
-    """What the energy does not include: GPUs that could not be measured."""
+    """What the amounts do not include: unknown ones of external engines, and the energy of GPUs that could not be measured."""
+    return [f"unknown and NOT included: {text}" for text in unknown(lines)] + _unmetered(lines)
+
+
+def _unmetered(lines: list[dict[str, Any]]) -> list[str]:
     machines = [line["machine"] for line in lines if isinstance(line.get("machine"), dict)]
     asked = any("NVML" in str(line.get("metered")) for line in lines)
     if asked or not any(machine.get("gpus") for machine in machines):

@@ -275,7 +275,8 @@ def execute(
         if run.check_stop():
             raise Interrupted
         run.begin(recipe.file, stage.inputs())
-        results = stage.run(run)
+        with run.billed():
+            results = stage.run(run)
         run.finish(results)
         if run.is_writer:
             write_summary(recipe, root, seed)

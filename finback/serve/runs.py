@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.runs import reader
-from finback.runs.ledger import BASIS, dollars, sums
+from finback.runs.ledger import BASIS, money, sums, unknown
 from finback.runs.reader import StageFolder
 from finback.serve.errors import ApiError
 
@@ -69,7 +69,8 @@ def overview(name: str, root: Path, begun: list[StageFolder]) -> dict[str, Any]:
         "changed": reader.changed(root),
         "seconds": sum(s["seconds"] for s in listed),
         "money": sum(s["money"] for s in listed),
-        "basis": BASIS,
+        "unknown": (left_out := [text for s in listed for text in s["unknown"]]),
+        "basis": "; ".join([BASIS, *(f"unknown and NOT included: {text}" for text in left_out)]),
     }
 
 
@@ -83,7 +84,8 @@ def stage_state(stage: StageFolder, busy: bool) -> dict[str, Any]:
         "state": "torn" if stage.torn else "done" if stage.is_finished else "running" if busy else "stopped",
         "torn": stage.torn,
         "seconds": spent["seconds"],
-        "money": dollars(spent["core_seconds"]),
+        "money": money(spent),
+        "unknown": unknown(ledger),
         "cores": cores(ledger),
         "has_metrics": stage.has_metrics,
         "exams": stage.exams,

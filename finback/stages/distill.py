@@ -108,6 +108,11 @@ class Distill(SFT):
         """Teachers by domain; the key is "" if one teaches all."""
         return self.teacher if isinstance(self.teacher, dict) else {"": self.teacher}
 
+    @property
+    def knows_flops(self) -> bool:
+        """Whether the FLOPs of a teacher are counted; those of servers are unknown."""
+        return any(isinstance(teacher, str) for teacher in self.teachers.values())
+
     def inputs(self) -> tuple[str, ...]:
         folders = (teacher for teacher in self.teachers.values() if isinstance(teacher, str))
         return (*super().inputs(), *dict.fromkeys(folders))

@@ -128,7 +128,7 @@ class FineTuning(Training):
         flops = {"training": training} | ({"recomputed": again} if policy else {})
         if self.batches.generates:
             flops["generation"] = generation
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher.knows_flops:
             flops["auxiliary"] = auxiliary
         loop.spend(int(tokens), int(labels) if self.batches.generates else 0, **flops)
         return float(labels)

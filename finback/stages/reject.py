@@ -33,7 +33,7 @@ from finback.rollouts.servers import Servers
 from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
-from finback.runs.ledger import cost, spent
+from finback.runs.ledger import cost, lacks, spent
 from finback.runs.progress import Progress
 from finback.runs.recipe import Stage, Work
 from finback.stages.exam_questions import askable
@@ -107,7 +107,10 @@ class Reject(Stage):
         kept, sampled = results["kept"], results["sampled"]
         text = f"Rejection sampling '{self.name}' kept {kept:,} of {sampled:,} answers: {reasons}."
         each = results.get("per_kept")
-        return f"{text} Each cost {each['tokens']:,.0f} tokens and ${each['money_usd']:.2g}." if each else text
+        if not each:
+            return text
+        money = "unknown money" if each["money_usd"] is None else f"${each['money_usd']:.2g}"
+        return f"{text} Each cost {each['tokens']:,.0f} tokens and {money}."
 
     def run(self, run: StageRun) -> dict[str, Any]:
         world = World.of(run)
@@ -174,6 +177,7 @@ class Reject(Stage):
         if run.is_writer:
             whole = {i: found for part, _, _ in gathered for i, found in part.items()}
             write_json(self._path(run, start), [whole[i] for i in sorted(whole)])
+        run.gather_external()
         total, flops = (sum(numbers) for numbers in zip(*(g[1:] for g in gathered), strict=True))
         run.account(tokens_generated=total, flops=flops, flops_generation=flops)
 
@@ -235,7 +239,7 @@ class Reject(Stage):
             "kept": len(kept),
             "sampled": sampled,
             "reasons": dict(reasons),
-            "per_kept": {"tokens": bill["tokens_generated"] / len(kept), "money_usd": bill["money_usd"] / len(kept)},
+            "per_kept": {"tokens": bill["tokens_generated"] / len(kept), "money_usd": _each(bill, len(kept))},
             "questions_by_difficulty": dict(Counter(_difficulty(q["right"], samples) for q in found)),
             "kept_by_difficulty": dict(Counter(_difficulty(q["right"], samples) for q, _ in kept)),
         }
@@ -267,6 +271,11 @@ def choose(found: Sequence[dict[str, Any]], samples: int, keep: int, easy: float
     chosen = hard + always
     rng.shuffle(chosen)
     return chosen
+
+
+def _each(bill: dict[str, Any], kept: int) -> float | None:
+    """Dollars for each kept answer; None if the engines' price is unknown."""
+    return None if lacks(bill, "money") else bill["money_usd"] / kept
 
 
 def _difficulty(right: int, samples: int) -> str:

@@ -17,6 +17,7 @@ from finback.rollouts import server_checks
 from finback.rollouts.dispatcher import Dispatcher
 from finback.rollouts.generation_server import GenerationServer, Likeliest, ServedModel
 from finback.rollouts.servers import Servers, connected
+from finback.runs.external import ExternalEngines
 from finback.runs.folder import StageRun
 from finback.stages.tuning_setup import frozen_share
 from finback.train.batch import Batch, idle
@@ -45,7 +46,7 @@ class Teacher(ABC):
         """Divergences (n,) of the student's logits (n, vocab) from the teacher's outputs for the same n labels."""
 
     def flops(self, lengths: Sequence[int]) -> float:
-        """FLOPs on this machine of reading documents of these lengths."""
+        """Known FLOPs of reading documents of these lengths."""
         return 0.0
 
     def close(self) -> None:  # noqa: B027 - models hold nothing
@@ -94,13 +95,17 @@ class ModelTeacher(Teacher):
 class ServerTeacher(Teacher):
     """Servers of one model; each reads some of the rows."""
 
-    def __init__(self, stage: "Distill", run: StageRun, knobs: Servers, tokenizer: Tokenizer) -> None:
+    def __init__(self, stage: "Distill", run: StageRun, knobs: Servers, tokenizer: Tokenizer, domain: str = "") -> None:
         super().__init__(stage, tokenizer.vocab_size)
         field = f"{stage.name}.teacher"
+        self.hired: ExternalEngines | None = None
         self.knobs, self.retries = knobs, Retries(knobs.tries, backoff=knobs.backoff)
         self.clients = knobs.clients(field)
         try:
             self.servers = connected(self.clients, field, ServedModel(self.vocab, 0, 0))
+            name = f"{field}.{domain}" if domain else field
+            # nothing says how large the served model is
+            self.hired = run.hire(name, knobs.price, [each.count for each in self.servers], knows_flops=False)
             for server in self.servers if run.is_writer else ():
                 self._check(server, tokenizer)
         except BaseException:
@@ -137,6 +142,8 @@ class ServerTeacher(Teacher):
         return likeliest_distillation(logits, ids, logprobs, self.stage.divergence)
 
     def close(self) -> None:
+        if self.hired is not None:
+            self.hired.leave()
         for client in self.clients.values():
             client.close()
 
@@ -148,11 +155,11 @@ class DistillationTeacher:
         self.stage, self.student, self.vocab = stage, trainer.model, tokenizer.vocab_size
         self.teachers: list[Teacher] = []
         try:
-            for named in stage.teachers.values():
+            for domain, named in stage.teachers.items():
                 self.teachers.append(
                     ModelTeacher(stage, run, named, trainer, tokenizer)
                     if isinstance(named, str)
-                    else ServerTeacher(stage, run, named, tokenizer)
+                    else ServerTeacher(stage, run, named, tokenizer, domain)
                 )
         except BaseException:
             self.close()
@@ -178,8 +185,13 @@ class DistillationTeacher:
         hard = cross_entropy(hidden.flatten(0, 1), self.student.head.weight, batch.labels_at(0).flatten())
         return (1 - stage.hard) * divergence + stage.hard * hard
 
+    @property
+    def knows_flops(self) -> bool:
+        """Whether the FLOPs of a teacher are counted."""
+        return self.stage.knows_flops
+
     def flops(self, batch: Batch) -> float:
-        """FLOPs of the teachers on this machine."""
+        """FLOPs of the teachers in this process; those of servers are unknown."""
         taught = [(teacher, batch.taught_by(number)) for number, teacher in enumerate(self.teachers)]
         return sum(teacher.flops(rows.lengths()) for teacher, rows in taught)
 

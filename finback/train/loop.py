@@ -148,7 +148,8 @@ class Loop:
         self.account()
 
     def account(self) -> None:
-        """Writes what was spent since the last call into the ledger."""
+        """Writes what was spent since the last call into the ledger. Collective."""
+        self.run.gather_external()
         now = time.perf_counter()
         self.run.account(peak_flops=(now - self.mark) * self.peak, **{"tokens_trained": 0} | self.usage)
         self.mark = now

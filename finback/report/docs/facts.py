@@ -13,7 +13,7 @@ from finback.model import config as models
 from finback.model.config import ModelConfig
 from finback.runs import reader
 from finback.runs.files import is_number, read_json
-from finback.runs.ledger import watt_hours
+from finback.runs.ledger import lacks, money, sums, unknown, watt_hours
 from finback.runs.provenance import sha256
 from finback.runs.reader import StageFolder
 
@@ -56,7 +56,9 @@ class StageFacts(StageFolder):
         return self.results.get(key, MISSING)
 
     def spent(self, key: str) -> Any:
-        """The sum over the ledger; MISSING if no row has the key."""
+        """The sum over the ledger; MISSING if no row has the key, or a part of the amount is unknown."""
+        if key == "flops_auxiliary" and self._lacks("FLOPs"):
+            return MISSING
         values = [line[key] for line in self.spent_lines if is_number(line.get(key))]
         return sum(values) if values else MISSING
 
@@ -67,20 +69,40 @@ class StageFacts(StageFolder):
         every = list(named.values()) if isinstance(named, dict) and "type" not in named else [named]
         return [", ".join(each["urls"]) if isinstance(each, dict) else each for each in every if each is not None]
 
+    def _lacks(self, what: str) -> bool:
+        return lacks({"unknown": unknown(self.spent_lines)}, what)
+
+    @property
+    def _is_timed(self) -> bool:
+        """Whether every row of its ledger has a duration and a number of devices."""
+        return bool(self.spent_lines) and all({"seconds", "cores"} <= line.keys() for line in self.spent_lines)
+
     @property
     def device_hours(self) -> Any:
-        """Hours over all devices; MISSING if a row lacks its duration or number of devices."""
-        if not self.spent_lines or any("seconds" not in line or "cores" not in line for line in self.spent_lines):
+        """Hours over all devices, external engines' cores included; MISSING if a row lacks a duration or a number of devices."""
+        if not self._is_timed:
             return MISSING
-        return sum(line["seconds"] * line["cores"] for line in self.spent_lines) / 3600
+        if any(line.get("external_seconds") and "external_core_seconds" not in line for line in self.spent_lines):
+            return MISSING
+        return (
+            sum(line["seconds"] * line["cores"] + line.get("external_core_seconds", 0) for line in self.spent_lines)
+            / 3600
+        )
+
+    @property
+    def dollars(self) -> Any:
+        """Money; MISSING if a part of it is unknown."""
+        if not self._is_timed:
+            return MISSING
+        return MISSING if self._lacks("money") else money(sums(self.spent_lines))
 
     @property
     def watt_hours(self) -> Any:
         """Energy, metered if possible and estimated otherwise; MISSING if it was metered but the amount is unknown."""
         metered = (self.spent("metered_core_seconds"), self.spent("joules"))
-        if self.device_hours is MISSING or (self.begun("metered") and MISSING in metered):
+        if not self._is_timed or (self.begun("metered") and MISSING in metered):
             return MISSING
-        return watt_hours(self.spent_lines)
+        return MISSING if self._lacks("energy") else watt_hours(self.spent_lines)
 
     def begun(self, key: str) -> Any:
         """An entry of the ledger's newest start: time, software, machine, commit."""

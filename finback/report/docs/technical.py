@@ -22,7 +22,7 @@ from finback.report.docs.facts import BEGUN, MISSING, RunFacts, StageFacts
 from finback.report.docs.public import counted
 from finback.report.docs.questionnaire import Answers
 from finback.report.model_card import architecture
-from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, FLOPS, cost
+from finback.runs.ledger import FLOPS, cost
 
 GENERATED = ("licence", "documents", "train_tokens", "tokens_read", "valid_tokens", "valid_bytes")
 LABELS = {"train_tokens": "train tokens that were prepared", "tokens_read": "tokens read in training"}
@@ -170,7 +170,7 @@ def _cost_row(stage: StageFacts) -> tuple[str, ...]:
         display(stage.spent("cpu_seconds")),
         display(hours),
         display(stage.watt_hours),
-        display(hours * DOLLARS_PER_CORE_HOUR),
+        display(stage.dollars),
         _due(stage, "tokens_trained"),
         _due(stage, "tokens_generated"),
         _due(stage, "flops"),

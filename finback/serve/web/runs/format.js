@@ -18,6 +18,11 @@ export function money(dollars) {
   return `$${dollars.toFixed(dollars < 0.1 ? 4 : 2)}`;
 }
 
+/** What a run or stage has cost, and whether a part of it is unknown. */
+export function cost({ money: dollars, unknown }) {
+  return unknown.some((text) => text.startsWith("money of ")) ? `${money(dollars)} + unknown` : money(dollars);
+}
+
 /** 3 100 672 as "3.10 M". */
 export function short(n) {
   const size = Math.abs(n);

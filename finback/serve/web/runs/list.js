@@ -1,7 +1,7 @@
 // All runs under the folder.
 import { useRemembered } from "../controls.js";
 import { html, useState } from "../lib.js";
-import { ago, clock, money } from "./format.js";
+import { ago, clock, cost } from "./format.js";
 import { linkTo } from "./place.js";
 
 const WORDS = { running: "Running", done: "Done", stopped: "Stopped", torn: "Torn" };
@@ -51,7 +51,7 @@ function Card({ run }) {
       <dl class="facts">
         <div><dt>Recipe</dt><dd>${run.recipe}</dd></div><div><dt>Seed</dt><dd>${run.seed ?? "–"}</dd></div>
         <div><dt>Stages</dt><dd>${run.stages.length}</dd></div><div><dt>Time</dt><dd>${clock(run.seconds)}</dd></div>
-        <div title=${run.basis}><dt>Cost (est.)</dt><dd>${money(run.money)}</dd></div><div><dt>Changed</dt><dd>${ago(run.changed)}</dd></div>
+        <div title=${run.basis}><dt>Cost (est.)</dt><dd>${cost(run)}</dd></div><div><dt>Changed</dt><dd>${ago(run.changed)}</dd></div>
       </dl>
     </a></li>`;
 }

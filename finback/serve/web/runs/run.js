@@ -1,7 +1,7 @@
 // One run: its recipe and state, its alerts, and its three views.
 import { html } from "../lib.js";
 import { Curves } from "./curves.js";
-import { clock, money } from "./format.js";
+import { clock, cost } from "./format.js";
 import { State } from "./list.js";
 import { linkTo, stageId } from "./place.js";
 import { Rollouts } from "./rollouts.js";
@@ -22,7 +22,7 @@ export function Run({ run, place }) {
   return html`
     <p class="crumbs"><a href="#">All runs</a></p>
     <div class="title"><h1>${run.name}</h1><${State} state=${run.state} /></div>
-    <p class="under">Recipe ${run.recipe}, seed ${run.seed ?? "–"} · ${clock(run.seconds)} of work · <span title=${run.basis}>${money(run.money)}, estimated</span></p>
+    <p class="under">Recipe ${run.recipe}, seed ${run.seed ?? "–"} · ${clock(run.seconds)} of work · <span title=${run.basis}>${cost(run)}, estimated</span></p>
     ${
       alerts.length > 0 &&
       html`

@@ -1,7 +1,7 @@
 // The stages of a run: progress, time, cost and results.
 import { Glyph } from "../controls.js";
 import { html, useState } from "../lib.js";
-import { clock, money, named, percent, short, value } from "./format.js";
+import { clock, cost, money, named, percent, short, value } from "./format.js";
 import { State } from "./list.js";
 import { linkTo, stageId } from "./place.js";
 
@@ -30,7 +30,7 @@ function Row({ run, stage }) {
       <td class=${result === NOTHING ? "none" : ""} data-label="Result">${result}</td>
       <td class=${tokens || tokensOf(stage.plan) ? "n" : "n none"} data-label="Tokens" title=${`${short(stage.tokens_trained)} trained on, ${short(stage.tokens_generated)} generated`}>${tokens ? short(tokens) : NOTHING}<${Plan} amount=${tokensOf(stage.plan)} write=${(n) => `≤ ${short(n)}`} /></td>
       <td class="n" data-label="Time">${clock(stage.seconds)}<${Plan} amount=${stage.plan?.seconds} write=${clock} /></td>
-      <td class="n" data-label="Cost">${money(stage.money)}<${Plan} amount=${stage.plan?.dollars} write=${money} /></td>
+      <td class="n" data-label="Cost">${cost(stage)}<${Plan} amount=${stage.plan?.dollars} write=${money} /></td>
     </tr>
     ${open && html`<tr class="details"><td colspan="6"><${Details} run=${run} stage=${stage} /></td></tr>`}`;
 }
