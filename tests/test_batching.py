@@ -202,6 +202,24 @@ def test_rows_that_are_more_than_their_pages_begin_where_a_line_is_kept() -> Non
     assert request.cached == 0 and engine.pages.free == engine.pages.count
 
 
+@pytest.mark.parametrize("chunk", [3, 11, 20, 33])
+def test_pieces_that_end_off_a_page_leave_a_line_all_the_same(chunk: int) -> None:
+    """V4 in pieces of any length, with a prompt that ends just behind a page: answers and reuse are those of whole prompts."""
+    for length in (33, 34, 50):
+        prompt = [(7 * i + length) % 97 for i in range(length)]
+        whole, pieces = (
+            Engine(MODELS["v4"], (), EngineConfig(rows=4, tokens=1024, reuse=True, chunk=c)) for c in (8192, chunk)
+        )
+        for tail in ([], [1, 2, 3], [4]):
+            asked = [engine.submit([*prompt, *tail], SamplingParams(0.0, 9), 0) for engine in (whole, pieces)]
+            finish(whole)
+            finish(pieces)
+            expected, found = asked
+            assert found.tokens == expected.tokens
+            assert np.abs(np.array(found.logprobs) - expected.logprobs).max() <= 1e-4
+            assert found.cached == expected.cached == (0 if not tail else (length - 1) // PAGE * PAGE)
+
+
 @pytest.mark.parametrize("groups", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_v4_drafts_from_its_streams_and_takes_wrong_drafts_back(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With eight tokens many drafts are right and many wrong, at every boundary; answers equal those without drafts.

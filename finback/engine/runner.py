@@ -112,9 +112,9 @@ class Runner:
             if not r.reads or (rows and (rows[0].computed == 0) != (r.computed == 0)):
                 continue  # reading a prompt from its start is cheaper, so these are not mixed
             count = min(left, self.chunk)
-            # stop once at the end of the last page that can be shared
-            if self.scheduler.lined and count == left and count > 1:
-                count = max((r.length - 1) // PAGE * PAGE - r.computed, 0) or left
+            if self.scheduler.lined:
+                # stop at the end of a page that can be shared, if the piece reaches one
+                count = max(min(r.computed + count, r.length - 1) // PAGE * PAGE - r.computed, 0) or count
             if rows and (len(rows) + 1) * max(*counts, count) > self.chunk:
                 break
             rows.append(r)
