@@ -175,6 +175,25 @@ def test_traffic_by_hand() -> None:
     assert sent.exchange_seconds == pytest.approx(sent.exchange / 160e9)
 
 
+def test_gradients_in_bf16_and_in_buckets_by_hand() -> None:
+    """Half the gradients' bytes and a rounded copy of them; the last backward pass hides what it has time for."""
+    works = [
+        Workload(Layout(dp=2, micro_batches=4, sharding="zero1", **knobs), rows=8, length=64)  # type: ignore[arg-type]
+        for knobs in ({}, {"reduce": "bf16"}, {"bucket_mb": 25.0}, {"bucket_mb": 25.0, "reduce": "bf16"})
+    ]
+    p, (plain, rounded, bucketed, both) = parameters(TINY), works
+    assert traffic.of(TINY, plain, H800).exchange == traffic.of(TINY, bucketed, H800).exchange == p * (4 + 2) / 2
+    assert traffic.of(TINY, rounded, H800).exchange == traffic.of(TINY, both, H800).exchange == p * (2 + 2) / 2
+    assert [memory.rank_memory(TINY, work, KNOWN)[0].gradients for work in works] == [4 * p, 6 * p, 4 * p, 6 * p]
+    steps = [cost.step(TINY, work, H800, 0.5, KNOWN) for work in works]
+    assert [step.exchange for step in steps] == pytest.approx([p * bytes_ / 160e9 for bytes_ in (3, 2, 1, 1)])
+    # on a wire a million times as slow there is time for two thirds of a micro-batch's products
+    slow = dataclasses.replace(H800, link=dataclasses.replace(H800.link, value=160e3))  # type: ignore[type-var]
+    late, early = (cost.step(TINY, work, slow, 0.5, KNOWN) for work in (plain, bucketed))
+    compute = late.durations.f + late.durations.b
+    assert late.exchange - early.exchange == pytest.approx(compute * 2 / 3)
+
+
 def test_routing_is_the_models_own() -> None:
     c = dataclasses.replace(V3, hidden_size=32)
     scores = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)

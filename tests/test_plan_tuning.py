@@ -188,6 +188,10 @@ def test_zero1_shares_out_moments_and_what_is_frozen() -> None:
     stage = PlannedStage("rl", "GRPO", False, rl | {"layout": {"dp": 4, "sharding": "zero1"}}, Work(10**7), QWEN_7B)
     seconds = tuning_time.beside_products(stage, site, 1e9)
     assert seconds == pytest.approx(tuning_time.updates(stage) * 8 * size * 3 / 4 / 160e9)
+    assert tuning.changes(QWEN_7B, rl, 2e9, 80e9, layout=replace(layout, bucket_mb=25.0))[0][0] == 'sharding="fsdp"'
+    rounded = replace(stage, knobs=rl | {"layout": {"dp": 4, "sharding": "zero1", "reduce": "bf16"}})
+    assert tuning_time.beside_products(rounded, site, 1e9) == pytest.approx(seconds * 6 / 8)
+    assert tuning.memory(QWEN_7B, rl, 0.0, layout=replace(layout, reduce="bf16")).gradients == 6 * size
 
 
 def test_a_layout_takes_time_for_what_ranks_send() -> None:

@@ -41,9 +41,10 @@ def test_stages_learn_on_two_ranks_as_on_one(root: Path) -> None:
 
 
 def test_ranks_with_whole_models_learn_as_one(root: Path) -> None:
-    """ZeRO-1: each rank generates with the model that it trains; the reference model is sharded, and refreshed once."""
+    """ZeRO-1: each rank generates with the model that it trains; the reference model is sharded, and refreshed once.
+    Gradients are summed in buckets while the last pass runs."""
     alone(root, WHOLE, 3)
-    on_ranks(2, on_layout, str(root), WHOLE, Layout(dp=2, sharding="zero1"), 3)
+    on_ranks(2, on_layout, str(root), WHOLE, Layout(dp=2, sharding="zero1", bucket_mb=0.01), 3)
 
 
 LAYOUTS = {

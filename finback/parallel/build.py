@@ -60,7 +60,7 @@ def build(
         if mesh.cp is not None:
             spread_context(model, mesh.cp.get_group())
         model.train()
-    sharding = FullyShard(roots, models, layout, mesh) if fsdp else ZeroOne(models, mesh)
+    sharding = FullyShard(roots, models, layout, mesh) if fsdp else ZeroOne(models, layout, mesh)
     values.fill(shares(models, mesh))
     return Built(models, roots, sharding)
 

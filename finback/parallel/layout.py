@@ -38,6 +38,10 @@ class Layout:
     sharding: Sharding = "fsdp"
     # dtype in which sharded weights are gathered; bf16 halves the traffic but rounds
     gather: Literal["fp32", "bf16"] = "fp32"
+    # with zero1: dtype in which gradients are summed over ranks; bf16 halves the traffic but rounds
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    # with zero1: MiB of fp32 gradients that are summed at a time, while the last backward pass of a step runs; 0: all after it
+    bucket_mb: float = 0.0
     # whether sharded weights and gradients are stored in host memory, from which each pass fetches a block at a time (FSDP2)
     offload: bool = False
 
@@ -48,6 +52,15 @@ class Layout:
             raise UserError("layout.nodes", self.nodes, f"does not divide ep = {self.ep}", "Use a divisor of ep.")
         if self.gather == "bf16" and self.sharding != "fsdp":
             raise UserError("layout.gather", self.gather, "only sharded weights are gathered", 'Use sharding="fsdp".')
+        if self.bucket_mb < 0:
+            raise UserError("layout.bucket_mb", self.bucket_mb, "is negative", "Use 25, or 0 for none.")
+        if self.bucket_mb and self.pp > 1:
+            problem = "a pipeline's gradients are complete only after its passes"
+            raise UserError("layout.bucket_mb", self.bucket_mb, problem, "Leave it out.")
+        for name, value, usual in (("reduce", self.reduce, "fp32"), ("bucket_mb", self.bucket_mb, 0)):
+            if value != usual and self.sharding != "zero1":
+                problem = "applies to gradients that are whole on every rank"
+                raise UserError(f"layout.{name}", value, problem, 'Use sharding="zero1", or leave it out.')
         if self.offload and self.sharding != "fsdp":
             problem = f'sharding="{self.sharding}" computes with the weights where they are stored'
             raise UserError("layout.offload", True, problem, 'Use sharding="fsdp", or leave it out.')
@@ -96,6 +109,10 @@ class Layout:
         zero = {"ddp": 0, "zero1": 1, "fsdp": 3}[self.sharding]
         context = f"cp={self.cp}," if self.cp > 1 else ""
         return f"pp={self.pp},dp={self.dp},{context}ep={self.ep},zero={zero}"
+
+    def sharded(self) -> "Layout":
+        """The same mesh with everything sharded."""
+        return self if self.sharding == "fsdp" else replace(self, sharding="fsdp", reduce="fp32", bucket_mb=0.0)
 
     def at(self, rows: int, most: int) -> "Layout":
         """The layout of a step of `rows` rows in a run whose full steps have `most`: it may have fewer micro-batches.

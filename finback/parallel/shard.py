@@ -25,8 +25,9 @@ from finback.model.moe import MoE
 from finback.model.mtp import MTP
 from finback.model.rope import rotation
 from finback.model.transformer import Block, Transformer
+from finback.parallel.buckets import Buckets
 from finback.parallel.layout import Layout, share
-from finback.parallel.mesh import Mesh, flat_gradients
+from finback.parallel.mesh import Mesh
 
 
 @dataclass
@@ -96,6 +97,9 @@ class Sharding(ABC):
     @abstractmethod
     def zero(self) -> None:
         """Clears all gradients."""
+
+    def overlap(self) -> None:  # noqa: B027 - does nothing if gradients are summed block by block, or after all passes
+        """Call before the last backward pass of a step: gradients may be summed while it runs."""
 
     @abstractmethod
     def reduce(self) -> None:
@@ -189,29 +193,35 @@ class ZeroOne(Sharding):
     Frozen parameters have no gradients and are not exchanged.
     """
 
-    def __init__(self, models: list[Transformer], mesh: Mesh) -> None:
+    def __init__(self, models: list[Transformer], layout: Layout, mesh: Mesh) -> None:
         for model in models:
             materialise(model, model, mesh.device)
         known = {id(p) for model in models for p in expert_parameters(model).values()}
         learnt = [p for model in models for p in model.parameters() if p.requires_grad]
         experts, others = ([p for p in learnt if (id(p) in known) == is_one] for is_one in (True, False))
-        self.shared = [(axis, ps, flat_gradients(ps)) for axis, ps in ((mesh.dp, others), (mesh.edp, experts)) if ps]
+        self.shared = [(axis, ps) for axis, ps in ((mesh.dp, others), (mesh.edp, experts)) if ps]
+        dtype = torch.bfloat16 if layout.reduce == "bf16" else torch.float32
+        self.gradients = [Buckets(ps, axis, round(layout.bucket_mb * 2**20), dtype) for axis, ps in self.shared]
         self.parts = [
             [ShardedParameter(n, _view(p, mesh, id(p) in known)) for n, p in model.named_parameters()]
             for model in models
         ]
 
     def zero(self) -> None:
-        for _, _, gradients in self.shared:
-            gradients.zero_()
+        for gradients in self.gradients:
+            gradients.flat.zero_()
+
+    def overlap(self) -> None:
+        for gradients in self.gradients:
+            gradients.arm()
 
     def reduce(self) -> None:
-        for axis, _, gradients in self.shared:
-            dist.all_reduce(gradients, group=axis.get_group())
+        for gradients in self.gradients:
+            gradients.sum_()
 
     @torch.no_grad()
     def publish(self) -> None:
-        for axis, parameters, _ in self.shared:
+        for axis, parameters in self.shared:
             me, members = axis.get_local_rank(), range(axis.size())
             theirs = [[_narrow(p.detach(), axis.size(), member) for p in parameters] for member in members]
             sizes = [sum(t.numel() for t in part) for part in theirs]

@@ -16,6 +16,7 @@ from finback.model.count import TokenFlops, parameters, token_flops, training_fl
 from finback.parallel.layout import Layout, StageLayers, split_layers
 from finback.planner import hardware, traffic
 from finback.planner.hardware import Fact, Machine, Site
+from finback.planner.memory import parameter_bytes
 from finback.planner.simulate import Durations, Timeline, simulate
 from finback.planner.traffic import Traffic
 from finback.planner.workload import Workload
@@ -128,8 +129,11 @@ def step(
     peak, tokens = machine.peak(work.precision), work.micro_tokens
     durations, compute = durations_of(every, tokens / (peak * efficiency), work, sent, known)
     timeline = simulate(layout.pipeline.table(layout.pp, layout.micro_batches), durations)
-    hidden = compute * work.passes if layout.sharding == "fsdp" else 0.0
-    exchange = max(sent.exchange_seconds - hidden, 0.0)  # FSDP gathers the next layer during this one
+    hidden = compute * work.passes if layout.sharding == "fsdp" else 0.0  # gathers the next layer during this one
+    if layout.bucket_mb:  # gradients are exchanged during the last backward pass
+        width, weight = traffic.gradient_width(work), parameter_bytes(work.precision, work.optimizer)[0]
+        hidden = min(sent.exchange_seconds * width / (width + weight), compute * 2 / 3)
+    exchange = max(sent.exchange_seconds - hidden, 0.0)
     seconds = timeline.makespan + exchange
     trained = work.rows * work.length / work.layout.ranks
     counted = training_flops(c, work.length / 2, mtp=False) * trained / peak

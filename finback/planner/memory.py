@@ -198,6 +198,7 @@ def _states(work: Workload, mine: RankStages) -> tuple[float, float, float, floa
     per_weight, per_gradient, per_state = parameter_bytes(work.precision, work.optimizer)
     copies = layout.pipeline.copies
     of_plain, of_routed = (1, 1) if layout.sharding == "ddp" else (layout.holders * copies, layout.edp * copies)
+    per_gradient += 2 * (layout.reduce == "bf16")  # the rounded copy that is exchanged
     per_state += 4 * work.averaged  # in fp32
     optimizer = per_state * (plain / of_plain + routed / of_routed)
     if layout.sharding != "fsdp":

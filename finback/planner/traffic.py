@@ -109,12 +109,17 @@ def wire(machine: Machine, devices: int, inside: bool) -> float:
     return fact.value
 
 
+def gradient_width(work: Workload) -> float:
+    """Bytes per gradient that ranks exchange."""
+    return 2.0 if work.layout.reduce == "bf16" else parameter_bytes(work.precision, work.optimizer)[1]
+
+
 def _exchange(c: ModelConfig, work: Workload, machine: Machine) -> tuple[float, float]:
     """Bytes and seconds of summing gradients and distributing weights, on the rank with the most to send."""
     layout, copies = work.layout, work.layout.pipeline.copies
     if layout.holders * copies == 1:
         return 0.0, 0.0
-    per_weight, per_gradient, _ = parameter_bytes(work.precision, work.optimizer)
+    per_weight, per_gradient = parameter_bytes(work.precision, work.optimizer)[0], gradient_width(work)
     once = 2 * per_gradient if layout.sharding == "ddp" else per_gradient + per_weight
     times = 1
     if layout.sharding == "fsdp":  # weights are gathered for each pass of each micro-batch

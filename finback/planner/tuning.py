@@ -101,7 +101,7 @@ def memory(
     activations, again = _activations(c, precision, policy)
     found = TuningMemory(
         weights=stored * held + trained * 4.0 * learnt,
-        gradients=trained * 4.0 * learnt,
+        gradients=trained * (6.0 if layout and layout.reduce == "bf16" else 4.0) * learnt,  # with a rounded copy
         optimizer=trained * MOMENTS[knobs.get("moments", "fp32")] * (learnt if adapter else whole / holders),
         reference=stored * beside / holders,
         activations=tokens * activations,
@@ -280,7 +280,7 @@ def changes(
     knobs, taken = dict(knobs), list[str]()
     total = memory(c, knobs, reserve, room, teachers, layout).total
     if layout is not None and layout.sharding != "fsdp" and total > room:
-        layout, taken = dataclasses.replace(layout, sharding="fsdp"), ['sharding="fsdp"']
+        layout, taken = layout.sharded(), ['sharding="fsdp"']
         total = memory(c, knobs, reserve, room, teachers, layout).total
     for text, changed in STEPS:
         changed = {k: v for k, v in changed.items() if k in knobs and not (k == "adapter" and _is_smaller(knobs[k], v))}

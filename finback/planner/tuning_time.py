@@ -66,7 +66,8 @@ def beside_products(stage: PlannedStage, site: Site, computing: float) -> float:
     share = 2 * width / (4 + 2 * width) if knobs.get("adapter") else 1.0
     exchanged = max(steps * sent.exchange_seconds * share - computing, 0.0)
     if layout.sharding != "fsdp":  # traffic assumes weights in the precision of the passes
-        exchanged = updates(stage) * sent.exchange_seconds * 8 / (8 if precision == "fp32" else 6)
+        gradient, weight = traffic.gradient_width(work), 4 if precision == "fp32" else 2
+        exchanged = updates(stage) * sent.exchange_seconds * (gradient + 4) / (gradient + weight)
     wire = traffic.wire(site.machine, layout.ranks, inside=layout.ranks <= traffic.per_node(site.machine))
     received = tuning.copy_bytes(c, knobs) * (layout.ranks - 1) / layout.ranks if tuning.copies(knobs, layout) else 0.0
     copies = 1 if knobs.get("adapter") or not knobs.get("task") else int(knobs.get("steps") or 1)

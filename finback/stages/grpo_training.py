@@ -204,7 +204,9 @@ class Reinforcement(Training):
         whole = grpo_loss.share(stage.objective.average, tokens, answers, stage.max_tokens)
         trainer.zero()
         seen, worst = torch.zeros(SUMS, dtype=torch.float64), 0.0
-        for batch in parts:
+        for number, batch in enumerate(parts, 1):
+            if number == len(parts):
+                trainer.overlap()
             with self._replaying(batch):
                 sums, gap = self._backward(batch, whole, fresh)
             seen, worst = seen + sums, max(worst, gap)

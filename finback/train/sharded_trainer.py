@@ -99,11 +99,10 @@ class ShardedTrainer(Trainer):
         """Optimizers of the hidden matrices, and of the rest."""
         learnt = [(part.name, part.value) for part in self._learnt(parts)]
         matrices, others = ([named for named in learnt if is_matrix(*named) == is_one] for is_one in (True, False))
-        decay = self.options.weight_decay
-        adam = ShardedAdam(others, betas=BETAS, weight_decay=0.0)
-        if self.options.optimizer == "adamw":
-            return ShardedAdam(matrices, betas=BETAS, weight_decay=decay), adam
-        return ShardedMuon(matrices, decay, self.options.dtype, self.options.muon_form), adam
+        options, adam = self.options, ShardedAdam(others, betas=BETAS, weight_decay=0.0)
+        if options.optimizer == "adamw":
+            return ShardedAdam(matrices, betas=BETAS, weight_decay=options.weight_decay), adam
+        return ShardedMuon(matrices, options.weight_decay, options.dtype, options.muon_form), adam
 
     @staticmethod
     def _learnt(parts: list[ShardedParameter]) -> list[ShardedParameter]:
@@ -127,7 +126,9 @@ class ShardedTrainer(Trainer):
             losses = self.pipeline.run(batch.tensors(), layout)
         else:
             losses = torch.zeros(3, device=self.mesh.device)
-            for micro in batch.chunk(parts):
+            for number, micro in enumerate(batch.chunk(parts), 1):
+                if number == parts:
+                    self.overlap()
                 found = training_losses(self.model, micro, terms)
                 found.total(terms).backward()  # type: ignore[no-untyped-call]
                 losses += found.detached().to(losses.device)
@@ -144,6 +145,9 @@ class ShardedTrainer(Trainer):
         balance, divergence = (loss * terms.row_share for loss in of_layers(terms.mtp_weight > 0))
         losses = Losses(main, mtp, balance, divergence if self.config.index_topk else None)
         return losses.total(terms), losses.detached()
+
+    def overlap(self) -> None:
+        self.sharding.overlap()
 
     def finish(self, max_norm: float) -> float:
         self.sharding.reduce()
@@ -168,8 +172,7 @@ class ShardedTrainer(Trainer):
         for layer, router in zip(self._moe_layers(), self.routers, strict=True):
             router.load.copy_(loads[layer])
             router.update_bias(speed)
-        violation = max((max_violation(load) for load in loads), default=0.0)
-        return Health(violation, int((loads == 0).sum()), list(loads))
+        return Health(max(map(max_violation, loads), default=0.0), int((loads == 0).sum()), list(loads))
 
     def biases(self) -> list[Tensor]:
         biases = self._by_layer([router.bias for router in self.routers])

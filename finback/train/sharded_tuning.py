@@ -89,11 +89,12 @@ class UnevenRows(Trainer):
         passes = self.layout.micro_batches
         given = [] if batch is None else _pieces(batch, passes)
         row_share = 0.0 if batch is None else terms.row_share / len(batch.tokens)
-        for micro in given:
-            losses += self._backward(micro, replace(terms, row_share=row_share * len(micro.tokens)))
-        for _ in range(passes - len(given)):
-            nothing = idle(self.layout.cp, depths).to(self.mesh.device)
-            losses += self._backward(nothing, replace(terms, row_share=0.0))
+        nothing = [idle(self.layout.cp, depths).to(self.mesh.device)] * (passes - len(given))
+        for number, micro in enumerate([*given, *nothing], 1):
+            if number == passes:
+                self.overlap()
+            share = row_share * len(micro.tokens) if number <= len(given) else 0.0
+            losses += self._backward(micro, replace(terms, row_share=share))
         dist.all_reduce(losses)
         return losses.cpu()
 
@@ -212,8 +213,7 @@ class FrozenShare:
         """prefix: starts its names in a checkpoint. qat: how its weights are rounded, as in ShardedOptions."""
         trainer.layout.check(config, trainer.layout.dp * trainer.layout.micro_batches)
         freezing = lambda model: (model if qat == "none" else use_fp4(model)).requires_grad_(False)  # noqa: E731
-        layout = replace(trainer.layout, sharding="fsdp")
-        made = build(config, layout, trainer.mesh, values, compute, put_on=freezing)
+        made = build(config, trainer.layout.sharded(), trainer.mesh, values, compute, put_on=freezing)
         self.model, self.sharding, self.prefix = made.models[0].eval(), made.sharding, prefix
         self.policy = trainer.sharding.parts[0]
 

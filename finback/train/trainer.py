@@ -79,6 +79,9 @@ class Trainer(ABC):
         """Adds the gradients of this rank's part of the losses (see loss.training_losses). Returns (main, MTP, balance) summed
         over ranks. None: this rank has no rows in this step."""
 
+    def overlap(self) -> None:  # noqa: B027 - most sum gradients in `finish`
+        """Call before a step's last pass if it is not one of `backward`: ranks may sum gradients while it runs."""
+
     @abstractmethod
     def finish(self, max_norm: float) -> float:
         """Sums gradients over ranks; `update` clips them to the global norm `max_norm`. Returns the norm before clipping."""
