@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from tests.serving import Scripted
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test draws the same numbers in every run and in any order; module fixtures run after this, too."""
+    import torch  # every worker imports it sooner or later
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def engine() -> Scripted:
     """An engine whose answers a test scripts."""

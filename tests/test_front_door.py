@@ -46,7 +46,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs code that is not in a file, like a notebook's."""
     command = [sys.executable, "-"]
     return subprocess.run(
-        command, input=code, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200
+        command, input=code, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600
     )
 
 
