@@ -579,7 +579,7 @@ def test_text_is_whole_however_it_comes(words: Tokenizer) -> None:
 
 
 @given(st.text(alphabet="ab\n狐", max_size=30), st.lists(st.text("ab\n狐", min_size=1, max_size=4), max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_stop_texts_end_the_answer_where_they_first_appear(said: str, stops: list[str]) -> None:
     text = Detokenizer(_BYTES, stops)
     ids = [i for character in said for i in _BYTES.encode(character)]
@@ -691,7 +691,7 @@ def test_a_schema_that_is_none_is_refused(words: Tokenizer, schema: str) -> None
 
 
 @given(st.lists(st.tuples(st.sampled_from(["take", "release", "publish", "find"]), st.integers(0, 7)), max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pages_are_never_lost_and_never_given_twice(actions: list[tuple[str, int]]) -> None:
     pages = Pages(4, PAGE)
     held: list[int] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,7 +30,7 @@ from finback.model.transformer import Transformer
 from finback.report.logit_parity import against_transformers
 from tests.families import FAMILIES, OTHERS, build, spell_as_released
 
-EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+EXAMPLES = settings(max_examples=20)
 
 
 KNOWN = FAMILIES | OTHERS

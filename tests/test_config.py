@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finback.config import UserError, as_json, check_fields, did_you_mean, override, parse
 from finback.model.config import TINY, ModelConfig
-
-QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 @dataclass(frozen=True)
@@ -170,27 +168,23 @@ def test_near_words_are_suggested_and_far_ones_listed() -> None:
     assert did_you_mean("zzz", []) == "Known: none."
 
 
-@QUICK
 @example(2**53 + 1)  # not a float
 @given(st.integers())
 def test_integers_survive_the_command_line(number: int) -> None:
     assert changed("steps", str(number)) == number
 
 
-@QUICK
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_floats_survive_the_command_line(number: float) -> None:
     assert changed("rate", repr(number)) == number
 
 
-@QUICK
 @given(st.booleans(), st.lists(st.integers(-(10**9), 10**9)))
 def test_booleans_and_tuples_survive_the_command_line(flag: bool, numbers: list[int]) -> None:
     assert changed("shuffle", str(flag)) is flag
     assert changed("sizes", ",".join(map(str, numbers))) == tuple(numbers)
 
 
-@QUICK
 @given(st.text(), st.sampled_from([int, float, bool, tuple[int, ...], int | None, Literal["a", "b"], ModelConfig]))
 def test_any_text_is_a_value_or_the_users_mistake(text: str, hint: Any) -> None:
     try:

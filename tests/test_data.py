@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finback.config import UserError
@@ -23,7 +23,6 @@ from finback.data.sources import Chitchat, Document, Files, digest
 from finback.data.tokenizer import ADDED, ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER, Tokenizer
 from finback.data.turn import Message
 
-QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 TEXT = [
     "The whale sang at 12:30, and the other 3 whales answered: 4+5=9, 9-2=7!",
     "Whales, unlike fish, are warm-blooded; their songs last 1234567890 seconds.",
@@ -306,7 +305,6 @@ def test_dialogues_stay_in_turns() -> None:
         assert all(m.content == m.content.strip() != "" for m in turns)
 
 
-@QUICK
 @example("e\0\u0301")
 @given(st.text(st.characters()))
 def test_cleaning_twice_changes_nothing(text: str) -> None:

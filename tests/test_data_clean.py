@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finback.config import UserError
@@ -169,7 +169,6 @@ def test_questions_are_found_by_hand(document: Document, found: bool) -> None:
     assert Decontaminator(held, trained, 13).find(document) == ("t" if found else None)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_n_grams_are_found_as_by_plain_search(data: st.DataObject) -> None:
     words = st.lists(st.sampled_from("abc"), min_size=1, max_size=12)

@@ -96,7 +96,7 @@ def test_rows_of_three_documents_by_hand(tmp_path: Path) -> None:
     assert len(found) == 3 and source.tokens_by_source() == {"a": 8 + 8 + 2}
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=60).filter(lambda sizes: max(sizes) > 1), st.integers(1, 4))
 def test_every_token_is_predicted_once_an_epoch(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], extra: int

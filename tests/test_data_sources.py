@@ -57,7 +57,7 @@ def test_a_compressed_file_holds_the_documents_of_a_plain_one(ending: str, tmp_p
     assert len(both[0]) == 3 and bytes_read.count == path.stat().st_size + lines.stat().st_size
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @example("\ufeffa\r\n\r\nb\n \nc\r\r\n\nd\u2028\x85\x1c")
 @given(st.text("ab \n\r\ufeff\u2028鲸", min_size=1).filter(lambda text: text.strip("\ufeff \r\n\u2028") != ""))
 def test_reading_line_by_line_splits_as_reading_the_whole(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
@@ -111,7 +111,6 @@ def test_without_pyarrow_its_files_are_refused(name: str, tmp_path: Path, monkey
         list(Files((str(tmp_path / name),)).documents())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.text(st.characters()), st.lists(st.tuples(st.text(), st.text())))))
 def test_stored_documents_come_back(tmp_path_factory: pytest.TempPathFactory, given: list) -> None:  # type: ignore[type-arg]
     documents = [Document(tuple(Message("assistant", a, b) for a, b in said), text) for text, said in given]

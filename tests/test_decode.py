@@ -108,7 +108,7 @@ def test_int8_is_rounded_per_output(rows: int, bias: bool) -> None:
 
 @BOTH
 @given(st.integers(1, 20), st.integers(1, 90))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_norm_and_swiglu(dtype: torch.dtype, tokens: int, size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     x, y = (3 * torch.randn(1, tokens, size, generator=generator).to(dtype) for _ in range(2))

@@ -462,7 +462,7 @@ def test_the_last_step_is_there_before_all_answers_are_read(
 
 
 @given(some.lists(some.floats(allow_infinity=False, width=32), min_size=1, max_size=400), some.integers(12, 60))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_thinning_keeps_ends_and_extremes(values: list[float], points: int) -> None:
     y = np.array(values, dtype=np.float64)
     x = np.arange(len(y), dtype=np.float64)

@@ -42,7 +42,7 @@ def test_what_cannot_be_placed_is_refused() -> None:
             place(LOAD, **{"slots": 16, "groups": 4, "nodes": 2, "gpus": 8} | wrong)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_every_placement_is_whole_and_balanced(data: st.DataObject) -> None:
     """All experts are placed, the maps agree both ways, groups stay on one node, and no GPU exceeds the greedy bound.

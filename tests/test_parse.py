@@ -14,7 +14,7 @@ from finback.serve.deltas import Delta, ParsedCall, fresh_id
 from finback.serve.parser import Parser
 from finback.serve.tool_calls import ToolForm
 
-QUICK = settings(max_examples=300, deadline=None, derandomize=True)
+QUICK = settings(max_examples=300)
 
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, END_CALL, SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,7 +65,7 @@ def grouped(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(st.one_of(latent(), grouped()), st.integers(1, 2), st.integers(2, 7))
 def test_counts_are_those_of_the_model_and_of_torchs_profiler(c: ModelConfig, rows: int, length: int) -> None:
     with torch.device("meta"):

@@ -43,7 +43,7 @@ def check(table: Table, stages: int, micro_batches: int) -> None:
     simulate(table, Durations())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(NAMES),
     st.sampled_from([2, 4, 6, 8, 12, 16]),
