@@ -53,6 +53,7 @@ class Reply:
     cut: int | None = None  # number of bytes after which the connection breaks
     raw: bytes | None = None
     delay: float = 0.0
+    rest: threading.Event | None = None  # what the second half of the bytes waits for
     error: str = ""
 
     def body(self) -> tuple[str, bytes]:
@@ -126,7 +127,13 @@ class Fake:
                 if not reply.stream:
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                for line in content[: reply.cut].splitlines(keepends=True) if fake.drip else [content[: reply.cut]]:
+                content = content[: reply.cut]
+                if reply.rest is not None:
+                    half = len(content) // 2
+                    self.wfile.write(content[:half])
+                    reply.rest.wait(60)
+                    content = content[half:]
+                for line in content.splitlines(keepends=True) if fake.drip else [content]:
                     self.wfile.write(line)
                     time.sleep(fake.drip)
 

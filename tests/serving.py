@@ -45,7 +45,8 @@ def small_model(window: int) -> Transformer:
 class Scripted(Engine):
     """An engine whose requests answer with `script`, if set, and whose steps take `pace` seconds or raise `failing`.
 
-    A chain that is closed early is followed by `after`, or else by the model's own tokens, possibly few.
+    A chain that is closed early is followed by `after`, or else by the model's own tokens, possibly few. While a
+    request has `hold_at` tokens or more, nothing is generated; it can be cancelled.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Scripted(Engine):
         super().__init__(small_model(window), stops, EngineConfig(rows, tokens, 64, reuse=True, speculate=True), words)
         self.script, self.pace, self.after = script, pace, after
         self.failing: Exception | None = None
+        self.hold_at: int | None = None
         self.seen: list[Request] = []
 
     def submit(self, prompt: Sequence[int], sampling: SamplingParams, seed: int, **more: Any) -> Request:
@@ -87,7 +89,16 @@ class Scripted(Engine):
             time.sleep(self.pace)
             if self.failing is not None:
                 raise self.failing
+        if self.is_held:
+            time.sleep(0.001)
+            return []
         return super().step()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a request that has not ended has as many tokens as `hold_at` allows."""
+        at = self.hold_at
+        return at is not None and any(len(r.tokens) >= at for r in self.seen if r.finish_reason is None)
 
     @property
     def leaked(self) -> int:

@@ -25,6 +25,7 @@ from finback.config import UserError
 from finback.suites.catalogue import load as load_suite
 from finback.suites.suite import Suite
 from tests.comparing import Reply, faking, right, sums
+from tests.serving import wait_for
 from tests.toy import ROOT, environment
 
 Says = Callable[[EvalRequest], str | Answer | Failure]
@@ -346,21 +347,22 @@ def test_kill_minus_9_and_start_again(tmp_path: Path) -> None:
     running: list[subprocess.Popen[bytes]] = []
 
     def behave(n: int, body: dict[str, Any]) -> Reply:
-        if n == 13:  # some answers are stored, and others are pending
+        if n == 13:  # others are answered meanwhile
+            wait_for(lambda: any(file.stat().st_size for file in (tmp_path / "answers").glob("*.jsonl")))
             os.kill(running[0].pid, signal.SIGKILL)
         return Reply(right(body), delay=0.02)
 
     with faking(behave) as fake:
         drive = [sys.executable, "-c", DRIVER, fake.url, str(tmp_path)]
         running.append(subprocess.Popen(drive, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL))
-        assert running[0].wait(60) == -signal.SIGKILL
+        assert running[0].wait(120) == -signal.SIGKILL
         (file,) = (tmp_path / "answers").glob("*.jsonl")
         kept = {json.loads(line)["question"] for line in file.read_bytes().splitlines()}
-        assert 9 <= len(kept) <= 13
+        assert 1 <= len(kept) <= 23
         with file.open("ab") as handle:
             handle.write(b'{"key": "abc", "sui')  # the kill may come in the middle of a line
         before = len(fake.bodies)
-        done = subprocess.run(drive, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(drive, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.stdout.split() == ["24", "1.0"], done.stderr
         missing = {f"{i}+1=" for i in range(24)} - {f"{q.partition(':')[2]}+1=" for q in kept}
         assert set(fake.asked[before:]) == missing  # requests in flight at the kill may arrive late, and twice

@@ -17,7 +17,7 @@ from finback.config import UserError
 from tests.comparing import Behaviour, Fake, Reply, faking, right, sums
 
 RULES = SamplingProtocol(samples=1, max_tokens=64)
-FAST: dict[str, Any] = {"retries": Retries(3, backoff=0.01), "timeout": 0.5}
+FAST: dict[str, Any] = {"retries": Retries(3, backoff=0.01), "timeout": 60.0}
 
 
 def some(n: int = 4, **more: Any) -> list[EvalRequest]:
@@ -48,7 +48,7 @@ FAULTS = {
     "unavailable": Reply(status=503, stream=False),
     "error": Reply(status=500, stream=False, raw=b"Traceback"),
     "gateway": Reply(status=502, stream=False, raw=b"<html>"),
-    "silence": Reply("1", delay=1.0),
+    "silence": Reply("1", delay=60.0),
     "cut before the end": Reply("100", finish=None, done=False),
     "cut in an event": Reply("100", cut=-70, done=False),
     "cut headers": Reply("100", cut=0),
@@ -70,7 +70,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_that_pass(name: str) -> None:
     with faking(once(FAULTS[name])) as fake:
-        found = ask(fake)
+        found = ask(fake, timeout=2.0 if name == "silence" else 60.0)
         answers = {a.question: a for a in found if isinstance(a, Answer)}
         assert {q: a.text for q, a in answers.items()} == {f"sums:{i}": str(i + 1) for i in range(4)}
         assert all(a.tries == 2 and a.whole and (a.prompt_tokens, a.tokens) == (7, 5) for a in answers.values())
@@ -117,7 +117,7 @@ def test_servers_of_one_model_share_the_questions() -> None:
         return Reply(right(body))
 
     with faking(behave) as one, faking(behave) as two:
-        endpoint = Endpoint(f"{one.url},http://127.0.0.1:9/v1,{two.url}", "m", concurrency=1, **FAST | {"timeout": 60})
+        endpoint = Endpoint(f"{one.url},http://127.0.0.1:9/v1,{two.url}", "m", concurrency=1, **FAST)
         found = list(endpoint.answers(some(30), RULES))
         assert len(found) == 30 and all(isinstance(each, Answer) for each in found)
         assert len(one.asked) + len(two.asked) == 30, "each question is asked once"
@@ -192,17 +192,23 @@ def test_retry_after_holds_for_all() -> None:
     def behave(n: int, body: dict[str, Any]) -> Reply:
         if n == 0:
             return Reply(status=429, headers={"Retry-After": "1"}, stream=False)
-        return Reply(right(body), delay=0.1)
+        return Reply(right(body), delay=float(n == 1))
 
     with faking(behave) as fake:
         assert len(ask(fake, some(6), concurrency=2)) == 6
         since = [at - fake.times[0] for at in fake.times]
-        # the second request was already in flight; all others wait, whichever thread sends them
+        # the second request was already in flight, and takes as long; all others wait, whichever thread sends them
         assert len(since) == 7 and sum(at < 0.95 for at in since) <= 2 and since[-1] < 20
 
 
 def test_concurrency_and_rate() -> None:
-    with faking(lambda n, body: Reply(right(body), delay=0.2)) as fake:
+    three = threading.Barrier(3)
+
+    def together(n: int, body: dict[str, Any]) -> Reply:
+        three.wait(60)
+        return Reply(right(body), delay=0.05)
+
+    with faking(together) as fake:
         ask(fake, some(9), concurrency=3)
         assert fake.most_at_once == 3
     with faking() as fake:

@@ -58,6 +58,8 @@ class Server:
                 pass
 
         class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
             def handle_error(self, *_: object) -> None:  # a client that disconnected early
                 pass
 
@@ -94,7 +96,7 @@ def server() -> Iterator[Server]:
 
 
 def judge(server: Server, **knobs: Any) -> Judge:
-    return Judge(server.url, "some-model", **{"timeout": 5.0, "tries": 3, **knobs})
+    return Judge(server.url, "some-model", **{"timeout": 60.0, "tries": 3, **knobs})
 
 
 def test_the_better_answers_win(server: Server) -> None:
@@ -206,8 +208,12 @@ def test_waiting_as_long_as_the_server_asks(server: Server) -> None:
 
 
 def test_requests_go_side_by_side_but_not_all_at_once(server: Server) -> None:
+    three = threading.Barrier(3)
+
     def slow(n: int, first: str, second: str) -> str:
-        time.sleep(0.1)
+        if n < 3:
+            three.wait(60)
+        time.sleep(0.05)
         return longer(n, first, second)
 
     server.behave = slow
@@ -225,7 +231,7 @@ def test_requests_go_side_by_side_but_not_all_at_once(server: Server) -> None:
         (lambda n, a, b: b"<html>", 2, "not JSON: b'<html>'"),
         (lambda n, a, b: b"[" * 100_000, 2, "not JSON"),
         (lambda n, a, b: b'{"choices": []}', 2, "not a chat completion: {'choices': \\[\\]}"),
-        (lambda n, a, b: time.sleep(0.6) or "1", 2, "TimeoutError"),
+        (lambda n, a, b: time.sleep(60) or "1", 2, "TimeoutError"),
     ],
 )
 def test_a_judge_that_stays_away(behaviour: Behaviour, tries: int, message: str, server: Server) -> None:
@@ -233,7 +239,9 @@ def test_a_judge_that_stays_away(behaviour: Behaviour, tries: int, message: str,
     with pytest.raises(
         UserError, match=rf"judge\.url = '{server.url}': .*{message}.* the run continues where it stopped"
     ):
-        judge(server, tries=2, concurrency=1, timeout=0.3).prefer("How?", ["a", "b"])
+        judge(server, tries=2, concurrency=1, timeout=0.3 if message == "TimeoutError" else 60.0).prefer(
+            "How?", ["a", "b"]
+        )
     assert len(server.bodies) in (tries, tries + 1)  # the second request may have begun before the first failed
 
 

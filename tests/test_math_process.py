@@ -104,7 +104,7 @@ def test_hostile_answers_do_nothing_and_end_in_time(
     monkeypatch.setattr(math_process, "shared", lambda: worker)
     start = time.monotonic()
     assert not compare(r"\frac12", HOSTILE[attack]).same
-    assert time.monotonic() - start < 60  # on a busy machine; the computation takes two or three
+    assert time.monotonic() - start < 600  # unlimited, it would take hours
     assert not list(tmp_path.iterdir())
     assert compare(r"\frac12", "0.5") == RIGHT  # in the same worker or in a new one
 
@@ -115,7 +115,7 @@ def test_without_the_parents_filter_the_worker_still_holds(tmp_path: Path, monke
     for name in ("import", "megabyte of braces", "fractions in fractions", "surrogate"):
         start = time.monotonic()
         assert not worker.compare("2", HOSTILE[name]).same
-        assert time.monotonic() - start < 60  # a new worker may have to start first
+        assert time.monotonic() - start < 600
     assert not list(tmp_path.iterdir()) and worker.compare("2", "4/2") == RIGHT
     worker.close()
 
@@ -139,7 +139,7 @@ def test_the_worker_may_not(deed: str, tmp_path: Path) -> None:
         f"w = runpy.run_path({str(ROOT / 'finback/tasks/math_worker.py')!r}); w['confine'](500); open(os.devnull); "
         f"print('confined', flush=True); {deed}; print('done')"
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=20)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=120)
     assert ended.stdout == b"confined\n" and ended.returncode
     assert [path.name for path in tmp_path.iterdir()] == ["G"]
 
@@ -199,7 +199,7 @@ os.kill(os.getpid(), 9)
 
 @pytest.mark.parametrize("state", ["idle", pytest.param("busy", marks=pytest.mark.slow)])
 def test_the_worker_ends_with_a_killed_parent(state: str) -> None:
-    parent = subprocess.run([sys.executable, "-c", PARENT, state], cwd=ROOT, capture_output=True, timeout=60)
+    parent = subprocess.run([sys.executable, "-c", PARENT, state], cwd=ROOT, capture_output=True, timeout=120)
     assert parent.returncode == -signal.SIGKILL
     pid, until = int(parent.stdout), time.monotonic() + 20
     while _is_running(pid):
@@ -220,7 +220,7 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0
 assert math_process.compare("1/3", "2/6").same and math_process.shared().pid == mine
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_the_math_reader_never_enters_this_process() -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -284,11 +285,12 @@ def test_a_function_that_hangs_or_scribbles_is_wrong(tmp_path: Path) -> None:
         right: bool = record.pop("answer") == answer
         return right
 
-    task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=scribble, timeout=0.2)
+    task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=scribble, timeout=60.0)
     problem = task.draw(random.Random(0))
     for _ in range(2):
         assert task.check(problem, "Paris") == RIGHT and task.check(problem, "London") == JUNK
-    assert task.check(problem, "hang") == JUNK
+    assert replace(task, timeout=0.2).check(problem, "hang") == JUNK
+    assert task.check(problem, "Paris") == RIGHT
     verdicts: list[Verdict] = []
     thread = threading.Thread(target=lambda: verdicts.append(task.check(problem, "Paris")))
     thread.start()

@@ -145,7 +145,7 @@ def test_an_answer_can_be_begun_for_the_model(client: httpx.Client, engine: Scri
 
 def test_a_silent_stream_is_kept_alive() -> None:
     slow = Scripted("a b", pace=0.25)
-    with served(slow, keep_alive=0.1) as client:
+    with served(slow, keep_alive=0.02) as client:
         chunks = streamed(client, **HELLO)
         assert chunks.count(": keep-alive") >= 2 and chunks[-1] == "[DONE]"
 

@@ -14,6 +14,7 @@ from finback.checkpoint import models
 from finback.config import UserError
 from finback.engine.engine import EngineConfig
 from finback.engine.open import open_engine
+from finback.engine.request import Request
 from finback.serve.models_folder import with_first
 from finback.serve.options import ServeOptions
 from tests.serving import (
@@ -45,13 +46,14 @@ def connect(client: httpx.Client) -> socket.socket:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
-    engine = Scripted(pace=0.01)
+    engine = Scripted()
+    engine.hold_at = 20  # it would never end
     with served(engine) as client:
         connection = connect(client)
         connection.sendall(http(LONG | {"stream": stream, "n": 2}))
         wait_for(lambda: engine.running == 2 and all(s.tokens for s in engine.seen))
         connection.close()
-        assert wait_for(lambda: not engine.busy) < 0.2 + 0.3  # with a margin for busy machines
+        wait_for(lambda: not engine.busy)
         assert engine.leaked == 0 and {s.finish_reason for s in engine.seen} == {"cancelled"}
         wait_for(lambda: "finback_cancelled_total 2" in client.get("/metrics").text)
         assert client.app.state.service.active == {}  # type: ignore[attr-defined]
@@ -137,7 +139,8 @@ def test_two_hundred_streams_at_once() -> None:
 
 
 def test_a_step_that_fails_ends_its_requests_and_not_the_server() -> None:
-    engine = Scripted(pace=0.01)
+    engine = Scripted()
+    engine.hold_at = 20
     with served(engine) as client:
         with client.stream("POST", CHAT, json=LONG | {"stream": True}) as response:
             lines = response.iter_lines()
@@ -150,7 +153,7 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_server() -> None:
         failed = client.post(CHAT, json=HELLO)
         assert failed.status_code == 503 and int(failed.headers["retry-after"]) > 0
         assert client.get("/health").status_code == 200
-        engine.failing = None
+        engine.failing = engine.hold_at = None
         assert client.post(CHAT, json=HELLO).status_code == 200
         assert client.get("/ready").status_code == 200
         assert engine.leaked == 0 and "finback_failed_steps_total 2" in client.get("/metrics").text
@@ -171,19 +174,28 @@ def test_an_engine_that_cannot_recover_is_left_alone() -> None:
 
 
 def test_a_server_whose_engine_stands_still_is_not_ready() -> None:
-    engine = Scripted("a b c", pace=0.6)
-    with served(engine, stalled=0.2) as client:
+    go_on = threading.Event()
+
+    class Stalled(Scripted):
+        def step(self) -> list[Request]:
+            if self.busy:
+                go_on.wait()
+            return super().step()
+
+    with served(Stalled("a b c"), stalled=0.2) as client:
         assert client.get("/ready").json() == {"status": "ready"}
         thread = threading.Thread(target=lambda: client.post(CHAT, json=HELLO))
         thread.start()
-        wait_for(lambda: client.get("/ready").status_code == 503, 3)
+        wait_for(lambda: client.get("/ready").status_code == 503)
         assert client.get("/health").status_code == 200
+        go_on.set()
         thread.join()
         assert client.get("/ready").status_code == 200
 
 
 def test_a_draining_server_ends_what_runs_and_takes_nothing_new() -> None:
-    engine = Scripted(pace=0.02)
+    engine = Scripted()
+    engine.hold_at = 20
     with served(engine, drain=0.6) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
         with client.stream("POST", CHAT, json=LONG | {"stream": True}) as response:

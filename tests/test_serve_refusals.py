@@ -329,6 +329,7 @@ def test_what_is_not_http_is_refused_in_the_same_shape(client: httpx.Client) -> 
 
 
 def test_nothing_of_it_reached_the_model(client: httpx.Client, engine: Scripted) -> None:
+    assert client.post(CHAT, json=HELLO | {"temperature": -1}).status_code == 400
     wait_for(lambda: not engine.busy)
     assert engine.leaked == 0
     counted = client.get("/metrics").text

@@ -11,6 +11,7 @@ from finback.serve.http import digests
 from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, events, served, streamed, summed, wait_for
 
 TEXT = " ".join(map(str, range(40)))
+HELD = 50  # tokens, of more than a hundred that TEXT has
 ASK = HELLO | {"max_tokens": 400, "stream": True, "stream_options": {"include_usage": True, "resumable": True}}
 
 
@@ -29,10 +30,17 @@ def numbered(lines: Any, most: int = 10**9) -> list[tuple[int, Any]]:
 
 
 def begun(client: httpx.Client, most: int, **request: Any) -> list[tuple[int, Any]]:
-    """The first events of a request, whose connection is then lost."""
+    """The first events of a request, whose connection is then lost before its answer has ended."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    engine, held = service.engine, service.engine.hold_at
+    engine.hold_at = HELD if held is None else held
     with client.stream("POST", CHAT, json=ASK | request) as response:
         assert response.status_code == 200, response.read()
-        return numbered(response.iter_lines(), most)
+        found = numbered(response.iter_lines(), most)
+    stream = service.streams[found[0][1]["id"]]
+    wait_for(lambda: not stream._readers)
+    engine.hold_at = held
+    return found
 
 
 def read_on(client: httpx.Client, ident: str, after: int, **headers: str) -> list[tuple[int, Any]]:
@@ -44,7 +52,7 @@ def read_on(client: httpx.Client, ident: str, after: int, **headers: str) -> lis
 
 @pytest.mark.parametrize("by_header", [False, True])
 def test_a_lost_connection_loses_nothing(by_header: bool) -> None:
-    engine = Scripted(f"<think>so</think>{TEXT}", pace=0.002)
+    engine = Scripted(f"<think>so</think>{TEXT}")
     with served(engine) as client:
         first = begun(client, 20)
         at, ident = first[-1][0], first[-1][1]["id"]
@@ -53,7 +61,8 @@ def test_a_lost_connection_loses_nothing(by_header: bool) -> None:
         message = summed([chunk for _, chunk in first + rest])
         assert message["content"] == TEXT and message["reasoning_content"] == "so"
         assert message["finish_reason"] == "stop" and rest[-1][1] == "[DONE]" and rest[-2][1]["usage"]
-        assert len(engine.seen) == 1 and wait_for(lambda: not client.app.state.service.streams) < 5  # type: ignore[attr-defined]
+        wait_for(lambda: not client.app.state.service.streams)  # type: ignore[attr-defined]
+        assert len(engine.seen) == 1
     assert engine.leaked == 0
 
 
@@ -69,24 +78,24 @@ def test_others_streams_are_what_they_were() -> None:
 
 
 def test_two_read_the_same() -> None:
-    with served(Scripted(TEXT, pace=0.003)) as client:
+    with served(Scripted(TEXT)) as client:
         ident = begun(client, 1)[0][1]["id"]
         found: list[Any] = []
         readers = [threading.Thread(target=lambda: found.append(read_on(client, ident, 0))) for _ in range(2)]
         for reader in readers:
             reader.start()
         for reader in readers:
-            reader.join(20)
+            reader.join()
         assert found[0] == found[1] and summed([c for _, c in found[0]])["content"] == TEXT
 
 
 def test_nobody_comes_back_and_nothing_is_left() -> None:
-    engine = Scripted(TEXT, pace=0.02)
+    engine = Scripted(TEXT)
+    engine.hold_at = HELD
     with served(engine, resume_timeout=0.1) as client:
         ident = begun(client, 5)[0][1]["id"]
         service = client.app.state.service  # type: ignore[attr-defined]
-        assert ident in service.streams
-        wait_for(lambda: not service.streams and not engine.busy, 5)
+        wait_for(lambda: not service.streams and not engine.busy)
         assert engine.seen[0].finish_reason == "cancelled" and engine.leaked == 0 and service.admission.choices == 0
         assert client.get(f"{CHAT}/{ident}/stream").status_code == 404
 
@@ -103,7 +112,7 @@ def test_what_has_ended_meanwhile_is_read_once() -> None:
 
 
 def test_no_more_is_kept_than_allowed() -> None:
-    with served(Scripted(TEXT, pace=0.002), resume_bytes=5000) as client:
+    with served(Scripted(TEXT), resume_bytes=5000) as client:
         ident = begun(client, 1)[0][1]["id"]
         service = client.app.state.service  # type: ignore[attr-defined]
         wait_for(lambda: service.streams[ident].is_finished)
@@ -115,17 +124,18 @@ def test_no_more_is_kept_than_allowed() -> None:
 
 
 def test_stop_ends_it_for_everybody_at_once() -> None:
-    engine = Scripted(TEXT, pace=0.02)
+    engine = Scripted(TEXT)
+    engine.hold_at = HELD
     with served(engine) as client:
         ident = begun(client, 3)[0][1]["id"]
-        done = client.post(f"{CHAT}/{ident}/control", json={"action": "stop"})
-        assert done.status_code == 200 and wait_for(lambda: not engine.busy) < 1
+        assert client.post(f"{CHAT}/{ident}/control", json={"action": "stop"}).status_code == 200
+        wait_for(lambda: not engine.busy)
         last = read_on(client, ident, 0)[-1][1]
         assert last["error"]["code"] == "stopped" and engine.seen[0].finish_reason == "cancelled"
 
 
 def test_only_its_owner_reads_on() -> None:
-    with served(Scripted(TEXT, pace=0.005), keys=digests([KEY, OTHER])) as client:
+    with served(Scripted(TEXT), keys=digests([KEY, OTHER])) as client:
         ident = begun(client, 2)[0][1]["id"]
         other = {"authorization": f"Bearer {OTHER}"}
         for action in (
@@ -140,7 +150,9 @@ def test_only_its_owner_reads_on() -> None:
 
 
 def test_what_is_refused_is_refused_as_ever() -> None:
-    with served(Scripted(TEXT, rows=1, pace=0.02), queue=0) as client:
+    engine = Scripted(TEXT, rows=1)
+    engine.hold_at = HELD
+    with served(engine, queue=0) as client:
         assert client.post(CHAT, json=ASK | {"top_p": 5}).status_code == 400
         assert client.post(CHAT, json=ASK | {"max_tokens": 10**6}).json()["error"]["code"] == "context_length_exceeded"
         ident = begun(client, 2)[0][1]["id"]  # it still has the only slot, though its client has left
@@ -152,7 +164,8 @@ def test_what_is_refused_is_refused_as_ever() -> None:
 
 
 def test_the_place_in_the_queue_is_told() -> None:
-    engine = Scripted(TEXT, pace=0.01, rows=1)
+    engine = Scripted(TEXT, rows=1)
+    engine.hold_at = HELD
     with served(engine) as client:
         idents = [begun(client, 1)[0][1]["id"] for _ in range(4)]
         with client.stream("GET", f"{CHAT}/{idents[3]}/stream?after=1") as response:
@@ -162,6 +175,7 @@ def test_the_place_in_the_queue_is_told() -> None:
             assert next(line for line in lines if line.startswith(": queue")) == ": queue 2"
             for ident in (idents[0], idents[2]):
                 client.post(f"{CHAT}/{ident}/control", json={"action": "stop"})
+            engine.hold_at = None
             assert summed(events(x for x in lines if x.startswith("data")))["content"] == TEXT
 
 

@@ -91,7 +91,8 @@ def test_thinking_can_be_switched_off(client: httpx.Client, engine: Scripted, re
 
 
 def test_a_chain_can_be_closed_while_it_runs(engine: Scripted) -> None:
-    slow = Scripted(pace=0.01)
+    slow = Scripted()
+    slow.hold_at = 20
     with served(slow, keys=digests([KEY, OTHER])) as client:
         request = HELLO | {"stream": True, "max_tokens": 400, "ignore_eos": True, "thinking": {"type": "enabled"}}
         with client.stream("POST", CHAT, json=request) as response:
@@ -104,7 +105,8 @@ def test_a_chain_can_be_closed_while_it_runs(engine: Scripted) -> None:
             assert client.post(path, json={"action": "sing"}).status_code == 400
             assert slow.seen[0].thinking
             assert client.post(path, json={"action": "answer_now"}).json()["id"] == ident
-            wait_for(lambda: not slow.seen[0].thinking, 2)
+            slow.hold_at = None
+            wait_for(lambda: not slow.seen[0].thinking)
         wait_for(lambda: not slow.busy)
         assert client.post(path, json={"action": "answer_now"}).status_code == 404
 
@@ -175,7 +177,7 @@ def test_an_answer_follows_its_schema(client: httpx.Client, effort: str | None) 
 
 def test_a_hidden_chain_is_kept_alive_too() -> None:
     slow = Scripted("<think>4+5=9 4+5=9</think>9", pace=0.05)
-    with served(slow, keep_alive=0.12, reasoning="none") as client:
+    with served(slow, keep_alive=0.02, reasoning="none") as client:
         assert ": keep-alive" in streamed(client, **HELLO | {"max_tokens": 64})
 
 
