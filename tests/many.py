@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,6 @@ from finback.model.fp4 import Qat
 from finback.model.logprobs import text_logprobs
 from finback.model.recompute import Policy
 from finback.model.transformer import Transformer
-from finback.parallel.launch import free_port
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
 from finback.train.batch import Batch, of_rows
@@ -53,9 +53,17 @@ IMPORTED = [f"torch.distributed.{n}" for n in ("fsdp", "pipelining", "checkpoint
 
 def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> None:
     """Runs work(*arguments) in `ranks` processes of one process group; fails if any of them does."""
-    context, port = multiprocessing.get_context("forkserver"), free_port()
+    started(ranks, _run, ranks, work, arguments)
+
+
+def started(ranks: int, target: Callable[..., None], *arguments: Any) -> None:
+    """Runs target(rank, *arguments) in `ranks` processes, which can meet; fails if any of them does.
+
+    They meet in a store of this process: a port that rank 0 opened later could be taken by then.
+    """
+    context, store = multiprocessing.get_context("forkserver"), dist.TCPStore("127.0.0.1", 0, is_master=True)
     context.set_forkserver_preload(IMPORTED)  # once for all tests: the import takes longer than most of them
-    children = [context.Process(target=_run, args=(r, ranks, port, work, arguments)) for r in range(ranks)]
+    children = [context.Process(target=_meet, args=(r, store.port, target, arguments)) for r in range(ranks)]
     for child in children:
         child.start()
     for child in children:
@@ -66,9 +74,23 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> None:
     assert not hung and all(child.exitcode == 0 for child in children), [c.exitcode for c in children]
 
 
-def _run(rank: int, ranks: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _meet(rank: int, port: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # rank 0 opens no store
+    with one_thread():
+        target(rank, *arguments)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes with one thread, like each of many ranks."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _run(rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     warnings.simplefilter("error")
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     work(*arguments)
@@ -120,12 +142,9 @@ def batches(way: Way, steps: int) -> Iterator[Batch]:
 
 def on_one(way: Way, steps: int = STEPS) -> tuple[Numbers, dict[str, Tensor]]:
     """The plain twin: the whole model on one rank, with one thread like each of many ranks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    trainer = one_rank(way)
-    numbers = continued(trainer, way, 0, steps)
-    torch.set_num_threads(threads)
-    return numbers, trainer.model.state_dict()
+    with one_thread():
+        trainer = one_rank(way)
+        return continued(trainer, way, 0, steps), trainer.model.state_dict()
 
 
 def one_rank(way: Way) -> ReplicatedTrainer:

@@ -1,7 +1,6 @@
 """Losses, optimizers and router bias against plain twins and numbers worked by hand; one rank against two."""
 
 import math
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from finback.parallel.mesh import World
 from finback.train import rates
 from finback.train.loss import cross_entropy
 from finback.train.optim import MUON_FORMS, Adam, Gradients, Muon, clip_scale, exact_norm, is_matrix, newton_schulz
-from tests.many import IMPORTED
+from tests.many import one_thread, started
 from tests.toy import CONFIG, backward, toy_model
 
 
@@ -248,12 +247,8 @@ def test_closed_form_counts() -> None:
     assert parameters(TINY) == built
 
 
-def _steps(rank: int, size: int, port: int, out: str) -> None:
+def _steps(rank: int, size: int, out: str) -> None:
     """A few optimizer steps on this rank's rows, router bias included; rank 0 saves the result."""
-    import os
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
     world = World.join(rank, size)
     model = toy_model(5).train()
     named = list(model.named_parameters())
@@ -276,17 +271,9 @@ def _steps(rank: int, size: int, port: int, out: str) -> None:
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    from finback.parallel.launch import free_port
-
-    context, port = multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(IMPORTED)
-    ranks = [context.Process(target=_steps, args=(r, 2, port, str(tmp_path / "two.pt"))) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-    _steps(0, 1, 0, str(tmp_path / "one.pt"))
+    started(2, _steps, 2, str(tmp_path / "two.pt"))
+    with one_thread():
+        _steps(0, 1, str(tmp_path / "one.pt"))
     one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     for name in one:
         assert (one[name] - two[name]).abs().max() <= 2e-4, name
