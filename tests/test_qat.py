@@ -20,8 +20,9 @@ from finback.kernels.formats import from_mxfp4, mxfp4, round_mxfp4
 from finback.kernels.fp8_products import Emulated
 from finback.model.config import ModelConfig
 from finback.model.dsa_training import teach_indexers
-from finback.model.fp4 import RoundedIndexer, is_expert_stack, is_fp4, round_indexers, rounded, use_fp4
+from finback.model.fp4 import is_expert_stack, is_fp4, round_indexers, use_fp4
 from finback.model.lora import LoRA
+from finback.model.rounding import RoundedIndexer, rounded
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
@@ -72,6 +73,10 @@ def rounded_twin(model: Transformer) -> Transformer:
     state = model.state_dict()
     twin.load_state_dict(state | {name: packed_and_back(t) for name, t in stacks(state).items()})
     return round_indexers(twin)
+
+
+def rounds_indexers(model: Transformer) -> bool:
+    return any(isinstance(m, RoundedIndexer) for m in model.modules())
 
 
 @pytest.mark.parametrize("config", [WIDE, WIDE_V4], ids=["v3", "v4"])
@@ -161,10 +166,20 @@ def test_what_a_stage_writes_is_what_it_computed_with(prepared: Path, tmp_path: 
         assert not torch.equal(tensor, masters[f"model.{name}"])
     assert all(torch.equal(t, round_mxfp4(t)) for t in stacks(models.load(folder / "average").state_dict()).values())
     export(models.load(folder), tmp_path / "out", "fp8")
-    again = models.load(tmp_path / "out").state_dict()
+    exported = models.load(tmp_path / "out")
+    again = exported.state_dict()
     assert all(torch.equal(again[name].float(), tensor) for name, tensor in written.items())
-    other = stacks(models.load(trained(prepared, "plain", model=WIDE_V4)[2]).state_dict())
-    assert any(not torch.equal(t, round_mxfp4(t)) for t in other.values())
+    assert all(rounds_indexers(m) and m.config.index_fp4 for m in (models.load(folder), exported))
+    # select with rounded scores, as the stage's own passes do
+    tokens = torch.randint(0, 320, (2, 60), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        found, mine = (m.eval()(tokens) for m in (models.load(folder), training.trainer.gathered()))
+        plain = Transformer(dataclasses.replace(exported.config, index_fp4=False)).eval()
+        plain.load_state_dict(models.load(folder).state_dict())
+        assert torch.equal(found, mine) and not torch.equal(found, plain(tokens))
+    plain = models.load(trained(prepared, "plain", model=WIDE_V4)[2])
+    other = stacks(plain.state_dict())
+    assert not rounds_indexers(plain) and any(not torch.equal(t, round_mxfp4(t)) for t in other.values())
 
 
 def test_rl_generates_with_the_numbers_that_it_learns_with(tmp_path: Path) -> None:
@@ -205,12 +220,13 @@ def test_an_engine_beside_training_rounds_its_indexers_too() -> None:
     """The engine that keeps generating while weights change."""
     config = dataclasses.replace(WIDE_V4, num_nextn_predict_layers=0)
     nothing: Any = SimpleNamespace(stops=())
-    for change in (round_indexers, Transformer.eval):
-        policy = PolicyModel(ServedWeights(change(Transformer(config))), config, nothing, nothing, in_flight="continue")
+    for model in (use_fp4(Transformer(config)), Transformer(config)):
+        weights = ServedWeights(model)
+        policy = PolicyModel(weights, model.config, nothing, nothing, in_flight="continue")
         rollouts = LiveRollouts(policy, EngineConfig())
-        model = rollouts.live.engine.model
+        engine = rollouts.live.engine.model
         rollouts.close()
-        assert any(isinstance(m, RoundedIndexer) for m in model.modules()) == (change is round_indexers)
+        assert rounds_indexers(engine) == is_fp4(model)
 
 
 WAYS = {
@@ -241,6 +257,7 @@ def _on_layout(layout: Layout, way: Way, out: str) -> None:
     many.export(nothing, Path(out) / "written", nothing)
     dist.barrier()
     written = models.load(Path(out) / "written").state_dict()
+    assert rounds_indexers(many.gathered()) == (way.config.attention == "compressed")
     assert all(torch.equal(written[key], tensor) for key, tensor in gathered.items())
 
 

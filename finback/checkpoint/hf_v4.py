@@ -60,6 +60,8 @@ def read_v4(fields: Fields) -> dict[str, Any]:
     kinds, rates = _layers(fields, layers)
     found: dict[str, Any] = {name: fields.integer(name) for name in (*SIZES, *EXPERTS, *INDEXER)}
     found |= {name: fields.number(name) for name in NUMBERS}
+    if fields.flag("index_fp4", False) and found["index_head_dim"] & found["index_head_dim"] - 1:
+        fields.refuse("index_fp4", "indexers whose width is no power of two have no Hadamard matrix")
     return found | {
         "attention": "compressed",
         "qk_rope_head_dim": _rotated(fields),
@@ -69,6 +71,7 @@ def read_v4(fields: Fields) -> dict[str, Any]:
         "num_hash_layers": _hashed(fields, layers),
         "scoring_func": "sqrtsoftplus",
         "num_nextn_predict_layers": fields.integer("num_nextn_predict_layers"),
+        "index_fp4": fields.flag("index_fp4", False),
         **_rope(fields),
     }
 
@@ -132,6 +135,7 @@ def raw_v4(config: ModelConfig) -> dict[str, Any]:
     raw |= {
         name: getattr(c, name) for name in ("scoring_func", "norm_topk_prob", "qk_rope_head_dim", "num_hash_layers")
     }
+    raw |= {"index_fp4": True} if c.index_fp4 else {}  # a key of finback's
     raw |= {
         "num_key_value_heads": 1,
         "attention_bias": False,

@@ -18,9 +18,7 @@ _GQA_ONLY = (
     "sliding_window",
     "layer_types",
     "local_rope_theta",
-    "norm_offset",
-    "query_pre_attn_scalar",
-    "attention_sinks",
+    *("norm_offset", "query_pre_attn_scalar", "attention_sinks"),
     "swiglu_alpha",
 )
 SLIDING, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -67,6 +65,8 @@ class ModelConfig:
     index_head_dim: int = 0
     # whether the indexer rotates pairs (0,1), (2,3), …, as in GLM-5 but not V3.2
     index_rope_interleaved: bool = False
+    # V4: whether indexers round queries and keys to FP4, as they were trained to
+    index_fp4: bool = False
     # GLM-5: layers (0-based) without an indexer, which take the selection of the last layer before them that has one
     shared_indexers: tuple[int, ...] = ()
     # V4 (2.3): tokens per entry of CSA and of HCA; groups of heads with separate output projections, and their width

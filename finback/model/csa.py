@@ -15,7 +15,9 @@ from finback.model.config import ModelConfig
 from finback.model.dsa import IndexerQueries, Seen
 from finback.model.hca import HCA, Compressor
 from finback.model.layers import Linear
+from finback.model.replace import recast
 from finback.model.rope import rotate_last
+from finback.model.rounding import RoundedIndexer
 from finback.model.swa import Far
 from finback.model.windows import CompressedWindows, windowed
 
@@ -59,6 +61,8 @@ class CSA(HCA):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.indexer = CompressedIndexer(config)
+        if config.index_fp4:
+            recast(self.indexer, RoundedIndexer)  # type: ignore[type-abstract]  # laid over a class that rotates
 
     def make_compressor(self, config: ModelConfig) -> Compressor:
         return OverlappingCompressor(config, config.compress_rate_csa, config.head_dim)

@@ -9,7 +9,6 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Completion, SamplingParams
 from finback.model.config import ModelConfig
-from finback.model.fp4 import as_indexers_of
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.parallel.served_weights import ServedWeights, whole_copy
@@ -68,7 +67,7 @@ class LiveRollouts(Rollouts):
         self.policy = policy
         config = replace(policy.config, num_nextn_predict_layers=0)
         compute = torch.bfloat16 if policy.compute == "bf16" else torch.float32
-        model, _ = whole_copy(config, compute, torch.float32, World(), as_indexers_of(policy.weights.model))
+        model, _ = whole_copy(config, compute, torch.float32, World())
         self.live = LiveEngine(Engine(model, policy.tokenizer.stops, engine))
 
     def _take_weights(self, version: int) -> int:

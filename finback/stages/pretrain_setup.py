@@ -53,7 +53,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         start = models.load(_start(stage, run))
         config = stage.adapted(start.config)
     if stage.qat != "none":
-        fp4.check(config, f"{stage.name}.qat")
+        config = fp4.checked(config, f"{stage.name}.qat")
     precision = _precision(stage, config, run, world)
     dtype = dtype_of(precision)
     model = _with_values(stage, config, dtype, start, run.seed("weights"))
@@ -142,7 +142,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         if config.index_topk and not had:
             raise stage.wrong("layout", "indexers can be added to a model on one rank only", "Leave it out.")
     if stage.qat != "none":
-        fp4.check(config, f"{stage.name}.qat")
+        config = fp4.checked(config, f"{stage.name}.qat")
     precision = _precision(stage, config, run, world)
     check_compiler(stage, config, run)
     knobs = {f.name: getattr(stage, f.name) for f in dataclasses.fields(ShardedOptions)} | {"compute": precision}

@@ -67,7 +67,7 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
     model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
     model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
     if stage.qat != "none":
-        fp4.check(model.config, f"{stage.name}.qat")
+        fp4.checked(model.config, f"{stage.name}.qat")
         fp4.use_fp4(model)
     check_compiler(stage, model.config, run)
     if stage.compile:
@@ -101,7 +101,7 @@ def _sharded(
     config, values = models.stored(base, world.rank, world.size)
     check_compiler(stage, config, run)
     if stage.qat != "none":
-        fp4.check(config, f"{stage.name}.qat")
+        config = fp4.checked(config, f"{stage.name}.qat")
     try:
         if lora is None:
             return sharded_tuning.ShardedTuner(config, layout, values, options, world.device.type)

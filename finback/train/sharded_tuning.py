@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from finback.checkpoint.shares import Values
 from finback.model.config import ModelConfig
-from finback.model.fp4 import Qat, round_indexers, use_fp4
+from finback.model.fp4 import Qat, use_fp4
 from finback.model.frozen import BaseFormat, base_dtype, freeze
 from finback.model.logprobs import text_logprobs
 from finback.model.lora import learnt_parameters
@@ -192,8 +192,7 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
         if self._served is None and self._serves_itself:
             self._served = ServedWeights(self.model)
         if self._served is None:
-            dtype, put_on = self.options.dtype, round_indexers if self.options.qat != "none" else nn.Module.eval
-            model, fills = whole_copy(self.config, dtype, dtype, self.world, put_on)
+            model, fills = whole_copy(self.config, self.options.dtype, self.options.dtype, self.world)
             self._served = ServedWeights(model, partial(self._gather, fills=fills))
         return self._served
 

@@ -14,7 +14,7 @@ from finback.checkpoint import models, resharding, store
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.kernels.formats import round_mxfp4
-from finback.model.fp4 import is_expert_stack, is_fp4, round_indexers
+from finback.model.fp4 import is_expert_stack, is_fp4
 from finback.model.logprobs import text_logprobs
 from finback.model.moe import Router
 from finback.model.transformer import Transformer
@@ -271,7 +271,7 @@ class ReplicatedTrainer(Trainer):
 
 def rounded_weights(model: Transformer) -> ServedWeights:
     """A frozen copy of a model that trains with rounded weights; the copy has them rounded."""
-    copied, _ = whole_copy(model.config, model.compute, torch.float32, World(device=model.embed.device), round_indexers)
+    copied, _ = whole_copy(model.config, model.compute, torch.float32, World(device=model.embed.device))
 
     @torch.no_grad()
     def fill(copy: Transformer) -> int:
