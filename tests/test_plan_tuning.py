@@ -233,5 +233,7 @@ def test_what_lies_on_the_host_takes_no_device_memory_but_time() -> None:
     frozen = PlannedStage("lora", "SFT", False, lora, work, QWEN_7B)
     fetched = 2 * tuning.frozen_bytes(QWEN_7B, tuning.ADAPTER) / 4
     assert tuning_time.on_host(frozen, site, 0.0) == pytest.approx(5 * fetched / 1e10)
+    both = PlannedStage("lora", "SFT", False, lora | {"moments": "host"}, work, QWEN_7B)
+    assert tuning_time.on_host(both, site, 1e9) == pytest.approx(5 * 16 * learnt / 1e10)
     alone = PlannedStage("sft", "SFT", False, sft | {"layout": None, "moments": "host"}, work, QWEN_7B)
     assert tuning_time.on_host(alone, site, 1e9) == pytest.approx(5 * 16 * size / 1e10)

@@ -2,6 +2,7 @@
 
 from finback.config import UserError
 from finback.model.count import parameters
+from finback.parallel.layout import Layout
 from finback.planner import traffic, tuning
 from finback.planner.hardware import Site
 from finback.planner.planned_stage import PlannedStage
@@ -24,30 +25,38 @@ def updates(stage: PlannedStage) -> int:
     return int(knobs.get("updates") or 1) * int(knobs.get("epochs") or 1) * int(knobs.get("steps") or 1)
 
 
+def _passes(stage: PlannedStage, layout: Layout) -> float:
+    """Number of passes that a layout's ranks make together, each over rows as long as a pass."""
+    rows = layout.dp * layout.micro_batches
+    return stage.work.tokens_trained / (rows * tuning.pass_tokens(stage.knobs, layout) * layout.cp)
+
+
 def on_host(stage: PlannedStage, site: Site, computing: float) -> float:
     """Seconds of transfers between device and host beyond `computing` seconds of passes, and of AdamW on the host.
 
     With `offload` each pass fetches the shard twice and returns its gradients. AdamW reads parameter, gradient and moments
-    and writes all but the gradient, 28 bytes; with moments="host" the moments travel to the device and back, 16 bytes.
+    and writes all but the gradient, 28 bytes; with moments="host" the moments of what is learnt on the device travel there
+    and back, 16 bytes.
     """
     layout, knobs, c = stage.layout, stage.knobs, stage.model
     if c is None or not stage.work.tokens_trained or not tuning.is_tuned(stage):
         return 0.0
     adapter, pace, holders = knobs.get("adapter"), site.known["host"].value, layout.holders if layout else 1
     learnt = tuning.learnt_numbers(c, adapter, layout.ep if layout else 1) if adapter else parameters(c) / holders
+    travelling = updates(stage) * 16 * learnt if knobs.get("moments") == "host" else 0.0
     if layout is None or not layout.offload or layout.ranks == 1:
-        return updates(stage) * 16 * learnt / pace if knobs.get("moments") == "host" else 0.0
+        return travelling / pace
     stored = tuning.frozen_bytes(c, adapter) / holders if adapter else 4.0 * learnt
-    rows = layout.dp * layout.micro_batches * tuning.pass_tokens(knobs, layout) * layout.cp
-    moved = stage.work.tokens_trained / rows * (2 * stored + (0.0 if adapter else 4.0 * learnt))
-    stepped = 0.0 if adapter else updates(stage) * 28 * learnt
+    moved = _passes(stage, layout) * (2 * stored + (0.0 if adapter else 4.0 * learnt))
+    stepped = travelling if adapter else updates(stage) * 28 * learnt
     return max(moved / pace - computing, 0.0) + stepped / pace
 
 
 def beside_products(stage: PlannedStage, site: Site, computing: float) -> float:
     """Seconds of all-to-all, of gathering beyond `computing` seconds of passes, and of full copies for generation.
 
-    ZeRO-1 exchanges gradients and weights, both in fp32, once per update and after its passes. Rows are assumed to be as long as a pass; the small gradients of an adapter are ignored.
+    ZeRO-1 exchanges gradients and weights, both in fp32, once per update and after its passes. The small gradients of an
+    adapter are ignored.
     """
     layout, knobs, c = stage.layout, stage.knobs, stage.model
     if layout is None or c is None or layout.ranks == 1:
@@ -60,16 +69,16 @@ def beside_products(stage: PlannedStage, site: Site, computing: float) -> float:
         recompute=knobs.get("recompute") or ("block" if knobs.get("adapter") else "none"),
         precision=precision,  # type: ignore[arg-type]
     )
-    sent, steps = traffic.of(c, work, site.machine), stage.work.tokens_trained / (work.rows * work.length)
+    sent, passes = traffic.of(c, work, site.machine), _passes(stage, layout)
     width = tuning.gathered_width(layout, knobs.get("adapter"))
     # traffic assumes gradients and twice the weights in the gathered dtype; a frozen base has weights only
     share = 2 * width / (4 + 2 * width) if knobs.get("adapter") else 1.0
-    exchanged = max(steps * sent.exchange_seconds * share - computing, 0.0)
+    exchanged = max(passes * sent.exchange_seconds * share - computing, 0.0)
     if layout.sharding != "fsdp":  # traffic assumes weights in the precision of the passes
         gradient, weight = traffic.gradient_width(work), 4 if precision == "fp32" else 2
         exchanged = updates(stage) * sent.exchange_seconds * (gradient + 4) / (gradient + weight)
     wire = traffic.wire(site.machine, layout.ranks, inside=layout.ranks <= traffic.per_node(site.machine))
     received = tuning.copy_bytes(c, knobs) * (layout.ranks - 1) / layout.ranks if tuning.copies(knobs, layout) else 0.0
     copies = 1 if knobs.get("adapter") or not knobs.get("task") else int(knobs.get("steps") or 1)
-    around = steps * (sent.dispatch_seconds + sent.context_seconds)
+    around = passes * (sent.dispatch_seconds + sent.context_seconds)
     return around + exchanged + copies * received / wire
