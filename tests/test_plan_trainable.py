@@ -57,6 +57,8 @@ def layouts() -> Iterator[Layout | None]:
     """No layout, and every kind that training accepts."""
     yield None
     for chosen in varied(Layout):
+        if chosen.get("reduce") == "bf16":
+            chosen["sharding"] = "zero1"
         layout = Layout(pp=2, dp=2, ep=2, micro_batches=4, **chosen)
         if layout.offload:  # fine-tuning and RL only
             continue
