@@ -13,8 +13,8 @@ from finback.config import UserError
 from finback.kernels import documents
 from finback.kernels.attention import torch_attention
 from finback.kernels.documents import Documents, masked
-from finback.model.config import TINY, V2_LITE
-from finback.model.recompute import use_recompute
+from finback.model.config import TINY, V2_LITE, ModelConfig
+from finback.model.recompute import Policy, use_recompute
 from finback.model.rope_scaling import Yarn
 from finback.model.transformer import Transformer
 from finback.parallel.context import HeadExchange, spread_context
@@ -26,7 +26,7 @@ from finback.planner.workload import Workload, parse_mesh
 from finback.train.batch import Batch
 from finback.train.loss import LossTerms, training_losses
 from tests import toy
-from tests.many import MANY, SEQ_LEN, Way, batches, on_one, on_ranks, pipeline, trained
+from tests.many import MANY, ROWS, SEQ_LEN, SPARSE_MANY, V4_MANY, Way, batches, on_one, on_ranks, pipeline, trained
 
 MANY_HEADS = dataclasses.replace(MANY, num_attention_heads=4, num_nextn_predict_layers=2)
 EXTENDED = dataclasses.replace(MANY_HEADS, rope_scaling=Yarn(factor=4.0, original_max_position_embeddings=64))
@@ -171,6 +171,30 @@ def _long() -> None:
             found.append(numbers)
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def _sent(config: ModelConfig, recompute: Policy, expected: float) -> None:
+    """Bytes that a rank sends in a step: all but its own part of what it exchanges, its own part to all others."""
+    model, batch = Transformer(config).initialise(5).train(), next(batches(Way(config), 1))
+    spread_context(model, dist.group.WORLD)
+    use_recompute(model, recompute)
+    sent, size = [], dist.get_world_size()
+    gather, exchange = dist.all_gather, dist.all_to_all_single
+    dist.all_gather = lambda parts, part, **k: sent.append(part.nbytes * (size - 1)) or gather(parts, part, **k)
+    dist.all_to_all_single = lambda out, part, **k: (
+        sent.append(part.nbytes * (size - 1) / size) or exchange(out, part, **k)
+    )
+    batch = batch.part(dist.get_rank(), size)
+    losses = training_losses(model, batch, terms := LossTerms([1.0] * (1 + config.num_nextn_predict_layers), 0.3))
+    losses.total(terms).backward()  # type: ignore[no-untyped-call]
+    assert sum(sent) == expected
+
+
+@pytest.mark.parametrize("recompute", ["none", pytest.param("block", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", [MANY, SPARSE_MANY, V4_MANY], ids=["V3", "V3.2", "V4"])
+def test_the_planner_counts_what_is_sent(config: ModelConfig, recompute: Policy) -> None:
+    work = Workload(Layout(cp=2), rows=ROWS, length=SEQ_LEN, precision="fp32", recompute=recompute)
+    on_ranks(2, _sent, config, recompute, traffic.of(config, work, hardware.MACHINES["h100"]).context)
 
 
 def test_documents_of_long_rows_lie_on_several_ranks() -> None:

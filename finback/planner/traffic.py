@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from finback.config import UserError
-from finback.model.config import ModelConfig
+from finback.model.config import CSA, HCA, ModelConfig
 from finback.planner import expert_load
 from finback.planner.expert_load import Load
 from finback.planner.hardware import Machine
@@ -26,7 +26,7 @@ class Traffic:
     dispatch_network: float = 0.0
     # all-to-all within nodes
     dispatch_link: float = 0.0
-    # exchange of heads for tokens around attention, if rows are split
+    # exchange of heads for tokens around attention, or gathering what sparse attention reads, if rows are split
     context: float = 0.0
     # activations and their gradients to the next stage
     pipeline: float = 0.0
@@ -76,6 +76,8 @@ def _context(c: ModelConfig, work: Workload, width: float) -> float:
     `width`: bytes per value. A rank keeps its own share; recomputation sends again.
     """
     cp, heads = work.layout.cp, c.num_attention_heads
+    if c.index_topk or c.attention == "compressed":
+        return _gathered(c, work, width)
     if c.attention == "mla":
         numbers = heads * 2 * (c.qk_head_dim + c.v_head_dim)
     else:  # with fewer key heads than ranks, keys go to several ranks
@@ -83,6 +85,29 @@ def _context(c: ModelConfig, work: Workload, width: float) -> float:
     layers = (c.num_hidden_layers + c.num_nextn_predict_layers) / work.layout.stages
     ways = 3 if work.recompute in ("attention", "block") else 2
     return ways * work.passes * work.micro_tokens * layers * numbers * width * (cp - 1) / cp
+
+
+def _gathered(c: ModelConfig, work: Workload, width: float) -> float:
+    """The same for sparse attention, where each rank gets what all heads share of all others' tokens, and sends gradients back.
+
+    An indexer's keys in DSA have none; V4's layers differ in what their entries are compressed from.
+    """
+    layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
+    forward = backward = 0
+    for layer in layers:
+        if c.attention == "mla":
+            forward += c.kv_lora_rank + c.qk_rope_head_dim + c.index_head_dim
+            backward += c.kv_lora_rank + c.qk_rope_head_dim
+            continue
+        numbers = c.head_dim
+        if (kind := c.layer_type(layer)) == HCA:
+            numbers += 2 * c.head_dim + c.rope_dim
+        elif kind == CSA:
+            numbers += 4 * (c.head_dim + c.index_head_dim) + c.rope_dim
+        forward, backward = forward + numbers, backward + numbers
+    again = 2 if work.recompute in ("attention", "block") else 1
+    numbers = (again * forward + backward) / work.layout.stages
+    return work.passes * work.micro_tokens * numbers * width * (work.layout.cp - 1)
 
 
 @lru_cache(maxsize=64)
