@@ -12,6 +12,7 @@ from finback.kernels.attention import causal_attention
 from finback.kernels.documents import masked
 from finback.kernels.heads import rotate_heads, split_heads
 from finback.kernels.norm import add_rms_norm, rms_norm
+from finback.kernels.streams import mix, sinkhorn
 from finback.kernels.swiglu import swiglu
 from finback.model.config import TINY
 from finback.model.logprobs import token_logprobs
@@ -72,9 +73,20 @@ CASES: dict[str, tuple[Callable[..., Outputs], list[Tensor]]] = {
     "rotate_heads": (lambda q: rotate_heads(q, *angles(3), True), [random(2, 9, 4, 14)]),
     "rotate_heads by halves": (lambda q: rotate_heads(q, *(t[:1] for t in angles(3)), False), [random(2, 9, 4, 6)]),
     "split_heads": (lambda kv, k: split_heads(kv, k, 8), [random(2, 9, 4, 13), random(2, 9, 6)]),
+    "sinkhorn": (lambda x: sinkhorn(2 * x.float(), 20, 1e-6), [random(3, 7, 4, 4)]),
+    "sinkhorn, one step": (lambda x: sinkhorn(x.float(), 1, 1e-6), [random(2, 17, 3, 3)]),
+    "streams mixed": (
+        lambda b, x, c, f: mix(b.float(), x, c.float(), f),
+        [random(2, 9, 4, 4), random(2, 9, 4, 21), random(2, 9, 4), random(2, 9, 21)],
+    ),
+    "streams merged": (lambda a, x: mix(a.float(), x), [random(2, 9, 4, 1), random(2, 9, 4, 21)]),
     "cross-entropy": (learnt, [random(300, 16), random(50, 16)]),
     "log-probabilities": (logprobs, [random(30, 16), random(50, 16)]),
 }
+
+
+# whose sums the kernels take themselves, without products by a library
+SUMMED = ("norm", "add_norm", "swiglu", "rotate_heads", "split_heads", "sinkhorn", "streams")
 
 
 def values(name: str, dtype: torch.dtype) -> list[Tensor]:
@@ -108,9 +120,7 @@ def test_sums_are_the_same_whatever_the_number_of_threads() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            made.append(
-                [values(name, torch.float32) for name in ("norm", "add_norm", "swiglu", "rotate_heads", "split_heads")]
-            )
+            made.append([values(name, torch.float32) for name in CASES if name.split()[0] in SUMMED])
     finally:
         torch.set_num_threads(threads)
     for one, two in zip(*made, strict=True):

@@ -19,11 +19,11 @@ from finback.checkpoint.v4_names import released
 from finback.config import UserError
 from finback.kernels import moe_gemm, reference
 from finback.kernels.packed import available
+from finback.kernels.streams import sinkhorn
 from finback.model.compressed_cache import CompressedCache, CompressedPool, pool_of
 from finback.model.config import CSA, HCA, SLIDING, V3_2, V4_FLASH, V4_PRO, ModelConfig, from_json, to_json
 from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops
 from finback.model.decode_flops import fp8_flops
-from finback.model.mhc import sinkhorn
 from finback.model.pack import pack
 from finback.model.recompute import use_recompute
 from finback.model.rope_scaling import Yarn

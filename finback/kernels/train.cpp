@@ -1,7 +1,7 @@
 // The operations between the products of a training step on a CPU: backward passes of norm and SwiGLU, scattering rows to
 // experts and summing them back, rotating heads and laying them out for attention, the softmax of causal attention and of the
-// vocabulary; one pass each, forward and backward. The order of sums does not depend on the number of threads. The plain twins
-// are next to the callers.
+// vocabulary, mHC's mixing of residual streams; one pass each, forward and backward. The order of sums does not depend on the
+// number of threads. The plain twins are next to the callers.
 
 #include <algorithm>
 #include <cmath>
@@ -317,9 +317,204 @@ void split_heads_backward(const Heads& a, const T* d_key, const T* d_value, T* d
   }
 }
 
+// Doubly stochastic matrices (tokens, n, n) of mHC: softmax over rows, + eps, then columns and rows divided in turn by their
+// sums + eps, 2 steps - 1 times. With `grad`, the gradient of the logits instead. LANES tokens at a time.
+constexpr int64_t LANES = 16;
+
+// m (n * n, LANES): divides the entries of each column (or row) by their sum + eps, which goes to sums (n, LANES).
+inline void divide_lines(float* m, float* sums, int64_t n, bool columns, float eps) {
+  const int64_t along = columns ? n : 1, across = columns ? 1 : n;
+  for (int64_t line = 0; line < n; ++line) {
+    float* sum = sums + line * LANES;
+    std::fill(sum, sum + LANES, eps);
+    for (int64_t k = 0; k < n; ++k)
+#pragma omp simd
+      for (int64_t l = 0; l < LANES; ++l) sum[l] += m[(line * across + k * along) * LANES + l];
+    for (int64_t k = 0; k < n; ++k)
+#pragma omp simd
+      for (int64_t l = 0; l < LANES; ++l) m[(line * across + k * along) * LANES + l] /= sum[l];
+  }
+}
+
+// The gradient g of what was divided, from that of y = x / sum, in place.
+inline void undivide_lines(float* g, const float* y, const float* sums, int64_t n, bool columns) {
+  const int64_t along = columns ? n : 1, across = columns ? 1 : n;
+  for (int64_t line = 0; line < n; ++line) {
+    float product[LANES] = {};
+    const float* sum = sums + line * LANES;
+    for (int64_t k = 0; k < n; ++k)
+#pragma omp simd
+      for (int64_t l = 0; l < LANES; ++l) {
+        const int64_t at = (line * across + k * along) * LANES + l;
+        product[l] += g[at] * y[at];
+      }
+    for (int64_t k = 0; k < n; ++k)
+#pragma omp simd
+      for (int64_t l = 0; l < LANES; ++l) {
+        const int64_t at = (line * across + k * along) * LANES + l;
+        g[at] = (g[at] - product[l]) / sum[l];
+      }
+  }
+}
+
+// m (n * n, LANES) from logits: the softmax of each row.
+inline void softmax_rows(float* m, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    float most[LANES], sum[LANES] = {};
+    float* row = m + i * n * LANES;
+    std::copy(row, row + LANES, most);
+    for (int64_t j = 1; j < n; ++j)
+#pragma omp simd
+      for (int64_t l = 0; l < LANES; ++l) most[l] = std::max(most[l], row[j * LANES + l]);
+    for (int64_t j = 0; j < n; ++j)
+#pragma omp simd
+      for (int64_t l = 0; l < LANES; ++l) sum[l] += row[j * LANES + l] = exp_(row[j * LANES + l] - most[l]);
+    for (int64_t j = 0; j < n; ++j)
+#pragma omp simd
+      for (int64_t l = 0; l < LANES; ++l) row[j * LANES + l] /= sum[l];
+  }
+}
+
+void sinkhorn(const float* logits, const float* grad, float* to, int64_t tokens, int64_t n, int64_t steps, float eps) {
+  const int64_t entries = n * n, size = entries * LANES, divisions = 2 * steps - 1;
+#pragma omp parallel
+  {
+    // the softmax, the matrix after each division, and the divisions' sums; without `grad` all in one place
+    std::vector<float> matrices((grad ? divisions + 1 : 1) * size), sums((grad ? divisions : 1) * n * LANES), g(size);
+    auto turn = [&](const float* from, float* into, int64_t first, int64_t count, bool in) {
+      for (int64_t l = 0; l < count; ++l)
+        for (int64_t e = 0; e < entries; ++e)
+          (in ? into[e * LANES + l] : into[(first + l) * entries + e]) =
+              in ? from[(first + l) * entries + e] : from[e * LANES + l];
+    };
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < tokens; first += LANES) {
+      const int64_t count = std::min(LANES, tokens - first);
+      float* m = matrices.data();
+      std::fill(m, m + size, 0.0f);
+      turn(logits, m, first, count, true);
+      softmax_rows(m, n);
+      for (int64_t k = 0; k < divisions; ++k) {
+        if (grad) std::copy(m, m + size, m + size), m += size;
+        if (k == 0)
+          for (int64_t e = 0; e < size; ++e) m[e] += eps;
+        divide_lines(m, sums.data() + (grad ? k * n * LANES : 0), n, k % 2 == 0, eps);
+      }
+      if (!grad) {
+        turn(m, to, first, count, false);
+        continue;
+      }
+      std::fill(g.begin(), g.end(), 0.0f);
+      turn(grad, g.data(), first, count, true);
+      for (int64_t k = divisions - 1; k >= 0; --k, m -= size)
+        undivide_lines(g.data(), m, sums.data() + k * n * LANES, n, k % 2 == 0);
+      for (int64_t i = 0; i < n; ++i) {  // m is the softmax again
+        float product[LANES] = {};
+        for (int64_t e = i * n; e < (i + 1) * n; ++e)
+          for (int64_t l = 0; l < LANES; ++l) product[l] += g[e * LANES + l] * m[e * LANES + l];
+        for (int64_t e = i * n; e < (i + 1) * n; ++e)
+          for (int64_t l = 0; l < LANES; ++l) g[e * LANES + l] = m[e * LANES + l] * (g[e * LANES + l] - product[l]);
+      }
+      turn(g.data(), to, first, count, false);
+    }
+  }
+}
+
+// out[t, j] = sum over i of shares[t, i, j] * streams[t, i], plus given[t, j] * made[t] unless `made` is null.
+// shares (tokens, n, m), streams (tokens, n, size), given (tokens, m), made (tokens, size), out (tokens, m, size).
+template <typename T>
+void mix_streams(const float* shares, const T* streams, const float* given, const T* made, T* out, int64_t tokens,
+                 int64_t n, int64_t m, int64_t size) {
+#pragma omp parallel
+  {
+    std::vector<float> sum(size);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t j = 0; j < m; ++j) {
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        float* to = sum.data();
+        for (int64_t i = 0; i < n; ++i) {
+          const float share = shares[(t * n + i) * m + j];
+          const T* from = streams + (t * n + i) * size;
+#pragma omp simd
+          for (int64_t k = 0; k < size; ++k) to[k] += share * to_float(from[k]);
+        }
+        const float share = made ? given[t * m + j] : 0.0f;
+        const T* more = made ? made + t * size : streams + t * n * size;  // times 0 if there is none
+        T* row = out + (t * m + j) * size;
+#pragma omp simd
+        for (int64_t k = 0; k < size; ++k) narrow(to[k] + share * to_float(more[k]), row + k);
+      }
+  }
+}
+
+template <typename T>
+inline float product_of(const T* x, const T* y, int64_t size) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < size; ++k) sum += to_float(x[k]) * to_float(y[k]);
+  return sum;
+}
+
+// The gradients of mix_streams' inputs from grad (tokens, m, size).
+template <typename T>
+void mix_streams_backward(const float* shares, const T* streams, const float* given, const T* made, const T* grad,
+                          float* d_shares, T* d_streams, float* d_given, T* d_made, int64_t tokens, int64_t n, int64_t m,
+                          int64_t size) {
+#pragma omp parallel
+  {
+    std::vector<float> sum(size);
+    // the sum over j of weights[j] * g[j]
+    auto weighed = [&](const float* weights, const T* g, T* to) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      float* into = sum.data();
+      for (int64_t j = 0; j < m; ++j) {
+        const float weight = weights[j];
+#pragma omp simd
+        for (int64_t k = 0; k < size; ++k) into[k] += weight * to_float(g[j * size + k]);
+      }
+#pragma omp simd
+      for (int64_t k = 0; k < size; ++k) narrow(into[k], to + k);
+    };
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* g = grad + t * m * size;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = t * n + i;
+        for (int64_t j = 0; j < m; ++j) d_shares[at * m + j] = product_of(streams + at * size, g + j * size, size);
+        weighed(shares + at * m, g, d_streams + at * size);
+      }
+      if (!made) continue;
+      for (int64_t j = 0; j < m; ++j) d_given[t * m + j] = product_of(made + t * size, g + j * size, size);
+      weighed(given + t * m, g, d_made + t * size);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+void finback_sinkhorn(const float* logits, const float* grad, float* to, int64_t tokens, int64_t n, int64_t steps,
+                      double eps) {
+  sinkhorn(logits, grad, to, tokens, n, steps, float(eps));
+}
+
+void finback_mix_streams(int64_t is_bf16, const float* shares, const void* streams, const float* given, const void* made,
+                         void* out, int64_t tokens, int64_t n, int64_t m, int64_t size) {
+  BOTH(is_bf16, T,
+       mix_streams(shares, static_cast<const T*>(streams), given, static_cast<const T*>(made), static_cast<T*>(out),
+                   tokens, n, m, size))
+}
+
+void finback_mix_streams_backward(int64_t is_bf16, const float* shares, const void* streams, const float* given,
+                                  const void* made, const void* grad, float* d_shares, void* d_streams, float* d_given,
+                                  void* d_made, int64_t tokens, int64_t n, int64_t m, int64_t size) {
+  BOTH(is_bf16, T,
+       mix_streams_backward(shares, static_cast<const T*>(streams), given, static_cast<const T*>(made),
+                            static_cast<const T*>(grad), d_shares, static_cast<T*>(d_streams), d_given,
+                            static_cast<T*>(d_made), tokens, n, m, size))
+}
 
 void finback_norm_backward(int64_t is_bf16, const void* x, const float* gain, const float* inverse, const void* grad,
                            const void* other, void* d_x, float* d_gain, int64_t tokens, int64_t size, int64_t block) {

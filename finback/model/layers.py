@@ -72,7 +72,7 @@ class UnweightedNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (x.float().square().mean(dim=-1, keepdim=True) + self.eps).rsqrt().to(x.dtype)
+        return rms_norm(x, torch.ones(x.size(-1), device=x.device), self.eps)
 
 
 class Linear(nn.Module):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finback.kernels.streams import mix, sinkhorn
 from finback.model.config import ModelConfig
 from finback.model.layers import OwnStart, UnweightedNorm, precise
 
@@ -45,7 +46,7 @@ class HyperConnection(OwnStart):
         read, write, exchange = (s * x + y for s, x, y in zip(self.scale.float(), logits, biases, strict=True))
         shares = read.sigmoid() + c.hc_eps
         exchanged = sinkhorn(exchange.unflatten(-1, (n, n)), c.hc_sinkhorn_iters, c.hc_eps)
-        return merged(streams, shares), 2 * write.sigmoid(), exchanged
+        return mix(shares[..., None], streams)[:, :, 0], 2 * write.sigmoid(), exchanged
 
     @staticmethod
     def add(streams: Tensor, made: Tensor, shares: Tensor, exchanged: Tensor) -> Tensor:
@@ -53,23 +54,7 @@ class HyperConnection(OwnStart):
 
         Row j of B distributes stream j over the new streams.
         """
-        dtype = streams.dtype
-        return shares.to(dtype)[..., None] * made[..., None, :] + exchanged.to(dtype).transpose(-1, -2) @ streams
-
-
-def sinkhorn(logits: Tensor, steps: int, eps: float) -> Tensor:
-    """A doubly stochastic matrix from logits (..., n, n), by dividing rows and columns by their sums in turn."""
-    matrix = logits.softmax(dim=-1) + eps
-    matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
-    for _ in range(steps - 1):
-        matrix = matrix / (matrix.sum(dim=-1, keepdim=True) + eps)
-        matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
-    return matrix
-
-
-def merged(streams: Tensor, shares: Tensor) -> Tensor:
-    """Σ_n shares[n] · streams[n]: streams (b, t, n, d), shares (b, t, n) in fp32 -> (b, t, d)."""
-    return (shares[..., None] * streams).sum(dim=2).to(streams.dtype)
+        return mix(exchanged, streams, shares, made)
 
 
 class StreamMerge(OwnStart):
@@ -103,7 +88,8 @@ class StreamMerge(OwnStart):
     def forward(self, streams: Tensor) -> Tensor:
         """streams (b, t, n, d) -> (b, t, d)."""
         mixed = F.linear(self.norm(streams.flatten(2).float()), self.weight.float())
-        return merged(streams, (self.scale.float() * mixed + self.bias.float()).sigmoid() + self.config.hc_eps)
+        shares = (self.scale.float() * mixed + self.bias.float()).sigmoid() + self.config.hc_eps
+        return mix(shares[..., None], streams)[:, :, 0]
 
 
 class OneStream(nn.Module):
