@@ -16,12 +16,12 @@ from finback.model.compressed_cache import pool_of
 from finback.model.config import CSA, V3_2, V4_FLASH, ModelConfig
 from finback.model.count import choice_bytes
 from finback.model.dsa import IndexerQueries
-from finback.model.logprobs import token_logprobs
 from finback.model.picking import trace_indexers
 from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.rollouts.servers import Servers
 from tests.test_grpo import reinforcement, step, with_varied_rewards
+from tests.test_routing import recorded
 from tests.toy import CONFIG, V4
 
 RECORDING = EngineConfig(return_indexer_topk=True)
@@ -44,11 +44,8 @@ def a_model(config: ModelConfig) -> Transformer:
 
 def chosen(model: Transformer, tokens: list[int], given: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The entries that one pass selects, (tokens, indexers, k), and the log-probabilities of the tokens."""
-    ids, c = torch.tensor([tokens[:-1]]), model.config
-    store = torch.full((ids.size(1), c.indexers, c.index_topk), -1, dtype=torch.int16)
-    with torch.no_grad(), trace_indexers(model).recording(store, torch.arange(ids.size(1)), given):
-        logprobs, _ = token_logprobs(model, model(ids)[0], torch.tensor(tokens[1:]))
-    return store, logprobs
+    store = torch.full((len(tokens) - 1, model.config.indexers, model.config.index_topk), -1, dtype=torch.int16)
+    return recorded(model, trace_indexers, tokens, store, given)
 
 
 def entries(completion: Completion) -> Tensor:

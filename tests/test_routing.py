@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,15 +37,21 @@ def deep_model() -> Transformer:
     return model
 
 
-def chosen(model: Transformer, tokens: list[int], given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The trunk's own choices in one pass, (tokens, layers, k), and the log-probabilities of the tokens."""
+def recorded(
+    model: Transformer, tracer: Any, tokens: list[int], store: Tensor, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The choices that a tracer stores in one pass, replaying `given`, and the log-probabilities of the tokens."""
     ids = torch.tensor([tokens[:-1]])
-    store = torch.zeros(
-        ids.size(1), model.config.num_hidden_layers, model.config.num_experts_per_tok, dtype=torch.uint8
-    )
-    with torch.no_grad(), trace_routers(model).recording(store, torch.arange(ids.size(1)), given):
+    with torch.no_grad(), tracer(model).recording(store, torch.arange(ids.size(1)), given):
         logprobs, _ = token_logprobs(model, model(ids)[0], torch.tensor(tokens[1:]))
     return store, logprobs
+
+
+def chosen(model: Transformer, tokens: list[int], given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The trunk's own experts in one pass, (tokens, layers, k), and the log-probabilities of the tokens."""
+    c = model.config
+    store = torch.zeros(len(tokens) - 1, c.num_hidden_layers, c.num_experts_per_tok, dtype=torch.uint8)
+    return recorded(model, trace_routers, tokens, store, given)
 
 
 def routes(completion: Completion) -> Tensor:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finback.checkpoint.shards import Shards, Spec, Weights
+from finback.checkpoint.shards import WIDTHS, Shards, Spec, Weights
 from finback.config import UserError
 from finback.kernels.formats import MXFP4, MXFP4_BLOCK, Format
 
-WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|)")
 _ONE = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from finback.checkpoint import names, v4_names
 from finback.checkpoint.hf_export_as import family_of
-from finback.checkpoint.shards import Spec
+from finback.checkpoint.shards import WIDTHS, Spec
 from finback.checkpoint.stacked_experts import stack_names, stacked
 from finback.model.config import ModelConfig
 
-WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 _TRUNK = ("layers.", "embed_tokens.", "norm.")
 _MATRICES = names.EXPERTS[1:]
 _EXPERT = re.compile(rf"(.*)\.mlp\.experts\.(\d+)\.({'|'.join(_MATRICES)})\.weight")
