@@ -14,9 +14,9 @@ import pytest
 from finback.checkpoint.export import export
 from finback.comparison import harness, table
 from finback.comparison.endpoint import Endpoint
-from finback.comparison.local import Local
 from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SamplingProtocol
+from finback.comparison.served import serving
 from finback.config import UserError
 from finback.model.transformer import Transformer
 from finback.suites import statistics
@@ -102,8 +102,10 @@ def test_no_harness() -> None:
 
 @pytest.mark.slow
 def test_a_server_that_does_not_start(tmp_path: Path) -> None:
-    contestant = Local(tmp_path / "nothing", "nothing", "fp32")
-    with pytest.raises(UserError, match="did not start"), harness.serving(contestant, tmp_path / "log", environment()):
+    with (
+        pytest.raises(UserError, match="did not start"),
+        serving(tmp_path / "nothing", "nothing", [], tmp_path / "log", environment()),
+    ):
         pass
 
 

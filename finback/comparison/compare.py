@@ -20,6 +20,7 @@ from finback.comparison.judging import judge_answers
 from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SAMPLES, EvalRequest, SamplingProtocol, eval_requests
 from finback.comparison.score import MAX_NO_ANSWER, Score, pairs, score
+from finback.comparison.served import Served
 from finback.config import UserError, as_json
 from finback.runs import terminal
 from finback.runs.files import read_json, write_json
@@ -104,7 +105,8 @@ def open_all(options: CompareOptions, environment: Mapping[str, str]) -> list[Co
 
         price = price_here(options.price_hour)
         paths = [find_model(path) for path, _ in models]
-        opened += [Local(p, name, options.dtype, options.rows, price) for p, name in zip(paths, own, strict=True)]
+        here = [Local(p, name, options.dtype, options.rows, price) for p, name in zip(paths, own, strict=True)]
+        opened += [Served(each, each.path, options, environment) for each in here] if options.serves else here
     for endpoint, name in zip(endpoints, theirs, strict=True):
         basis = f"${into.get(name, math.nan):g} in, ${out_of.get(name, math.nan):g} out per million tokens, as given"
         price = Price(None, into.get(name), out_of.get(name), basis) if name in into and name in out_of else Price()
@@ -161,7 +163,8 @@ def compare(
     for contestant in contestants:
         for suite in (s for s in suites if s.continuations and not hasattr(contestant, "compress")):
             problem = f"is scored by log-likelihood, which {contestant.name} does not return"
-            raise UserError("--tasks", suite.name, problem, "Compare models in files, or leave out ?score.")
+            remedy = "Compare models in files without --engine and --replicas, or leave out ?score."
+            raise UserError("--tasks", suite.name, problem, remedy)
     prepare_folder(out)
     scores: list[Score] = []
     failures: list[dict[str, Any]] = []

@@ -5,13 +5,10 @@ address only. The harness caches its replies under `--out`. Does not import torc
 """
 
 import importlib.util
-import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -20,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finback import __version__
-from finback.client import Client, RequestFailed
+from finback.client import Client
 from finback.comparison.contestant import Contestant
 from finback.comparison.endpoint import Endpoint
 from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SamplingProtocol, digest
+from finback.comparison.served import NAME, serving
 from finback.config import UserError, as_json
 from finback.runs.files import read_json
 from finback.runs.folder import prepare_folder
@@ -35,10 +33,6 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'lm_eval[api]'"
 KEY = "OPENAI_API_KEY"  # the harness reads its key from this variable and fails if it is empty
-NAME = "finback"  # the name under which a model in files is served
-# the server dies with its parent, so that it cannot outlive a comparison that was killed
-START = "from finback.parallel import launch; launch.die_with_parent({parent}); from finback.cli import main; main()"
-STARTING = 600.0  # seconds to wait for a model to load
 
 
 def measure(
@@ -155,7 +149,8 @@ class _LmEval:
         tokenizer.mkdir(exist_ok=True)
         Tokenizer(contestant.path).export(tokenizer)
         chat = self.options.harness_chat
-        with serving(contestant, folder / "serve.log", self.environment) as base:
+        words = ["--dtype", contestant.dtype, "--rows", str(contestant.rows)]
+        with serving(contestant.path, contestant.name, words, folder / "serve.log", self.environment) as base:
             with Client(base, timeout=10) as client:
                 window = int(client.reply("/v1/models")["data"][0]["max_model_len"])
             arguments = {
@@ -187,41 +182,3 @@ class _LmEval:
             remedy = "See its output above. Check the task names and, without a network, that its data sets are cached."
             raise UserError("--harness", "lm-eval", f"exited with code {done.returncode}", remedy)
         return dict(read_json(max(files, key=lambda f: f.stat().st_mtime)))
-
-
-@contextmanager
-def serving(contestant: "Local", log: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """Serves one model in a separate process on a free loopback port; yields the server's address."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", START.format(parent=os.getpid()), "serve", str(contestant.path)]
-    command += ["--port", str(port), "--name", NAME, "--dtype", contestant.dtype, "--rows", str(contestant.rows)]
-    command += ["--queue", "1024", "--no-page", "--drain", "1"]
-    own = {k: v for k, v in environment.items() if k != "FINBACK_API_KEY"}  # the harness does not send it
-    with log.open("w", encoding="utf-8") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=own)
-    try:
-        _wait(server, f"http://127.0.0.1:{port}", contestant, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        try:
-            server.wait(15)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def _wait(server: "subprocess.Popen[bytes]", base: str, contestant: "Local", log: Path) -> None:
-    began = time.monotonic()
-    while time.monotonic() - began < STARTING and server.poll() is None:
-        try:
-            with Client(base, timeout=10) as client:
-                client.reply("/ready")
-            return
-        except RequestFailed:
-            time.sleep(0.1)
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise UserError(
-        "MODEL", contestant.name, "its server did not start", f"See {log}; last line: {lines[-1:] or 'none'}."
-    )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 from typer.core import TyperCommand
@@ -66,6 +66,20 @@ class CompareOptions(Options):
     timeout: Annotated[float, "Seconds without data from an endpoint before a request fails."] = 300.0
     rows: Annotated[int, "Answers that a model in files generates in one batch."] = 32
     dtype: Dtype = "auto"
+    engine: Annotated[
+        Literal["finback", "vllm", "sglang"],
+        "What answers for models in files: finback, or a program started for them.",
+    ] = "finback"
+    replicas: Annotated[int, "Engines that share a model's questions; more than one are processes of their own."] = 1
+    engine_python: Annotated[str, Option(metavar="PYTHON", help="Python of the program's environment.")] = ""
+    engine_flags: Annotated[
+        tuple[str, ...],
+        Option("--engine-flag", metavar="FLAG", help="Flag for the program, as --engine-flag=--x=1; repeatable."),
+    ] = ()
+    engine_env: Annotated[
+        tuple[str, ...],
+        Option("--engine-env", metavar="NAME=VALUE", help="Variable for the program's environment; repeatable."),
+    ] = ()
     harness: Annotated[str, Option(metavar="lm-eval TASK...", help="Run tasks of lm-evaluation-harness instead.")] = ""
     harness_python: Annotated[Path | None, "The Python in which the harness is installed; default this one."] = None
     harness_chat: Annotated[
@@ -86,10 +100,34 @@ class CompareOptions(Options):
             raise UserError("--tasks", [], "no suite named", "Name suites, for example --tasks gsm8k.")
         if self.tasks and not self.models and not self.endpoints:
             raise UserError("MODEL", [], "no model named", "Name models, or an --endpoint URL#MODEL.")
-        check_positive(self, "--", "problems", "samples", "max_tokens", "concurrency", "rows")
+        check_positive(self, "--", "problems", "samples", "max_tokens", "concurrency", "rows", "replicas")
         check_not_negative(self, "--", "rate", "price_hour", "timeout", "max_no_answer")
         if self.max_no_answer > 1:
             raise UserError("--max-no-answer", self.max_no_answer, "above 1", "Write a share, such as 0.1.")
+        self._check_engine()
+
+    @property
+    def serves(self) -> bool:
+        """Whether models in files are answered for by processes of their own."""
+        return self.engine != "finback" or self.replicas > 1
+
+    def _check_engine(self) -> None:
+        """Raises UserError for options of engines that do not go together."""
+        if self.serves and (self.harness or not self.models):
+            flag, value = ("--engine", self.engine) if self.engine != "finback" else ("--replicas", self.replicas)
+            problem = "the harness starts its own server" if self.harness else "no model in files is named"
+            raise UserError(flag, value, problem, "Leave it out.")
+        if self.engine == "finback":
+            for name in ("engine_python", "engine_flags", "engine_env"):
+                if value := getattr(self, name):
+                    flag = f"--{name.removesuffix('s').replace('_', '-')}"
+                    raise UserError(flag, str(value), "is for --engine vllm or sglang", "Leave it out.")
+        elif not self.engine_python:
+            problem = f"{self.engine} runs in its own environment"
+            raise UserError("--engine-python", "", problem, "Give the Python of that environment.")
+        elif self.dtype != "auto":
+            problem = "is for finback's own engine"
+            raise UserError("--dtype", self.dtype, problem, "Use --engine-flag=--dtype=..., or leave it out.")
 
 
 class Spread(TyperCommand):

@@ -32,6 +32,14 @@ def gpus() -> int:
     return there if asked is None else min(there, len([name for name in asked.split(",") if name.strip()]))
 
 
+def gpu_share(number: int, of: int) -> dict[str, str]:
+    """The variable with the GPUs of one of several processes; {} if each may use all."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    visible = visible or [str(i) for i in range(gpus())]
+    share = len(visible) // of
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[number * share : (number + 1) * share])} if share else {}
+
+
 def core_ranks(limit: int = 8) -> int:
     """The number of ranks on a CPU, a power of two: one single-threaded rank per core is faster than threads (docs/log.md)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

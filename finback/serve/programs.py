@@ -1,6 +1,5 @@
 """External engines behind this server: started next to it, or already running, and combined into one."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,7 +53,7 @@ def _started(options: ServeOptions, source: Path, stack: ExitStack) -> list[str]
     processes = []
     for number in range(options.replicas):
         port = launch.free_port()
-        environment = program.environment(_devices(number, options.replicas))
+        environment = program.environment(launch.gpu_share(number, options.replicas))
         command = program.command(str(model), HOST, port, flags)
         processes.append(EngineProcess(command, environment, f"http://{HOST}:{port}"))
         stack.callback(processes[-1].close)
@@ -73,14 +72,6 @@ def _folder(source: Path, stack: ExitStack) -> Path:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finback-serve-"))) / source.name
     export(models.load(source), folder, "bf16", Tokenizer(source).export)
     return folder
-
-
-def _devices(number: int, replicas: int) -> dict[str, str]:
-    """The GPUs of one of several replicas; {} if each may use all."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    visible = visible or [str(i) for i in range(launch.gpus())]
-    share = len(visible) // replicas
-    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[number * share : (number + 1) * share])} if share else {}
 
 
 def _replica(url: str, engine: str) -> tuple[Replica, int]:
