@@ -80,8 +80,8 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, shares: Tensor, streams: Tensor, given: Tensor | None, made: Tensor | None) -> Tensor:
         tensors = [None if t is None else t.contiguous() for t in (shares, streams, given, made)]
         ctx.save_for_backward(*tensors)
-        (n, m), (*rows, size) = shares.shape[-2:], streams.shape[:-2] + streams.shape[-1:]
-        out = streams.new_empty(*rows, m, size)
+        n, m, size = shares.size(-2), shares.size(-1), streams.size(-1)
+        out = streams.new_empty(*streams.shape[:-2], m, size)
         tokens = streams.numel() // (n * size)
         native.call("mix_streams", streams.dtype == torch.bfloat16, *tensors, out, tokens, n, m, size)
         return out
@@ -91,7 +91,7 @@ class _Mix(torch.autograd.Function):
         tensors = ctx.saved_tensors
         shares, streams = tensors[:2]
         found = [None if t is None else torch.empty_like(t) for t in tensors]
-        n, m, size = *shares.shape[-2:], streams.size(-1)
+        n, m, size = shares.size(-2), shares.size(-1), streams.size(-1)
         tokens, is_bf16 = streams.numel() // (n * size), streams.dtype == torch.bfloat16
         native.call("mix_streams_backward", is_bf16, *tensors, grads[0].contiguous(), *found, tokens, n, m, size)
         return tuple(found)
