@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from finback.train import lean_adam
-from finback.train.lean_adam import EightBits, LeanAdam, Moments, levels, pack, unpack
+from finback.train.lean_adam import Int8Moment, LeanAdam, Moments, levels, pack, unpack
 from finback.train.optim import Adam
 from finback.train.sharded_optim import ShardedLeanAdam
 from tests.many import on_ranks
@@ -56,8 +56,8 @@ def test_moments_in_eight_bits_step_by_hand_and_nearly_as_exact_ones(monkeypatch
         assert p.grad is not None
         wanted = before * (1 - 1e-3) - 1e-2 * p.grad / (p.grad.abs() + 1e-8)
         torch.testing.assert_close(p.detach(), wanted, atol=1e-6, rtol=0)
-        first, second = (each.read(slice(None), p.device) for each in lean.kept[name])
-        if isinstance(lean.kept[name][0], EightBits):
+        first, second = (each.read(slice(None), p.device) for each in lean.moments[name])
+        if isinstance(lean.moments[name][0], Int8Moment):
             codes, scale = pack(0.1 * p.grad, signed=True)
             torch.testing.assert_close(first, unpack(codes, scale, signed=True))
         assert (second >= 0).all()

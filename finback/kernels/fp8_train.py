@@ -18,7 +18,7 @@ from torch import Tensor
 from finback.kernels import fp8_hopper
 from finback.kernels.fp8_products import Emulated, Operand, Products
 from finback.kernels.moe_gemm import Blocks, layout
-from finback.kernels.places import gather, gather_backward
+from finback.kernels.permutation import gather, gather_backward
 from finback.kernels.swiglu import swiglu as activation
 from finback.kernels.swiglu import swiglu_backward
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finback.kernels import moe_gemm
 from finback.kernels.moe_gemm import Blocks
-from finback.kernels.places import added_up, laid_out
+from finback.kernels.permutation import permute, unpermute
 from finback.kernels.swiglu import swiglu
 
 # return a stored weight (out, in) in the compute dtype; `Matrices` takes the index of an expert first
@@ -66,8 +66,8 @@ def routed_experts(
     """
     by_shape = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     slots, blocks = moe_gemm.layout(index, experts, moe_gemm.BLOCK_MULTIPLE if by_shape else 1)
-    rows = laid_out(x, slots, blocks[-1][2], index.size(1))
-    return added_up(down((activation or swiglu)(gate_up(rows, blocks)), blocks), slots, weight)
+    rows = permute(x, slots, blocks[-1][2], index.size(1))
+    return unpermute(down((activation or swiglu)(gate_up(rows, blocks)), blocks), slots, weight)
 
 
 def per_expert(rows: Tensor, blocks: Blocks, width: int, matrices: Matrices) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finback.kernels import native
-from finback.kernels.places import gather, gather_backward, spread
+from finback.kernels.permutation import gather, gather_backward, spread
 from finback.kernels.swiglu import swiglu, swiglu_backward
 
 # blocks are rounded up to a multiple of this many rows in bf16 on a CPU; see routed_experts

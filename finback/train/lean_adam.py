@@ -25,7 +25,7 @@ KINDS = "exp_avg", "exp_avg_sq"
 LOW_BITS = 15  # bits of a float after its sign, its exponent and 8 bits of its mantissa
 
 
-class Kept(ABC):
+class Moment(ABC):
     """Storage of one moment of a parameter."""
 
     @abstractmethod
@@ -41,7 +41,7 @@ class Kept(ABC):
         """Tensors for a checkpoint, by name suffix; the parameter's shape except for the row length."""
 
 
-class Exact(Kept):
+class Fp32Moment(Moment):
     """fp32 storage."""
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class Exact(Kept):
         return {"": self.values}
 
 
-class EightBits(Kept):
+class Int8Moment(Moment):
     """Storage as level indices and one scale per block."""
 
     def __init__(self, shape: torch.Size, device: torch.device, signed: bool) -> None:
@@ -88,21 +88,21 @@ class LeanAdam:
         self.seeds = {name: seed_of(name, seed) for name, _ in named}
         # steps taken so far; a tensor, so that a checkpoint can be loaded into it
         self.steps = torch.zeros(())
-        self.kept = {name: tuple(self._kept(p, kind, moments) for kind in KINDS) for name, p in named}
+        self.moments = {name: tuple(self._moment(p, kind, moments) for kind in KINDS) for name, p in named}
 
-    def _kept(self, p: Tensor, kind: str, moments: Moments) -> Kept:
+    def _moment(self, p: Tensor, kind: str, moments: Moments) -> Moment:
         shape = self.share(p).shape
         if moments == "int8" and p.ndim > 1 and p.numel() >= SMALL:
-            return EightBits(shape, p.device, signed=kind == "exp_avg")
-        return Exact(shape, torch.device("cpu") if moments == "host" else p.device)
+            return Int8Moment(shape, p.device, signed=kind == "exp_avg")
+        return Fp32Moment(shape, torch.device("cpu") if moments == "host" else p.device)
 
     def share(self, tensor: Tensor) -> Tensor:
         """The part of a parameter, or of its gradient, that this rank updates."""
         return tensor.detach()
 
-    def placed(self, kept: Tensor, parameter: Tensor) -> Tensor:
-        """A stored moment in the form that a checkpoint needs."""
-        return kept
+    def placed(self, stored: Tensor, parameter: Tensor) -> Tensor:
+        """A tensor of a moment in the form that a checkpoint needs."""
+        return stored
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
@@ -110,14 +110,14 @@ class LeanAdam:
         for name, p in self.named:
             if p.grad is None:
                 continue
-            mine, kept = self.share(p), self.kept[name]
+            mine, moments = self.share(p), self.moments[name]
             values, gradient = _rows(mine), _rows(self.share(p.grad))
             for part in _parts(values):
-                first, second = (moment.read(part, p.device) for moment in kept)
+                first, second = (moment.read(part, p.device) for moment in moments)
                 done, before = self.steps.to(p.device, copy=True), part.start * values.size(1)
                 rows = AdamPart(values[part], gradient[part], first, second, done, self.seeds[name], before)
                 adamw([rows], lr, self.betas, self.weight_decay, scale)
-                for moment, changed in zip(kept, (first, second), strict=True):
+                for moment, changed in zip(moments, (first, second), strict=True):
                     moment.write(part, changed)
             if values.data_ptr() != mine.data_ptr():
                 mine.copy_(values.view_as(mine))
@@ -127,9 +127,9 @@ class LeanAdam:
         """Tensors for a checkpoint: the moments as stored."""
         found = {"adam.step": self.steps}
         for name, p in self.named:
-            for kind, moment in zip(KINDS, self.kept[name], strict=True):
-                kept = moment.state().items()
-                found |= {f"adam.{name}.{kind}{end}": self.placed(tensor, p) for end, tensor in kept}
+            for kind, moment in zip(KINDS, self.moments[name], strict=True):
+                stored = moment.state().items()
+                found |= {f"adam.{name}.{kind}{end}": self.placed(tensor, p) for end, tensor in stored}
         return found
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

@@ -137,5 +137,5 @@ class ShardedLeanAdam(LeanAdam):
     def share(self, tensor: Tensor) -> Tensor:
         return local(tensor.detach())
 
-    def placed(self, kept: Tensor, parameter: Tensor) -> Tensor:
-        return like(kept, parameter)
+    def placed(self, stored: Tensor, parameter: Tensor) -> Tensor:
+        return like(stored, parameter)

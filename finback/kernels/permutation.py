@@ -48,19 +48,19 @@ def gather_backward(rows: Tensor, slots: Tensor, weight: Tensor, grad: Tensor) -
     return d_rows, (each * grad[:, None]).sum(2, dtype=weight.dtype)
 
 
-def laid_out(x: Tensor, slots: Tensor, size: int, choices: int) -> Tensor:
+def permute(x: Tensor, slots: Tensor, size: int, choices: int) -> Tensor:
     """`spread` without weights, differentiable."""
-    rows: Tensor = _LaidOut.apply(x, slots, size, choices)
+    rows: Tensor = _Permute.apply(x, slots, size, choices)
     return rows
 
 
-def added_up(rows: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
+def unpermute(rows: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
     """`gather` with weights (n, k), differentiable."""
-    sums: Tensor = _AddedUp.apply(rows, slots, weight)
+    sums: Tensor = _Unpermute.apply(rows, slots, weight)
     return sums
 
 
-class _LaidOut(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Tensor, size: int, choices: int) -> Tensor:
         ctx.save_for_backward(slots)
@@ -73,7 +73,7 @@ class _LaidOut(torch.autograd.Function):
         return gather(grads[0], slots, None, ctx.choices), None, None, None
 
 
-class _AddedUp(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows, slots, weight)
