@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finback.config import UserError
+from finback.model.adaptable import in_blocks
 from finback.model.config import TINY, V2_LITE, V3, ModelConfig
 from finback.model.count import parameters
 from finback.model.moe import Router
@@ -136,6 +137,8 @@ def test_states_by_hand() -> None:
     assert (one.weights, one.gradients, one.optimizer) == (2 * p, 4 * p, 8 * p)
     shared = memory.rank_memory(TINY, Workload(Layout(dp=4, sharding="zero1"), rows=4, length=64), KNOWN)[0]
     assert (shared.weights, shared.optimizer) == (2 * p, 2 * p)
+    rounded = memory.rank_memory(TINY, Workload(rows=1, length=64, rounded=True), KNOWN)[0]
+    assert rounded.optimizer == 8 * p - 4 * in_blocks(TINY) and 0.5 * p < in_blocks(TINY) < p
     sharded = memory.rank_memory(TINY, Workload(Layout(dp=4), rows=4, length=64), KNOWN)[0]
     assert (sharded.weights, sharded.gradients) == (p / 2, p)
 

@@ -24,7 +24,7 @@ from finback.runs import recipe as recipes
 from finback.runs.recipe import config_json
 from finback.stages.pretrain import Pretrain
 from finback.train.optim import is_matrix
-from finback.train.precision import COMPUTE
+from finback.train.precision import COMPUTE, use_bf16_weights
 from tests.toy import backward, write_recipe
 
 DENSE = ModelConfig(
@@ -55,6 +55,8 @@ def planned(stage: Pretrain) -> PlannedStage:
 def kept_by_autograd(shape: Shape, patch: pytest.MonkeyPatch) -> int:
     """Bytes of distinct storages that the trainer's forward pass saves, without parameters and buffers."""
     model = Transformer(shape.model, COMPUTE[shape.compute]).initialise(0)
+    if shape.weights == "bf16":
+        use_bf16_weights(model)
     recompute.use_recompute(model, shape.recompute).train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, torch.Tensor] = {}
@@ -98,6 +100,18 @@ def test_muons_matrices_are_the_optimizers(name: str) -> None:
     assert this_machine.muon_parameters(MODELS[name]) == sum(p.numel() for p in theirs)
     shapes = {tuple(p.shape[-2:]) for p in theirs}
     assert {(a, b) for _, a, b in this_machine.matrices(MODELS[name])} == shapes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_weights_take_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the model, and in what autograd no longer keeps: their casts."""
+    for policy in get_args(recompute.Policy):
+        shape = Shape(MODELS[name], 2, 32, "bf16", recompute=policy, weights="bf16")
+        exact = dataclasses.replace(shape, weights="fp32")
+        less = this_machine.saved_bytes(exact) - this_machine.saved_bytes(shape)
+        assert less == kept_by_autograd(exact, monkeypatch) - kept_by_autograd(shape, monkeypatch), policy
+    model = use_bf16_weights(Transformer(MODELS[name], torch.bfloat16))
+    assert this_machine.memory(shape, 0.0).weights == sum(p.nbytes for p in model.parameters())
 
 
 def test_memory_by_hand() -> None:

@@ -164,6 +164,14 @@ def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> No
     assert packed.served == tuning.frozen_bytes(QWEN_7B, tuning.ADAPTER | {"base": "nf4"}) < 0.4 * four.served
 
 
+def test_bf16_weights_have_no_masters() -> None:
+    """By hand: two bytes less for each number in Qwen2.5-7B's 28 layers, except for norms and biases."""
+    sft = {"adapter": None, "batch_size": 8, "seq_len": 512, "compute": "bf16"}
+    exact, rounded = (tuning.memory(QWEN_7B, sft | {"weights": w}, 0.0) for w in ("fp32", "bf16"))
+    hidden = 28 * 3584 * (3584 + 3584 + 2 * 512 + 3 * 18944)
+    assert exact.weights - rounded.weights == exact.total - rounded.total == 2 * hidden
+
+
 def test_zero1_shares_out_moments_and_what_is_frozen() -> None:
     """By hand: Qwen2.5-7B on 4 ranks, which hold it whole and generate with it; and V3, whose experts are split."""
     layout, size = Layout(dp=4, sharding="zero1"), parameters(QWEN_7B)

@@ -55,6 +55,13 @@ def _adaptable_feed_forward(c: ModelConfig, layer: int) -> list[Adaptable]:
     return found
 
 
+def in_blocks(c: ModelConfig) -> int:
+    """The number of weights of all these matrices: the model without embedding, head, norms and MTP modules."""
+    return sum(
+        number * rows * columns for n in range(c.num_hidden_layers) for _, _, number, rows, columns in adaptable(c, n)
+    )
+
+
 def adapter_size(c: ModelConfig, rank: int, targets: Iterable[str], dora: bool = False) -> int:
     """Number of parameters of LoRA on a model's trunk, or of DoRA, which adds the row norms."""
     chosen = set(targets)

@@ -153,9 +153,13 @@ def swap(t: Tensor, sent: list[int], received: list[int], group: dist.ProcessGro
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
-    """Makes the gradients of all parameters views of one fp32 buffer, which it returns, so that one collective sums them."""
+    """Makes the gradients of all parameters views of one fp32 buffer, which it returns, so that one collective sums them.
+
+    Gradients of bf16 parameters are rounded to bf16 by each pass, and added up in fp32.
+    """
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad_dtype = torch.float32
         p.grad = gradient.view_as(p)
     return flat
 

@@ -14,6 +14,7 @@ their own masters and moments are fp32. Activations per token, by recomputation 
 from dataclasses import dataclass
 from functools import lru_cache
 
+from finback.model.adaptable import in_blocks
 from finback.model.config import ModelConfig
 from finback.model.count import cache_bytes, layer_parameters, parameters
 from finback.parallel.layout import Layout, StageLayers, split_layers
@@ -181,7 +182,7 @@ def rank_memory(c: ModelConfig, work: Workload, known: dict[str, Fact]) -> list[
         at_head = max(dict(stages).get(len(saved) - 1, 0) for stages in moment)
         loss = cross_entropy(c, tokens, work.precision, at_head) if at_head else 0.0
         again = max(whole[c.is_moe(n)] - some[c.is_moe(n)] for n in mine.layers) * tokens
-        weights, gradients, optimizer, gathered = _states(work, mine)
+        weights, gradients, optimizer, gathered = _states(c, work, mine)
         working = loss + again + gathered
         if work.probed:  # after a step, when its activations have been freed
             working = max(working, 4.0 * parameters(c) - alive)
@@ -189,7 +190,7 @@ def rank_memory(c: ModelConfig, work: Workload, known: dict[str, Fact]) -> list[
     return found
 
 
-def _states(work: Workload, mine: RankStages) -> tuple[float, float, float, float]:
+def _states(c: ModelConfig, work: Workload, mine: RankStages) -> tuple[float, float, float, float]:
     """Bytes of weights, gradients, optimizer, and of two layers gathered at a time by FSDP.
 
     With DualPipe, the second copy of each stage is one more rank to shard the optimizer over.
@@ -201,6 +202,8 @@ def _states(work: Workload, mine: RankStages) -> tuple[float, float, float, floa
     per_gradient += 2 * (layout.reduce == "bf16")  # the rounded copy that is exchanged
     per_state += 4 * work.averaged  # in fp32
     optimizer = per_state * (plain / of_plain + routed / of_routed)
+    if work.rounded and layout.ranks == 1:  # refused with a layout
+        optimizer -= 4 * in_blocks(c)
     if layout.sharding != "fsdp":
         return per_weight * (plain + routed), per_gradient * (plain + routed), optimizer, 0.0
     shared = plain / layout.holders + routed / layout.edp

@@ -190,7 +190,7 @@ def _whole_copies(stage: PlannedStage, calibration: Calibrated, ranks: int) -> d
     assert model is not None, "a stage that trains has a model"
     compute, rows = _measured(knobs["compute"], model), knobs["batch_size"] // ranks
     shape = Shape(model, rows, stage.length, compute, ranks, knobs["recompute"], knobs["optimizer"])
-    shape = dataclasses.replace(shape, muon_form=knobs["muon_form"])
+    shape = dataclasses.replace(shape, muon_form=knobs["muon_form"], weights=knobs["weights"])
     parts = this_machine.seconds(shape, calibration["measured"])
     step, tokens = sum(parts.values()), knobs["batch_size"] * stage.length
     memory = this_machine.memory(shape, process)
@@ -267,6 +267,7 @@ def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str
         cluster.workload(rows, options.length or stage.length, site, options),
         rows_start=0 if options.rows else knobs["batch_size_start"],
         averaged=knobs["ema_decay"] > 0,
+        rounded=knobs["weights"] == "bf16",
         probed=knobs["probe"] is not None,
         masked=knobs["document_mask"],
         compiled=knobs["compile"],

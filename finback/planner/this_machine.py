@@ -40,6 +40,8 @@ class Shape:
     recompute: Policy = "none"
     optimizer: Optimizer = "muon"
     muon_form: MuonForm = "jordan"
+    # dtype of hidden matrices
+    weights: str = "fp32"
 
     @property
     def newton_schulz_steps(self) -> int:
@@ -115,7 +117,7 @@ def saved_bytes(shape: Shape) -> float:
     depths = c.num_nextn_predict_layers
     total += (1 + depths) * (n * (2 * a * c.hidden_size + 4) + 4 * c.vocab_size * c.hidden_size)  # norm, loss
     total += depths * n * (4 * a * c.hidden_size + 8)  # MTP's two norms and its concatenated input
-    if shape.compute != "fp32":  # weights are cast, and the cast is stored unless its product is recomputed
+    if shape.compute != shape.weights:  # weights are cast, and the cast is stored unless its product is recomputed
         cast = {
             "none": muon_parameters(c),
             "attention": muon_parameters(c)
@@ -197,7 +199,8 @@ def memory(shape: Shape, process: float) -> RankMemory:
     # stored while a layer is recomputed
     again = max(_layer_bytes(whole, moe) - _layer_bytes(shape, moe) for moe in _layers(c))
     working = max(_backward_bytes(c) + again, at_update) + _compiled_bytes(shape)
-    return RankMemory(process, 4.0 * p, 4.0 * p, 4.0 * muon + 8.0 * (p - muon), saved_bytes(shape), working)
+    weights = 4.0 * p - (2.0 * muon_parameters(c) if shape.weights == "bf16" else 0.0)
+    return RankMemory(process, weights, 4.0 * p, 4.0 * muon + 8.0 * (p - muon), saved_bytes(shape), working)
 
 
 def _compiled_bytes(shape: Shape) -> float:

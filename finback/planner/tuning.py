@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finback.model.adaptable import adaptable, adapter_size
+from finback.model.adaptable import adaptable, adapter_size, in_blocks
 from finback.model.config import ModelConfig
 from finback.model.count import cache_bytes, choice_bytes, layer_parameters, parameters
 from finback.parallel.layout import Layout
@@ -100,7 +100,7 @@ def memory(
     trained = 1.0 if adapter else stored  # an adapter is not sharded, and stays on the device
     activations, again = _activations(c, precision, policy)
     found = TuningMemory(
-        weights=stored * held + trained * 4.0 * learnt,
+        weights=stored * held + trained * 4.0 * learnt - (2.0 * in_blocks(c) if knobs.get("weights") == "bf16" else 0),
         gradients=trained * (6.0 if layout and layout.reduce == "bf16" else 4.0) * learnt,  # with a rounded copy
         optimizer=trained * MOMENTS[knobs.get("moments", "fp32")] * (learnt if adapter else whole / holders),
         reference=stored * beside / holders,
@@ -140,8 +140,8 @@ def _of_experts(c: ModelConfig, adapter: dict[str, Any]) -> int:
 def frozen_bytes(c: ModelConfig, adapter: dict[str, Any]) -> float:
     """Bytes of an adapter's frozen base; embedding, head and norms are not quantized."""
     base = adapter.get("base", "bf16")
-    in_blocks = sum(number * rows * columns for _, _, number, rows, columns in _matrices(c))
-    return WIDTHS[base] * in_blocks + WIDTHS["fp32" if base == "fp32" else "bf16"] * (parameters(c) - in_blocks)
+    ends = WIDTHS["fp32" if base == "fp32" else "bf16"] * (parameters(c) - in_blocks(c))
+    return WIDTHS[base] * in_blocks(c) + ends
 
 
 def _dequantized(c: ModelConfig, adapter: dict[str, Any], precision: Precision) -> float:

@@ -30,6 +30,8 @@ class Workload:
     rows_start: int = 0
     # whether a moving average of the weights is kept
     averaged: bool = False
+    # whether hidden matrices are bf16 without fp32 masters
+    rounded: bool = False
     # whether the whole model is sometimes gathered on every rank, to generate
     probed: bool = False
     # whether documents of a row are masked from each other

@@ -33,6 +33,7 @@ from finback.tasks.task import Task
 from finback.train import loop
 from finback.train.grpo_loss import Objective
 from finback.train.lean_adam import Moments
+from finback.train.precision import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,8 @@ class GRPO(Stage):
     patience: int = 20
     # precision of trainer and engine; in bf16 the gap between them is about a thousand times as large
     compute: Literal["fp32", "bf16"] = "fp32"
+    # dtype of hidden matrices; bf16: no fp32 masters, updates are rounded stochastically; needs compute="bf16" and no layout
+    weights: Weights = "fp32"
     # quantization-aware training: routed experts, and the queries and keys of V4's indexers, are rounded to FP4 in every pass
     qat: Qat = "none"
     # padded tokens per backward pass

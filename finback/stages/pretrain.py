@@ -22,7 +22,7 @@ from finback.stages.pretrain_setup import set_up
 from finback.tasks.task import Task
 from finback.train import loop, rates
 from finback.train.optim import MuonForm
-from finback.train.precision import ExpertKernel, check_qat
+from finback.train.precision import ExpertKernel, Weights, check_qat, check_weights
 from finback.train.rates import Level, Phase, Steps
 
 
@@ -123,6 +123,8 @@ class Pretrain(Stage):
     recompute: Policy = "none"
     # auto: bf16 if the processor multiplies in it natively and hidden_size is at least 128; fp8: DeepSeek's, on Hopper, emulated elsewhere for study
     compute: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    # dtype of hidden matrices; bf16: no fp32 masters, updates are rounded stochastically; needs compute="bf16" and no layout
+    weights: Weights = "fp32"
     # quantization-aware training: routed experts, and the queries and keys of V4's indexers, are rounded to FP4 in every pass
     qat: Qat = "none"
     # routed experts: one after another ("loop") or in one grouped call; auto: on a GPU, whichever is faster in a timed pass
@@ -171,6 +173,7 @@ class Pretrain(Stage):
                 problem = "is supported in fine-tuning and RL only: Muon would orthogonalize on the host"
                 raise UserError(f"{self.name}.layout.offload", True, problem, "Leave it out, or use more ranks.")
         check_qat(self.name, self.qat, self.layout)
+        check_weights(self)
 
     def _check_numbers(self) -> None:
         counts = ("max_tokens", "checkpoint_steps", "keep", "router_steps", "spike_patience")

@@ -25,7 +25,7 @@ from finback.stages.compile_check import check_compiler
 from finback.stages.pretraining import Pretraining
 from finback.train import rates
 from finback.train.optim import BETAS, Adam, Muon, is_matrix
-from finback.train.precision import choose_expert_kernel, dtype_of, use_expert_kernel, use_fp8
+from finback.train.precision import choose_expert_kernel, dtype_of, use_bf16_weights, use_expert_kernel, use_fp8
 from finback.train.sharded_options import ShardedOptions
 from finback.train.trainer import ReplicatedTrainer
 
@@ -58,6 +58,8 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     dtype = dtype_of(precision)
     model = _with_values(stage, config, dtype, start, run.seed("weights"))
     model = (use_fp8(model) if precision == "fp8" else model).to(world.device)
+    if stage.weights == "bf16":
+        use_bf16_weights(model)
     use_recompute(model, stage.recompute).train()
     _use_expert_kernel(stage, run, world, model)
     if stage.qat != "none":
@@ -69,12 +71,13 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         compiling.compile_blocks(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
-    others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], betas=BETAS, weight_decay=0.0)
+    seed = run.seed("rounding")
+    others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], BETAS, weight_decay=0.0, seed=seed)
     first: Muon | Adam
     if stage.optimizer == "adamw":
-        first = Adam(matrices, betas=BETAS, weight_decay=stage.weight_decay)
+        first = Adam(matrices, BETAS, stage.weight_decay, seed)
     else:
-        first = Muon(matrices, world, weight_decay=stage.weight_decay, compute=dtype, form=stage.muon_form)
+        first = Muon(matrices, world, stage.weight_decay, compute=dtype, form=stage.muon_form, seed=seed)
     trainer = ReplicatedTrainer(model, world, (first, others), named, ema_decay=stage.ema_decay)
     return Pretraining(stage, run, trainer, precision)
 

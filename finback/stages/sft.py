@@ -30,6 +30,7 @@ from finback.stages.validation import Validation
 from finback.train import loop
 from finback.train.batch import Batch, of_lessons
 from finback.train.lean_adam import Moments
+from finback.train.precision import Weights
 from finback.train.trainer import Trainer
 
 
@@ -76,6 +77,8 @@ class SFT(Stage):
     validation: Validation | None = None
     # precision of matrix products
     compute: Literal["fp32", "bf16"] = "fp32"
+    # dtype of hidden matrices; bf16: no fp32 masters, updates are rounded stochastically; needs compute="bf16" and no layout
+    weights: Weights = "fp32"
     # quantization-aware training: routed experts, and the queries and keys of V4's indexers, are rounded to FP4 in every pass
     qat: Qat = "none"
     # train an adapter on a frozen base instead of all weights; MTP modules are then frozen

@@ -22,7 +22,7 @@ from finback.runs.recipe import Stage
 from finback.stages.compile_check import check_compiler, check_knobs
 from finback.train.heap import return_large_blocks
 from finback.train.lean_adam import adam_of
-from finback.train.precision import COMPUTE, check_qat
+from finback.train.precision import COMPUTE, check_qat, check_weights, use_bf16_weights
 from finback.train.reference import Reference, reference_of
 from finback.train.trainer import ReplicatedTrainer, Trainer
 
@@ -36,6 +36,7 @@ def check_layout(stage: "SFT | GRPO") -> None:
     """Raises UserError for settings of layout and precision that fine-tuning and RL do not support."""
     layout, adapter = stage.layout, stage.adapter
     check_qat(stage.name, stage.qat, layout)
+    check_weights(stage)
     if adapter is not None and stage.qat != "none":
         raise stage.wrong("qat", "rounds weights that learn, and an adapter's base does not", 'Use "none".')
     check_knobs(stage, {"recompute": "attention"})
@@ -65,6 +66,8 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
     if layout is not None:
         return _sharded(stage, run, layout, weight_decay, frozen)
     model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
+    if stage.weights == "bf16":
+        use_bf16_weights(model)
     model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
     if stage.qat != "none":
         fp4.checked(model.config, f"{stage.name}.qat")
@@ -75,7 +78,8 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
 
         compiling.compile_blocks(model)
     named = [(name, p) for name, p in learnt_parameters(model) if not name.startswith(frozen)]
-    return ReplicatedTrainer(model, world, [adam_of(named, weight_decay, stage.moments)], named)
+    adam = adam_of(named, weight_decay, stage.moments, run.seed("rounding"))
+    return ReplicatedTrainer(model, world, [adam], named)
 
 
 def _sharded(

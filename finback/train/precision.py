@@ -1,9 +1,9 @@
-"""Chooses precision and expert kernel by timing them on this machine for this model; and sets up FP8 training."""
+"""Chooses precision and expert kernel by timing them on this machine for this model; sets up FP8 training and bf16 weights."""
 
 import re
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +19,13 @@ from finback.model.moe import MoE
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
+from finback.train.optim import is_matrix
 
 ExpertKernel = Literal["auto", "loop", "grouped_mm"]
+# dtype of the weights that learn
+Weights = Literal["fp32", "bf16"]
+# knobs that bf16 weights do not support, and the values that they need
+NO_MASTERS: dict[str, Any] = {"layout": None, "adapter": None, "qat": "none", "ema_decay": 0.0, "compile": False}
 MARGIN = 1.15  # required speed-up, so that noise does not decide
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,6 +72,30 @@ def check_qat(stage: str, qat: Qat, layout: Layout | None) -> None:
     if qat != "none" and layout is not None and layout.gather != "fp32":
         problem = f"rounds the weights themselves, and layout.gather rounds them to {layout.gather} before"
         raise UserError(f"{stage}.qat", qat, problem, 'Use gather="fp32".')
+
+
+def check_weights(stage: Any) -> None:
+    """Raises UserError for the first knob of a stage that needs fp32 weights if its own are bf16."""
+    for name, usual in NO_MASTERS.items() if stage.weights == "bf16" else ():
+        if getattr(stage, name, usual) != usual:
+            raise stage.wrong(name, "needs weights in fp32", 'Leave it out, or use weights="fp32".')
+    if stage.weights == "bf16" and stage.compute != "bf16":  # else passes would keep larger copies of the weights
+        raise stage.wrong("weights", "saves memory only if passes compute in bf16", 'Use compute="bf16".')
+
+
+@torch.no_grad()
+def use_bf16_weights(model: Transformer) -> Transformer:
+    """Rounds a model's hidden matrices to bf16, in place, to be trained without fp32 masters; updates round them stochastically.
+
+    Embedding, head, routers, norms and vectors stay fp32, as in FP8 training. A pass adds the gradients of embedding and head
+    up over tokens and chunks of logits, which in bf16 would lose most of a frequent token's.
+    """
+    with torch.device("meta"):  # some matrices are fp32 in every model
+        bare = dict(Transformer(model.config, param_dtype=torch.bfloat16).named_parameters())
+    for name, parameter in model.named_parameters():
+        if is_matrix(name, parameter):
+            parameter.data = parameter.data.to(bare[name].dtype)
+    return model
 
 
 def use_fp8(model: Transformer, products: Products | None = None) -> Transformer:
