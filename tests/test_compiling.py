@@ -14,12 +14,15 @@ import torch._dynamo.utils as dynamo
 from finback.checkpoint import store
 from finback.config import UserError
 from finback.data.messages import IGNORE
+from finback.model.config import ModelConfig
+from finback.model.dsa_training import divergence, teach_indexers
 from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Block, Transformer
 from finback.runs.folder import Interrupted
 from finback.train import compiling
 from finback.train.batch import Batch
 from finback.train.loss import Losses
+from tests.many import SPARSE_MANY, V4_MANY
 from tests.test_pretrain import begin, prepared, pretrain, trained
 from tests.toy import CONFIG, backward, backward_batch, toy_model
 
@@ -38,9 +41,9 @@ def compiler() -> None:
         pytest.skip("torch.compile does not work here")
 
 
-def two(compute: torch.dtype = torch.float32) -> tuple[Transformer, Transformer]:
-    """A compiled model and the same model uncompiled."""
-    plain = Transformer(CONFIG, compute).initialise(3).train()
+def two(compute: torch.dtype = torch.float32, config: ModelConfig = CONFIG) -> tuple[Transformer, Transformer]:
+    """A compiled model and the same model uncompiled; indexers learn."""
+    plain = teach_indexers(Transformer(config, compute).initialise(3).train())
     return compiling.compile_blocks(copy.deepcopy(plain)), plain
 
 
@@ -77,6 +80,20 @@ def test_the_same_loss_gradient_and_load(policy: Policy = "none") -> None:
 
 def test_the_same_where_blocks_are_recomputed() -> None:
     test_the_same_loss_gradient_and_load("block")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["none", "block"])
+@pytest.mark.parametrize("config", [SPARSE_MANY, V4_MANY], ids=["V3.2", "V4"])
+def test_the_same_around_sparse_attention(config: ModelConfig, policy: Policy) -> None:
+    """Attention itself is not compiled; routers, feed-forwards and V4's streams are."""
+    models = two(config=config)
+    kinds = {compiling.CompiledMoE, compiling.CompiledHyperConnection} if config.hc_mult else {compiling.CompiledMoE}
+    assert all(any(isinstance(m, kind) for m in models[0].modules()) for kind in kinds)
+    assert_near(*(backward(use_recompute(model, policy), TOKENS, 0.3, 1e-2) for model in models))
+    assert divergence(models[0]) == pytest.approx(divergence(models[1]), rel=1e-5) and divergence(models[0]) > 0
+    a, b = (gradients(model) for model in models)
+    assert ((a - b).norm() / b.norm()).item() < 1e-5
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from finback.planner.options import PlanOptions
 from finback.runs.files import read_lines
 from finback.runs.folder import Interrupted
 from finback.runs.recipe import config_json
-from finback.train import loop
+from finback.train import compiling, loop
 from finback.train.trainer import Trainer
 from tests.many import SPARSE_MANY, V4_MANY, Way, batches, on_many, on_ranks, one_rank, step
 from tests.test_pretrain import begin, prepared, pretrain, trained
@@ -103,6 +103,19 @@ def test_an_interrupted_schedule_ends_with_the_same_bits(
     assert a == b and len(a) > 20
     mine, other = (store.load(f / "model.safetensors")[0] for f in (one, prepared / f"pieces-{packing}"))
     assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("config", [V32, SMALL_V4], ids=["V3.2", "V4"])
+def test_compiled_blocks_follow_the_schedule(config: ModelConfig, prepared: Path) -> None:
+    """Rows of another length are compiled again, and attention is not compiled."""
+    if compiling.why_not():
+        pytest.skip("torch.compile does not work here")
+    knobs = GROWING | {"model": config, "max_tokens": 768, "decay_tokens": 256}
+    logs = [trained(prepared, f"{config.attention}-compiled-{int(c)}", **knobs, compile=c)[1] for c in (True, False)]
+    found, expected = ([line["loss"] for line in log if "loss" in line] for log in logs)
+    assert len(found) == 12 and found == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_loader_keeps_its_shares_when_rows_grow(prepared: Path) -> None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from finback.model.config import ModelConfig
 from finback.runs.folder import StageRun
 
 
@@ -13,12 +12,10 @@ def check_knobs(stage: Any, wrong: dict[str, str]) -> None:
             raise stage.wrong(name, "cannot be compiled", "Change it, or leave out compile.")
 
 
-def check_compiler(stage: Any, config: ModelConfig, run: StageRun) -> None:
-    """Raises UserError if `compile` is set and the model's blocks cannot be compiled, or this machine cannot compile."""
+def check_compiler(stage: Any, run: StageRun) -> None:
+    """Raises UserError if `compile` is set and this machine cannot compile."""
     if not stage.compile:
         return
-    if config.index_topk or config.attention == "compressed":
-        raise stage.wrong("compile", "the tensor shapes of sparse attention depend on the data", "Leave it out.")
     from finback.train import compiling  # takes seconds to import
 
     problem = compiling.why_not()

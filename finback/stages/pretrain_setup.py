@@ -64,7 +64,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     _use_expert_kernel(stage, run, world, model)
     if stage.qat != "none":
         fp4.use_fp4(model)
-    check_compiler(stage, config, run)
+    check_compiler(stage, run)
     if stage.compile:
         from finback.train import compiling  # takes seconds to import
 
@@ -147,7 +147,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     if stage.qat != "none":
         config = fp4.checked(config, f"{stage.name}.qat")
     precision = _precision(stage, config, run, world)
-    check_compiler(stage, config, run)
+    check_compiler(stage, run)
     knobs = {f.name: getattr(stage, f.name) for f in dataclasses.fields(ShardedOptions)} | {"compute": precision}
     options = PretrainingOptions(**knobs, prepare=partial(_prepare, stage, config))
     if stage.probe is not None:

@@ -72,7 +72,7 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
     if stage.qat != "none":
         fp4.checked(model.config, f"{stage.name}.qat")
         fp4.use_fp4(model)
-    check_compiler(stage, model.config, run)
+    check_compiler(stage, run)
     if stage.compile:
         from finback.train import compiling  # takes seconds to import
 
@@ -103,7 +103,7 @@ def _sharded(
         compile=stage.compile,
     )
     config, values = models.stored(base, world.rank, world.size)
-    check_compiler(stage, config, run)
+    check_compiler(stage, run)
     if stage.qat != "none":
         config = fp4.checked(config, f"{stage.name}.qat")
     try:

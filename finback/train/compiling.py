@@ -1,7 +1,8 @@
 """Trains with compiled blocks: torch.compile fuses the operations between matrix products.
 
 It compiles attention with both norms, the feed-forward of dense layers and shared experts, and the router with its balance
-loss. Routed experts are not compiled, because their shapes depend on the router; moe_gemm.py fuses them by hand. All blocks
+loss. Routed experts are not compiled, because their shapes depend on the router; moe_gemm.py fuses them by hand. Nor is sparse
+attention, whose shapes depend on what is selected; V4's mixtures of streams are, with their Sinkhorn steps. All blocks
 of a model share the compiled code, so only four parts are compiled, once: 10 to 60 seconds in the first step. Rollouts,
 probes and validation run uncompiled, because their shapes keep changing.
 """
@@ -14,11 +15,14 @@ import torch
 
 from finback.kernels.documents import Documents
 from finback.model.cache import LayerCache
+from finback.model.dsa import DSA
 from finback.model.layers import SwiGLU
+from finback.model.mhc import HyperConnection
 from finback.model.moe import MoE
 from finback.model.native import use_native
 from finback.model.recompute import Recomputed
 from finback.model.replace import recast
+from finback.model.swa import SWA
 from finback.model.transformer import Block, Transformer
 from finback.train.precision import Fp8SwiGLU
 
@@ -32,7 +36,9 @@ def compile_blocks(model: Transformer) -> Transformer:
     use_native(model)  # first: a module whose class changes later is compiled again
     for module in list(model.modules()):
         assert not isinstance(module, Fp8SwiGLU), "FP8 products are not compiled"
-        if isinstance(module, Block):
+        if isinstance(module, HyperConnection):
+            recast(module, CompiledHyperConnection)
+        elif isinstance(module, Block) and not isinstance(module.attention, DSA | SWA):
             assert not isinstance(module.attention, Recomputed), "attention is compiled together with its norms"
             recast(module, CompiledBlock)
         elif isinstance(module, MoE):
@@ -59,6 +65,12 @@ class CompiledBlock(Block):
     """A block whose attention and norms are compiled as one function."""
 
     attend = _in_training(Block.attend)
+
+
+class CompiledHyperConnection(HyperConnection):
+    """Mixtures of streams in one function."""
+
+    forward = _in_training(HyperConnection.forward)
 
 
 class CompiledMoE(MoE):
