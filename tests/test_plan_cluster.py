@@ -324,7 +324,7 @@ def test_layouts_that_cannot_be(change: dict[str, int], word: str) -> None:
     with pytest.raises(UserError, match=word):
         rows = change.pop("rows", 15360)
         work = dataclasses.replace(cost.V3_WORKLOAD, rows=rows)
-        recommend.laid_out(V3, work, change, H800, 1)
+        recommend.with_layout(V3, work, change, H800, 1)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def _attach_experts(module: MoE, name: str, config: ModelConfig, stored: StoredA
     ranks = tuple(1 if each is None else each[0].size(1) for each in (gate_up, down))
     made = put_on_experts(module, (ranks[0], ranks[1]), stored.lora.scale)
     for adapter, found, part in zip(made, (gate_up, down), ("gate_up_proj", "down_proj"), strict=True):
-        for place, e in enumerate(adapter.places[adapter.held] if found is not None else ()):
+        for place, e in enumerate(adapter.places[adapter.local_experts] if found is not None else ()):
             assert found is not None, "counted above"
             _fill(adapter, place, found[0][e], found[1][e], f"{stem}.{part}", stored)
 

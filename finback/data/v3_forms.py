@@ -36,13 +36,18 @@ class V3Form(PromptForm):
         return call_pieces(calls)
 
     @abstractmethod
-    def told(self, tools: Sequence[Tool]) -> list[str]:
+    def tool_section(self, tools: Sequence[Tool]) -> list[str]:
         """The section of the system text that describes the tools."""
 
     def turns(self, messages: Sequence[Message], tools: Sequence[Tool], shown: set[int]) -> tuple[list[str], bool]:
         """Turns, with the reasoning of those that are `shown`; and whether the last ones are tool results."""
         text = system_text(messages)
-        pieces: list[str] = [BOS, text, *(["\n\n"] if text and tools else []), *(self.told(tools) if tools else [])]
+        pieces: list[str] = [
+            BOS,
+            text,
+            *(["\n\n"] if text and tools else []),
+            *(self.tool_section(tools) if tools else []),
+        ]
         is_answering = False
         for i, message in enumerate(messages):
             if message.role == "user":
@@ -71,7 +76,7 @@ class R1Form(V3Form):
         pieces, is_answering = self.turns(messages, options.tools, shown)
         return [*pieces, *([] if is_answering else [ASSISTANT]), *([THINK] if options.think else [])]
 
-    def told(self, tools: Sequence[Tool]) -> list[str]:
+    def tool_section(self, tools: Sequence[Tool]) -> list[str]:
         return tool_pieces(tools)
 
     def learnt(self, message: Message, opened: bool) -> list[str]:
@@ -108,7 +113,7 @@ class V31Form(V3Form):
         pieces, is_answering = self.turns(messages, options.tools, set())
         return pieces if is_answering else [*pieces, ASSISTANT, chain_mark(self.mode(options))]
 
-    def told(self, tools: Sequence[Tool]) -> list[str]:
+    def tool_section(self, tools: Sequence[Tool]) -> list[str]:
         listed = "".join(f"\n### {t.name}\nDescription: {t.description}\n\nParameters: {t.parameters}\n" for t in tools)
         return [f"## Tools\nYou have access to the following tools:\n{listed}", *V31_CALLS]
 

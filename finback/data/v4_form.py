@@ -96,7 +96,7 @@ class V4Form(PromptForm):
         think = bool(self.mode(options))
         effort = self.efforts.text(options.effort) if think else ""
         head, turns = self.system(messages)
-        pieces = [BOS, *self.first([effort + head, *self.told(options)])]
+        pieces = [BOS, *self.first([effort + head, *self.sections(options)])]
         for role, group in groupby(turns, key=lambda m: m.role if m.role in ("assistant", "system") else "user"):
             if role == "user":
                 pieces += [USER, "\n\n".join(map(_block, group))]
@@ -115,7 +115,7 @@ class V4Form(PromptForm):
         """What comes between bos and the first turn."""
         return pieces
 
-    def told(self, options: PromptOptions) -> list[str]:
+    def sections(self, options: PromptOptions) -> list[str]:
         """The sections on tools and on the form of the answer."""
         head = TOOLS.format(block=self.dsml.block, space=self.dsml.space)
         tools = ["\n\n", *marked(head), schema_lines(options.tools), END_TOOLS] if options.tools else []

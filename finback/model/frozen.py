@@ -32,7 +32,7 @@ class FrozenMoE(MoE):
     """A mixture of experts with frozen router and experts."""
 
     # which of its experts are on this rank, with their adapters
-    held: slice = slice(None)
+    local_experts: slice = slice(None)
 
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
         if not self.is_adapted and not torch.is_grad_enabled():

@@ -215,8 +215,8 @@ def put_on_experts(module: MoE, ranks: tuple[int, int], scale: float) -> tuple[L
     """Adds zero adapters for gate_up and down to routed experts; this rank may hold only some of them."""
     hidden, width, experts = module.config.hidden_size, module.config.moe_intermediate_size, len(module.gate_up)
     found, places = recast(module, LoraMoE), tuple(range(experts))
-    gate_up = LowRank((2 * width, hidden), ranks[0], scale, places, experts, module.gate_up, found.held)
-    down = LowRank((hidden, width), ranks[1], scale, places, experts, module.down, found.held)
+    gate_up = LowRank((2 * width, hidden), ranks[0], scale, places, experts, module.gate_up, found.local_experts)
+    down = LowRank((hidden, width), ranks[1], scale, places, experts, module.down, found.local_experts)
     found.gate_up_adapter, found.down_adapter = gate_up, down
     return gate_up, down
 

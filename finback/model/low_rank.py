@@ -14,7 +14,7 @@ class LowRank(nn.Module):
     """scale · B A for n matrices: a (n, rank, in), b (n, out, rank), in fp32 for any base.
 
     In a linear map of `parts` matrices of equal height, these belong to the ones at `places`; for experts spread over several ranks,
-    to those that are `held` here. A map with `groups` has one A for all groups; each group uses its rows of B.
+    to this rank's `local_experts`. A map with `groups` has one A for all groups; each group uses its rows of B.
     """
 
     # as in Linear
@@ -28,17 +28,17 @@ class LowRank(nn.Module):
         places: tuple[int, ...],
         parts: int,
         like: Tensor,
-        held: slice = slice(None),
+        local_experts: slice = slice(None),
     ) -> None:
         """sizes: (out, in) of one matrix. `like`: determines the device; for a base without values (meta) it is the CPU."""
         super().__init__()
-        n, device = len(places[held]), "cpu" if like.is_meta else like.device
+        n, device = len(places[local_experts]), "cpu" if like.is_meta else like.device
         self.a = nn.Parameter(torch.zeros(n, rank, sizes[1], dtype=torch.float32, device=device))
         self.b = nn.Parameter(torch.zeros(n, sizes[0], rank, dtype=torch.float32, device=device))
         # DoRA's row norms, (n, out)
         self.m: nn.Parameter | None = None
         self.scale, self.is_on = scale, True
-        self.places, self.parts, self.held = places, parts, held
+        self.places, self.parts, self.local_experts = places, parts, local_experts
 
     @property
     def is_part(self) -> bool:
@@ -50,7 +50,7 @@ class LowRank(nn.Module):
         """Initializes A as PEFT does (Kaiming uniform with a = sqrt(5): up to 1 / sqrt(in)) and B to zero; draws all n, on any rank."""
         bound = 1 / math.sqrt(self.a.size(-1))
         drawn = torch.empty(len(self.places), *self.a.shape[1:]).uniform_(-bound, bound, generator=generator)
-        self.a.copy_(drawn[self.held])
+        self.a.copy_(drawn[self.local_experts])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in), or (..., groups, in), -> (..., parts · out)."""
@@ -62,7 +62,7 @@ class LowRank(nn.Module):
         return self.spread(y, -2).flatten(-2)
 
     def per_expert(self, rows: Tensor, blocks: Blocks) -> Tensor:
-        """rows (m, in) sorted by expert, for the experts held here -> (m, out); matrix e belongs to the e-th expert."""
+        """rows (m, in) sorted by expert, for the experts of this rank -> (m, out); matrix e belongs to the e-th expert."""
         low = frozen.learnt_per_expert(rows, self.a, blocks)
         return frozen.learnt_per_expert(low, self.b, blocks) * self.scale
 

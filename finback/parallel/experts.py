@@ -33,7 +33,7 @@ def spread_experts(model: nn.Module, mesh: Mesh) -> None:
             if isinstance(module, FrozenMoE):
                 count = module.config.n_routed_experts // mesh.ep.size()
                 first = mesh.ep.get_local_rank() * count
-                recast(module, FrozenExpertsHere).held = slice(first, first + count)
+                recast(module, FrozenExpertsHere).local_experts = slice(first, first + count)
             beside: Callable[[], Sequence[Tensor]] = tuple
             if isinstance(module, BiasedMoE):
                 beside = recast(module, BiasedExpertsHere).biases

@@ -101,7 +101,7 @@ class World:
         assert isinstance(run.ranks, cls), "a stage that exchanges tensors runs on a World"
         return run.ranks
 
-    def laid_out(self, layout: Layout | None, field: str) -> Layout | None:
+    def checked_layout(self, layout: Layout | None, field: str) -> Layout | None:
         """The layout, or None if there is one rank; UserError if the number of ranks is not the layout's."""
         if layout is not None and layout.ranks != self.size:
             there = f"there are {self.size} ranks" if self.size > 1 else "there is 1 rank"

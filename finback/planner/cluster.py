@@ -93,7 +93,7 @@ def _search(c: ModelConfig, work: Workload, site: Site, options: PlanOptions) ->
         change |= parse_mesh(options.mesh, site.devices)
         fixed |= {"pp", "dp", "ep", "sharding"}
     try:
-        start = recommend.laid_out(c, work, change, site.machine, options.micro_rows)
+        start = recommend.with_layout(c, work, change, site.machine, options.micro_rows)
     except UserError:
         if options.mesh:
             raise

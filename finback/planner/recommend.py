@@ -57,7 +57,7 @@ def recommend(c: ModelConfig, search: Search) -> JudgedWorkload:
     refused: UserError | None = None
     for start, change in candidates(c, search):
         try:
-            work = laid_out(c, start, change, search.site.machine, search.micro_rows)
+            work = with_layout(c, start, change, search.site.machine, search.micro_rows)
         except UserError as error:
             refused = refused or error
             continue
@@ -105,7 +105,7 @@ def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, dict[
         yield dataclasses.replace(start, recompute=recompute), change
 
 
-def laid_out(c: ModelConfig, work: Workload, change: dict[str, Any], machine: Machine, micro_rows: int) -> Workload:
+def with_layout(c: ModelConfig, work: Workload, change: dict[str, Any], machine: Machine, micro_rows: int) -> Workload:
     """A step with another mesh and what follows from it: nodes, micro-batches, the dtype of gathered weights.
 
     UserError if it is impossible.

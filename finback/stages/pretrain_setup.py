@@ -38,7 +38,7 @@ Precision = Literal["fp32", "bf16", "fp8"]
 def set_up(stage: "Pretrain", run: StageRun) -> Pretraining:
     """The training of a stage, sharded by its layout or with the full model on every rank."""
     world = World.of(run)
-    layout = world.laid_out(stage.layout, f"{stage.name}.layout")
+    layout = world.checked_layout(stage.layout, f"{stage.name}.layout")
     return (_replicated if layout is None else _sharded)(stage, run, world)
 
 

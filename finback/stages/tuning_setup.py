@@ -62,7 +62,7 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
     folder, world = run.input(stage.start), World.of(run)
     if stage.adapter is not None:
         return_large_blocks()
-    layout = world.laid_out(stage.layout, f"{stage.name}.layout")
+    layout = world.checked_layout(stage.layout, f"{stage.name}.layout")
     if layout is not None:
         return _sharded(stage, run, layout, weight_decay, frozen)
     model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))

@@ -16,7 +16,7 @@ from finback.train.trainer import Stateful
 def reference_of(policy: Transformer, prefix: str, world: World) -> "Reference":
     """The reference model of a policy at its start; `prefix` starts its names in a checkpoint."""
     if isinstance(policy, AdaptedTransformer):
-        return FormerAdapter(policy, prefix, world)
+        return AdapterReference(policy, prefix, world)
     return Frozen(copy.deepcopy(policy), prefix)
 
 
@@ -55,25 +55,25 @@ class Frozen:
         self.model.load_state_dict(found)
 
 
-class FormerAdapter:
+class AdapterReference:
     """The reference model of a policy that trains an adapter: its base without the adapter, or with an earlier state of it."""
 
     def __init__(self, policy: AdaptedTransformer, prefix: str, world: World) -> None:
         self.policy, self.prefix = policy, prefix
         # the earlier state of the adapter, by name; None: without adapter
-        self.kept: dict[str, Tensor] | None = None
+        self.adapter: dict[str, Tensor] | None = None
         if world.any(any(bool(p.any()) for name, p in adapter_parameters(policy) if name.endswith(".b"))):
             self.refresh(policy)
 
     @contextmanager
     def asked(self) -> Iterator[Transformer]:
-        if self.kept is None:
+        if self.adapter is None:
             with without_adapter(self.policy):
                 yield self.policy
             return
         learnt = {name: (p, p.data) for name, p in adapter_parameters(self.policy)}
         for name, (parameter, _) in learnt.items():
-            parameter.data = self.kept[name]
+            parameter.data = self.adapter[name]
         try:
             yield self.policy
         finally:
@@ -81,12 +81,12 @@ class FormerAdapter:
                 parameter.data = data
 
     def refresh(self, model: Transformer) -> None:
-        self.kept = {name: p.detach().clone() for name, p in adapter_parameters(model)}
+        self.adapter = {name: p.detach().clone() for name, p in adapter_parameters(model)}
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{self.prefix}.{name}": tensor for name, tensor in (self.kept or {}).items()}
+        return {f"{self.prefix}.{name}": tensor for name, tensor in (self.adapter or {}).items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         start, device = f"{self.prefix}.", self.policy.embed.device
         found = {n.removeprefix(start): t.to(device) for n, t in tensors.items() if n.startswith(start)}
-        self.kept = found or None
+        self.adapter = found or None
