@@ -116,7 +116,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/grpo.py
 	$(BIN)/python benchmarks/serving.py
 
-# docs/results.md, from benchmarks/results and docs/results.in.md; docs/reference/cards.md, from the planner; docs/figures, from both
+# docs/results.md and docs/roofline.md, from benchmarks/results and their templates docs/*.in.md; docs/reference/cards.md, from the planner; docs/figures, from both
 results: $(VENV)/.installed
 	$(BIN)/python scripts/results.py
 	$(BIN)/python scripts/cards.py

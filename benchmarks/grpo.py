@@ -62,16 +62,19 @@ def summarise(
             for part in ("seconds", "rollout_seconds", "update_seconds"):
                 entry[f"{part}_per_step"] = record.spread(c.record[part])
             answers = c.settings["prompts"] * c.settings["group"]
-            flops = answers * sequence_flops(config, prompt_tokens + statistics.mean(c.record["mean_length"]))
-            rate = flops / entry["seconds_per_step"]["median"]
-            entry["share_of_gemm_peak"] = rate / peaks[c.layout][c.settings["precision"]]["median"]
+            length = prompt_tokens + statistics.mean(c.record["mean_length"])
+            generated = answers * length * forward_flops(config, length / 2)
+            learnt = answers * length * training_flops(config, length / 2, mtp=False)
+            peak = peaks[c.layout][c.settings["precision"]]["median"]
+            for name, flops in (
+                ("seconds", generated + learnt),
+                ("rollout_seconds", generated),
+                ("update_seconds", learnt),
+            ):
+                share = name.replace("seconds", "share_of_gemm_peak")
+                entry[share] = flops / entry[f"{name}_per_step"]["median"] / peak
         out[c.name] = entry
     return out
-
-
-def sequence_flops(config: ModelConfig, length: float) -> float:
-    """FLOPs that a question and its answer need: one forward pass to generate, and one pass of training."""
-    return length * (forward_flops(config, length / 2) + training_flops(config, length / 2, mtp=False))
 
 
 def ratios(contestants: Sequence[Contestant]) -> list[Settings]:

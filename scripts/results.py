@@ -1,6 +1,6 @@
-"""Write docs/results.md from docs/results.in.md, whose {placeholders} become rows of figures from benchmarks/results.
+"""Write docs/results.md and docs/roofline.md from their templates, whose {placeholders} become rows from benchmarks/results.
 
-python scripts/results.py [FILE]
+python scripts/results.py [FOLDER]
 """
 
 import json
@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS, TEMPLATE, TARGET = (ROOT / name for name in ("benchmarks/results", "docs/results.in.md", "docs/results.md"))
+RESULTS, DOCS, PAGES = ROOT / "benchmarks/results", ROOT / "docs", ("results", "roofline")
 Report = dict[str, Any]
 Rows = Iterator[tuple[str, str]]  # what, figure
 
@@ -320,6 +320,52 @@ def newcomer(report: Report) -> Rows:
         yield f"a newcomer's clock: {step['step']}", f"{step['seconds']:,.0f} s, {step['bytes'] / 1e6:,.0f} MB"
 
 
+def giga(figures: Report) -> str:
+    return f"{figures['median'] / 1e9:,.0f}"
+
+
+def limits(report: Report) -> Rows:
+    for layout, what in (("1x1", "one core"), ("1x2", "two threads"), ("2x1", "two processes")):
+        fp32, bf16 = (giga(report["gemm_peak_flops"][layout][dtype]) for dtype in ("fp32", "bf16"))
+        yield f"large square products, {what}, fp32 and bf16", f"{fp32} and {bf16} GFLOP/s"
+
+
+def bandwidth(report: Report) -> Rows:
+    yield "reading a block of 256 MB, two cores", f"{giga(report['smollm2']['bandwidth']['bytes_per_second'])} GB/s"
+
+
+def decoding(report: Report) -> Rows:
+    for name, part in report.get("gguf", {}).items():
+        share = part["share_of_bandwidth_at_one_row"]
+        if share:
+            speed = part["contestants"]["finback kept"]["1"]["tokens_per_second"]["median"]
+            yield (
+                f"{name}, one row, {speed:,.0f} tokens/s: weights read, of the bandwidth",
+                percents([share["median"]]) + " %",
+            )
+    share = report["smollm2"]["bandwidth"]["share_reached_at_one_row"]["median"]
+    speed = report["smollm2"]["contestants"]["finback bf16"]["1"]["tokens_per_second"]["median"]
+    yield f"SmolLM2-135M in bf16, one row, {speed:,.0f} tokens/s: the same", percents([share]) + " %"
+
+
+def trained(report: Report) -> Rows:
+    for name, found in report["contestants"].items():
+        if name.startswith("finback adamw") and "tokens_per_second" in found:
+            size, speed = f"{found['parameters'] / 1e6:.1f} M parameters", found["tokens_per_second"]["median"]
+            what = f"{size}, {name.removeprefix('finback ')}, {speed:,.0f} tokens/s: products, of the GEMM peak"
+            yield what, percents([found["share_of_gemm_peak"]]) + " %"
+
+
+def updates(report: Report) -> Rows:
+    for name, found in report["contestants"].items():
+        if name.startswith("finback") and "update_share_of_gemm_peak" in found:
+            shares = [found[f"{part}_share_of_gemm_peak"] for part in ("update", "rollout")]
+            yield (
+                f"GRPO, {name.removeprefix('finback ')}: update and rollout, of the GEMM peak",
+                percents(shares) + " %",
+            )
+
+
 def table(rows: str, file: str, command: str) -> Iterator[str]:
     """The lines that replace {rows file command}; none if the results file does not exist."""
     if not (RESULTS / file).is_file():
@@ -331,12 +377,14 @@ def table(rows: str, file: str, command: str) -> Iterator[str]:
         yield f"| {what} | {figure} | `python {program}` | [{source}](../benchmarks/results/{file}) |"
 
 
-def render() -> str:
+def render(page: str) -> str:
     lines = list[str]()
-    for line in TEMPLATE.read_text(encoding="utf-8").splitlines():
+    for line in (DOCS / f"{page}.in.md").read_text(encoding="utf-8").splitlines():
         lines += table(*line.strip("{}").split(" ", 2)) if line.startswith("{") else [line]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1] if len(sys.argv) > 1 else TARGET).write_text(render(), encoding="utf-8")
+    for page in PAGES:
+        target = (Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS) / f"{page}.md"
+        target.write_text(render(page), encoding="utf-8")

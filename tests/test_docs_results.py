@@ -1,4 +1,4 @@
-"""docs/results.md equals benchmarks/results, and the pages name existing files."""
+"""docs/results.md and docs/roofline.md equal benchmarks/results, and the pages name existing files."""
 
 import json
 import re
@@ -14,9 +14,10 @@ PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/
 
 
 def test_results_are_those_of_the_measurements(tmp_path: Path) -> None:
-    made = tmp_path / "results.md"
-    subprocess.run([sys.executable, str(ROOT / "scripts/results.py"), str(made)], check=True)
-    assert made.read_text(encoding="utf-8") == (ROOT / "docs/results.md").read_text(encoding="utf-8"), "make results"
+    subprocess.run([sys.executable, str(ROOT / "scripts/results.py"), str(tmp_path)], check=True)
+    for page in ("results.md", "roofline.md"):
+        made = (tmp_path / page).read_text(encoding="utf-8")
+        assert made == (ROOT / "docs" / page).read_text(encoding="utf-8"), "make results"
 
 
 def test_the_table_of_cards_is_the_planners(tmp_path: Path) -> None:

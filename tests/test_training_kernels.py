@@ -61,6 +61,8 @@ CASES: dict[str, tuple[Callable[..., Outputs], list[Tensor]]] = {
         [random(7, 8), random(7, 8), random(8)],
     ),
     "swiglu": (swiglu, [random(50, 2, 38)]),
+    "swiglu, clamped": (lambda x: swiglu(x, 0.7), [random(50, 2, 38)]),
+    "swiglu, rows transposed": (lambda x: swiglu(x.transpose(0, 1)), [random(50, 2, 38)]),
     "experts": (routed, [random(41, 24), random(41, 2).abs(), random(5, 26, 24), random(5, 24, 13)]),
     "attention": (
         lambda q, k, v: causal_attention(q, k, v, 0.3),

@@ -325,13 +325,14 @@ void add_norm(const T* x, const T* y, const float* gain, float eps, T* sum, T* o
 
 // out = silu(gate) * up for x (tokens, [gate | up])
 template <typename T>
-void swiglu(const T* x, T* out, int64_t tokens, int64_t width) {
+void swiglu(const T* x, T* out, int64_t tokens, int64_t width, float limit) {
 #pragma omp parallel for schedule(static) if (tokens > 8)
   for (int64_t t = 0; t < tokens; ++t) {
     const T *gate = x + 2 * t * width, *up = gate + width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      narrow(silu(to_float(gate[i])) * to_float(up[i]), out + t * width + i);
+      const float a = std::min(to_float(gate[i]), limit), b = std::min(std::max(to_float(up[i]), -limit), limit);
+      narrow(silu(a) * b, out + t * width + i);
     }
   }
 }
@@ -485,8 +486,8 @@ void finback_add_norm(int64_t is_bf16, const void* x, const void* y, const float
                 static_cast<T*>(out), inverse, tokens, size))
 }
 
-void finback_swiglu(int64_t is_bf16, const void* x, void* out, int64_t tokens, int64_t width) {
-  BOTH(is_bf16, T, swiglu(static_cast<const T*>(x), static_cast<T*>(out), tokens, width))
+void finback_swiglu(int64_t is_bf16, const void* x, void* out, int64_t tokens, int64_t width, double limit) {
+  BOTH(is_bf16, T, swiglu(static_cast<const T*>(x), static_cast<T*>(out), tokens, width, float(limit)))
 }
 
 void finback_experts(int64_t is_bf16, const float* x, const int64_t* index, const float* weight, const void* gate_up,

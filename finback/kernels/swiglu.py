@@ -1,5 +1,6 @@
 """SwiGLU's activation, forward and backward; one C++ pass each if a kernel applies."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,31 +12,32 @@ from finback.kernels import native
 
 def swiglu(x: Tensor, limit: float | None = None) -> Tensor:
     """SiLU(gate) ⊙ up for x (..., [gate | up]) -> (..., half); with a limit, x is clamped first (`clamped`)."""
-    if limit is None and native.serves(x) and torch.is_grad_enabled():
-        recorded: Tensor = _SwiGLU.apply(x)
+    if native.serves(x) and torch.is_grad_enabled():
+        recorded: Tensor = _SwiGLU.apply(x, limit)
         return recorded
-    if limit is not None:
-        x = clamped(x, limit)
     if not native.ready(x):
-        gate, up = x.chunk(2, dim=-1)
+        gate, up = (x if limit is None else clamped(x, limit)).chunk(2, dim=-1)
         return F.silu(gate) * up
     x = x.contiguous()
     width = x.size(-1) // 2
     out = x.new_empty(*x.shape[:-1], width)
-    native.call("swiglu", x.dtype == torch.bfloat16, x, out, out.numel() // width, width)
+    native.call("swiglu", x.dtype == torch.bfloat16, x, out, out.numel() // width, width, _bound(limit))
     return out
+
+
+def _bound(limit: float | None) -> float:
+    return math.inf if limit is None else limit
 
 
 def swiglu_backward(x: Tensor, grad: Tensor, limit: float | None = None) -> tuple[Tensor, Tensor]:
     """The gradient of x (..., [gate | up]) from that of `swiglu` (..., half), and the activation, recomputed."""
-    inner = x if limit is None else clamped(x, limit)
-    d_x = torch.empty_like(x)
-    if limit is None and native.serves(x):
-        inner, grad = inner.contiguous(), grad.contiguous()
-        out = torch.empty_like(grad)
-        width = grad.size(-1)
-        native.call("swiglu_backward", x.dtype == torch.bfloat16, inner, grad, d_x, out, grad.numel() // width, width)
+    if native.serves(x):
+        x, grad = x.contiguous(), grad.contiguous()
+        d_x, out = torch.empty_like(x), torch.empty_like(grad)
+        width, is_bf16 = grad.size(-1), x.dtype == torch.bfloat16
+        native.call("swiglu_backward", is_bf16, x, grad, d_x, out, grad.numel() // width, width, _bound(limit))
         return d_x, out
+    d_x, inner = torch.empty_like(x), x if limit is None else clamped(x, limit)
     gate, up = inner.chunk(2, dim=-1)
     d_gate, d_up = d_x.chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
@@ -57,11 +59,12 @@ def clamped(x: Tensor, limit: float) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, limit: float | None) -> Tensor:
         ctx.save_for_backward(x)
-        return swiglu(x)  # autograd is off inside forward, so this does not recurse
+        ctx.limit = limit
+        return swiglu(x, limit)  # autograd is off inside forward, so this does not recurse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return swiglu_backward(x, grads[0])[0]
+        return swiglu_backward(x, grads[0], ctx.limit)[0], None

@@ -50,22 +50,27 @@ void norm_backward(const T* x, const float* gain, const float* inverse, const T*
   }
 }
 
-// The gradient of [gate | up] from that of out = silu(gate) * up (rows, width); also recomputes out unless null.
+// The gradient of [gate | up] from that of out = silu(gate) * up (rows, width), with gate clamped to at most `limit` and up to
+// -limit ... limit; also recomputes out unless null.
 template <typename T>
-void swiglu_backward(const T* x, const T* grad, T* d_x, T* out, int64_t rows, int64_t width) {
+void swiglu_backward(const T* x, const T* grad, T* d_x, T* out, int64_t rows, int64_t width, float limit) {
 #pragma omp parallel for schedule(static)
   for (int64_t t = 0; t < rows; ++t) {
     const T *gate = x + 2 * t * width, *up = gate + width, *g = grad + t * width;
     T *d_gate = d_x + 2 * t * width, *d_up = d_gate + width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const float a = to_float(gate[i]), s = sigmoid(a), given = to_float(g[i]);
-      narrow(given * to_float(up[i]) * (s + a * s * (1 - s)), d_gate + i);
-      narrow(given * a * s, d_up + i);
+      const float gated = to_float(gate[i]), upper = to_float(up[i]), given = to_float(g[i]);
+      const float a = std::min(gated, limit), b = std::min(std::max(upper, -limit), limit), s = sigmoid(a);
+      narrow(gated > limit ? 0.0f : given * b * (s + a * s * (1 - s)), d_gate + i);
+      narrow(std::fabs(upper) > limit ? 0.0f : given * a * s, d_up + i);
     }
     if (out)
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) narrow(silu(to_float(gate[i])) * to_float(up[i]), out + t * width + i);
+      for (int64_t i = 0; i < width; ++i) {
+        const float a = std::min(to_float(gate[i]), limit), b = std::min(std::max(to_float(up[i]), -limit), limit);
+        narrow(silu(a) * b, out + t * width + i);
+      }
   }
 }
 
@@ -524,10 +529,10 @@ void finback_norm_backward(int64_t is_bf16, const void* x, const float* gain, co
 }
 
 void finback_swiglu_backward(int64_t is_bf16, const void* x, const void* grad, void* d_x, void* out, int64_t rows,
-                             int64_t width) {
+                             int64_t width, double limit) {
   BOTH(is_bf16, T,
        swiglu_backward(static_cast<const T*>(x), static_cast<const T*>(grad), static_cast<T*>(d_x), static_cast<T*>(out),
-                       rows, width))
+                       rows, width, float(limit)))
 }
 
 void finback_spread(int64_t is_bf16, const void* x, const int64_t* slots, const float* weight, void* rows,
