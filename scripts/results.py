@@ -377,14 +377,18 @@ def table(rows: str, file: str, command: str) -> Iterator[str]:
         yield f"| {what} | {figure} | `python {program}` | [{source}](../benchmarks/results/{file}) |"
 
 
-def render(page: str) -> str:
+def render(name: str) -> str:
     lines = list[str]()
-    for line in (DOCS / f"{page}.in.md").read_text(encoding="utf-8").splitlines():
+    for line in (DOCS / f"{name}.in.md").read_text(encoding="utf-8").splitlines():
         lines += table(*line.strip("{}").split(" ", 2)) if line.startswith("{") else [line]
     return "\n".join(lines) + "\n"
 
 
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS
+    for name in PAGES:
+        (folder / f"{name}.md").write_text(render(name), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    for page in PAGES:
-        target = (Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS) / f"{page}.md"
-        target.write_text(render(page), encoding="utf-8")
+    main()
