@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _distributed_c10d as c10d
 
 from finback.data.rows import PADDING, Row
 from finback.model.config import CSA, HCA, SLIDING, ModelConfig
@@ -61,7 +62,7 @@ def started(ranks: int, target: Callable[..., None], *arguments: Any) -> None:
 
     They meet in a store of this process: a port that rank 0 opened later could be taken by then.
     """
-    context, store = multiprocessing.get_context("forkserver"), dist.TCPStore("127.0.0.1", 0, is_master=True)
+    context, store = multiprocessing.get_context("forkserver"), c10d.TCPStore("127.0.0.1", 0, is_master=True)
     context.set_forkserver_preload(IMPORTED)  # once for all tests: the import takes longer than most of them
     children = [context.Process(target=_meet, args=(r, store.port, target, arguments)) for r in range(ranks)]
     for child in children:

@@ -106,8 +106,8 @@ def _gathered(c: ModelConfig, work: Workload, width: float) -> float:
             numbers += 4 * (c.head_dim + c.index_head_dim) + c.rope_dim
         forward, backward = forward + numbers, backward + numbers
     again = 2 if work.recompute in ("attention", "block") else 1
-    numbers = (again * forward + backward) / work.layout.stages
-    return work.passes * work.micro_tokens * numbers * width * (work.layout.cp - 1)
+    of_a_stage = (again * forward + backward) / work.layout.stages
+    return work.passes * work.micro_tokens * of_a_stage * width * (work.layout.cp - 1)
 
 
 @lru_cache(maxsize=64)
