@@ -9,11 +9,12 @@ call resumes; the result file is written after each seed, and seeds that it alre
 import argparse
 import json
 import runpy
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from record import header, rows, write
+from record import over_seeds
 
 import finback
 from finback.model.lora import LoRA
@@ -43,11 +44,12 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     return [*found, rl, replace(after, name="after-adapter", start="adapter")]
 
 
-def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Scores before and after both kinds of RL, accuracy by step, and seconds."""
-    root = options.runs / f"seed-{seed}"
-    summary = finback.run(stages(options), root, name="rl", seed=seed)
-    row: dict[str, Any] = {"seed": seed}
+def measure(row: dict[str, Any], options: argparse.Namespace) -> Iterator[None]:
+    """Adds scores before and after both kinds of RL, accuracy by step, and seconds."""
+    if "rl" in row:
+        return
+    root = options.runs / f"seed-{row['seed']}"
+    summary = finback.run(stages(options), root, name="rl", seed=row["seed"])
     for name in ("before", "after", "after-adapter"):
         exam = json.loads((root / "rl" / name / "sums.json").read_text())
         row[name] = {key: exam[key] for key in ("accuracy", "interval")}
@@ -57,7 +59,14 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
             "accuracy_by_step": [line["accuracy"] for line in lines if "accuracy" in line],
             "wall_seconds": summary["stages"][name]["cost"]["wall_seconds"],
         }
-    return row
+    print(json.dumps(row, indent=1))
+    yield
+
+
+def compared(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """How much less the adapter reaches than all weights."""
+    gains = [row["after-adapter"]["accuracy"] - row["after"]["accuracy"] for row in seeds]
+    return {"adapter_less_full": {"per_seed": gains, "mean": sum(gains) / len(gains), "least": LEAST}}
 
 
 def main() -> None:
@@ -73,16 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapter_rl.json"))
     options = parser.parse_args()
     knobs = {name: getattr(options, name) for name in ("problems", "steps", "rank", "lr")}
-    results = header("adapter_rl", knobs)
-    results["seeds"] = rows(options.out, knobs)
-    for seed in options.seeds:
-        if any(row["seed"] == seed for row in results["seeds"]):
-            continue
-        results["seeds"].append(measure(seed, options))
-        gains = [row["after-adapter"]["accuracy"] - row["after"]["accuracy"] for row in results["seeds"]]
-        results["adapter_less_full"] = {"per_seed": gains, "mean": sum(gains) / len(gains), "least": LEAST}
-        write(results, options.out)
-        print(json.dumps(results["seeds"][-1], indent=1))
+    over_seeds("adapter_rl", knobs, options, measure, compared)
 
 
 if __name__ == "__main__":

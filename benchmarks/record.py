@@ -1,5 +1,6 @@
 """The content of a results file besides the contestants: the machine, statistics, the file itself."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -7,7 +8,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,31 @@ def header(benchmark: str, settings: Settings) -> dict[str, Any]:
     }
 
 
-def rows(out: Path, settings: Settings) -> list[dict[str, Any]]:
-    """The seeds in a results file with the same settings. Seeds take hours, so several calls may add to one file."""
-    if not out.is_file():
-        return []
-    found = json.loads(out.read_text(encoding="utf-8"))
-    if found["settings"] != json.loads(json.dumps(settings)):
-        raise SystemExit(f"{out} has other settings: {found['settings']}; choose another --out, or delete it")
-    return list(found["seeds"])
+def over_seeds(
+    benchmark: str,
+    settings: Settings,
+    options: argparse.Namespace,
+    measure: Callable[[dict[str, Any], argparse.Namespace], Iterator[None]],
+    judge: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> dict[str, Any]:
+    """The results for `options.seeds`, written to `options.out` whenever `measure` yields.
+
+    measure: adds what it lacks to {"seed": ...}, or to a row of an earlier call. judge: fields that follow from all rows.
+    Seeds take hours, so several calls with the same settings may add to one file.
+    """
+    out, results, rows = options.out, header(benchmark, settings), list[dict[str, Any]]()
+    if out.is_file():
+        found = json.loads(out.read_text(encoding="utf-8"))
+        if found["settings"] != json.loads(json.dumps(settings)):
+            raise SystemExit(f"{out} has other settings: {found['settings']}; choose another --out, or delete it")
+        rows = found["seeds"]
+    results["seeds"] = rows
+    for seed in options.seeds:
+        row = next((each for each in rows if each["seed"] == seed), {"seed": seed})
+        for _ in measure(row, options):
+            rows += [] if row in rows else [row]
+            write(results | judge(rows), out)
+    return results | judge(rows)
 
 
 def write(results: dict[str, Any], out: Path | None) -> None:

@@ -7,10 +7,11 @@ written after each recipe, and seeds that it already has are skipped.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from record import header, rows, write
+from record import over_seeds
 from seeds import exams, finback
 
 LOST_BITS, LOST_POINTS = 0.01, 0.02  # most that a model may lose by becoming sparse
@@ -45,7 +46,16 @@ def road(name: str, seed: int, runs: Path, tiny: Path) -> dict[str, Any]:
     return found
 
 
-def verdicts(seeds: list[dict[str, Any]]) -> list[str]:
+def measure(row: dict[str, Any], options: argparse.Namespace) -> Iterator[None]:
+    """Adds each recipe that a seed lacks."""
+    for name in RECIPES:
+        if name not in row:
+            own = (options.runs / f"seed-{row['seed']}").absolute()
+            row[name] = road(name, row["seed"], own, base(row["seed"], own))
+            yield
+
+
+def verdicts(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """The violated limits on what a dense model may lose by becoming sparse."""
     found = []
     for row in seeds:
@@ -54,7 +64,7 @@ def verdicts(seeds: list[dict[str, Any]]) -> list[str]:
         points = dense["sampled"]["accuracy"] - sparse["sampled"]["accuracy"]
         if bits > LOST_BITS or points > LOST_POINTS:
             found.append(f"seed {row['seed']}: turning sparse costs {bits:.3f} bits per byte and {points:.1%} of sums")
-    return found
+    return {"does_not_hold": found}
 
 
 def main() -> None:
@@ -64,18 +74,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/sparse"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sparse_roads.json"))
     options = parser.parse_args()
-    results = header("sparse_roads", {})
-    results["seeds"] = rows(options.out, {})
-    for seed in options.seeds:
-        row: dict[str, Any] = next((each for each in results["seeds"] if each["seed"] == seed), {"seed": seed})
-        if row not in results["seeds"]:
-            results["seeds"].append(row)
-        for name in RECIPES:
-            if name not in row:
-                runs = (options.runs / f"seed-{seed}").absolute()
-                row[name] = road(name, seed, runs, base(seed, runs))
-                results["does_not_hold"] = verdicts(results["seeds"])
-                write(results, options.out)
+    over_seeds("sparse_roads", {}, options, measure, verdicts)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ and seeds that it already has are skipped.
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from record import header, rows, write
+from record import over_seeds
 from vllm_rollouts import ENVIRONMENT, FLAGS, SUMS, learning
 
 import finback
@@ -59,12 +60,15 @@ def reinforcement(name: str, options: argparse.Namespace) -> list[Stage]:
     return [rl, Evaluate(name=f"after-{name}", start=name, exams=(exam,))]
 
 
-def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one seed; returns accuracy, staleness and mismatch of each variant."""
+def measure(row: dict[str, Any], options: argparse.Namespace) -> Iterator[None]:
+    """Runs one seed; adds accuracy, staleness and mismatch of each variant."""
+    if WAYS.keys() <= row.keys():
+        return
     stages = [*learning(options.tokens), *(stage for name in WAYS for stage in reinforcement(name, options))]
-    runs = options.runs / f"seed-{seed}"
-    finback.run(stages, runs, name="rl", seed=seed)
-    return {"seed": seed, **{name: described(runs / "rl", name) for name in WAYS}}
+    runs = options.runs / f"seed-{row['seed']}"
+    finback.run(stages, runs, name="rl", seed=row["seed"])
+    row |= {name: described(runs / "rl", name) for name in WAYS}
+    yield
 
 
 def described(root: Path, name: str) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def described(root: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def verdicts(seeds: list[dict[str, Any]]) -> list[str]:
+def verdicts(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the requirements that the results violate."""
     found = []
     for seed in seeds:
@@ -90,7 +94,7 @@ def verdicts(seeds: list[dict[str, Any]]) -> list[str]:
             score = seed[name]["sampled"]
             if score < LEAST or score < first - APART:
                 found.append(f"seed {seed['seed']}, {name}: {score:.1%} sampled, {first:.1%} in turn")
-    return found
+    return {"does_not_hold": found}
 
 
 def main() -> None:
@@ -108,14 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/staleness.json"))
     options = parser.parse_args()
     knobs = {name: getattr(options, name) for name in ("engine", "steps", "prompts", "problems", "tokens")}
-    results = header("staleness", knobs)
-    results["seeds"] = rows(options.out, knobs)
-    for seed in options.seeds:
-        if any(row["seed"] == seed for row in results["seeds"]):
-            continue
-        results["seeds"].append(measure(seed, options))
-        results["does_not_hold"] = verdicts(results["seeds"])
-        write(results, options.out)
+    results = over_seeds("staleness", knobs, options, measure, verdicts)
     if results["does_not_hold"]:
         raise SystemExit("\n".join(results["does_not_hold"]))
 
