@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from finback.checkpoint import store
 from finback.config import UserError
 from finback.data.loader import Loader
 from finback.model.config import ModelConfig
 from finback.model.count import attending_densely, training_flops
-from finback.model.dsa_training import Attention, set_attention, take_divergences, teach_indexers
+from finback.model.dsa_training import Attention, divergence, set_attention, take_divergences, teach_indexers
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
 from finback.planner import recipe_plan
@@ -21,8 +22,10 @@ from finback.planner.options import PlanOptions
 from finback.runs.files import read_lines
 from finback.runs.folder import Interrupted
 from finback.runs.recipe import config_json
+from finback.stages.pretrain_setup import PretrainingOptions
 from finback.train import compiling, loop
-from finback.train.trainer import Trainer
+from finback.train.sharded_options import ShardedOptions
+from finback.train.trainer import ReplicatedTrainer, Trainer
 from tests.many import SPARSE_MANY, V4_MANY, Way, batches, on_many, on_ranks, one_rank, step
 from tests.test_pretrain import begin, prepared, pretrain, trained
 from tests.toy import CONFIG, V4
@@ -31,6 +34,7 @@ __all__ = ["prepared"]
 
 V32 = dataclasses.replace(CONFIG, index_topk=6, index_n_heads=4, index_head_dim=8)
 SMALL_V4 = dataclasses.replace(V4, vocab_size=320, num_nextn_predict_layers=1)
+GLM_MANY = dataclasses.replace(SPARSE_MANY, shared_indexers=(1, 3))
 # 8 steps of 4 x 16 dense tokens, 4 steps of 2 x 32 in which indexers warm up, 8 sparse ones of the same shape
 GROWING: dict[str, Any] = {
     "seq_len": ((0, 16), (512, 32)),
@@ -173,26 +177,53 @@ def test_a_schedule_is_planned_part_by_part() -> None:
     assert away["memory_bytes"] == max(part["memory_bytes"] for part in parts.values())
 
 
+class Teaching(Way):
+    """A way in which indexers learn, as in pre-training."""
+
+    @property
+    def options(self) -> ShardedOptions:
+        usual = super().options
+        knobs = {field.name: getattr(usual, field.name) for field in dataclasses.fields(usual)}
+        return PretrainingOptions(**knobs, prepare=teach_indexers)
+
+
 def _phased(trainer: Trainer, way: Way) -> list[list[float]]:
     numbers = []
     attention: tuple[Attention, ...] = ("dense", "dense", "warm-up", "warm-up", "sparse", "sparse")
     for kind, batch in zip(attention, batches(way, 6), strict=True):
         for model in trainer.models:
-            teach_indexers(model, kind)
+            set_attention(model, kind)
         numbers.append(step(trainer, batch))
+        if isinstance(trainer, ReplicatedTrainer) or trainer.layout.pp == 1:  # type: ignore[attr-defined]
+            numbers.append([divergence(model) for model in trainer.models])
     return numbers
 
 
 def _phased_on_many(layout: Layout, way: Way, expected: list[list[float]]) -> None:
     many = on_many(layout, way)
-    assert _phased(many, way) == [pytest.approx(one, abs=1e-5) for one in expected]
+    if layout.pp > 1:
+        expected = expected[::2]
+    found = _phased(many, way)
+    for line in found if layout.cp > 1 else ():
+        if len(line) == 1:  # of this part of the rows
+            total = torch.tensor(line)
+            dist.all_reduce(total)
+            line[:] = (total / layout.cp).tolist()
+    for line, one in zip(found, expected, strict=True):
+        if len(line) > 1 or layout.dp == 1:
+            assert line == pytest.approx(one, abs=1e-5)
     set_attention(many.gathered(), "dense")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [SPARSE_MANY, V4_MANY], ids=["V3.2", "V4"])
-@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(pp=2, micro_batches=2)], ids=["fsdp", "piped"])
-def test_shards_follow_the_schedule(config: ModelConfig, layout: Layout) -> None:
-    """Indexers that rest have gradients of zero on one rank, and none on many."""
-    way = Way(config)
+@pytest.mark.parametrize("config", [SPARSE_MANY, GLM_MANY, V4_MANY], ids=["V3.2", "GLM-5", "V4"])
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=2, ep=2), Layout(pp=2, micro_batches=2), Layout(cp=2, ep=2)], ids=["fsdp", "piped", "context"]
+)
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_shards_follow_the_schedule(config: ModelConfig, layout: Layout, packed: bool) -> None:
+    """Losses, gradient norms and divergences of one rank; indexers that rest have gradients of zero there, and none here."""
+    if layout.pp > 1 and config.shared_indexers:
+        pytest.skip("pipelines refuse shared indexers")
+    way = Teaching(config, packed=packed)
     on_ranks(2, _phased_on_many, layout, way, _phased(one_rank(way), way))

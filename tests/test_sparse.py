@@ -151,7 +151,6 @@ def test_a_dense_model_becomes_sparse(prepared: Path) -> None:
     for start, knobs, words in (
         ("warm", {}, r"wrong\.index_topk"),
         ("dense", {"index_head_dim": 4}, r"wrong\.index_head_dim"),
-        ("dense", {"compile": True}, r"wrong\.compile"),
     ):
         with pytest.raises(UserError, match=words):
             trained(prepared, "wrong", kind=Sparsify, start=start, **INDEXER | knobs)

@@ -23,9 +23,9 @@ from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
 from finback.model.count import attending_densely
 from finback.model.csa import CSA
-from finback.model.dsa import DSA, Seen, SharedDSA, listed
+from finback.model.dsa import DSA, IndexerQueries, Seen, SharedDSA, listed
 from finback.model.replace import recast
-from finback.model.swa import Far
+from finback.model.swa import Far, shifted
 from finback.model.transformer import Transformer
 from finback.model.windows import windows_of
 
@@ -46,7 +46,7 @@ def set_attention(model: Transformer, attention: Attention) -> Transformer:
     """Makes a model attend this way, in place. Without gradients and with a cache it is dense under "dense", else sparse."""
     config = attending_densely(model.config) if attention == "dense" else model.config
     for module in model.modules():
-        if isinstance(module, DSA | CSA):
+        if isinstance(module, DSA | CSA | IndexerQueries):
             module.config = config
         if isinstance(module, Taught):
             module.attention = attention
@@ -98,14 +98,25 @@ class Taught(nn.Module):
         """Whether this is a training pass of an indexer that does not rest."""
         return cache is None and self.training and torch.is_grad_enabled() and self.attention != "dense"
 
+    # ranks that each read a part of every row
+    members: int = 1
+
     def leave(self, total: Tensor, tokens: int) -> None:
-        """Stores a pass's divergences, summed over tokens, until they are taken."""
-        self.loss = total / tokens
-        self.measured = float(self.loss.detach())
+        """Stores a pass's divergences, summed over this part's tokens, until they are taken; the losses of all parts add up."""
+        self.loss = total / (tokens * self.members)
+        self.measured = float(self.loss.detach()) * self.members
 
 
 class TaughtDSA(Taught, DSA):
     """DSA with a trained indexer."""
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Whole rows (b, s, w) from what this pass has computed of them, (b, t, w): here the same."""
+        return x
+
+    def first(self, new: int) -> int:
+        """Position in whole rows of the first of this pass's `new` tokens: here 0."""
+        return 0
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
@@ -115,13 +126,13 @@ class TaughtDSA(Taught, DSA):
             return DSA.forward(self, x, cos, sin, cache, attention_mask)
         q_latent, kv = self.inputs(x)
         query = self.heads(self.q_of(q_latent), cos, sin)
-        key, value = self.expanded(*self.latents(kv, cos, sin))
-        indexer_key = self.indexer.keys(x.detach(), cos, sin)
+        key, value = self.expanded(*map(self.whole, self.latents(kv, cos, sin)))
+        indexer_key, first = self.whole(self.indexer.keys(x.detach(), cos, sin)), self.first(x.size(1))
         asked, weight = self.indexer.queries(x.detach(), q_latent.detach(), cos, sin)
         shared = self.begin_selection(x)
         read, total = [], torch.zeros((), device=x.device)
         for part in self.parts(query.size(2), key.size(2), len(query)):
-            seen = visible(attention_mask, part, key.size(2), x.device)
+            seen = visible(attention_mask, shifted(part, first), key.size(2), x.device)
             scores = self.indexer.scores(asked[:, part], weight[:, part], indexer_key)
             looked = seen if self.attention == "warm-up" else self.indexer.select(scores.detach(), seen, part)
             if shared is not None:
@@ -152,13 +163,14 @@ class TaughtCSA(Taught, CSA):
     ) -> Far:
         if not self.learns(cache):
             return CSA.far(self, x, q_latent, angles, mask, cache)
-        length, turned = x.size(1), torch.cat(angles, dim=-1)
+        turned, first = self.whole(torch.cat(angles, dim=-1).expand(len(x), -1, -1)), self.first(x.size(1))
+        length = turned.size(1)
         windows = windows_of(mask, length, self.compressor.size, x.device)
-        entries = self.compressor(self.compressor.record(x), turned, windows)
-        keys = self.indexer.compressor(self.indexer.compressor.record(x.detach()), turned, windows)
+        entries = self.compressor(self.whole(self.compressor.record(x)), turned, windows)
+        keys = self.indexer.compressor(self.whole(self.indexer.compressor.record(x.detach())), turned, windows)
         query, weight = self.indexer.queries(x.detach(), q_latent.detach(), *angles)
         self.scored = lambda part: self.indexer.scores(query[:, part], weight[:, part], keys)
-        seen: Seen = lambda part: windows.seen(mask, part, length)  # noqa: E731
+        seen: Seen = lambda part: windows.seen(mask, shifted(part, first), length)  # noqa: E731
         if self.attention == "warm-up" or entries.size(1) <= self.config.index_topk:
             return entries, seen
         return entries, self.picker(x, q_latent, angles, keys, seen)

@@ -25,6 +25,7 @@ from finback.kernels.attention import Attention, with_sinks
 from finback.kernels.documents import Mask, visible
 from finback.model.cache import Cache, LayerCache
 from finback.model.dsa import DSA, Seen
+from finback.model.dsa_training import Taught
 from finback.model.gqa import GQA, SinkGQA
 from finback.model.mla import MLA
 from finback.model.moe import MoE, balance_of, expert_shares
@@ -37,6 +38,8 @@ def spread_context(model: Transformer, group: dist.ProcessGroup) -> None:
     """Changes a model in place to read this rank's part of rows that are split over the ranks of a group."""
     recast(model, ContextTransformer).group = group
     for module in list(model.modules()):
+        if isinstance(module, Taught):
+            module.members = group.size()
         if isinstance(module, DSA):
             recast(module, ContextDSA).group = group
         elif isinstance(module, SWA):
@@ -71,11 +74,19 @@ class ContextDSA(DSA):
 
     group: dist.ProcessGroup
 
+    def whole(self, x: Tensor) -> Tensor:
+        """Rows from what all ranks have computed of them, in training that teaches indexers."""
+        return gathered(x, self.group)
+
+    def first(self, new: int) -> int:
+        """Position of this part's first token."""
+        return self.group.rank() * new
+
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
         """As DSA.forward; cos and sin are of this part, the mask is of whole rows."""
-        if cache is not None:
+        if cache is not None or (isinstance(self, Taught) and self.learns(cache)):
             return super().forward(x, cos, sin, cache, attention_mask)
         start, length = self.group.rank() * x.size(1), self.group.size() * x.size(1)
         q_latent, kv = self.inputs(x)

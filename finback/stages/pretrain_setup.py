@@ -102,11 +102,6 @@ def _prepare(stage: "Pretrain", config: ModelConfig, model: Transformer) -> None
         if getattr(stage, knob):
             raise stage.wrong(knob, "the model has no indexers", "Use 0, or a model with index_topk.")
     teaches = _teaches_indexers(stage, config)
-    if teaches and config.index_topk and stage.layout is not None and stage.layout.cp > 1:
-        problem = "indexers are trained on whole rows"
-        raise UserError(
-            f"{stage.name}.layout.cp", stage.layout.cp, problem, "Use 1; SFT and RL of such models support it."
-        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.learns(name) and (teaches or ".indexer." not in name))
     if teaches and config.index_topk:
