@@ -109,7 +109,7 @@ def test_show_explains_whatever_stands_in_a_recipe() -> None:
     """Knobs with defaults and comments, inherited ones too; a redefined default keeps the comment of its base class."""
     stage = finback("show", "Sparsify").stdout
     assert "index_topk: int  (must be given)\n    earlier tokens that each token will attend to" in stage
-    assert "adam_lr: float = 0.001" in stage and "seq_len: int = 128\n    tokens per row" in stage
+    assert "adam_lr: float = 0.001" in stage and "seq_len: Steps = 128\n    tokens per row" in stage
     assert "weight_decay: float = 0.0\n    weight decay of hidden matrices" in stage
     for name in ("Questions", "Code", "Chains", "Reward", "Objective", "Layout", "ModelConfig", "Hub", "Validation"):
         shown = json.loads(finback("show", name, "--json").stdout)

@@ -104,6 +104,7 @@ def test_the_planner_knows_the_trainers_words() -> None:
         "compute",
         "compile",
         "qat",
+        "weights",
         "expert_kernel",
         *OF_DATA,
     }, "the planner must know every choice"
