@@ -45,8 +45,9 @@ class Servers(Backend):
     tries: int = 6
     # seconds before a failed server is asked again; doubles with each failure
     backoff: float = 1.0
-    # dollars per million prompt tokens, and per million generated ones, if the servers charge for tokens
+    # dollars per million prompt tokens, if the servers charge for tokens
     price_in: float | None = None
+    # dollars per million generated tokens; needed with price_in
     price_out: float | None = None
     # dollars per hour of each server, if they charge for time
     price_hour: float | None = None
