@@ -20,6 +20,16 @@ Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "int8", "kept"],
     "auto, fp32, bf16, int8 (weights only, rounded), or kept (weights as a GGUF file or packed folder stores them).",
 ]
+# of a program that `finback serve` and `finback compare` start
+EnginePython = Annotated[str, typer.Option(metavar="PYTHON", help="Python of the program's environment.")]
+EngineFlags = Annotated[
+    tuple[str, ...],
+    typer.Option("--engine-flag", metavar="FLAG", help="Flag for the program, as --engine-flag=--x=1; repeatable."),
+]
+EngineEnv = Annotated[
+    tuple[str, ...],
+    typer.Option("--engine-env", metavar="NAME=VALUE", help="Variable for the program's environment; repeatable."),
+]
 Settings = Annotated[
     tuple[str, ...], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")
 ]

@@ -24,7 +24,7 @@ from tests import tuned
 from tests.many import on_ranks
 from tests.test_pretrain import begin, prepared, pretrain
 from tests.toy import CONFIG, DENSE, V4, backward, toy_model
-from tests.tuned import LEARNT, Tuned, begun
+from tests.tuned import LEARNT, Tuned, begun, stopped_at
 
 assert prepared  # a fixture
 FAMILIES = {
@@ -81,23 +81,11 @@ def test_gradients_are_those_of_fp32_parameters_with_these_numbers(family: str) 
         assert torch.equal(p.grad, wanted) or not is_exact(name), name
 
 
-def stopped_at(training: Any, stop: int) -> Any:
-    """Runs a training from its checkpoint to a step, writes a checkpoint there, and returns its model."""
-    looped = Loop(training)
-    state = looped.restore()
-    if state is not None:
-        training.load_state(state)
-    while looped.step < stop:
-        looped.advance()
-    looped.checkpoint()
-    return looped
-
-
 def ends_alike(start: Any) -> dict[str, Tensor]:
     """Seven steps at once, and with the fifth taken twice: it is lost with the process after the fourth was saved."""
-    whole = stopped_at(start("whole"), 7)
-    stopped_at(start("killed"), 4).advance()
-    killed = stopped_at(start("killed"), 7)
+    whole = stopped_at(Loop(start("whole")), 7)
+    stopped_at(Loop(start("killed")), 4).advance()
+    killed = stopped_at(Loop(start("killed")), 7)
     ours, theirs = (looped.trainer.model.state_dict() for looped in (killed, whole))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     found: dict[str, Tensor] = theirs
@@ -146,7 +134,7 @@ def test_losses_are_close_to_those_of_fp32_masters(way: str, prepared: Path, mon
 
 def _on_two(root: str) -> None:
     LEARNT["here"] = TUNED["sft"]
-    trainer = stopped_at(begun(Path(root), "here", None), 3).trainer
+    trainer = stopped_at(Loop(begun(Path(root), "here", None)), 3).trainer
     for _, tensor in trainer.model.named_parameters():
         mine = tensor.detach().float()
         both = [torch.empty_like(mine) for _ in range(2)]
@@ -160,7 +148,7 @@ def test_whole_copies_on_two_ranks_stay_equal(tmp_path: Path) -> None:
 
 
 def test_the_model_is_stored_as_it_is(prepared: Path) -> None:
-    training = stopped_at(begin(prepared, pretrain(name="stored", **BF16)), 2).training
+    training = stopped_at(Loop(begin(prepared, pretrain(name="stored", **BF16))), 2).training
     training.trainer.export(training.run, training.run.folder, training.tokenizer)
     stored = store.load(training.run.folder / "model.safetensors")[0]
     assert {t.dtype for n, t in stored.items() if not is_exact(n)} == {torch.bfloat16}

@@ -118,6 +118,14 @@ def trained(root: Path, name: str, **knobs: Any) -> tuple[dict[str, Any], list[d
     return results, read_lines(root / name / "metrics.jsonl"), root / name
 
 
+def interrupted(training: Pretraining, stops: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a training until it is interrupted after so many of its steps."""
+    seen = iter(range(1, 100))
+    monkeypatch.setattr(training.run, "check_stop", lambda: next(seen) >= stops)
+    with pytest.raises(Interrupted):
+        loop.run(training)
+
+
 def test_phases_end_the_run_and_set_the_rate(prepared: Path) -> None:
     results, log, _ = trained(prepared, "phased")
     assert results["tokens"] == 1280 == pretrain().work().tokens_trained and len(log) == 20
@@ -386,11 +394,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     broken_at(monkeypatch, 8, 9, 10)
     stage = pretrain(name=names[1], **knobs)
     for stops in (2, 5, 4):  # number of steps before each interruption
-        training = begin(prepared, stage)
-        seen = iter(range(1, 100))
-        monkeypatch.setattr(training.run, "check_stop", lambda seen=seen, stops=stops: next(seen) >= stops)
-        with pytest.raises(Interrupted):
-            loop.run(training)
+        interrupted(begin(prepared, stage), stops, monkeypatch)
     loop.run(begin(prepared, stage))
     parts, other = read_lines(prepared / names[1] / "metrics.jsonl"), prepared / names[1]
     timed = ("seconds", "tokens_per_second", "mfu")

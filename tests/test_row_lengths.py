@@ -20,14 +20,13 @@ from finback.parallel.layout import Layout
 from finback.planner import recipe_plan
 from finback.planner.options import PlanOptions
 from finback.runs.files import read_lines
-from finback.runs.folder import Interrupted
 from finback.runs.recipe import config_json
 from finback.stages.pretrain_setup import PretrainingOptions
 from finback.train import compiling, loop
 from finback.train.sharded_options import ShardedOptions
 from finback.train.trainer import ReplicatedTrainer, Trainer
 from tests.many import SPARSE_MANY, V4_MANY, Way, batches, on_many, on_ranks, one_rank, step
-from tests.test_pretrain import begin, prepared, pretrain, trained
+from tests.test_pretrain import begin, interrupted, prepared, pretrain, trained
 from tests.toy import CONFIG, V4
 
 __all__ = ["prepared"]
@@ -95,11 +94,7 @@ def test_an_interrupted_schedule_ends_with_the_same_bits(
     _, _, one = trained(prepared, f"schedule-{packing}", **knobs)
     stage = pretrain(name=f"pieces-{packing}", **knobs)
     for stops in (5, 3, 2, 4):  # after 5, 8, 10 and 14 steps
-        training = begin(prepared, stage)
-        seen = iter(range(1, 100))
-        monkeypatch.setattr(training.run, "check_stop", lambda seen=seen, stops=stops: next(seen) >= stops)
-        with pytest.raises(Interrupted):
-            loop.run(training)
+        interrupted(begin(prepared, stage), stops, monkeypatch)
     loop.run(begin(prepared, stage))
     timed = ("seconds", "tokens_per_second", "mfu")
     logs = [read_lines(prepared / name / "metrics.jsonl") for name in (f"schedule-{packing}", f"pieces-{packing}")]

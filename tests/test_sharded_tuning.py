@@ -23,7 +23,7 @@ from finback.stages.sft import SFT
 from finback.tasks.math import Chains
 from tests.many import on_ranks
 from tests.toy import DENSE, ROOT, V4, environment, finback_process
-from tests.tuned import EXACT, SPREAD, STEPWISE, alone, begun, on_layout, prepared, weights
+from tests.tuned import EXACT, SPREAD, STEPWISE, alone, begun, on_layout, prepared, stopped_at, weights
 
 FAST = ("sft", "lora grpo")
 WHOLE = ("sft", "grpo")
@@ -212,13 +212,7 @@ def _interrupted(root: str, names: tuple[str, ...], layout: Layout) -> None:
         for way, stops in (("once", (5,)), ("twice", (3, 5))):
             for stop in stops:
                 training = begun(Path(root), name, layout, f"{name} {way} {layout.sharding}".replace(" ", "_"))
-                looped = training.loop()
-                state = looped.restore()
-                if state is not None:
-                    training.load_state(state)
-                while looped.step < stop:
-                    looped.advance()
-                looped.checkpoint()
+                looped = stopped_at(training.loop(), stop)
                 training.trainer.settle()
                 if stop == 3:
                     looped.advance()

@@ -118,6 +118,17 @@ def prepared(root: Path, config: ModelConfig = SPREAD) -> Path:
     return root
 
 
+def stopped_at(looped: Loop, stop: int) -> Loop:
+    """Runs a training from its checkpoint to a step and writes a checkpoint there."""
+    state = looped.restore()
+    if state is not None:
+        looped.training.load_state(state)
+    while looped.step < stop:
+        looped.advance()
+    looped.checkpoint()
+    return looped
+
+
 def begun(root: Path, name: str, layout: Layout | None, run_name: str = "") -> Any:
     """A stage's training object on the ranks of this process group."""
     given = LEARNT[name]

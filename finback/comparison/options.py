@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from finback.comparison.score import MAX_NO_ANSWER
 from finback.config import UserError, check_not_negative, check_positive
-from finback.options import Dtype, Options
+from finback.options import Dtype, EngineEnv, EngineFlags, EnginePython, Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +71,9 @@ class CompareOptions(Options):
         "What answers for models in files: finback, or a program started for them.",
     ] = "finback"
     replicas: Annotated[int, "Engines that share a model's questions; more than one are processes of their own."] = 1
-    engine_python: Annotated[str, Option(metavar="PYTHON", help="Python of the program's environment.")] = ""
-    engine_flags: Annotated[
-        tuple[str, ...],
-        Option("--engine-flag", metavar="FLAG", help="Flag for the program, as --engine-flag=--x=1; repeatable."),
-    ] = ()
-    engine_env: Annotated[
-        tuple[str, ...],
-        Option("--engine-env", metavar="NAME=VALUE", help="Variable for the program's environment; repeatable."),
-    ] = ()
+    engine_python: EnginePython = ""
+    engine_flags: EngineFlags = ()
+    engine_env: EngineEnv = ()
     harness: Annotated[str, Option(metavar="lm-eval TASK...", help="Run tasks of lm-evaluation-harness instead.")] = ""
     harness_python: Annotated[Path | None, "The Python in which the harness is installed; default this one."] = None
     harness_chat: Annotated[

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from finback.config import UserError, check_not_negative, check_positive
 from finback.engine.speculate import Drafting
-from finback.options import Dtype, Options
+from finback.options import Dtype, EngineEnv, EngineFlags, EnginePython, Options
 from finback.runs.adapters import CONFIG_FILE, is_adapter
 from finback.runs.hub_models import fetched, model_name
 
@@ -137,15 +137,9 @@ class ServeOptions(ListenOptions):
         Literal["finback", "vllm", "sglang"], "What generates tokens: this process, or an external program."
     ] = "finback"
     replicas: Annotated[int, "Programs to start; a prompt goes to the one that has its prefix cached."] = 1
-    engine_python: Annotated[str, Option(metavar="PYTHON", help="Python of the program's environment.")] = ""
-    engine_flags: Annotated[
-        tuple[str, ...],
-        Option("--engine-flag", metavar="FLAG", help="Flag for the program, as --engine-flag=--x=1; repeatable."),
-    ] = ()
-    engine_env: Annotated[
-        tuple[str, ...],
-        Option("--engine-env", metavar="NAME=VALUE", help="Variable for the program's environment; repeatable."),
-    ] = ()
+    engine_python: EnginePython = ""
+    engine_flags: EngineFlags = ()
+    engine_env: EngineEnv = ()
     upstream: Annotated[
         tuple[str, ...],
         Option("--upstream", metavar="URL", help="A running program to use instead of starting one; repeatable."),
