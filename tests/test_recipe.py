@@ -13,9 +13,9 @@ import pytest
 import finback
 from finback import cli
 from finback.config import UserError, as_json
-from finback.model.rope_scaling import Yarn
+from finback.model.rope_scaling import LinearRope, Yarn
 from finback.parallel.mesh import World
-from finback.runs import reader
+from finback.runs import knobs, reader
 from finback.runs.files import read_json, read_lines, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun, prepare_folder
 from finback.runs.ledger import cost, spent
@@ -435,6 +435,22 @@ def test_a_stage_made_with_other_knobs_is_refused(tmp_path: Path) -> None:
     claim(recipe(a, b), tmp_path, 0)
     with refusal(f"b.stop = True: {tmp_path / 'b'} was made with False. {remedy}"):
         claim(recipe(a, dataclasses.replace(b, stop=True)), tmp_path, 0)
+
+
+def test_knobs_within_a_knob_are_compared_one_by_one() -> None:
+    """Fields that an earlier version did not have had their defaults, at any depth."""
+    yarn = Yarn(factor=2.0)
+    stored = json.loads(json.dumps(as_json({"scalings": (yarn, yarn)})))
+    assert knobs.difference({"scalings": (yarn, yarn)}, stored, "a") is None
+    del stored["scalings"][1]["beta_fast"]
+    assert knobs.difference({"scalings": (yarn, yarn)}, stored, "a") is None
+    found = knobs.difference({"scalings": (yarn, dataclasses.replace(yarn, beta_fast=9.0))}, stored, "a")
+    assert found == ("a.scalings.1.beta_fast", 9.0, yarn.beta_fast)
+    stored["scalings"][0]["gone"] = 3  # a field that this version no longer has
+    assert knobs.difference({"scalings": (yarn, yarn)}, stored, "a") == ("a.scalings.0.gone", None, 3)
+    one = {"scalings": (yarn,)}
+    assert knobs.difference(one, stored, "a") == ("a.scalings", [as_json(yarn)], stored["scalings"])
+    assert knobs.difference(yarn, as_json(LinearRope(factor=2.0)), "a") == ("a.type", "Yarn", "LinearRope")
 
 
 def test_knobs_of_the_quickstart_survive_their_file(tmp_path: Path) -> None:

@@ -14,20 +14,17 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from finback.config import UserError, as_json, check_fields, did_you_mean, override, parse
-from finback.runs import adapters, contents, hub_models
+from finback.runs import adapters, contents, hub_models, knobs
 from finback.runs.declaration import DECLARATION, Declaration
 from finback.runs.files import CONFIG, HUB, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_object, write_json
 from finback.runs.folder import Interrupted, Ranks, StageRun
 from finback.runs.ledger import cost, spent
 from finback.runs.recipe_files import demand_file
-
-CONTENTS = "contents"  # key in the config.json of a stage that has begun
-_REMEDY = "Choose another folder with --runs, or delete that stage's folder and those after it."
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,7 @@ def config_json(stage: Stage) -> dict[str, Any]:
 def begun_json(stage: Stage) -> dict[str, Any]:
     """Content of config.json once the stage has begun: also digests of the files and code that its knobs name."""
     config = config_json(stage)
-    return config | {DECLARATION: config[DECLARATION] | {CONTENTS: contents.digests(stage)}}
+    return config | {DECLARATION: config[DECLARATION] | {knobs.CONTENTS: contents.digests(stage)}}
 
 
 def claim(recipe: Recipe, root: Path, seed: int) -> None:
@@ -221,7 +218,7 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
         )
         raise UserError("runs", str(root), "holds stages of an unknown recipe", remedy)
     for stage in recipe.stages:
-        _check_knobs(stage, root / stage.name / CONFIG)
+        knobs.check(stage, root / stage.name)
     pins = theirs.get(HUB, {})
     mine |= {HUB: pins | new} if (new := _commits(recipe, root, pins)) or pins else {}
     if mine != theirs:
@@ -238,22 +235,6 @@ def _commits(recipe: Recipe, root: Path, known: dict[str, str]) -> dict[str, str
         if start.partition("/")[0] not in stages and hub_models.is_name(Path(start)):
             found[start] = hub_models.commit(hub_models.fetched(Path(start)))
     return found
-
-
-def _check_knobs(stage: Stage, path: Path) -> None:
-    if not path.is_file():
-        return
-    then, now = read_object(path), json.loads(json.dumps(as_json(stage)))
-    defaults = {f.name: as_json(f.default) for f in dataclasses.fields(stage) if f.default is not MISSING}
-    for field in sorted((set(then) | set(now)) - stage.free - {DECLARATION}):
-        # a knob added in a later version had its default before
-        was = then.get(field, defaults.get(field))
-        if was != now.get(field):
-            raise UserError(f"{stage.name}.{field}", now.get(field), f"{path.parent} was made with {was!r}", _REMEDY)
-    if found := contents.changed(then.get(DECLARATION, {}).get(CONTENTS), contents.digests(stage)):
-        knob, before, digest = found
-        problem = f"the content has changed since {path.parent} was made, {contents.shown(before)}"
-        raise UserError(f"{stage.name}.{knob}", contents.shown(digest), problem, _REMEDY)
 
 
 def execute(
