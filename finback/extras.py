@@ -18,8 +18,8 @@ PURPOSES = {
     "documents": "text of PDF and Word files",
     "hub": "data sets of the Hugging Face hub",
     "track": "curves for TensorBoard",
-    "scale": "engines that generate for RL in processes of their own, on one machine or many",
-    "sandbox": "running functions that models write in an interpreter without access to the machine (monty)",
+    "scale": "engines that generate for RL in separate processes, on one machine or many (Ray)",
+    "sandbox": "isolation of code that models write: bubblewrap on Linux, and monty, an interpreter without access to the machine",
 }
 
 

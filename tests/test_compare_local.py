@@ -316,7 +316,7 @@ def test_examples_before_a_question(tmp_path: Path) -> None:
     for query, said in (
         ("score=words", "no such way to score"),
         ("score=texts&shots=12", "Ask for fewer"),
-        ("shots=2", "nothing is scored"),
+        ("shots=2", "`score` is missing"),
         ("score=texts&prompt=plain", "Leave out one"),
     ):
         with pytest.raises(UserError, match=said):

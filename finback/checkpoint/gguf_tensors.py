@@ -36,11 +36,11 @@ def tensors(model: Transformer, meta: bool = False) -> Iterator[tuple[str, Tenso
     c = model.config
     yield "token_embd.weight", model.embed
     for number, block in enumerate(model.blocks):
-        assert isinstance(block, Block), "of a plain model"
+        assert isinstance(block, Block), "the model's modules were replaced"
         for name, tensor in _block(block, c):
             yield f"blk.{number}.{name}", tensor
     for number, module in enumerate(model.mtp if writes_mtp(c) else (), start=len(model.blocks)):
-        assert isinstance(module, MTP) and isinstance(module.block, Block), "of a plain model"
+        assert isinstance(module, MTP) and isinstance(module.block, Block), "the model's modules were replaced"
         parts = {"eh_proj": module.project.weight, "enorm": module.embed_norm.gain()}
         parts |= {"hnorm": module.hidden_norm.gain(), "shared_head_norm": module.norm.gain()}
         yield from ((f"blk.{number}.nextn.{name}.weight", tensor) for name, tensor in parts.items())
@@ -71,7 +71,7 @@ def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     yield from _grouped(attention, c) if isinstance(attention, GQA) else _latent(attention, c)
     if isinstance(before, RMSNorm) and isinstance(between, RMSNorm):
         yield "attn_norm.weight", before.gain()
-        is_behind = ARCHITECTURES[family_of(c)] in ("gpt-oss", "glm4moe")  # they name it after its position
+        is_behind = ARCHITECTURES[family_of(c)] in ("gpt-oss", "glm4moe")  # there it is named by its position
         yield ("post_attention_norm" if is_behind else "ffn_norm") + ".weight", between.gain()
     if isinstance(ff, SwiGLU | GeGLU):
         yield from _swiglu(ff, "", fused=family_of(c) == "phi3")

@@ -15,24 +15,28 @@ class Fields:
         self.raw, self.defaults = raw, defaults or {}
 
     def integer(self, name: str, default: int | None = None) -> int:
+        """A whole number from 0 to LARGEST; UserError otherwise."""
         value = self._value(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
             self.refuse(name, f"not a whole number up to {LARGEST:,}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
+        """A finite number as a float; UserError otherwise."""
         value = self._value(name, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             self.refuse(name, "not a number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
+        """True or false; UserError otherwise."""
         value = self._value(name, default)
         if not isinstance(value, bool):
             self.refuse(name, "neither true nor false")
         return value
 
     def integers(self, name: str, default: list[int]) -> list[int]:
+        """A list of whole numbers from 0 to LARGEST; UserError otherwise."""
         value = self._value(name, default)
         if not isinstance(value, list) or not all(isinstance(n, int) and 0 <= n <= LARGEST for n in value):
             self.refuse(name, "not a list of whole numbers")
@@ -58,6 +62,7 @@ class Fields:
             self.refuse(name, f"finback supports {wanted!r} only", "Use another checkpoint.")
 
     def refuse(self, name: str, problem: str, remedy: str = "Correct config.json.") -> NoReturn:
+        """Raises UserError for a field, with the value in the file."""
         raise UserError(f"config.json {name}", self.raw.get(name), problem, remedy)
 
     def _value(self, name: str, default: Any) -> Any:

@@ -9,6 +9,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def grouped(fields: Fields) -> Found:
+    """Llama's attention: grouped queries, halves of a head rotated; other families add to it."""
     heads = fields.integer("num_attention_heads")
     return {
         "attention": "gqa",
@@ -50,10 +51,12 @@ def window_of_all(fields: Fields, default: int | None) -> Found:
 
 
 def qwen2(fields: Fields) -> Found:
+    """Llama's attention with biases on queries, keys and values, and sliding windows."""
     return grouped(fields) | {"attention_bias": "qkv"} | _windows(fields)
 
 
 def qwen3(fields: Fields) -> Found:
+    """Llama's attention with norms on each head's query and key, and sliding windows."""
     return grouped(fields) | {"qk_norm": True} | _windows(fields)
 
 
@@ -112,6 +115,7 @@ def phi3(fields: Fields) -> Found:
 
 
 def olmo2(fields: Fields) -> Found:
+    """Llama's attention with norms on whole projections, and block norms after attention and feed-forward."""
     return grouped(fields) | {"qk_norm": True, "qk_norm_over": "projection", "norms": "post"}
 
 

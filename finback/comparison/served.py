@@ -1,7 +1,7 @@
-"""A model in files behind `finback serve`: processes that a comparison starts, and that end with its questions.
+"""A model in files behind `finback serve`: processes that a comparison starts, and ends after the last answer.
 
-They are external engines (vLLM, SGLang) behind finback's front, or several of finback's own. The front writes the prompts,
-so these are the same as for a model in this process. Does not import torch.
+They are external engines (vLLM, SGLang) behind finback's server, or several servers with finback's own engine. finback's server
+writes the prompts, so these are the same as for a model in this process. Does not import torch.
 """
 
 import importlib.metadata
@@ -43,7 +43,7 @@ class ServeProcess:
         command = [sys.executable, "-c", START.format(parent=os.getpid()), "serve", str(model)]
         command += ["--port", str(port), "--name", NAME, "--queue", "1024", "--no-page", "--drain", "1", *words]
         with log.open("w", encoding="utf-8") as output:
-            # a session of its own: a second signal, such as the terminal's Ctrl-C, would end it without its engines
+            # its own session: a second signal, such as the terminal's Ctrl-C, would end it without its engines
             self._process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=dict(environment), start_new_session=True
             )
@@ -92,7 +92,7 @@ def serving(model: Path, name: str, words: Sequence[str], log: Path, environment
 
 @dataclass
 class _Windowed(Endpoint):
-    """An endpoint whose answers may have `rooms` tokens at most, by the keys of requests."""
+    """An endpoint with a limit of tokens for each answer: `rooms`, by the keys of requests."""
 
     rooms: dict[str, int] = field(default_factory=dict)
 
@@ -117,7 +117,7 @@ class Served:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """That of the model, and the program with its version and settings; the number of replicas may change."""
+        """The model's identity with the program, its version and settings; the number of replicas may change."""
         o, same = self.options, {"engine": self.options.engine, "version": self._version()}
         return self.local.identity | same | {"flags": list(o.engine_flags), "env": digest({"env": o.engine_env})}
 
@@ -135,7 +135,7 @@ class Served:
         return done.stdout.strip()
 
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
-        """Yields answers in order of arrival; the processes end with the iterator. UserError if all of them end before."""
+        """Yields answers in order of arrival; the processes end with the iterator. UserError if all of them end first."""
         if not asks:
             return
         with ExitStack() as stack:
@@ -166,7 +166,7 @@ class Served:
 
     @property
     def _processes(self) -> int:
-        """External engines have one front; finback's own are one process each."""
+        """Number of servers: one for all external engines, or one for each of finback's own."""
         return self.options.replicas if self.options.engine == "finback" else 1
 
     def _start(self, number: int, key: str) -> ServeProcess:

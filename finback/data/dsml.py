@@ -74,7 +74,7 @@ def reply_section(schema: Mapping[str, Any] | None) -> list[str]:
 
 
 def marked(text: str) -> list[str]:
-    """Splits a text of ours into special tokens and plain texts."""
+    """Splits one of finback's own texts into special tokens and plain texts."""
     return [SpecialToken(part) if _MARKS.fullmatch(part) else part for part in _MARKS.split(text)]
 
 

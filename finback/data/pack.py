@@ -39,6 +39,7 @@ class ShardWriter:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens written so far."""
         return sum(self.sizes)
 
     def add(self, ids: np.ndarray) -> None:

@@ -37,9 +37,13 @@ class RowOrder(Protocol):
         """The row at a location."""
         ...
 
-    def state(self) -> Any: ...
+    def state(self) -> Any:
+        """The place in the order, as JSON values."""
+        ...
 
-    def load_state(self, state: Any) -> None: ...
+    def load_state(self, state: Any) -> None:
+        """Continues from what `state` returned."""
+        ...
 
 
 class Windows:
@@ -52,10 +56,12 @@ class Windows:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def next(self) -> tuple[int, int]:
+        """The number of the next window over all epochs, and the tokens to learn from it."""
         self.drawn += 1
         return self.drawn - 1, self.length
 
     def row(self, place: int, document_ids: bool) -> Row:
+        """The window at a place that `next` returned."""
         epoch, index = divmod(place, self.count)
         if self._order[0] != epoch:
             self._order = epoch, _permutation(self.seed, epoch, self.name, self.count)
@@ -90,6 +96,7 @@ class Fitted:
         self._arranged: tuple[tuple[int, int], list[list[int]]] = ((-1, -1), [])
 
     def next(self) -> tuple[list[int], int]:
+        """The pieces of the next row, as indices, and the tokens to learn from it."""
         rows = self._rows()
         if self.place == len(rows):
             self.window, self.place = self.window + 1, 0
@@ -101,6 +108,7 @@ class Fitted:
         return pieces, min(self.length, int(self.sizes[pieces].sum()))
 
     def row(self, place: list[int], document_ids: bool) -> Row:
+        """The row of the pieces that `next` returned, padded with zeros."""
         tokens = np.zeros(self.length + self.extra, dtype=np.int64)
         numbers = np.full(self.length + self.extra, PADDING)
         begin = 0

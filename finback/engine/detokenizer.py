@@ -21,6 +21,7 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
+        """The text so far."""
         return "".join(self.pieces)
 
     def push(self, tokens: Sequence[int], is_answer: bool = True) -> int | None:

@@ -177,6 +177,8 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams], vocab: int, device: torch.device) -> "SamplingBatch":
+        """The columns for these rows, on `device`."""
+
         def column(values: list[float], off: float) -> Tensor | None:
             return None if all(v == off for v in values) else torch.tensor(values, device=device)[:, None]
 

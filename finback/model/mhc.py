@@ -99,6 +99,7 @@ class OneStream(nn.Module):
         """Does nothing: the trunk's output is all that MTP needs."""
 
     def carried(self, hidden: Tensor) -> Tensor:
+        """The hidden states unchanged: one stream needs no merging."""
         return hidden
 
     def forward(self, x: Tensor) -> Tensor:

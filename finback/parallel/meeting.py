@@ -28,11 +28,17 @@ TURN = 0.1  # seconds between two polls
 class Store(Protocol):
     """The methods of torch's TCPStore that a meeting uses."""
 
-    def set(self, key: str, value: str, /) -> Any: ...
+    def set(self, key: str, value: str, /) -> Any:
+        """Sets a key."""
+        ...
 
-    def get(self, key: str, /) -> bytes: ...
+    def get(self, key: str, /) -> bytes:
+        """Waits for a key and returns its value."""
+        ...
 
-    def check(self, keys: list[str], /) -> bool: ...
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all keys are set."""
+        ...
 
 
 @dataclass(frozen=True)

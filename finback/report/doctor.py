@@ -92,7 +92,12 @@ def _speed() -> Iterator[Finding]:
     else:
         yield Finding("C++ kernels", False, "no working compiler: decoding and rollouts are slower", COMPILER)
     problem = compiling.why_not()
-    yield Finding("compile", not problem, problem or "`compile=True` works in Pretrain", COMPILER if problem else "")
+    yield Finding(
+        "compile",
+        not problem,
+        problem or "`compile=True` works in Pretrain, SFT, Distill and GRPO",
+        COMPILER if problem else "",
+    )
 
 
 def _features(environment: Mapping[str, str]) -> Iterator[Finding]:

@@ -42,6 +42,7 @@ def accuracy_table(exams: list[StageFolder]) -> str:
 
 
 def share(exam: dict[str, Any] | None) -> str:
+    """An exam's accuracy with its interval, or "-" without an exam."""
     if exam is None:
         return "-"
     low, high = exam["interval"]

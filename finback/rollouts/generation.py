@@ -24,7 +24,9 @@ class Generator(Protocol):
     """Anything that answers prompts, such as an Engine."""
 
     @property
-    def model_config(self) -> ModelConfig: ...
+    def model_config(self) -> ModelConfig:
+        """Config of the model that answers."""
+        ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]

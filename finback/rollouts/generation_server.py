@@ -63,7 +63,7 @@ class TokenAnswer:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What answers must match: the model in training, and what the stage needs from them."""
+    """The model in training, whose shape answers must match, and what the stage needs from them."""
 
     vocab_size: int
     layers: int
@@ -157,7 +157,7 @@ class GenerationServer(ABC):
             self.asleep = False
 
     def _wake(self, tag: str) -> None:  # noqa: B027 - those that never sleep
-        """Restores the memory of one of the two."""
+        """Restores the memory of "weights" or "kv_cache"."""
 
     def version(self) -> str | None:
         """Version of the weights, for servers whose answers do not report it; None if it cannot be asked."""

@@ -23,16 +23,24 @@ class Remote(Protocol):
     """Knobs that all external engines have."""
 
     @property
-    def dtype(self) -> Literal["auto", "fp32", "bf16"]: ...
+    def dtype(self) -> Literal["auto", "fp32", "bf16"]:
+        """Precision of the weights that engines receive."""
+        ...
 
     @property
-    def probe_gap(self) -> float | None: ...
+    def probe_gap(self) -> float | None:
+        """Largest difference of log-probabilities, in nats, that a probe accepts; None: the default of the precision."""
+        ...
 
     @property
-    def tries(self) -> int: ...
+    def tries(self) -> int:
+        """Consecutive failures after which an engine is left alone."""
+        ...
 
     @property
-    def backoff(self) -> float: ...
+    def backoff(self) -> float:
+        """Seconds for which an engine is left alone after its first failure."""
+        ...
 
 
 class RemoteRollouts(Rollouts):

@@ -60,11 +60,17 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def barrier(self) -> None: ...
+    def barrier(self) -> None:
+        """Waits until all ranks have called it."""
+        ...
 
-    def any(self, flag: bool) -> bool: ...
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true on any rank."""
+        ...
 
-    def gather(self, value: Any) -> list[Any]: ...
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank."""
+        ...
 
 
 class Interrupted(Exception):
@@ -89,6 +95,7 @@ class StageRun:
 
     @property
     def is_writer(self) -> bool:
+        """Whether this rank writes the files that a stage has once."""
         return self.ranks.rank == 0
 
     def seed(self, *purpose: object) -> int:

@@ -26,7 +26,7 @@ MOST = 1e30  # upper bound of any plausible amount
 # FLOPs by purpose, as the EU's guidelines on general-purpose models distinguish them (annex, 117-133)
 FLOPS = {
     "training": "forward and backward passes that update parameters",
-    "recomputed": "activations made again in the backward pass",
+    "recomputed": "activations recomputed in the backward pass",
     "generation": "answers sampled to learn from, rejected ones included",
     "evaluation": "probes, exams and validation text",
     "auxiliary": "forward passes of teachers and reference models",
@@ -67,7 +67,7 @@ def _is_believed(key: str, value: Any) -> bool:
     """Whether an entry is text, or a valid amount if it must be one."""
     is_amount = key in AMOUNTS or key.startswith(("flops_", "tokens_"))
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return 0 <= value <= MOST  # NaN is neither
+        return 0 <= value <= MOST  # false for NaN
     return not is_amount
 
 
@@ -101,7 +101,7 @@ def watt_hours(ledger: Iterable[dict[str, Any]]) -> float:
 
 
 def dollars(core_seconds: float) -> float:
-    """Their estimated price."""
+    """The estimated price of core-seconds."""
     return core_seconds / 3600 * DOLLARS_PER_CORE_HOUR
 
 
@@ -111,13 +111,13 @@ def money(total: dict[str, float]) -> float:
 
 
 def unknown(ledger: Iterable[dict[str, Any]]) -> list[str]:
-    """What no amount of a ledger includes, such as "money of rl.rollouts"."""
+    """What the amounts of a ledger leave out because nobody knows it, such as "money of rl.rollouts"."""
     lists = [line["unknown"] for line in ledger if isinstance(line.get("unknown"), list)]
     return sorted({text for texts in lists for text in texts if isinstance(text, str)})
 
 
 def lacks(bill: dict[str, Any], what: str) -> bool:
-    """Whether a bill of `cost` does not include all "money", "energy" or "FLOPs"."""
+    """Whether part of `what` ("money", "energy" or "FLOPs") is unknown in a bill of `cost`."""
     return any(text.startswith(f"{what} of ") for text in bill.get("unknown", ()))
 
 
@@ -152,7 +152,7 @@ def cost(folder: Path) -> dict[str, Any]:
 
 
 def _external(total: dict[str, float]) -> list[str]:
-    """The part of external engines."""
+    """What external engines did, for `basis`."""
     if "external_seconds" not in total:
         return []
     read, made = (int(total.get(f"tokens_external_{kind}", 0)) for kind in ("prompt", "generated"))

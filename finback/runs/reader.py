@@ -49,6 +49,7 @@ class StageFolder:
 
     @property
     def name(self) -> str:
+        """The stage's name."""
         return self.folder.name
 
     @property
@@ -69,6 +70,7 @@ class StageFolder:
 
     @property
     def is_finished(self) -> bool:
+        """Whether it has a valid manifest."""
         return self.manifest is not None
 
     def has_ended(self) -> bool:
@@ -104,10 +106,12 @@ class StageFolder:
 
     @property
     def has_metrics(self) -> bool:
+        """Whether it has logged steps."""
         return plain_file(self.folder, METRICS)
 
     @property
     def has_samples(self) -> bool:
+        """Whether it has recorded answers of RL."""
         return plain_file(self.folder, SAMPLES)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -203,6 +207,7 @@ def summary(root: Path) -> dict[str, Any]:
 
 
 def has_summary(root: Path) -> bool:
+    """Whether a run folder has a summary."""
     return plain_file(root, SUMMARY)
 
 

@@ -63,6 +63,7 @@ class TurnParam(RequestPart):
 
     @property
     def blocks(self) -> list[ContentBlock]:
+        """The content as blocks; a plain string is one text block."""
         return [ContentBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
@@ -98,6 +99,7 @@ class ClientTool(RequestPart):
 
     @property
     def is_function(self) -> bool:
+        """Whether the client runs it, rather than a hosted service."""
         return self.type in (None, "custom")
 
 

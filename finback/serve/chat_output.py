@@ -31,6 +31,7 @@ class ChatChoice:
         self._is_inline = False  # whether the content is inside <think>
 
     def start(self) -> dict[str, Any]:
+        """The first chunk of a choice, with its role."""
         return self._choice({"role": "assistant", "content": ""}, None)
 
     def take(self, delta: OutputDelta) -> list[dict[str, Any]]:

@@ -58,6 +58,7 @@ class DeltaCollector:
         return new
 
     def think(self, text: str) -> None:
+        """Takes text of the chain of thought."""
         if shown := self._shown(text):
             self.reasoning.append(shown)
             self._add(Delta("reasoning", shown))
@@ -67,6 +68,7 @@ class DeltaCollector:
         self._blank = ""
 
     def text(self, text: str) -> None:
+        """Takes text of the answer."""
         self.end_call()
         self.fence.push(text)
         if shown := self._shown(text) if self._waits else text:

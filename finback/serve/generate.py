@@ -107,6 +107,7 @@ def _spans(versions: Sequence[tuple[str, int]], count: int) -> list[dict[str, An
 
 
 def routes() -> list[Route]:
+    """The route of token generation, for trainers."""
     return [Route("/inference/v1/generate", TokenGeneration(), methods=["POST"])]
 
 

@@ -47,6 +47,7 @@ def application(routes: Sequence[Route], options: ListenOptions, metrics: Metric
 
 
 async def health(request: Request) -> Response:
+    """Liveness: answers as long as the process does."""
     return JSONResponse({"status": "ok"})
 
 
@@ -99,6 +100,7 @@ class HttpProtocol(H11Protocol):
             self._watch()
 
     def on_response_complete(self) -> None:
+        """Begins to watch the pause before the next request."""
         super().on_response_complete()
         self._watch()
 

@@ -132,6 +132,7 @@ class Fence:
         self._line: list[str] = []  # pieces of the current line
 
     def push(self, text: str) -> None:
+        """Takes more text, and notes whether its last line is inside a code fence."""
         first, *others = text.split("\n")
         self._line.append(first)
         for line in others:

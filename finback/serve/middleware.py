@@ -236,6 +236,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
+        """Number of choices that wait for the engine."""
         return max(0, self.choices - self.engine.running)
 
     def is_full(self, choices: int = 1) -> bool:

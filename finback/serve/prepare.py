@@ -57,6 +57,7 @@ class PreparedRequest:
         return self.grammar is not None
 
     def parser(self) -> Parser:
+        """A parser of the answer, which separates chains of thought, tool calls and text."""
         form = self.grammar.form if self.grammar else None
         return Parser(
             self.is_thinking,

@@ -61,6 +61,7 @@ class GenerationRequest(RequestPart):
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 

@@ -38,6 +38,7 @@ class ItemPart(RequestPart):
 
     @property
     def plain(self) -> str:
+        """Its text, or its refusal."""
         return self.text or self.refusal or ""
 
 

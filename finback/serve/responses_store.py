@@ -62,6 +62,7 @@ class ResponseStore:
         return item
 
     def delete(self, owner: bytes, ident: str) -> None:
+        """Deletes a response of this owner; ApiError 404 if it has none with this id."""
         self.get(owner, ident, "id")
         self._drop(ident)
 

@@ -63,6 +63,7 @@ class ResumableStream:
         self._wake()
 
     def stop(self) -> None:
+        """Ends the answer."""
         if self._task is not None:
             self._task.cancel()
 

@@ -84,6 +84,7 @@ class SchemaChecker:
         return process
 
     async def close(self) -> None:
+        """Ends the process that checks schemas."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):

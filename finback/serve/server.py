@@ -232,11 +232,13 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
+    """One model by any of its names."""
     name = request.path_params["name"]
     return JSONResponse(_model(service_of(request.scope).named(name), name))
 
 
 async def ready(request: Request) -> Response:
+    """Readiness; 503 with the reason if the server cannot answer."""
     problem = service_of(request.scope).why_not_ready()
     if problem is not None:
         raise ApiError(503, problem, code="not_ready")
@@ -244,6 +246,7 @@ async def ready(request: Request) -> Response:
 
 
 async def show_metrics(request: Request) -> Response:
+    """Metrics in Prometheus's text format."""
     service = service_of(request.scope)
     now = {each.options.name: each.vllm_gauges() for each in service.engines}
     text = service.metrics.text(service.gauges()) + vllm_metrics.text(service.metrics.models, now)
@@ -251,6 +254,7 @@ async def show_metrics(request: Request) -> Response:
 
 
 async def show_openapi(request: Request) -> Response:
+    """The OpenAPI description of all routes."""
     return JSONResponse(openapi.document())
 
 

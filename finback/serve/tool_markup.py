@@ -182,6 +182,7 @@ class Arguments:
         self._sink.arguments(f"{mark}{json.dumps(name, ensure_ascii=False)}: {value}")
 
     def close(self) -> None:
+        """Ends the object and the call."""
         self._sink.arguments("}" if self._count else "{}")
         self._sink.end_call()
 

@@ -51,6 +51,7 @@ class RunsApi:
         self._lock = threading.Lock()  # several threads answer requests
 
     def routes(self) -> list[Route]:
+        """The JSON routes under /api."""
         found = {"runs": self.all_runs, "run": self.one_run, "series": self.series, "heat": self.heat}
         found |= {"rollouts": self.rollouts, "follow": self.follow}
         return [Route(f"/api/{name}", self._reply(answer)) for name, answer in found.items()]

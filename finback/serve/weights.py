@@ -71,4 +71,5 @@ def _dtype(service: Service) -> InferenceDtype:
 
 
 def routes() -> list[Route]:
+    """The route by which a trainer replaces weights."""
     return [Route("/update_weights_from_disk", update_weights, methods=["POST"])]

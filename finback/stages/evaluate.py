@@ -45,6 +45,7 @@ class OfSuite:
 
     @property
     def name(self) -> str:
+        """The suite as the recipe names it."""
         return self.spec
 
     def content_files(self) -> dict[str, list[Path]]:

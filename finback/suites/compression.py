@@ -32,6 +32,7 @@ class Compressed(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
+        """Bits of the text under the model, per byte of UTF-8."""
         return self.bits / self.bytes
 
 

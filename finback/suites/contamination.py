@@ -52,6 +52,7 @@ class Contamination:
         return self.overlapping / self.questions
 
     def as_json(self) -> dict[str, Any]:
+        """The report as JSON values, with the share of contaminated questions."""
         return {**asdict(self), "share": self.share}
 
 

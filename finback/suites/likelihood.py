@@ -119,5 +119,5 @@ def options(given: dict[str, str]) -> tuple[str, int]:
     form, shots = given.get("score", ""), given.get("shots", "0")
     if not (shots.isascii() and shots.isdecimal()) or (shots != "0" and not form):
         remedy = f"Write score={'|'.join(FORMS)} and shots=5, for example."
-        raise UserError("suite.shots", shots, "not a number of examples, or nothing is scored", remedy)
+        raise UserError("suite.shots", shots, "not a number of examples, or `score` is missing", remedy)
     return form, int(shots)

@@ -20,6 +20,7 @@ from finback.tasks.seccomp import call_filter
 
 @lru_cache
 def bubblewrap() -> str | None:
+    """Path of bubblewrap's program, from the system or its package; None if there is none."""
     if not sys.platform.startswith("linux"):
         return None
     if found := shutil.which("bwrap"):
@@ -73,6 +74,7 @@ class Launch:
 
 @contextlib.contextmanager
 def bubble(files: int, may_fork: bool) -> Iterator[Launch]:
+    """Starts in bubblewrap, with `files` bytes for files in /tmp."""
     before = (bubblewrap() or "bwrap", *_view(), "--size", str(files), "--tmpfs", "/tmp")
     before += ("--remount-ro", "/", "--chdir", "/tmp")  # the root is read-only except for the working folder
     with file_of(call_filter(may_fork)) as code, pipe() as (info, info_end):
@@ -110,6 +112,7 @@ def _free_users() -> range:
 
 @contextlib.contextmanager
 def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe's two descriptors, closed at the end."""
     read, write = os.pipe()
     try:
         yield read, write

@@ -59,6 +59,7 @@ class MathProcess:
         return self._process.pid if self._process is not None else None
 
     def compare(self, gold: str, answer: str) -> Comparison:
+        """Whether two expressions are equal, and whether both could be parsed; starts the worker if none runs."""
         request = json.dumps({"gold": gold, "answer": answer}).encode() + b"\n"
         with self._lock:
             for _ in range(2):  # if it was killed from outside, ask a new worker
@@ -70,6 +71,7 @@ class MathProcess:
             return NOTHING  # the time or the memory ran out
 
     def close(self) -> None:
+        """Ends the worker, if this process started it."""
         if os.getpid() == self._owner:  # not in a forked process: the worker is its parent's
             with self._lock:
                 self._end()

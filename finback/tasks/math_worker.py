@@ -26,6 +26,7 @@ _CLOSE = 1e-6  # relative; for decimal answers, such as 1.414214 for the root of
 
 
 def main() -> None:
+    """Reads one JSON request per line from stdin and writes one reply per line to stdout."""
     seconds, megabytes = int(sys.argv[1]), int(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of a library must not look like a reply
@@ -178,6 +179,7 @@ def _listen(requests: "queue.SimpleQueue[str]") -> None:
 
 
 def confine(megabytes: int) -> None:
+    """Limits memory, forbids files, and refuses what only an attack would do."""
     for kind, limit in ((resource.RLIMIT_AS, megabytes << 20), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(kind, (limit, limit))
     sys.addaudithook(_refuse)

@@ -76,6 +76,7 @@ class Number(NamedTuple):
 
     @property
     def unit(self) -> Unit:
+        """The unit that is most likely meant."""
         return self.units[0]
 
     def equals(self, other: "Number") -> bool:

@@ -74,6 +74,7 @@ class RecordTask:
 
     @property
     def name(self) -> str:
+        """The label, or the file's name without its ending."""
         return self.label or self.source.rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
     def content_files(self) -> dict[str, list[Path]]:
@@ -87,6 +88,7 @@ class RecordTask:
         return {"source": HubRows(self.source.removeprefix(_HUB), self.subset, self.split).version()}
 
     def draw(self, rng: random.Random) -> Problem:
+        """A problem of the file, uniformly."""
         return rng.choice(self.all_problems)
 
     def problems(self) -> Iterator[tuple[Problem, Any]]:

@@ -50,8 +50,8 @@ _RUN = re.compile(rf"\b(?:{_ONE})(?:[ -](?:and )?(?:{_ONE}|hundred|thousand))*\b
 _DIGITS = {char: i for i, char in enumerate("〇一二三四五六七八九")} | {"零": 0, "两": 2, "兩": 2}
 _POWERS = {"十": 1, "百": 2, "千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8}
 _CHARACTERS = "".join((*_DIGITS, *_POWERS))
-# Characters after a number that only name what is counted.
 _CHINESE = re.compile(rf"(百分之)?([{_CHARACTERS}]+)(?:点([{''.join(_DIGITS)}]+))?(.*)", re.DOTALL)
+# characters after a number that only name what is counted
 _MEASURES = "个個只本人天岁歲歳次块張张元円度年月日米名种"
 
 

@@ -44,7 +44,9 @@ class Stateful(Protocol):
 class Optimizer(Stateful, Protocol):
     """Updates its parameters from their gradients."""
 
-    def step(self, lr: float, scale: float = 1.0) -> None: ...
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """Updates its parameters at learning rate `lr`, with gradients multiplied by `scale`."""
+        ...
 
 
 class Trainer(ABC):

@@ -29,6 +29,7 @@ class Completeness:
 
     @property
     def holds(self) -> bool:
+        """Whether nothing is missing or contradictory."""
         return not (self.unanswered or self.unrecorded or self.contradictions)
 
     def as_text(self) -> str:

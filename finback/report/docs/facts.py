@@ -53,6 +53,7 @@ class StageFacts(StageFolder):
         return self.ledger()
 
     def result(self, key: str) -> Any:
+        """An entry of the manifest's results, or MISSING."""
         return self.results.get(key, MISSING)
 
     def spent(self, key: str) -> Any:
@@ -132,9 +133,11 @@ class RunFacts:
 
     @property
     def model(self) -> ModelConfig:
+        """Config of the published model."""
         return self.chosen.model
 
     def stage(self, name: str) -> StageFacts | None:
+        """The stage of a reference such as base or base/average; None if the run has no such stage."""
         return next((s for s in self.stages if s.name == name.partition("/")[0]), None)
 
     @property

@@ -25,7 +25,7 @@ from finback.report.model_card import architecture
 from finback.runs.ledger import FLOPS, cost
 
 GENERATED = ("licence", "documents", "train_tokens", "tokens_read", "valid_tokens", "valid_bytes")
-LABELS = {"train_tokens": "train tokens that were prepared", "tokens_read": "tokens read in training"}
+LABELS = {"train_tokens": "training tokens that were prepared", "tokens_read": "tokens read in training"}
 READ = (*GENERATED[:1], "sha256", "bytes", *GENERATED[1:])
 GIVEN = ("exam", "task", "temperature", "n")
 MEASURED = ("accuracy", "interval", "mean_tokens", "truncated", "thinks", "accuracy_thinking", "accuracy_guessing")
@@ -56,7 +56,7 @@ def report(run: RunFacts, answers: Answers) -> list[Block]:
 
 
 def base(run: RunFacts, answers: Answers) -> Any:
-    """The external model that training started from: the name that people gave it, or the checkpoint's."""
+    """The external model that training started from, by the name in the answers or the checkpoint's."""
     return run.base and (answers("base.name") or run.base)
 
 
@@ -65,9 +65,9 @@ def _architecture(run: RunFacts) -> dict[str, list[Block]]:
     context = c.max_position_embeddings / 2
     counted = [
         ("all parameters, MTP included", parameters(c)),
-        ("parameters that a token meets, MTP left out", parameters(c, active=True, mtp=False)),
-        ("FLOP to answer with one token, half the context behind it", forward_flops(c, context)),
-        ("FLOP to train on one token of such a row", training_flops(c, context)),
+        ("active parameters per token, without MTP", parameters(c, active=True, mtp=False)),
+        ("FLOP to generate one token, half of the context before it", forward_flops(c, context)),
+        ("FLOP to train on one token of a full row", training_flops(c, context)),
     ]
     config = ((f.name, getattr(c, f.name)) for f in dataclasses.fields(c))
     shown = ((k, str(v) if dataclasses.is_dataclass(v) else v) for k, v in config)
@@ -98,7 +98,7 @@ def link(record: dict[str, Any]) -> str:
 def origin(record: dict[str, Any]) -> str:
     """What may be published about a data set's origin."""
     files = record.get("files")
-    number = counted({"files": files})["files"] if isinstance(files, list) else "a folder of the provider's"
+    number = counted({"files": files})["files"] if isinstance(files, list) else "a folder of the provider"
     return link(record) or str(number)
 
 
@@ -233,7 +233,7 @@ def _samples(run: RunFacts) -> list[Block]:
             thinking = f"<think>{r['thinking']}</think>\n" if r.get("thinks") else ""
             answer = f"{thinking}{r.get('answer')}\n\n({verdict}; expected {r.get('gold')})"
             blocks.append(CodeBlock(f"{r.get('question')}\n\n{answer}"))
-    return blocks or [Paragraph("No evaluation holds answers of this model: NOT PROVIDED")]
+    return blocks or [Paragraph("No evaluation has answers of this model: NOT PROVIDED")]
 
 
 def _wrong(run: RunFacts) -> list[tuple[str, str]]:
