@@ -50,8 +50,8 @@ def test_prices_by_hand(price: EnginePrice, dollars: float | None) -> None:
 @pytest.mark.parametrize(
     ("knobs", "text"),
     [
-        ({"price_in": 1.0}, r"rollouts\.price_out = None: missing beside price_in"),
-        ({"price_out": 1.0}, r"rollouts\.price_in = None: missing beside price_out"),
+        ({"price_in": 1.0}, r"rollouts\.price_out = None: missing, although price_in is given"),
+        ({"price_out": 1.0}, r"rollouts\.price_in = None: missing, although price_out is given"),
         ({"price_in": 1.0, "price_out": 2.0, "price_hour": 3.0}, r"rollouts\.price_hour = 3\.0: tokens have a price"),
         ({"price_hour": -1.0}, r"rollouts\.price_hour = -1\.0"),
         ({"num_cpus": 0}, r"rollouts\.num_cpus = 0"),

@@ -25,7 +25,7 @@ ALL_BESIDE = "model-mtp*.safetensors"  # many ranks write several
 PIECE = 1 << 20  # numbers converted at a time
 E8M0 = "F8_E8M0"  # powers of two, used for factors only
 SCALE = "_scale_inv"  # the ending that a tensor's name gets for its FP8 factors
-# bytes of a value, of tensors whose rows may be read apart
+# bytes per value, by dtype, for tensors whose rows can be read separately
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 
 

@@ -68,9 +68,9 @@ class CompareOptions(Options):
     dtype: Dtype = "auto"
     engine: Annotated[
         Literal["finback", "vllm", "sglang"],
-        "What answers for models in files: finback, or a program started for them.",
+        "The engine that runs models in files: finback's own, or a program that is started for them.",
     ] = "finback"
-    replicas: Annotated[int, "Engines that share a model's questions; more than one are processes of their own."] = 1
+    replicas: Annotated[int, "Engines that share a model's questions; more than one run in separate processes."] = 1
     engine_python: EnginePython = ""
     engine_flags: EngineFlags = ()
     engine_env: EngineEnv = ()
@@ -102,7 +102,7 @@ class CompareOptions(Options):
 
     @property
     def serves(self) -> bool:
-        """Whether models in files are answered for by processes of their own."""
+        """Whether models in files run in separate processes."""
         return self.engine != "finback" or self.replicas > 1
 
     def _check_engine(self) -> None:

@@ -48,7 +48,7 @@ class Loader:
         return orders
 
     def resize(self, length: int) -> None:
-        """Draws rows of another length from now on: all of the sources' text anew, so some of it may be read again."""
+        """Draws rows of another length from now on, from the start of each source, so some text may be read again."""
         if length != self.length:
             self.length, self.orders = length, self._orders(length)
 

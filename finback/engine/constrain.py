@@ -16,7 +16,7 @@ from torch import Tensor
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 
-# of a number without its exponent: 64-bit integers have at most 20, doubles need 17; llguidance takes no larger bounds either
+# digits of a number without its exponent: 64-bit integers have at most 20, doubles need 17; llguidance takes no larger bounds either
 DIGITS = 20
 EXPONENT_DIGITS = 3  # those of a double
 
@@ -98,7 +98,7 @@ class Constraint:
             return found
         ending = found.clone()
         ending[: len(self._digits)] &= ~self._digits
-        return ending if ending.any() else found  # behind a point or an exponent's sign a digit must follow
+        return ending if ending.any() else found  # after a point or an exponent's sign a digit must follow
 
     @property
     def is_complete(self) -> bool:

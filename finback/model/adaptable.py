@@ -56,7 +56,7 @@ def _adaptable_feed_forward(c: ModelConfig, layer: int) -> list[Adaptable]:
 
 
 def in_blocks(c: ModelConfig) -> int:
-    """The number of weights of all these matrices: the model without embedding, head, norms and MTP modules."""
+    """Number of weights in these matrices of all layers: the model without embedding, head, norms and MTP modules."""
     return sum(
         number * rows * columns for n in range(c.num_hidden_layers) for _, _, number, rows, columns in adaptable(c, n)
     )

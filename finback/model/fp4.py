@@ -1,7 +1,7 @@
 """Quantization-aware training in FP4: passes compute with the numbers that an FP4 file would hold (V4, post-training).
 
-Routed experts' weights are rounded to MXFP4 in every pass, and so are the queries and keys of V4's indexers (rounding.py), which
-the model's config tells all later readers. Gradients pass through the rounding as if it were not there, onto the fp32 masters.
+Routed experts' weights are rounded to MXFP4 in every pass, and so are the queries and keys of V4's indexers (rounding.py); the
+model's config records this for all later readers. Gradients pass through the rounding as if it were not there, onto the fp32 masters.
 """
 
 from dataclasses import dataclass, replace

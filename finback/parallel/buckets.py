@@ -25,7 +25,7 @@ class Bucket:
     # parameters, and those whose gradients the last pass has not completed
     count: int
     missing: int = 0
-    # numbers on their way, and the collective that sums them
+    # the gradients that are being summed, and the collective that does it
     sent: Tensor | None = None
     work: Any = None
 
@@ -40,7 +40,7 @@ class Buckets:
     def __init__(self, parameters: list[nn.Parameter], axis: DeviceMesh, size: int, dtype: torch.dtype) -> None:
         """axis: the ranks to sum over. size: bytes of gradients per bucket; 0: a single one, sent after the passes."""
         self.flat, self.dtype, self.is_armed = flat_gradients(parameters), dtype, False
-        # collectives during a pass must not wait in line with others, whose order among them ranks do not share
+        # collectives during a pass need their own group: their order relative to others differs between ranks
         self.group = _further_group(axis) if size else axis.get_group()
         self.buckets: list[Bucket] = []
         stop, members = len(self.flat), list[nn.Parameter]()

@@ -11,11 +11,11 @@ from finback.runs.recipe import Work
 from finback.train.rates import Steps, level, pairs_of
 
 SUMMED = ("tokens_trained", "flops", "seconds", "device_hours", "dollars", "kwh")
-LONGEST = "its rows grow: time and cost are summed over its lengths, the step and the layout are those of the longest"
+LONGEST = "rows grow: time and cost are sums over all lengths, step and layout are those of the longest"
 
 
 def parts(stage: PlannedStage) -> list[PlannedStage]:
-    """The stage cut where its row length, batch size or attention changes, in order; dense parts select everything."""
+    """The stage split where its row length, batch size or attention changes; indexers of dense parts select everything."""
     if not stage.pretrains:
         return [stage]
     rows, lengths = (_steps(stage.knobs[name]) for name in ("batch_size", "seq_len"))
@@ -36,7 +36,7 @@ def parts(stage: PlannedStage) -> list[PlannedStage]:
 
 
 def joined(planned: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The plan of a stage from those of its parts."""
+    """Combines the plans of a stage's parts into one."""
     if len(planned) == 1:
         return planned[0]
     values = dict(planned[-1])

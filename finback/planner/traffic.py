@@ -88,9 +88,9 @@ def _context(c: ModelConfig, work: Workload, width: float) -> float:
 
 
 def _gathered(c: ModelConfig, work: Workload, width: float) -> float:
-    """The same for sparse attention, where each rank gets what all heads share of all others' tokens, and sends gradients back.
+    """The same for sparse attention: a rank receives what all heads share, for all tokens of other ranks, and sends gradients back.
 
-    An indexer's keys in DSA have none; V4's layers differ in what their entries are compressed from.
+    DSA's indexer keys have no gradient. What V4 compresses into entries differs by layer.
     """
     layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
     forward = backward = 0

@@ -119,7 +119,7 @@ def memory(
 
 
 def on_rank(c: ModelConfig, layout: Layout | None) -> float:
-    """Values of a model that learns which a rank holds."""
+    """Number of trained values that a rank holds."""
     if layout is None or layout.sharding == "fsdp":
         return parameters(c) / (layout.holders if layout else 1)
     mine = rank_stages(c, layout)[0]
@@ -165,7 +165,7 @@ def gathered_width(layout: Layout, adapter: dict[str, Any] | None) -> float:
 def _gathered(c: ModelConfig, layout: Layout, adapter: dict[str, Any] | None, beside: bool) -> float:
     """Bytes of the parameters that FSDP gathers on a rank at a time, and of their gradients before reduction.
 
-    Both ends of the model are not quantized. With ZeRO-1 they are those of frozen models of this shape, if any are `beside`.
+    Embedding and head are not quantized. With ZeRO-1 only frozen models of this shape are gathered, if there are any (`beside`).
     """
     if layout.sharding != "fsdp" and not beside:
         return 0.0

@@ -26,7 +26,7 @@ def updates(stage: PlannedStage) -> int:
 
 
 def _passes(stage: PlannedStage, layout: Layout) -> float:
-    """Number of passes that a layout's ranks make together, each over rows as long as a pass."""
+    """Number of rounds in which each rank of a layout runs `micro_batches` passes."""
     rows = layout.dp * layout.micro_batches
     return stage.work.tokens_trained / (rows * tuning.pass_tokens(stage.knobs, layout) * layout.cp)
 
@@ -35,8 +35,8 @@ def on_host(stage: PlannedStage, site: Site, computing: float) -> float:
     """Seconds of transfers between device and host beyond `computing` seconds of passes, and of AdamW on the host.
 
     With `offload` each pass fetches the shard twice and returns its gradients. AdamW reads parameter, gradient and moments
-    and writes all but the gradient, 28 bytes; with moments="host" the moments of what is learnt on the device travel there
-    and back, 16 bytes.
+    and writes all but the gradient, 28 bytes. With moments="host", the moments of weights on the device are
+    transferred in both directions, 16 bytes.
     """
     layout, knobs, c = stage.layout, stage.knobs, stage.model
     if c is None or not stage.work.tokens_trained or not tuning.is_tuned(stage):

@@ -1,6 +1,6 @@
 """External engines, which work for a stage outside its ranks: their tokens, time and price. Does not import torch.
 
-What nobody knows is named in the ledger (`unknown`), not recorded as 0.
+Unknown amounts are named in the ledger (`unknown`), not recorded as 0.
 """
 
 import threading
@@ -14,7 +14,7 @@ from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 
 @dataclass(frozen=True)
 class EnginePrice:
-    """What an engine costs, or its hardware; None is unknown. Its time is paid for by the hour, or its tokens by the million."""
+    """What an engine costs, or its hardware; None is unknown. Either time has a price, or tokens do."""
 
     # dollars per million prompt tokens, and per million generated ones
     price_in: float | None = None
@@ -28,16 +28,18 @@ class EnginePrice:
     is_here: bool = False
 
     def check(self, field: str) -> None:
-        """Raises UserError if only one kind of token has a price, or time is paid for as well."""
+        """Raises UserError if only one kind of token has a price, or time has a price as well."""
         for has, lacks in (("price_in", "price_out"), ("price_out", "price_in")):
             if getattr(self, has) is not None and getattr(self, lacks) is None:
-                raise UserError(f"{field}.{lacks}", None, f"missing beside {has}", "Give both; 0 is a price.")
+                raise UserError(
+                    f"{field}.{lacks}", None, f"missing, although {has} is given", "Give both; 0 is a price."
+                )
         if self.price_in is not None and self.price_hour is not None:
             problem = "tokens have a price as well"
             raise UserError(f"{field}.price_hour", self.price_hour, problem, "Give the one that is charged.")
 
     def dollars(self, seconds: float, prompt: int, generated: int) -> float | None:
-        """The price of so many seconds of one engine or more, and of the tokens in them; None if it is unknown."""
+        """The price of `seconds` of engine time in which these tokens were read and generated; None if it is unknown."""
         if self.price_in is not None and self.price_out is not None:
             return (prompt * self.price_in + generated * self.price_out) / 1e6
         if self.price_hour is not None:

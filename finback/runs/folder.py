@@ -174,7 +174,7 @@ class StageRun:
 
     @contextlib.contextmanager
     def billed(self) -> Iterator[None]:
-        """A context that records external engines in the ledger if it ends by an error, since they are paid for all the same."""
+        """A context that records external engines in the ledger if it ends with an error, because they must be paid for anyway."""
         try:
             yield
         except BaseException:

@@ -87,8 +87,8 @@ def check_weights(stage: Any) -> None:
 def use_bf16_weights(model: Transformer) -> Transformer:
     """Rounds a model's hidden matrices to bf16, in place, to be trained without fp32 masters; updates round them stochastically.
 
-    Embedding, head, routers, norms and vectors stay fp32, as in FP8 training. A pass adds the gradients of embedding and head
-    up over tokens and chunks of logits, which in bf16 would lose most of a frequent token's.
+    Embedding, head, routers, norms and vectors stay fp32, as in FP8 training. A pass sums the gradients of embedding and head
+    over tokens and chunks of logits; in bf16 most of a frequent token's gradient would be lost.
     """
     with torch.device("meta"):  # some matrices are fp32 in every model
         bare = dict(Transformer(model.config, param_dtype=torch.bfloat16).named_parameters())
