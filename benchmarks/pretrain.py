@@ -200,7 +200,7 @@ def _options() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prepares, selects the peer's settings by a trial, races, then measures beside a busy process."""
+    """Prepares, selects the peer's settings by a trial, races, then measures next to a busy process."""
     layers = 2 if options.smoke else SIZES[options.size].num_hidden_layers
     common = {"folder": str(folder), "rows": options.rows, "layers": layers, "size": options.size}
     results = record.header(

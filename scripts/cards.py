@@ -62,7 +62,7 @@ offloaded or sharded; for several cards see [many ranks](../guides/many-ranks.md
 NOTES = {
     "SFT, 8 rows of 2,048 tokens": "",
     "GRPO, 32 questions, 8 answers of up to 2,048 tokens, `micro_tokens=8192`, `beta=0.001`": "As many answers are generated at a time as fit into half "
-    "of the memory beside weights and moments; the figure includes them, for the largest card. The reference model is a copy if all weights learn, "
+    "of the memory that weights and moments leave free; the figure includes them, for the largest card. The reference model is a copy if all weights learn, "
     "else the base without its adapter.\n\n",
 }
 

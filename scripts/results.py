@@ -79,7 +79,10 @@ def road(report: Report) -> Rows:
         "largest gap of a token in the RL stages; target 1e-4",
         f"within it in {below} of {len(gaps)}, worst {gaps[-1]:.1e}",
     )
-    yield "minutes for the whole road, beside other work", ", ".join(f"{r['total_seconds'] / 60:.0f}" for r in runs)
+    yield (
+        "minutes for the whole road, while the machine did other work",
+        ", ".join(f"{r['total_seconds'] / 60:.0f}" for r in runs),
+    )
 
 
 def pretraining(report: Report) -> Rows:
@@ -125,7 +128,7 @@ def fp8(report: Report) -> Rows:
 
 def grpo(report: Report) -> Rows:
     names = {
-        "finback / TRL with its defaults": "GRPO steps in fp32 over TRL as it comes; target 4",
+        "finback / TRL with its defaults": "GRPO steps in fp32 over TRL with its defaults; target 4",
         "finback / best TRL in one process": "GRPO steps over TRL's best single process",
         "finback / best TRL in any layout": "GRPO steps in fp32 over TRL's best in any layout",
         "best finback / best TRL, both in any precision and layout": "GRPO steps over TRL's, both at their best; target 3",
@@ -170,7 +173,7 @@ def drafts(report: Report) -> Rows:
 
 
 def smollm2(report: Report) -> Rows:
-    for key, how in (("again", "asked twice"), ("beside_llama_cpp", "beside llama.cpp's server")):
+    for key, how in (("again", "asked twice"), ("beside_llama_cpp", "compared with llama.cpp's server")):
         suites = report[key].values()
         same, asked = (sum(s[field] for s in suites) for field in ("same_to_the_letter", "answers"))
         apart = max(abs(s["accuracy"][0] - s["accuracy"][1]) for s in suites)
@@ -288,7 +291,7 @@ def tuning_memory(report: Report) -> Rows:
             what = "most that a rank of four holds, start and export included, of the states of one (16 bytes a weight); limit 0.3"
             yield what, f"{case['of_states']:.3f}, {case['bytes'] / 1e9:.2f} GB in a step"
     if "smol_lora_over_full" in report:
-        what = "peak memory beside the weights, LoRA with recomputed blocks over all weights, SmolLM2-135M, 8 x 512; limit 0.35"
+        what = "peak memory without the weights, LoRA with recomputed blocks over all weights, SmolLM2-135M, 8 x 512; limit 0.35"
         yield what, f"{report['smol_lora_over_full']:.2f}"
 
 

@@ -113,7 +113,7 @@ def test_weights_come_between_two_steps_of_an_engine(drop: bool) -> None:
         return step()
 
     engine.step = stepped  # type: ignore[method-assign]
-    found = dict(news for news in live.answers(prompts, sampling, range(3), 60) if news is not None)
+    found = dict(answer for answer in live.answers(prompts, sampling, range(3), 60) if answer is not None)
     live.close()
     assert [found[i].tokens for i in range(3)] == [c.tokens for c in plain]
     if drop:

@@ -66,7 +66,7 @@ def of_each_token(reader: Any, name: str, *default: int) -> list[Any]:
 
 
 def _is_of_its_kind(name: str, value: Any) -> bool:
-    """Whether the value of a key has the type that llama.cpp expects; what is said for each layer is a list."""
+    """Whether the value of a key has the type that llama.cpp expects; a value per layer is a list."""
     if name.endswith(_TEXTS):
         return isinstance(value, str)
     entries = value if isinstance(value, list) else [value]

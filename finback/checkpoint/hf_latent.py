@@ -70,7 +70,7 @@ def v3_gate(fields: Fields, found: Found, dense: int | None = None) -> Found:
 
 
 def sparse(fields: Fields, interleaved: bool) -> Found:
-    """DSA's indexer beside V3's fields; several layers may share one in GLM-5, the family that is `interleaved`."""
+    """Reads DSA's indexer, in addition to V3's fields; several layers may share one in GLM-5, the family that is `interleaved`."""
     indexer: Found = {name: fields.integer(name) for name in INDEXER} | {"index_rope_interleaved": interleaved}
     if interleaved:
         indexer["shared_indexers"] = shared_layers(fields)

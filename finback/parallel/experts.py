@@ -70,7 +70,7 @@ class Exchange:
         form: moe_gemm.Experts = moe_gemm.routed_experts,
         beside: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
-        """axes: the widest first. beside: returns the tensors of local experts that `form` reads besides the two matrices."""
+        """axes: the widest first. `beside`: returns the tensors of local experts that `form` reads besides the two matrices."""
         self.axes, self.experts, self.form, self.beside = axes, experts, form, beside
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ def arrange(
 ) -> dict[str, str]:
     """The file of each stored tensor: each owner has its own files of about shard_bytes; MTP layers go to separate files."""
     apart = export.lies_beside(config) if fmt is not None else ()
-    groups: dict[tuple[bool, int, int], list[str]] = {}  # (beside, owner, number)
+    groups: dict[tuple[bool, int, int], list[str]] = {}  # (in a file of MTP layers, owner, number)
     filled: Counter[tuple[bool, int]] = Counter()
     number: Counter[tuple[bool, int]] = Counter()
     for name, (owner, shape) in stored.items():

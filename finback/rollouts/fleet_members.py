@@ -173,9 +173,9 @@ class RayEngine(FleetMember):
         asked = [list(prompt.token_ids) for prompt in prompts], sampling, [prompt.seed for prompt in prompts], SIGNS
         found = actor.answers.options(num_returns="streaming").remote(*asked)
         while (call := self._guarded(actor, lambda: self.cluster.next(found, patience))) is not None:
-            news = self._get(actor, call, STARTING)
-            if news is not None:
-                place, made = news
+            answered = self._get(actor, call, STARTING)
+            if answered is not None:
+                place, made = answered
                 spans = [(f"{self.fleet.token}-{version}", start, end) for version, start, end in made.versions]
                 # copies: arrays in Ray's store are read-only and would be kept there
                 routes = None if made.routed_experts is None else made.routed_experts.copy()

@@ -85,7 +85,7 @@ class LiveRollouts(Rollouts):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> Iterator[tuple[int, Completion]]:
         found = self.live.answers(prompts, sampling, seeds, SIGNS)
-        yield from (news for news in found if news is not None)
+        yield from (answer for answer in found if answer is not None)
 
     def close(self) -> None:
         """Ends the thread."""

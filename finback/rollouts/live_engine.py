@@ -16,7 +16,7 @@ from finback.model.transformer import Transformer
 SIGNS = 1.0  # seconds between signs of life during long answers
 
 # what comes back from a batch: an answer with its place, or the error that ended it
-_News = tuple[int, Completion] | BaseException
+_Result = tuple[int, Completion] | BaseException
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class _Batch:
     prompts: list[list[int]]
     sampling: SamplingParams
     seeds: list[int]
-    news: "queue.SimpleQueue[_News]" = field(default_factory=queue.SimpleQueue)
+    results: "queue.SimpleQueue[_Result]" = field(default_factory=queue.SimpleQueue)
 
     @property
     def longest(self) -> int:
@@ -71,15 +71,15 @@ class LiveEngine:
         try:
             while left:
                 try:
-                    news = batch.news.get(timeout=patience)
+                    result = batch.results.get(timeout=patience)
                 except queue.Empty:
                     if steps != (steps := self._steps):
                         yield None
                     continue
-                if isinstance(news, BaseException):
-                    raise news
+                if isinstance(result, BaseException):
+                    raise result
                 left -= 1
-                yield news
+                yield result
         finally:
             if left:
                 self._work.put(lambda: self._forget(batch))
@@ -129,7 +129,7 @@ class LiveEngine:
         try:
             requests = self.engine.submit_all(batch.prompts, batch.sampling, batch.seeds)
         except UserError as error:
-            batch.news.put(error)
+            batch.results.put(error)
             return
         self._active |= {r: _Asked(batch, place, [(self.version, 0)]) for place, r in enumerate(requests)}
 
@@ -144,12 +144,12 @@ class LiveEngine:
             if request.finish_reason is not None and request in self._active:
                 asked = self._active.pop(request)
                 made = replace(request.completion(), versions=_spans(asked.versions, len(request.tokens)))
-                asked.batch.news.put((asked.place, made))
+                asked.batch.results.put((asked.place, made))
 
     def _fail(self, error: Exception) -> None:
         """Ends all batches with an error."""
         for batch in {*self._held, *(asked.batch for asked in self._active.values())}:
-            batch.news.put(error)
+            batch.results.put(error)
         list(map(self.engine.cancel, self._active))
         self._active.clear()
         self._held.clear()

@@ -64,7 +64,7 @@ class UpstreamEngine:
         # no cache of its own
         self.pages = Pages(0, 1)
         self._runs: dict[Request, _Stay] = {}
-        self._news: queue.SimpleQueue[tuple[_Stay, TokenPiece | RequestFailed]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[_Stay, TokenPiece | RequestFailed]] = queue.SimpleQueue()
 
     @property
     def running(self) -> int:
@@ -119,13 +119,13 @@ class UpstreamEngine:
         timeout: float | None = IDLE
         while True:
             try:
-                run, news = self._news.get(timeout=timeout) if timeout else self._news.get_nowait()
+                run, event = self._events.get(timeout=timeout) if timeout else self._events.get_nowait()
             except queue.Empty:
                 return list(changed)
             timeout = None
             if not run.ended:
                 changed[run.request] = None
-                self._take(run, news)
+                self._take(run, event)
 
     def _held_to(self, sampling: SamplingParams) -> Constraint | None:
         """The constraint that checks the answer as it arrives; it allows any whitespace, in which the programs differ."""
@@ -165,28 +165,28 @@ class UpstreamEngine:
                 if run.ended:
                     return
                 finish = piece.finish
-                self._news.put((run, piece))
+                self._events.put((run, piece))
             if finish is None:
                 raise RequestFailed("its stream ended before the answer")
         except RequestFailed as error:
             failed = error
-            self._news.put((run, error))
+            self._events.put((run, error))
         except (KeyError, TypeError, ValueError) as error:
             failed = RequestFailed(f"an answer in an unknown form ({error!r})")
-            self._news.put((run, failed))
+            self._events.put((run, failed))
         finally:
             self.router.give_back(replica, failed)
 
-    def _take(self, run: _Stay, news: TokenPiece | RequestFailed) -> None:
+    def _take(self, run: _Stay, event: TokenPiece | RequestFailed) -> None:
         request = run.request
-        if isinstance(news, RequestFailed):
+        if isinstance(event, RequestFailed):
             run.ended = True
-            if news.final or run.failures + 1 >= TRIES:
-                self._fail(request, f"fails: {news}")
+            if event.final or run.failures + 1 >= TRIES:
+                self._fail(request, f"fails: {event}")
             else:  # another replica continues after the existing tokens
                 self._begin(request, run.failures + 1)
             return
-        for place, (token, logprob) in enumerate(zip(news.tokens, news.logprobs, strict=True)):
+        for place, (token, logprob) in enumerate(zip(event.tokens, event.logprobs, strict=True)):
             if request.forced or (run.chained and not self.sampler.chains(request, token)):
                 # the replica does not know the forced tokens, so it must start again
                 run.ended = True
@@ -194,7 +194,7 @@ class UpstreamEngine:
                 return
             asked = request.sampling.top_logprobs
             if asked is not None:
-                others = [pair for pair in news.tops[place] if pair[0] != token] if place < len(news.tops) else []
+                others = [pair for pair in event.tops[place] if pair[0] != token] if place < len(event.tops) else []
                 request.top_logprobs.append([(token, logprob), *others[:asked]])
             self._append(request, token, logprob)
             if request.finish_reason is not None:
@@ -202,12 +202,12 @@ class UpstreamEngine:
         if request.forced or (run.chained and not request.thinking):
             run.ended = True
             self._begin(request)
-        elif news.finish is not None:
+        elif event.finish is not None:
             held = request.constraint
-            if news.finish == "length" or (news.finish == "stop" and held is not None and held.is_complete):
-                self._finish(request, "length" if news.finish == "length" else "stop")
+            if event.finish == "length" or (event.finish == "stop" and held is not None and held.is_complete):
+                self._finish(request, "length" if event.finish == "length" else "stop")
             else:
-                self._fail(request, f"ended the answer with {news.finish!r}")
+                self._fail(request, f"ended the answer with {event.finish!r}")
 
     def _append(self, request: Request, token: int, logprob: float, free: bool = True) -> None:
         request.append(token, logprob, time.perf_counter())

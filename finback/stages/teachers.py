@@ -32,17 +32,17 @@ FOREIGN = "Their probabilities cannot be compared: sample traces with a reject s
 
 
 class Teacher(ABC):
-    """One teacher of a stage. Its outputs for a batch's labels (`says`) go to `divergence` in chunks, like the student's states."""
+    """One teacher of a stage. Its outputs for a batch's labels (`outputs`) go to `divergence` in chunks, like the student's states."""
 
     def __init__(self, stage: "Distill", vocab: int) -> None:
         self.stage, self.vocab = stage, vocab
 
     @abstractmethod
-    def says(self, batch: Batch) -> tuple[Tensor, ...]:
+    def outputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """The teacher's outputs, one row per learnt label. Collective if the student is sharded."""
 
     @abstractmethod
-    def divergence(self, logits: Tensor, *said: Tensor) -> Tensor:
+    def divergence(self, logits: Tensor, *outputs: Tensor) -> Tensor:
         """Divergences (n,) of the student's logits (n, vocab) from the teacher's outputs for the same n labels."""
 
     def flops(self, lengths: Sequence[int]) -> float:
@@ -72,7 +72,7 @@ class ModelTeacher(Teacher):
         if tokenizer.as_json() != Tokenizer(folder).as_json():
             raise stage.wrong("teacher", "does not have the student's tokenizer", FOREIGN)
 
-    def says(self, batch: Batch) -> tuple[Tensor, ...]:
+    def outputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Final hidden states (n, hidden_size)."""
         device, learnt = batch.tokens.device, batch.learnt
         if not len(batch.tokens):
@@ -84,8 +84,8 @@ class ModelTeacher(Teacher):
             states: Tensor = self.model(tokens, document_ids=document_ids)
         return (states[learnt] if len(learnt) else states[:0, 0],)
 
-    def divergence(self, logits: Tensor, *said: Tensor) -> Tensor:
-        theirs = self.model.logits(said[0])[:, : self.vocab]  # the head may be padded differently from the student's
+    def divergence(self, logits: Tensor, *outputs: Tensor) -> Tensor:
+        theirs = self.model.logits(outputs[0])[:, : self.vocab]  # the head may be padded differently from the student's
         return distillation(logits, theirs, self.stage.divergence, self.stage.top_k)
 
     def flops(self, lengths: Sequence[int]) -> float:
@@ -121,7 +121,7 @@ class ServerTeacher(Teacher):
         if not has_one:
             raise server.unfit("has no tokenizer to compare with the student's", "Start it with one.")
 
-    def says(self, batch: Batch) -> tuple[Tensor, ...]:
+    def outputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Ids of the likeliest tokens, and their log-probabilities, both (n, top_k)."""
         tokens, padding_mask, _ = batch.inputs
         assert padding_mask is not None, "each answer has its own row"
@@ -133,12 +133,12 @@ class ServerTeacher(Teacher):
 
         found = dict(Dispatcher(self.servers, ask, len(texts), self.knobs.concurrency, self.retries).results())
         learnt = [row.nonzero().flatten().tolist() for row in batch.learnt]
-        said = [found[row][place] for row, places in enumerate(learnt) for place in places]
-        pairs = torch.tensor(said, dtype=torch.float64, device=tokens.device).view(-1, self.stage.top_k, 2)
+        likeliest = [found[row][place] for row, places in enumerate(learnt) for place in places]
+        pairs = torch.tensor(likeliest, dtype=torch.float64, device=tokens.device).view(-1, self.stage.top_k, 2)
         return pairs[..., 0].long(), pairs[..., 1].float()
 
-    def divergence(self, logits: Tensor, *said: Tensor) -> Tensor:
-        ids, logprobs = said
+    def divergence(self, logits: Tensor, *outputs: Tensor) -> Tensor:
+        ids, logprobs = outputs
         return likeliest_distillation(logits, ids, logprobs, self.stage.divergence)
 
     def close(self) -> None:
@@ -172,13 +172,13 @@ class DistillationTeacher:
         for number, teacher in enumerate(self.teachers):
             mine = batch.taught_by(number)
             ours = hidden if mine is batch else hidden[batch.teachers == number]
-            said = teacher.says(mine)
+            outputs = teacher.outputs(mine)
 
-            def summed(states: Tensor, *said: Tensor, teacher: Teacher = teacher) -> tuple[Tensor]:
-                return (teacher.divergence(self.student.logits(states)[:, : self.vocab], *said).sum()[None],)
+            def summed(states: Tensor, *outputs: Tensor, teacher: Teacher = teacher) -> tuple[Tensor]:
+                return (teacher.divergence(self.student.logits(states)[:, : self.vocab], *outputs).sum()[None],)
 
-            if len(said[0]):
-                soft.append(in_chunks(summed, rows, ours[mine.learnt], *said)[0].sum())
+            if len(outputs[0]):
+                soft.append(in_chunks(summed, rows, ours[mine.learnt], *outputs)[0].sum())
         divergence = sum(soft[1:], soft[0]) if soft else hidden.sum() * 0
         if not stage.hard:
             return divergence
