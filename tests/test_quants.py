@@ -1,5 +1,6 @@
 """Weights that stay quantized as in their GGUF file: kernels against the gguf library and plain products."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import SamplingParams
 from finback.kernels import native, quants, reference
 from finback.kernels.quants import KINDS, BlockLinear, Kind, blocks
+from finback.model.block_calls import BlockTable
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear
 from finback.model.pack import PackedGQA, pack, product_of
 from finback.model.quantized import QuantizedLinear
 from finback.model.transformer import Transformer
+from tests.test_decode import passes
 from tests.test_gguf_export import MODELS, filled
 
 pytest.importorskip("gguf")
@@ -138,6 +141,32 @@ def test_a_model_keeps_its_file(file: Path) -> None:
     divergence = (exact.exp() * (exact - found)).sum(-1)
     # where two experts nearly tie, the other one may be chosen
     assert (divergence.median() if kept.config.n_routed_experts else divergence.mean()) <= 1e-2
+
+
+ONE_CALL = {name: dataclasses.replace(MODELS[name], **WIDE, **HEADS) for name in ("llama", "qwen2", "qwen3")}
+
+
+@compiled
+@pytest.mark.parametrize("name", ONE_CALL)
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_call_decodes_as_calls_by_block(
+    name: str, window: int | None, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain, with biases, with norms of heads."""
+    gguf_export.write(filled(ONE_CALL[name]), tmp_path / "m.gguf", "q4_0", {})
+    model, called, call = pack(load(tmp_path / "m.gguf", dtype, "kept").eval(), "kept"), list[str](), native.call
+    for block in model.blocks:
+        block.attention.window = window
+    monkeypatch.setattr(native, "call", lambda name, *given: (called.append(name), call(name, *given)))
+    fast = passes(model)
+    assert called.count("decode_blocks") == (2 if window else 4)
+    copied = copy.deepcopy(model)  # its weights are elsewhere
+    del model
+    assert torch.equal(passes(copied), fast)
+    monkeypatch.setattr(BlockTable, "of", lambda model: None)
+    called.clear()
+    assert torch.equal(passes(copied), fast) and "decode_blocks" not in called
 
 
 def together(model: Transformer, prompts: list[list[int]], config: EngineConfig) -> list[list[int]]:

@@ -11,6 +11,8 @@
 
 #include "numbers.h"
 
+extern "C" int omp_get_max_threads();
+
 namespace {
 
 // Keeps 64 partial sums: with a single one, every addition would wait for the one before it.
@@ -37,11 +39,23 @@ inline void add_scaled(float* out, float factor, const T* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] += factor * to_float(x[i]);
 }
 
-// Vectors of sixteen numbers; the compiler splits them if registers are narrower.
-typedef float vector __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-typedef uint32_t words __attribute__((vector_size(64)));
-constexpr int64_t width = 16;
+// Vectors as wide as the registers.
+#if defined(__AVX512F__)
+#define BYTES 64
+#define LANE 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#elif defined(__AVX2__)
+#define BYTES 32
+#define LANE 0, 1, 2, 3, 4, 5, 6, 7
+#else
+#define BYTES 16
+#define LANE 0, 1, 2, 3
+#endif
+typedef float vector __attribute__((vector_size(BYTES)));
+typedef uint16_t halves __attribute__((vector_size(BYTES / 2)));
+typedef uint32_t words __attribute__((vector_size(BYTES)));
+typedef int32_t signed_words __attribute__((vector_size(BYTES)));
+constexpr int64_t width = BYTES / 4;
+constexpr int registers = BYTES == 64 ? 16 : 8;  // partial sums that fit, beside operands
 
 // Below this many multiplications, one thread finishes before a second one wakes up.
 constexpr int64_t little = 1 << 17;
@@ -59,56 +73,157 @@ inline vector load(const bf16* x) {
   std::memcpy(&y, &wider, sizeof y);
   return y;
 }
+// The lanes with these numbers, of x or, from `width` on, of y.
+#ifdef __clang__
+#define LANES(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define LANES(x, y, ...) __builtin_shuffle(x, y, words{__VA_ARGS__})
+#endif
+#if BYTES == 64
+#define EVEN_LANES 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define ODD_LANES 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define EVEN_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define ODD_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+inline vector moved_eight(vector x) { return LANES(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline vector moved_four(vector x) { return LANES(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11); }
+inline vector moved_two(vector x) { return LANES(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13); }
+#elif BYTES == 32
+#define EVEN_LANES 0, 8, 2, 10, 4, 12, 6, 14
+#define ODD_LANES 1, 9, 3, 11, 5, 13, 7, 15
+#define EVEN_PAIRS 0, 1, 8, 9, 4, 5, 12, 13
+#define ODD_PAIRS 2, 3, 10, 11, 6, 7, 14, 15
+inline vector moved_four(vector x) { return LANES(x, x, 4, 5, 6, 7, 0, 1, 2, 3); }
+inline vector moved_two(vector x) { return LANES(x, x, 2, 3, 0, 1, 6, 7, 4, 5); }
+#else
+#define EVEN_LANES 0, 4, 2, 6
+#define ODD_LANES 1, 5, 3, 7
+#define EVEN_PAIRS 0, 1, 4, 5
+#define ODD_PAIRS 2, 3, 6, 7
+inline vector moved_two(vector x) { return LANES(x, x, 2, 3, 0, 1); }
+#endif
+inline vector larger(vector x, vector y) { return x > y ? x : y; }
 inline float total(vector x) {
-  float sum = 0;
-  for (int64_t i = 0; i < width; ++i) sum += x[i];
-  return sum;
+#if BYTES >= 64
+  x += moved_eight(x);
+#endif
+#if BYTES >= 32
+  x += moved_four(x);
+#endif
+  x += moved_two(x);
+  return x[0] + x[1];
+}
+inline float largest(vector x) {
+#if BYTES >= 64
+  x = larger(x, moved_eight(x));
+#endif
+#if BYTES >= 32
+  x = larger(x, moved_four(x));
+#endif
+  x = larger(x, moved_two(x));
+  return std::max(x[0], x[1]);
+}
+
+// Unrolls short loops, so that their arrays live in registers.
+#define UNROLL _Pragma("GCC unroll 16")
+
+// The sums of four vectors. Each step adds neighbouring lanes and joins two vectors, so that after two steps every fourth lane
+// belongs to the same vector.
+inline void four_totals(const vector* x, float* out) {
+  const vector a = LANES(x[0], x[1], EVEN_LANES) + LANES(x[0], x[1], ODD_LANES);
+  const vector b = LANES(x[2], x[3], EVEN_LANES) + LANES(x[2], x[3], ODD_LANES);
+  vector all = LANES(a, b, EVEN_PAIRS) + LANES(a, b, ODD_PAIRS);
+#if BYTES >= 64
+  all += moved_eight(all);
+#endif
+#if BYTES >= 32
+  all += moved_four(all);
+#endif
+  std::memcpy(out, &all, 4 * sizeof(float));
+}
+
+// s[q][i] = x[q] . key i for Q queries and K keys, at most 4. The order of additions depends on neither Q nor K.
+template <int Q, int K, typename T>
+inline void some_products(const float* const* x, const T* keys, int64_t stride, int64_t n, float* s, int64_t line) {
+  const int64_t even = n / width * width;
+  vector sums[Q][4] = {};
+  for (int64_t d = 0; d < even; d += width)
+    UNROLL for (int k = 0; k < K; ++k) {
+      const vector key = load(keys + k * stride + d);
+      UNROLL for (int q = 0; q < Q; ++q) sums[q][k] += load(x[q] + d) * key;
+    }
+  UNROLL for (int q = 0; q < Q; ++q) {
+    float found[4];
+    four_totals(sums[q], found);
+    UNROLL for (int k = 0; k < K; ++k) {
+      for (int64_t d = even; d < n; ++d) found[k] += x[q][d] * to_float(keys[k * stride + d]);
+      s[q * line + k] = found[k];
+    }
+  }
 }
 
 // s[q][i] = x[q] . key i for Q queries and `count` keys; each key is read once for all queries.
 template <int Q, typename T>
 void products(const float* const* x, const T* keys, int64_t stride, int64_t n, int64_t count, float* s, int64_t line) {
-  constexpr int64_t K = 4;
-  const int64_t even = n / width * width;
+  constexpr int K = Q * 4 <= registers ? 4 : Q * 2 <= registers ? 2 : 1;
   int64_t i = 0;
-  for (; i + K <= count; i += K) {
-    vector sums[Q][K] = {};
-    for (int64_t d = 0; d < even; d += width)
-      for (int64_t k = 0; k < K; ++k) {
-        const vector key = load(keys + (i + k) * stride + d);
-        for (int q = 0; q < Q; ++q) sums[q][k] += load(x[q] + d) * key;
-      }
-    for (int q = 0; q < Q; ++q)
-      for (int64_t k = 0; k < K; ++k) {
-        float sum = total(sums[q][k]);
-        for (int64_t d = even; d < n; ++d) sum += x[q][d] * to_float(keys[(i + k) * stride + d]);
-        s[q * line + i + k] = sum;
-      }
-  }
-  for (; i < count; ++i)
-    for (int q = 0; q < Q; ++q) s[q * line + i] = dot(x[q], keys + i * stride, n);
+  for (; i + K <= count; i += K) some_products<Q, K>(x, keys + i * stride, stride, n, s + i, line);
+  for (; i < count; ++i) some_products<Q, 1>(x, keys + i * stride, stride, n, s + i, line);
+}
+
+// Columns v .. v + V * width of mix.
+template <int Q, int V, typename T>
+inline void mix_columns(float* const* y, const float* fade, const T* values, int64_t stride, int64_t v, int64_t count,
+                        const float* s, int64_t line) {
+  vector sums[Q][V];
+  UNROLL for (int q = 0; q < Q; ++q)
+    UNROLL for (int j = 0; j < V; ++j) sums[q][j] = load(y[q] + v + j * width) * fade[q];
+  for (int64_t i = 0; i < count; ++i)
+    UNROLL for (int j = 0; j < V; ++j) {
+      const vector value = load(values + i * stride + v + j * width);
+      UNROLL for (int q = 0; q < Q; ++q) sums[q][j] += s[q * line + i] * value;
+    }
+  UNROLL for (int q = 0; q < Q; ++q)
+    UNROLL for (int j = 0; j < V; ++j) std::memcpy(y[q] + v + j * width, &sums[q][j], sizeof(vector));
 }
 
 // y[q] = fade[q] * y[q] + sum over i of s[q][i] * value i
 template <int Q, typename T>
 void mix(float* const* y, const float* fade, const T* values, int64_t stride, int64_t n, int64_t count, const float* s,
          int64_t line) {
+  constexpr int V = Q * 4 <= registers ? 4 : Q * 2 <= registers ? 2 : 1;
   const int64_t even = n / width * width;
-  for (int64_t v = 0; v < even; v += width) {
-    vector sums[Q];
-    for (int q = 0; q < Q; ++q) sums[q] = load(y[q] + v) * fade[q];
-    for (int64_t i = 0; i < count; ++i) {
-      const vector value = load(values + i * stride + v);
-      for (int q = 0; q < Q; ++q) sums[q] += s[q * line + i] * value;
-    }
-    for (int q = 0; q < Q; ++q) std::memcpy(y[q] + v, &sums[q], sizeof(vector));
-  }
+  int64_t v = 0;
+  for (; v + V * width <= even; v += V * width) mix_columns<Q, V>(y, fade, values, stride, v, count, s, line);
+  for (; v < even; v += width) mix_columns<Q, 1>(y, fade, values, stride, v, count, s, line);
   for (int q = 0; q < Q; ++q)
     for (int64_t v = even; v < n; ++v) {
       float sum = y[q][v] * fade[q];
       for (int64_t i = 0; i < count; ++i) sum += s[q * line + i] * to_float(values[i * stride + v]);
       y[q][v] = sum;
     }
+}
+
+// Scales the first `seen` of `count` scores and replaces them by exp(score - high), the others by 0; high is the largest of
+// them and of `top`, the largest so far. Returns the sum. s has room for whole vectors; seen > 0.
+inline float exponentials(float* s, int64_t seen, int64_t count, float scale, float* top) {
+  constexpr signed_words lane = {LANE};
+  const vector none = vector{} - INFINITY;
+  vector most = vector{} + *top, sum = {};
+  for (int64_t i = 0; i < count; i += width) {
+    const vector x = lane < int32_t(seen - i) ? load(s + i) * scale : none;
+    most = larger(x, most);
+    std::memcpy(s + i, &x, sizeof x);
+  }
+  const float high = *top = largest(most);
+  for (int64_t i = 0; i < count; i += width) {
+    float x[width];
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) x[j] = exp_(s[i + j] - high);
+    const vector y = lane < int32_t(seen - i) ? load(x) : vector{};
+    std::memcpy(s + i, &y, sizeof y);
+    sum += y;
+  }
+  return total(sum);
 }
 
 // out = gain * x / sqrt(mean(x^2) + eps); returns 1 / sqrt(mean(x^2) + eps)
@@ -134,6 +249,14 @@ inline void rotate(const T* x, const float* cosine, const float* sine, bool inte
   }
 }
 
+// Asks for `count` runs of n numbers.
+template <typename T>
+inline void prefetch(const T* x, int64_t stride, int64_t n, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < n; d += line) __builtin_prefetch(x + i * stride + d);
+}
+
 struct Attention {
   const float* query;      // (rows, new, heads, key)
   float* out;              // (rows, new, heads, value)
@@ -144,80 +267,103 @@ struct Attention {
   float scale;
 };
 
-// Attention of Q queries of one row that share keys and values, page by page with an online softmax. Queries are numbered
-// by new token and, within a token, by head first .. last.
+// What a thread needs while it attends: of each query the largest score so far and the sum of exponentials; Q rows of scores.
+struct Progress {
+  std::vector<float> top, sum, scores;
+};
+
+// Some heads of one row: heads first .. last of each of the groups from .. to.
+struct Heads {
+  int64_t row, from, to, first, last;
+};
+
+// Attention of Q queries, which share keys and values, over some entries of a page; queries are numbered by new token and,
+// within a token, by head. `at` is the position behind the entries' first.
 template <int Q, typename T>
-void attend_queries(const Attention& a, const T* data, int64_t row, int64_t group, int64_t first, int64_t share,
-                    int64_t query, std::vector<float>& buffer) {
+inline void attend_page(const Attention& a, const Heads& h, int64_t group, int64_t query, const T* base, int64_t at,
+                        int64_t count, float* top, float* sum, float* s) {
   const float* x[Q];
-  float* y[Q];
-  int64_t reach[Q], end = 0;
-  float top[Q], sum[Q], fade[Q];
-  for (int q = 0; q < Q; ++q) {
-    const int64_t token = (query + q) / share, head = first + (query + q) % share;
-    x[q] = a.query + ((row * a.new_tokens + token) * a.heads + head) * a.key;
-    y[q] = a.out + ((row * a.new_tokens + token) * a.heads + head) * a.value;
-    std::fill(y[q], y[q] + a.value, 0.0f);
-    reach[q] = a.lengths[row] + token + 1;  // a new token sees the cached entries, earlier new tokens and itself
-    end = std::max(end, reach[q]);
-    top[q] = -INFINITY, sum[q] = 0;
+  float *y[Q], fade[Q];
+  int64_t seen[Q];
+  const int64_t share = h.last - h.first, line = (a.page + width - 1) / width * width;
+  UNROLL for (int q = 0; q < Q; ++q) {
+    const int64_t token = (query + q) / share, head = group * (a.heads / a.groups) + h.first + (query + q) % share;
+    const int64_t number = (h.row * a.new_tokens + token) * a.heads + head;
+    x[q] = a.query + number * a.key, y[q] = a.out + number * a.value;
+    // a new token sees the cached entries, earlier new tokens and itself
+    seen[q] = std::max<int64_t>(std::min(count, a.lengths[h.row] + token + 1 - at), 0);
   }
-  buffer.resize(Q * a.page);
-  float* s = buffer.data();
-  const int64_t start = a.starts ? a.starts[row] : 0;
-  for (int64_t p = start / a.page; p * a.page < end; ++p) {
-    const int64_t from = std::max<int64_t>(start - p * a.page, 0), count = std::min(a.page, end - p * a.page) - from;
-    const T* base = data + (a.table[row * a.pages + p] * a.page + from) * a.elements;
-    products<Q>(x, base + group * a.key, a.elements, a.key, count, s, a.page);
-    for (int q = 0; q < Q; ++q) {
-      float* mine = s + q * a.page;
-      const int64_t seen = std::max<int64_t>(std::min(count, reach[q] - p * a.page - from), 0);
-      float high = top[q];
-      for (int64_t i = 0; i < seen; ++i) high = std::max(high, mine[i] *= a.scale);
-      fade[q] = seen || top[q] > -INFINITY ? exp_(top[q] - high) : 0.0f;
-      float more = 0;
-#pragma omp simd reduction(+ : more)
-      for (int64_t i = 0; i < seen; ++i) more += mine[i] = exp_(mine[i] - high);
-      std::fill(mine + seen, mine + count, 0.0f);
-      top[q] = high;
-      sum[q] = sum[q] * fade[q] + more;
+  products<Q>(x, base + group * a.key, a.elements, a.key, count, s, line);
+  UNROLL for (int q = 0; q < Q; ++q) {
+    fade[q] = 1;
+    if (seen[q] == 0) {
+      std::fill(s + q * line, s + q * line + count, 0.0f);
+      continue;
     }
-    mix<Q>(y, fade, base + a.value_at + group * a.value, a.elements, a.value, count, s, a.page);
+    const float before = top[q], more = exponentials(s + q * line, seen[q], count, a.scale, top + q);
+    fade[q] = exp_(before - top[q]);
+    sum[q] = sum[q] * fade[q] + more;
   }
-  for (int q = 0; q < Q; ++q)
-    for (int64_t v = 0; v < a.value; ++v) y[q][v] /= sum[q];
+  mix<Q>(y, fade, base + a.value_at + group * a.value, a.elements, a.value, count, s, line);
 }
 
+// Page by page with an online softmax. All groups of a page are processed before the next page, since their entries adjoin.
 template <typename T>
-void attend_group(const Attention& a, const T* data, int64_t row, int64_t group, int64_t first, int64_t last,
-                  std::vector<float>& buffer) {
-  const int64_t share = last - first, queries = a.new_tokens * share;
-  int64_t q = 0;
-  for (; q + 4 <= queries; q += 4) attend_queries<4>(a, data, row, group, first, share, q, buffer);
-  switch (queries - q) {
-    case 3: attend_queries<3>(a, data, row, group, first, share, q, buffer); break;
-    case 2: attend_queries<2>(a, data, row, group, first, share, q, buffer); break;
-    case 1: attend_queries<1>(a, data, row, group, first, share, q, buffer);
+void attend_heads(const Attention& a, const T* data, const Heads& h, Progress& p) {
+  const int64_t share = h.last - h.first, queries = a.new_tokens * share, end = a.lengths[h.row] + a.new_tokens;
+  p.top.assign((h.to - h.from) * queries, -INFINITY), p.sum.assign((h.to - h.from) * queries, 0.0f);
+  p.scores.resize(4 * (a.page + width));
+  const int64_t start = a.starts ? a.starts[h.row] : 0, size = a.heads / a.groups;
+  const auto each = [&](auto f) {
+    for (int64_t group = h.from; group < h.to; ++group)
+      for (int64_t q = 0; q < queries; ++q)
+        f(a.out + ((h.row * a.new_tokens + q / share) * a.heads + group * size + h.first + q % share) * a.value,
+          p.sum[(group - h.from) * queries + q]);
+  };
+  each([&](float* y, float) { std::fill(y, y + a.value, 0.0f); });
+  for (int64_t page = start / a.page; page * a.page < end; ++page) {
+    const int64_t skip = std::max<int64_t>(start - page * a.page, 0), at = page * a.page + skip;
+    const int64_t count = std::min(a.page - skip, end - at), *next = a.table + h.row * a.pages + page + 1;
+    const T* base = data + (next[-1] * a.page + skip) * a.elements;
+    const int64_t ahead = std::min(a.page, end - (page + 1) * a.page);  // entries of the next page, which is elsewhere in memory
+    for (int64_t group = h.from; group < h.to; ++group) {
+      if (ahead > 0) {
+        prefetch(data + *next * a.page * a.elements + group * a.key, a.elements, a.key, ahead);
+        prefetch(data + *next * a.page * a.elements + a.value_at + group * a.value, a.elements, a.value, ahead);
+      }
+      for (int64_t q = 0; q < queries; q += 4) {
+        const int64_t number = (group - h.from) * queries + q;
+        const auto some = [&](auto f) { f(a, h, group, q, base, at, count, &p.top[number], &p.sum[number], p.scores.data()); };
+        switch (std::min<int64_t>(queries - q, 4)) {
+          case 4: some(attend_page<4, T>); break;
+          case 3: some(attend_page<3, T>); break;
+          case 2: some(attend_page<2, T>); break;
+          case 1: some(attend_page<1, T>);
+        }
+      }
+    }
   }
+  each([&](float* y, float sum) {
+    for (int64_t v = 0; v < a.value; ++v) y[v] /= sum;
+  });
 }
 
 template <typename T>
 void attend(const Attention& a, const T* data) {
-  const int64_t share = a.heads / a.groups;
-  // with few rows, heads that share keys are split over threads, which costs reading the keys more than once
-  const int64_t parts = a.rows * a.groups >= 8 ? 1 : std::min<int64_t>(share, 4);
-  const int64_t tasks = a.rows * a.groups * parts;
+  const int64_t share = a.heads / a.groups, threads = omp_get_max_threads();
+  // with few rows, groups are split over threads, and then heads that share keys, which costs reading the keys more than once
+  const int64_t apart = a.rows >= threads ? 1 : a.groups;
+  const int64_t parts = std::min(share, (threads + a.rows * apart - 1) / (a.rows * apart)), tasks = a.rows * apart * parts;
   int64_t entries = 0;
   for (int64_t row = 0; row < a.rows; ++row) entries += a.lengths[row] + a.new_tokens;
 #pragma omp parallel if (tasks > 1 && entries * a.new_tokens * a.heads * (a.key + a.value) > little)
   {
-    std::vector<float> buffer;
+    static thread_local Progress progress;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t part = task % parts, group = task / parts % a.groups, row = task / parts / a.groups;
-      const int64_t first = group * share + part * share / parts;
-      const int64_t last = group * share + (part + 1) * share / parts;
-      if (first < last) attend_group(a, data, row, group, first, last, buffer);
+      const int64_t part = task % parts, place = task / parts % apart, row = task / parts / apart;
+      const int64_t groups = a.groups / apart, first = part * share / parts, last = (part + 1) * share / parts;
+      attend_heads(a, data, {row, place * groups, (place + 1) * groups, first, last}, progress);
     }
   }
 }

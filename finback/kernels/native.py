@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels of cpu.cpp, train.cpp, updates.cpp and quants.cpp on first use, into the user's cache.
+"""Compiles the C++ kernels of this folder on first use, into the user's cache.
 
 Each kernel replaces about a dozen small operations, whose overhead is more than half of a small model's step. `serves` and
 `ready` return whether the kernels take a tensor; otherwise callers run their plain form. Compiling takes some seconds.
@@ -33,6 +33,7 @@ SOURCES = {
     Path(__file__).with_name("train.cpp"): ("-O3", "-fassociative-math", "-fno-signed-zeros"),
     Path(__file__).with_name("updates.cpp"): ("-O3", "-ffp-contract=off"),
     Path(__file__).with_name("quants.cpp"): ("-O2", "-ffp-contract=off"),
+    Path(__file__).with_name("decode.cpp"): ("-O2", "-ffp-contract=off"),
 }
 
 # the arguments of each kernel: p pointer, i int64, f double
@@ -68,6 +69,7 @@ SIGNATURES = {
     "quant_forms": "p",
     "quant_product": "iipppip" + 3 * "i",
     "quant_feed_forward": "iipppippip" + 4 * "i",
+    "decode_blocks": "iippipi" + 6 * "p" + 8 * "i" + "ff",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from finback.kernels import native
 from finback.kernels.documents import Mask
 from finback.kernels.heads import rotate_half
+from finback.model.block_calls import use_one_call
 from finback.model.cache import LayerCache
 from finback.model.dsa import DSA
 from finback.model.mla import MLA
@@ -24,7 +25,7 @@ def use_native(model: Transformer) -> Transformer:
     DSA has no kernel: it reads different tokens for each query.
     """
     replace_modules(model, MLA, lambda _, module: module if isinstance(module, DSA) else recast(module, NativeMLA))
-    return recast_modules(model, PackedGQA, NativeGQA)
+    return use_one_call(recast_modules(model, PackedGQA, NativeGQA))
 
 
 class NativeMLA(MLA):

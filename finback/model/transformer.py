@@ -3,6 +3,8 @@
 One definition serves training, rollouts and serving: the cache is an argument.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -182,12 +184,16 @@ class Transformer(nn.Module):
         """
         x = self.streams(tokens)
         cos, sin, attention_mask = self._positions(tokens.size(1), cache, document_ids, prefixes)
-        for index, block in enumerate(self.blocks):
-            stored = cache.layer(index) if cache is not None else None
-            x = block(x, cos, sin, stored, padding_mask, attention_mask, tokens)
+        x = self.through(x, cos, sin, cache, padding_mask, attention_mask, tokens)
         if len(self.mtp) and (cache is None or cache.pool.drafts):
             self.merge.leave(x)
         return self.norm(self.merge(x))
+
+    def through(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, *context: Any) -> Tensor:
+        """The last block's output; may overwrite x. `context` is what `Block.forward` takes after its layer's cache."""
+        for index, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache.layer(index) if cache is not None else None, *context)
+        return x
 
     def streams(self, tokens: Tensor) -> Tensor:
         """The first block's input for tokens (b, t): (b, t, d), or mHC's streams (b, t, n, d), which start equal."""
