@@ -175,7 +175,7 @@ def test_a_missing_recipe_file_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with refusal(f"recipe = '{tmp_path / 'mime.py'}': no such file. Did you mean '{tmp_path / 'mine.py'}'?"):
         load(tmp_path / "mime.py")
     with refusal(
-        f"recipe = '{tmp_path / 'no' / 'mine.py'}': no such file. There is no recipe in that folder, or in recipes/ of this one."
+        f"recipe = '{tmp_path / 'no' / 'mine.py'}': no such file. There is no recipe in that folder, or in recipes/ of this one; finback's own are in its repository."
     ):
         load(tmp_path / "no" / "mine.py")
 

@@ -12,7 +12,11 @@ def demand_file(path: Path) -> None:
         return
     problem = "a folder, not a recipe's file" if path.is_dir() else "no such file"
     near = _recipes_near(path)
-    nothing = "" if near else "There is no recipe in that folder, or in recipes/ of this one."
+    nothing = (
+        ""
+        if near
+        else "There is no recipe in that folder, or in recipes/ of this one; finback's own are in its repository."
+    )
     raise UserError("recipe", str(path), problem, did_you_mean(str(path), near, nothing))
 
 
