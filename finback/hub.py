@@ -10,7 +10,7 @@ from finback.config import UserError
 from finback.extras import how_to_get
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REMEDY = "Check the name, the subset, the split and the connection (a gated set wants `hf auth login`), or name a file that you have."
+_REMEDY = "Check the name, the subset, the split and the connection (a gated set needs `hf auth login`), or name a local file."
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HubRows:
             rows = datasets.load_dataset(name, subset, split=self.split, revision=revision, data_files=files)
         except Exception as error:  # `datasets` raises its own errors and those of the hub, HTTP and the file system
             reason = " ".join(str(error).split())[:300]
-            problem = f"the hub did not give subset {self.subset!r}, split {self.split!r}: {reason}"
+            problem = f"subset {self.subset!r}, split {self.split!r} could not be loaded from the hub: {reason}"
             raise UserError(field, self.name, problem, _REMEDY) from None
         made = getattr(rows, "cache_files", ())
         commit = Path(made[0]["filename"]).parent.name if made else ""

@@ -355,8 +355,8 @@ def test_a_torn_or_foreign_folder_is_refused(file: str, text: str | None, proble
         ("summary.json", lambda found: {"stages": {}}, "not a recipe's stages"),
         ("summary.json", lambda found: found | {"stages": {"base": {"cost": {}}}}, "has no cost of base"),
         ("base/config.json", lambda found: None, "not an object"),
-        ("after/manifest.json", lambda found: found | {"results": {}}, "does not hold an evaluation's results"),
-        ("after/manifest.json", lambda found: found | {"results": None}, "does not hold an evaluation's results"),
+        ("after/manifest.json", lambda found: found | {"results": {}}, "has no results of an evaluation"),
+        ("after/manifest.json", lambda found: found | {"results": None}, "has no results of an evaluation"),
     ],
 )
 def test_a_damaged_record_is_named_by_the_summary_and_the_plan(file: str, change: Any, problem: str, run: Path) -> None:

@@ -135,7 +135,7 @@ def raw_v4(config: ModelConfig) -> dict[str, Any]:
     raw |= {
         name: getattr(c, name) for name in ("scoring_func", "norm_topk_prob", "qk_rope_head_dim", "num_hash_layers")
     }
-    raw |= {"index_fp4": True} if c.index_fp4 else {}  # a key of finback's
+    raw |= {"index_fp4": True} if c.index_fp4 else {}  # finback's own key
     raw |= {
         "num_key_value_heads": 1,
         "attention_bias": False,

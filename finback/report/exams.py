@@ -15,7 +15,7 @@ def scored(stage: StageFolder) -> tuple[str, list[dict[str, Any]]]:
     match stage.results:
         case {"model": model, "evaluations": [_, *_] as exams} if all(map(_is_result, exams)):
             return str(model), exams
-    raise torn(stage.folder / MANIFEST, "does not hold an evaluation's results")
+    raise torn(stage.folder / MANIFEST, "has no results of an evaluation")
 
 
 def _is_result(exam: Any) -> bool:
