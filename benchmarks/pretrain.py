@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import gemm
 import qualify
 import record
 from driver import CORES, Contestant, Settings
-from gemm import DTYPES
 from pretrain_contestants import (
     LENGTH,
     compiled_peers,
@@ -42,18 +41,29 @@ TRIAL_STEPS = 2
 SINGLE, RANKS = f"1x{CORES}", f"{CORES}x1"
 
 
-def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds: int, steps: int) -> None:
-    """Runs the alternating rounds; the GEMM probe runs first in each."""
+def race(
+    contestants: Sequence[Contestant], probes: Sequence[Contestant], options: argparse.Namespace, until: float
+) -> None:
+    """Runs the alternating rounds while there is time, at least two; the GEMM probe runs first in each."""
 
     def take(contestant: Contestant, seconds: float, replies: list[Any]) -> None:
         contestant.record.setdefault("seconds", []).append(seconds)
         contestant.record["last_loss"] = replies[0]
 
-    for number in range(rounds):
+    for number in range(options.rounds):
+        if number > 1 and time.monotonic() > until:
+            break
         driver.turns(probes, 1, None, gemm.take)
         order = contestants if number % 2 == 0 else list(reversed(contestants))
-        driver.turns(order, 1, steps, take)
-        driver.say(f"round {number + 1} of {rounds}")
+        driver.turns(order, 1, options.steps, take)
+        driver.say(f"round {number + 1} of {options.rounds}")
+
+
+def _kind(size: str) -> Callable[[Contestant], str]:
+    """Which settings of the peer compete for a place in the race: those of a precision, and the compiled ones."""
+    if size == "100m":  # memory for one
+        return lambda c: ""
+    return lambda c: "compiled" if c.settings["compile"] else dtype_of(c)
 
 
 def beside_busy(quiet: Sequence[Contestant], tokens: int, rounds: int) -> dict[str, Any]:
@@ -189,6 +199,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="steps per turn")
     parser.add_argument("--rows", type=int, default=32, help="rows per step over all ranks")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no round begins later, but the first two")
     parser.add_argument("--only", default="", help="take only contestants whose name matches this pattern")
     parser.add_argument("--thorough", action="store_true", help="more settings of the peer; some minutes more")
     parser.add_argument("--smoke", action="store_true", help="two layers, four rows, one round: does it run?")
@@ -201,6 +212,7 @@ def _options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prepares, selects the peer's settings by a trial, races, then measures next to a busy process."""
+    until = time.monotonic() + 60 * options.minutes
     layers = 2 if options.smoke else SIZES[options.size].num_hidden_layers
     common = {"folder": str(folder), "rows": options.rows, "layers": layers, "size": options.size}
     results = record.header(
@@ -221,13 +233,15 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     try:
         driver.start(probes)
-        field.enter(finback_contestants(common))
-        single = field.enter(eager_peers(common, options.thorough))
-        single += field.enter(compiled_peers(common, options.thorough))
-        qualify.trial(single, turns=2, command=TRIAL_STEPS)
-        qualify.retire(single, [qualify.best([c for c in single if dtype_of(c) == p]) for p in DTYPES])
+        peers = [*eager_peers(common, options.thorough), *compiled_peers(common, options.thorough)]
+        single = qualify.one_by_one(field, peers, _kind(options.size), turns=2, command=TRIAL_STEPS)
         field.enter(ranked_peers(common, single), at_once=1)  # each has a process on every core
-        race(field.contestants, probes, options.rounds, options.steps)
+        ours = finback_contestants(common)
+        if options.size == "tiny":
+            field.enter(ours)
+        else:
+            qualify.one_by_one(field, ours, lambda c: c.settings["optimiser"], turns=2, command=TRIAL_STEPS)
+        race(field.contestants, probes, options, until)
         raced = [c for c in field.contestants if c.alive]
         p = default_precision({c.name: statistics.median(c.record["seconds"]) for c in raced})
         quiet = [c for c in raced if re.fullmatch(rf"finback muon {p} \S+", c.name)]

@@ -152,7 +152,7 @@ def _serve(pipe: Connection, parameters: int, step: Callable[[], float], warmup:
 
 
 def finback_contestants(common: Settings) -> list[Contestant]:
-    """Muon in every layout; the other settings in layouts that use all cores."""
+    """Muon in every layout; the other settings in layouts that use all cores. Beyond the tiny size, ranks alone."""
 
     def entry(
         optimiser: str, precision: str, layout: tuple[int, int], mtp: bool = False, compiled: bool = False
@@ -163,6 +163,9 @@ def finback_contestants(common: Settings) -> list[Contestant]:
         settings = common | {"optimiser": optimiser, "precision": precision, "mtp": mtp, "compile": compiled}
         return Contestant(name, finback_worker, settings, ranks, threads)
 
+    if common["size"] != "tiny":
+        kinds = [("adamw", False), ("muon", False), ("adamw", True)]
+        return [entry(o, p, (CORES, 1), compiled=c) for o, c in kinds for p in DTYPES]
     found = []
     for precision in DTYPES:
         found += [entry("muon", precision, layout) for layout in LAYOUTS]
@@ -185,7 +188,10 @@ def peer(
 
 
 def eager_peers(common: Settings, thorough: bool) -> list[Contestant]:
-    """Attention by sdpa or eager, experts in each implementation that runs on a CPU, three precisions."""
+    """Attention by sdpa or eager, experts in each implementation that runs on a CPU, three precisions.
+
+    Beyond the tiny size without those that are far behind there.
+    """
     choices = [
         ("fp32", "sdpa", "grouped_mm"),
         ("fp32", "eager", "grouped_mm"),
@@ -198,6 +204,8 @@ def eager_peers(common: Settings, thorough: bool) -> list[Contestant]:
     ]
     if thorough:
         choices += [("bf16 autocast", "sdpa", "eager"), ("bf16 weights", "sdpa", "eager")]
+    if common["size"] != "tiny" and not thorough:
+        choices = [choice for choice in choices if choice[2] == "grouped_mm" and choice[0] != "fp32"]
     return [peer(common, *choice) for choice in choices]
 
 

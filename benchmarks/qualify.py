@@ -1,10 +1,10 @@
-"""A short trial for the many settings of a peer, which selects those that race."""
+"""A short trial for many settings, which selects those that race."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import driver
-from driver import Contestant
+from driver import Contestant, Field
 
 KEPT = 0.8  # share of the best trial's speed that a setting must reach to race
 HOPELESS = 3.0  # times the fastest warm step: excluded from the trial
@@ -21,6 +21,31 @@ def trial(contestants: Sequence[Contestant], turns: int, command: Any) -> None:
         if contestant.alive and contestant.record["warm_step_seconds"] > limit:
             _send_home(contestant, f"{HOPELESS:g} times slower than the fastest when warming up")
     driver.turns(contestants, turns, command, take)
+
+
+def one_by_one(
+    field: Field, contestants: Sequence[Contestant], kind: Callable[[Contestant], str], turns: int, command: Any
+) -> list[Contestant]:
+    """A trial in which each starts alone, and of each kind only the fastest so far goes on; bounds memory and load.
+
+    Returns all whose names the field accepts.
+    """
+    entered: list[Contestant] = []
+    for contestant in contestants:
+        entered += field.enter([contestant])
+        alive = [c for c in entered if c.alive]
+        if contestant not in alive:
+            continue
+        limit = HOPELESS * min(c.record["warm_step_seconds"] for c in alive)
+        if contestant.record["warm_step_seconds"] > limit:
+            _send_home(contestant, f"{HOPELESS:g} times slower than the fastest when warming up")
+            continue
+        trial([contestant], turns, command)
+        rivals = [c for c in alive if c.record.get("trial_seconds") and kind(c) == kind(contestant)]
+        for rival in rivals:
+            if rival is not best(rivals):
+                _send_home(rival, "another of its kind was faster in the trial")
+    return entered
 
 
 def best(contestants: Sequence[Contestant]) -> Contestant | None:

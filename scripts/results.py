@@ -85,6 +85,27 @@ def road(report: Report) -> Rows:
     )
 
 
+def sparse_roads(report: Report) -> Rows:
+    runs = report["seeds"]
+
+    def of(recipe: str, stage: str, exam: str) -> list[float]:
+        return [run[recipe][stage][exam]["accuracy"] for run in runs]
+
+    numbers = ", ".join(str(run["seed"]) for run in runs)
+    for recipe, model in ("v32_tiny", "V3.2, turned sparse"), ("v4_tiny", "V4"):
+        pairs = zip(of(recipe, "before", "sampled"), of(recipe, "after", "sampled"), strict=True)
+        gained = ", ".join(f"{100 * a:.1f} -> {100 * b:.1f}" for a, b in pairs)
+        yield f"R1-Zero on a tiny {model}: sampled accuracy on 600 sums before -> after, seeds {numbers}", f"{gained} %"
+        yield "greedy accuracy after it", percents(of(recipe, "after", "greedy"), 1) + " %"
+    lost = [run["v32_tiny"]["before"]["bits_per_byte"] - run["v32_tiny"]["dense"]["bits_per_byte"] for run in runs]
+    yield (
+        "bits per byte that the dense base loses by turning sparse (it trains on meanwhile); limit 0.01",
+        ", ".join(f"{bits:+.3f}" for bits in lost),
+    )
+    points = zip(of("v32_tiny", "before", "sampled"), of("v32_tiny", "dense", "sampled"), strict=True)
+    yield "points on sums that it gains by it; at least -2", ", ".join(f"{100 * (a - b):+.1f}" for a, b in points)
+
+
 def pretraining(report: Report) -> Rows:
     size = f"{next(iter(report['contestants'].values()))['parameters'] / 1e6:.1f} M parameters"
     peer, tokens = f"tokens/s over transformers, {size}", report["settings"]["rows"] * report["settings"]["length"]
