@@ -35,7 +35,14 @@ def worker(pipe: Connection, settings: Settings) -> None:
 
 def contestant(common: Settings, form: str, precision: str) -> Contestant:
     """As many one-thread ranks as there are cores."""
-    settings = common | {"optimiser": "adamw", "precision": precision, "mtp": False, "compile": False, "form": form}
+    settings = common | {
+        "optimiser": "adamw",
+        "precision": precision,
+        "mtp": False,
+        "compile": False,
+        "weights": "fp32",
+        "form": form,
+    }
     return Contestant(f"{form} {precision} {CORES}x1", worker, settings, CORES, 1)
 
 

@@ -201,7 +201,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=32, help="rows per step over all ranks")
     parser.add_argument("--minutes", type=float, default=8.0, help="no round begins later, but the first two")
     parser.add_argument("--only", default="", help="take only contestants whose name matches this pattern")
-    parser.add_argument("--thorough", action="store_true", help="more settings of the peer; some minutes more")
+    parser.add_argument(
+        "--thorough",
+        action="store_true",
+        help="more settings of the peer, and a race beside a busy process; some minutes more",
+    )
     parser.add_argument("--smoke", action="store_true", help="two layers, four rows, one round: does it run?")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args()
@@ -250,7 +254,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         results["contestants"] = summarise(field.contestants, results["gemm_peak_flops"], tokens)
         results["finback_default"] = f"finback muon {p} {RANKS}"
         results["ratios"] = ratios(field.contestants)
-        results["beside_a_busy_process"] = beside_busy(quiet, options.rows * LENGTH, min(3, options.rounds))
+        results["beside_a_busy_process"] = (
+            beside_busy(quiet, options.rows * LENGTH, min(3, options.rounds)) if options.thorough else {}
+        )
     finally:
         for contestant in (*field.contestants, *probes):
             contestant.stop()

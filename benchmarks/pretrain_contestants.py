@@ -71,6 +71,7 @@ def _training(settings: Settings, world: World) -> Pretraining:
         compute=settings["precision"],
         optimizer=settings["optimiser"],
         compile=settings["compile"],
+        weights=settings["weights"],
     )
     if settings["optimiser"] == "adamw":  # at the peer's rate, for all parameters
         stage = dataclasses.replace(stage, adam_lr=1e-3)
@@ -155,26 +156,32 @@ def finback_contestants(common: Settings) -> list[Contestant]:
     """Muon in every layout; the other settings in layouts that use all cores. Beyond the tiny size, ranks alone."""
 
     def entry(
-        optimiser: str, precision: str, layout: tuple[int, int], mtp: bool = False, compiled: bool = False
+        optimiser: str,
+        precision: str,
+        layout: tuple[int, int] = (CORES, 1),
+        mtp: bool = False,
+        compiled: bool = False,
+        weights: str = "fp32",
     ) -> Contestant:
         ranks, threads = layout
-        words = [optimiser, *(["+ MTP"] if mtp else []), precision, *(["compile"] if compiled else [])]
+        form = "bf16 weights" if weights == "bf16" else precision
+        words = [optimiser, *(["+ MTP"] if mtp else []), form, *(["compile"] if compiled else [])]
         name = f"finback {' '.join(words)} {ranks}x{threads}"
-        settings = common | {"optimiser": optimiser, "precision": precision, "mtp": mtp, "compile": compiled}
-        return Contestant(name, finback_worker, settings, ranks, threads)
+        own = {"optimiser": optimiser, "precision": precision, "mtp": mtp, "compile": compiled, "weights": weights}
+        return Contestant(name, finback_worker, common | own, ranks, threads)
 
+    # like the peer's bf16 weights: without fp32 masters of hidden matrices
+    narrow = [entry("adamw", "bf16", compiled=compiled, weights="bf16") for compiled in (False, True)]
     if common["size"] != "tiny":
         kinds = [("adamw", False), ("muon", False), ("adamw", True)]
-        return [entry(o, p, (CORES, 1), compiled=c) for o, c in kinds for p in DTYPES]
+        return [*(entry(o, p, compiled=c) for o, c in kinds for p in DTYPES if p == "bf16" or not c), *narrow]
     found = []
     for precision in DTYPES:
         found += [entry("muon", precision, layout) for layout in LAYOUTS]
         found += [entry("adamw", precision, layout) for layout in LAYOUTS if layout != (1, 1) or CORES == 1]
-        found.append(entry("muon", precision, (CORES, 1), mtp=True))
-        found.append(entry("adamw", precision, (CORES, 1), compiled=True))
-        if precision == "bf16":
-            found.append(entry("muon", precision, (CORES, 1), compiled=True))
-    return found
+        found.append(entry("muon", precision, mtp=True))
+    found += [entry(optimiser, "bf16", compiled=True) for optimiser in ("adamw", "muon")]
+    return [*found, *narrow]
 
 
 def peer(
@@ -210,12 +217,13 @@ def eager_peers(common: Settings, thorough: bool) -> list[Contestant]:
 
 
 def compiled_peers(common: Settings, thorough: bool) -> list[Contestant]:
-    """torch.compile with the attention that it can fuse; when thorough, with sdpa as well."""
+    """torch.compile with the attention that it can fuse; when thorough, with sdpa and in fp32 as well."""
     attentions = ("eager", "sdpa") if thorough else ("eager",)
+    precisions = ("bf16 autocast", "bf16 weights", *(("fp32",) if thorough else ()))
     return [
         peer(common, precision, attention, "grouped_mm", compiled=True)
         for attention in attentions
-        for precision in ("fp32", "bf16 autocast", "bf16 weights")
+        for precision in precisions
     ]
 
 

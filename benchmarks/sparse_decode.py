@@ -7,13 +7,14 @@ engine's: MLA decodes by the C++ kernel where there is one, the other two by pla
 
 import argparse
 import dataclasses
-import json
 import runpy
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from driver import say
+from record import header, write
 
 from finback.model.cache import Cache
 from finback.model.compressed_cache import CompressedCache, CompressedPool, pool_of
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    results = header("sparse_decode", {"rounds": options.rounds})
     found: dict[str, dict[str, dict[str, float]]] = {}
     for length in LENGTHS:
         decoders = {name: Decoder(config, length) for name, config in models().items()}
@@ -85,10 +87,9 @@ def main() -> None:
             }
             for name in decoders
         }
-    text = json.dumps(found, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+        say(f"{length:,} tokens: {found[str(length)]}")
+    results["tokens"] = found
+    write(results, options.out)
 
 
 if __name__ == "__main__":

@@ -325,6 +325,16 @@ def plan(report: Report) -> Rows:
     yield "step times of these two, measured again", f"{again} % off"
 
 
+def sparse_decode(report: Report) -> Rows:
+    lengths = report["tokens"]
+    numbers = ", ".join(f"{int(length):,}" for length in lengths)
+    for name, model in ("mla", "dense MLA"), ("v3.2", "V3.2's attention"), ("v4", "V4's"):
+        times = ", ".join(f"{1e3 * found[name]['seconds']:.1f}" for found in lengths.values())
+        ratio = ", ".join(f"{found[name]['of_mla']:.2f}" for found in lengths.values())
+        what = f"a decoding step of the tiny model behind {numbers} tokens, one thread, {model}"
+        yield (what, f"{times} ms") if name == "mla" else (f"{what}; of MLA's time", f"{times} ms; {ratio}")
+
+
 def page_open(report: Report) -> Rows:
     found = report["open"]
     yield "the page, opened for the first time: first paint; limit 1 s", f"{found['first_paint_ms']['median']:.0f} ms"
