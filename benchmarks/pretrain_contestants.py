@@ -179,8 +179,8 @@ def finback_contestants(common: Settings) -> list[Contestant]:
     for precision in DTYPES:
         found += [entry("muon", precision, layout) for layout in LAYOUTS]
         found += [entry("adamw", precision, layout) for layout in LAYOUTS if layout != (1, 1) or CORES == 1]
-        found.append(entry("muon", precision, mtp=True))
     found += [entry(optimiser, "bf16", compiled=True) for optimiser in ("adamw", "muon")]
+    found.append(entry("muon", "bf16", mtp=True))
     return [*found, *narrow]
 
 
