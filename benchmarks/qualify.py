@@ -16,10 +16,7 @@ def trial(contestants: Sequence[Contestant], turns: int, command: Any) -> None:
     def take(contestant: Contestant, seconds: float, replies: list[Any]) -> None:
         contestant.record.setdefault("trial_seconds", []).append(seconds)
 
-    limit = HOPELESS * min((c.record["warm_step_seconds"] for c in contestants if c.alive), default=0.0)
-    for contestant in contestants:
-        if contestant.alive and contestant.record["warm_step_seconds"] > limit:
-            _send_home(contestant, f"{HOPELESS:g} times slower than the fastest when warming up")
+    _send_hopeless(contestants, contestants)
     driver.turns(contestants, turns, command, take)
 
 
@@ -36,16 +33,21 @@ def one_by_one(
         alive = [c for c in entered if c.alive]
         if contestant not in alive:
             continue
-        limit = HOPELESS * min(c.record["warm_step_seconds"] for c in alive)
-        if contestant.record["warm_step_seconds"] > limit:
-            _send_home(contestant, f"{HOPELESS:g} times slower than the fastest when warming up")
-            continue
+        _send_hopeless([contestant], alive)
         trial([contestant], turns, command)
-        rivals = [c for c in alive if c.record.get("trial_seconds") and kind(c) == kind(contestant)]
+        rivals = [c for c in alive if c.alive and c.record.get("trial_seconds") and kind(c) == kind(contestant)]
         for rival in rivals:
             if rival is not best(rivals):
                 _send_home(rival, "another of its kind was faster in the trial")
     return entered
+
+
+def _send_hopeless(contestants: Sequence[Contestant], field: Sequence[Contestant]) -> None:
+    """Takes out contestants that warmed up far more slowly than the fastest of the field."""
+    limit = HOPELESS * min((c.record["warm_step_seconds"] for c in field if c.alive), default=0.0)
+    for contestant in contestants:
+        if contestant.alive and contestant.record["warm_step_seconds"] > limit:
+            _send_home(contestant, f"{HOPELESS:g} times slower than the fastest when warming up")
 
 
 def best(contestants: Sequence[Contestant]) -> Contestant | None:

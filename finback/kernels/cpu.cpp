@@ -102,24 +102,24 @@ inline vector moved_two(vector x) { return LANES(x, x, 2, 3, 0, 1, 6, 7, 4, 5); 
 inline vector moved_two(vector x) { return LANES(x, x, 2, 3, 0, 1); }
 #endif
 inline vector larger(vector x, vector y) { return x > y ? x : y; }
-inline float total(vector x) {
+inline vector sum_of(vector x, vector y) { return x + y; }
+// Combines the lanes of a vector whose numbers are equal modulo 4; the result is in each of them.
+template <vector (*f)(vector, vector)>
+inline vector folded(vector x) {
 #if BYTES >= 64
-  x += moved_eight(x);
+  x = f(x, moved_eight(x));
 #endif
 #if BYTES >= 32
-  x += moved_four(x);
+  x = f(x, moved_four(x));
 #endif
-  x += moved_two(x);
+  return x;
+}
+inline float total(vector x) {
+  x = folded<sum_of>(x), x += moved_two(x);
   return x[0] + x[1];
 }
 inline float largest(vector x) {
-#if BYTES >= 64
-  x = larger(x, moved_eight(x));
-#endif
-#if BYTES >= 32
-  x = larger(x, moved_four(x));
-#endif
-  x = larger(x, moved_two(x));
+  x = folded<larger>(x), x = larger(x, moved_two(x));
   return std::max(x[0], x[1]);
 }
 
@@ -131,13 +131,7 @@ inline float largest(vector x) {
 inline void four_totals(const vector* x, float* out) {
   const vector a = LANES(x[0], x[1], EVEN_LANES) + LANES(x[0], x[1], ODD_LANES);
   const vector b = LANES(x[2], x[3], EVEN_LANES) + LANES(x[2], x[3], ODD_LANES);
-  vector all = LANES(a, b, EVEN_PAIRS) + LANES(a, b, ODD_PAIRS);
-#if BYTES >= 64
-  all += moved_eight(all);
-#endif
-#if BYTES >= 32
-  all += moved_four(all);
-#endif
+  const vector all = folded<sum_of>(LANES(a, b, EVEN_PAIRS) + LANES(a, b, ODD_PAIRS));
   std::memcpy(out, &all, 4 * sizeof(float));
 }
 
