@@ -471,7 +471,7 @@ void swiglu(const T* x, T* out, int64_t tokens, int64_t width, float limit) {
     const T *gate = x + 2 * t * width, *up = gate + width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const float a = std::min(to_float(gate[i]), limit), b = std::min(std::max(to_float(up[i]), -limit), limit);
+      const float a = at_most(to_float(gate[i]), limit), b = within(to_float(up[i]), limit);
       narrow(silu(a) * b, out + t * width + i);
     }
   }

@@ -48,6 +48,10 @@ inline float exp_(float x) {
   return p * float_of(uint32_t(int32_t(n) + 127) << 23);
 }
 
+// By value: loops in which std::min takes the address of a number are not vectorized.
+inline float at_most(float x, float limit) { return limit < x ? limit : x; }
+inline float within(float x, float limit) { return at_most(x < -limit ? -limit : x, limit); }
+
 inline float silu(float x) {  // sigmoid without overflow
   const float e = exp_(-std::fabs(x));
   return x * (x < 0 ? e : 1.0f) / (1.0f + e);

@@ -61,14 +61,14 @@ void swiglu_backward(const T* x, const T* grad, T* d_x, T* out, int64_t rows, in
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       const float gated = to_float(gate[i]), upper = to_float(up[i]), given = to_float(g[i]);
-      const float a = std::min(gated, limit), b = std::min(std::max(upper, -limit), limit), s = sigmoid(a);
+      const float a = at_most(gated, limit), b = within(upper, limit), s = sigmoid(a);
       narrow(gated > limit ? 0.0f : given * b * (s + a * s * (1 - s)), d_gate + i);
       narrow(std::fabs(upper) > limit ? 0.0f : given * a * s, d_up + i);
     }
     if (out)
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) {
-        const float a = std::min(to_float(gate[i]), limit), b = std::min(std::max(to_float(up[i]), -limit), limit);
+        const float a = at_most(to_float(gate[i]), limit), b = within(to_float(up[i]), limit);
         narrow(silu(a) * b, out + t * width + i);
       }
   }
