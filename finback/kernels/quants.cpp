@@ -18,6 +18,8 @@
 
 #include "numbers.h"
 
+extern "C" int omp_get_num_threads();
+
 // unrolls short loops, so that their arrays live in registers
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -204,44 +206,69 @@ void read_row(const uint8_t* panels, int64_t row, int64_t columns, T* out) {
 
 // ---- activations of 8 bits ------------------------------------------------------------------------------------------
 
+// Rows are multiplied in blocks of several. A block keeps a group's numbers of all its rows side by side, and their factors too:
+// row m of M, in the block that begins at row r, has group g's numbers at (r * groups + g * M + m) * 32.
 struct Rows {
   int64_t count, columns, groups;
-  std::vector<int8_t> q;      // (rows, columns)
-  std::vector<float> scale;   // (rows, groups)
-  std::vector<float> weight;  // (rows, groups), a group's sum times its factor
-  std::vector<int32_t> sums;  // (rows, 2 groups), sums of 16 numbers
+  std::vector<int8_t> q;
+  std::vector<float> scale, weight;  // weight: the sum of a group times its factor
+  std::vector<int32_t> sums[2];      // of a group's first and last 16 numbers
+  void resize(int64_t new_count, int64_t new_columns) {
+    count = new_count, columns = new_columns, groups = columns / group;
+    q.resize(count * columns);
+    for (auto* numbers : {&scale, &weight}) numbers->resize(count * groups);
+    for (auto& numbers : sums) numbers.resize(count * groups);
+  }
 };
 
-template <typename T>
-void quantize_row(const T* x, Rows& rows, int64_t row) {
-  for (int64_t g = 0; g < rows.groups; ++g) {
-    float v[group];
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < group; ++i) v[i] = to_float(x[g * group + i]);
-    // the bits of magnitudes compare like the magnitudes, with infinity and then NaN at the top
-    for (int64_t i = 0; i < group; ++i) largest = std::max(largest, bits_of(v[i]) & 0x7fffffff);
-    const float top = float_of(largest), unit = top > 0 ? 127.0f / top : 0.0f, scale = top / 127.0f;
-    int8_t* q = rows.q.data() + row * rows.columns + g * group;
-    int32_t sums[2] = {};
-    for (int64_t i = 0; i < group; ++i) {
-      const int32_t n = int32_t(std::nearbyint(std::min(std::max(v[i] * unit, -127.0f), 127.0f)));
-      q[i] = int8_t(n);
-      sums[i / 16] += n;
-    }
-    const int64_t at = row * rows.groups + g;
-    rows.scale[at] = scale;
-    rows.weight[at] = scale * float(sums[0] + sums[1]);
-    rows.sums[2 * at] = sums[0], rows.sums[2 * at + 1] = sums[1];
-  }
+// The first row and the number of rows of a block; `most` is the largest number.
+struct Block {
+  int64_t first, size;
+};
+template <int64_t most>
+Block block_at(int64_t row, int64_t count) {
+  const int64_t whole = count / most * most, pairs = most > 4 ? count / 2 * 2 : whole;
+  if (row < whole) return {row / most * most, most};
+  return row < pairs ? Block{row / 2 * 2, 2} : Block{row, 1};
 }
 
+// Quantizes the 32 numbers of x.
 template <typename T>
-void quantize(const T* x, Rows& rows, int64_t count, int64_t columns) {
-  rows.count = count, rows.columns = columns, rows.groups = columns / group;
-  rows.q.resize(count * columns);
-  rows.scale.resize(count * rows.groups), rows.weight.resize(count * rows.groups), rows.sums.resize(2 * count * rows.groups);
-#pragma omp parallel for schedule(static) if (count > 16)
-  for (int64_t row = 0; row < count; ++row) quantize_row(x + row * columns, rows, row);
+void quantize_group(const T* x, Rows& rows, int64_t at) {
+  float v[group];
+  int32_t n[group], first = 0, last = 0;
+  uint32_t sizes[group];
+#pragma omp simd
+  for (int64_t i = 0; i < group; ++i) v[i] = to_float(x[i]);
+  // the bits of magnitudes compare like the magnitudes, with infinity and then NaN at the top
+#pragma omp simd
+  for (int64_t i = 0; i < group; ++i) sizes[i] = bits_of(v[i]) & 0x7fffffff;
+  UNROLL for (uint64_t half = group / 2; half; half /= 2)
+#pragma omp simd
+    for (uint64_t i = 0; i < half; ++i) sizes[i] = std::max(sizes[i], sizes[half + i]);
+  const float top = float_of(sizes[0]), unit = top > 0 ? 127.0f / top : 0.0f, scale = top / 127.0f;
+#pragma omp simd
+  for (int64_t i = 0; i < group; ++i) n[i] = int32_t(std::nearbyint(std::min(std::max(v[i] * unit, -127.0f), 127.0f)));
+  int8_t* q = rows.q.data() + at * group;
+#pragma omp simd
+  for (int64_t i = 0; i < group; ++i) q[i] = int8_t(n[i]);
+#pragma omp simd reduction(+ : first, last)
+  for (int64_t i = 0; i < group / 2; ++i) first += n[i], last += n[group / 2 + i];
+  rows.scale[at] = scale;
+  rows.weight[at] = scale * float(first + last);
+  rows.sums[0][at] = first, rows.sums[1][at] = last;
+}
+
+// All threads of a team must call it.
+template <int64_t most, typename T>
+void quantize(const T* x, Rows& rows) {
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows.count; ++row) {
+    const Block block = block_at<most>(row, rows.count);
+    const int64_t at = block.first * rows.groups + row - block.first;
+    for (int64_t g = 0; g < rows.groups; ++g)
+      quantize_group(x + row * rows.columns + g * group, rows, at + g * block.size);
+  }
 }
 
 // ---- vector operations of each instruction set, over some rows of a panel -------------------------------------------
@@ -453,45 +480,62 @@ inline typename V::Bytes four_columns(const uint8_t* part, int64_t lane) {
 
 // sums[i][m] += columns from 4g on, of 32, times row m's activations; if `two`, i = 1 has the last 16 columns.
 template <class V, class K, int M, int two, int g>
-[[gnu::always_inline]] inline void add_four(const uint8_t* part, int64_t lane, const int8_t* const* a, typename V::Ints (*sums)[M]) {
+[[gnu::always_inline]] inline void add_four(const uint8_t* part, int64_t lane, const int8_t* a, typename V::Ints (*sums)[M]) {
   constexpr bool is_wide = K::zero == 128;
   const auto w = four_columns<V, K, g>(part, lane);
   UNROLL for (int m = 0; m < M; ++m) {
     auto& sum = sums[g / 4 * two][m];
-    sum = is_wide ? V::dot_signed(sum, w, a[m] + 4 * g) : V::dot(sum, w, a[m] + 4 * g);
+    sum = is_wide ? V::dot_signed(sum, w, a + m * group + 4 * g) : V::dot(sum, w, a + m * group + 4 * g);
   }
   if constexpr (g + 1 < 8) add_four<V, K, M, two, g + 1>(part, lane, a, sums);
 }
 
-// Multiplies M rows of activations by `lanes` rows of a panel.
+// What is subtracted from a panel's numbers where V multiplies them, and whether their factors are per 16 columns.
+template <class V, class K>
+constexpr int zero_of = K::zero == 128 && V::takes_signed ? 0 : K::zero;
+template <class K>
+constexpr int is_halved = K::factors == signed_bytes;
+
+// -zero times the sums of each group, or of both its halves, with which sums of products begin. All threads must call it.
+template <class V, class K>
+void offsets_of(const Rows& rows, int32_t* to) {
+  constexpr int zero = zero_of<V, K>;
+  if (!zero) return;
+  const int64_t count = rows.count * rows.groups;
+  const int32_t *first = rows.sums[0].data(), *last = rows.sums[1].data();
+#pragma omp for simd
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = -zero * (is_halved<K> ? first[i] : first[i] + last[i]);
+    if (is_halved<K>) to[count + i] = -zero * last[i];
+  }
+}
+
+// Multiplies a block of M rows of activations by `lanes` rows of a panel.
 template <class V, class K, int M>
-void few(const uint8_t* panel, const Rows& rows, int64_t row, int64_t lane, float* out) {
-  constexpr int two = K::factors == signed_bytes;  // whether factors are per 16 columns
-  constexpr int zero = K::zero == 128 && V::takes_signed ? 0 : K::zero;
+void few(const uint8_t* panel, const Rows& rows, const int32_t* offsets, int64_t row, int64_t lane, float* out) {
+  constexpr int two = is_halved<K>, zero = zero_of<V, K>;
   typename V::Floats total[M];
-  const int8_t* a[M];
-  UNROLL for (int m = 0; m < M; ++m) total[m] = V::all(0), a[m] = rows.q.data() + (row + m) * rows.columns;
-  const int64_t records = rows.columns / K::columns;
-  for (int64_t r = 0, g = 0; r < records; ++r, panel += K::bytes) {
+  UNROLL for (int m = 0; m < M; ++m) total[m] = V::all(0);
+  const int64_t records = rows.columns / K::columns, start = row * rows.groups, half = rows.count * rows.groups;
+  const int8_t* a = rows.q.data() + start * group;
+  const float *row_scale = rows.scale.data() + start, *weight = rows.weight.data() + start;
+  offsets += start;
+  for (int64_t r = 0; r < records; ++r, panel += K::bytes) {
     const RecordFactors<V, K> factors(panel, lane);
-    for (int64_t j = 0; j < K::columns / group; ++j, ++g) {
+    for (int64_t j = 0; j < K::columns / group; ++j) {
       typename V::Ints sums[two + 1][M];
-      UNROLL for (int m = 0; m < M; ++m) {
-        const int32_t* found = rows.sums.data() + 2 * ((row + m) * rows.groups + g);
-        UNROLL for (int i = 0; i <= two; ++i) sums[i][m] = V::ints(zero ? -zero * (two ? found[i] : found[0] + found[1]) : 0);
-      }
+      UNROLL for (int m = 0; m < M; ++m)
+        UNROLL for (int i = 0; i <= two; ++i) sums[i][m] = V::ints(zero ? offsets[i * half + m] : 0);
       add_four<V, K, M, two, 0>(panel + K::header + j * K::part, lane, a, sums);
       typename V::Floats scale[two + 1], low;
       factors.of(j, scale, &low);
       UNROLL for (int m = 0; m < M; ++m) {
-        const int64_t at = (row + m) * rows.groups + g;
         auto found = V::mul(V::floats(sums[0][m]), scale[0]);
         if (two) found = V::mul_add(V::floats(sums[two][m]), scale[two], found);
-        total[m] = V::mul_add(found, V::all(rows.scale[at]), total[m]);
-        if (K::factors == two_halves || K::factors == six_bits)
-          total[m] = V::mul_add(low, V::all(rows.weight[at]), total[m]);
-        a[m] += group;
+        total[m] = V::mul_add(found, V::all(row_scale[m]), total[m]);
+        if (K::factors == two_halves || K::factors == six_bits) total[m] = V::mul_add(low, V::all(weight[m]), total[m]);
       }
+      a += M * group, row_scale += M, weight += M, offsets += M;
     }
   }
   UNROLL for (int m = 0; m < M; ++m) V::save(out + m * panel_rows + lane, total[m]);
@@ -505,30 +549,42 @@ struct Output {
 };
 
 template <class V, class K, int M, typename T>
-void some(const uint8_t* panel, const Rows& rows, int64_t row, int64_t count, const Output<T>& to, int64_t first) {
+void some(const uint8_t* panel, const Rows& rows, const int32_t* offsets, int64_t row, int64_t count, const Output<T>& to,
+          int64_t first) {
   float out[M * panel_rows];
-  for (int64_t lane = 0; lane < panel_rows; lane += V::lanes) few<V, K, M>(panel, rows, row, lane, out);
-  for (int m = 0; m < M; ++m)
-    for (int64_t i = 0; i < count; ++i) narrow(out[m * panel_rows + i], to.data + (row + m) * to.outputs + first + i);
+  for (int64_t lane = 0; lane < panel_rows; lane += V::lanes) few<V, K, M>(panel, rows, offsets, row, lane, out);
+  for (int m = 0; m < M; ++m) {
+    T* at = to.data + (row + m) * to.outputs + first;
+    const float* from = out + m * panel_rows;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) narrow(from[i], at + i);
+  }
 }
 
 // Multiplies by one matrix of a stack, `size` rows whose outputs begin at `first`; all threads of a team must call it.
 template <class V, class K, typename T>
-void multiply(const uint8_t* panels, const Rows& rows, int64_t size, const Output<T>& to, int64_t first) {
+void multiply(const uint8_t* panels, const Rows& rows, const int32_t* offsets, int64_t size, const Output<T>& to, int64_t first) {
   const int64_t count = (size + panel_rows - 1) / panel_rows, bytes = rows.columns / K::columns * K::bytes;
-#pragma omp for schedule(static) nowait
-  for (int64_t p = 0; p < count; ++p) {
-    const uint8_t* panel = panels + p * bytes;
-    const int64_t seen = std::min(panel_rows, size - p * panel_rows), at = first + p * panel_rows;
-    int64_t row = 0;
-    if constexpr (V::most == 8)
-      for (; row + 8 <= rows.count; row += 8) some<V, K, 8>(panel, rows, row, seen, to, at);
-    if constexpr (V::most == 4)
-      for (; row + 4 <= rows.count; row += 4) some<V, K, 4>(panel, rows, row, seen, to, at);
-    if constexpr (V::most == 8)
-      for (; row + 2 <= rows.count; row += 2) some<V, K, 2>(panel, rows, row, seen, to, at);
-    for (; row < rows.count; ++row) some<V, K, 1>(panel, rows, row, seen, to, at);
-  }
+  // With many rows a thread takes some of them, which it has quantized itself and which fit its cache.
+  const int64_t most = std::clamp<int64_t>(rows.count / omp_get_num_threads(), 64, 256);
+  const int64_t chunks = std::max<int64_t>(1, rows.count / most), chunk = (rows.count / chunks + 7) / 8 * 8;
+#pragma omp for schedule(static) collapse(2) nowait
+  for (int64_t c = 0; c < chunks; ++c)
+    for (int64_t p = 0; p < count; ++p) {
+      const uint8_t* panel = panels + p * bytes;
+      const int64_t seen = std::min(panel_rows, size - p * panel_rows), at = first + p * panel_rows;
+      const int64_t end = c + 1 < chunks ? (c + 1) * chunk : rows.count;
+      for (int64_t row = c * chunk; row < end;) {
+        const int64_t taken = block_at<V::most>(row, rows.count).size;
+        if (taken == V::most)
+          some<V, K, V::most>(panel, rows, offsets, row, seen, to, at);
+        else if (taken == 2)
+          some<V, K, 2>(panel, rows, offsets, row, seen, to, at);
+        else
+          some<V, K, 1>(panel, rows, offsets, row, seen, to, at);
+        row += taken;
+      }
+    }
 }
 
 // Stacked matrices with equal columns; parts (n, 3): kind, offset of its panels in bytes, rows.
@@ -541,14 +597,28 @@ struct Matrices {
 template <class V, typename T, typename U>
 void product(const T* x, const Matrices& w, Output<U> to, int64_t count, int64_t columns) {
   static thread_local Rows rows;
-  quantize(x, rows, count, columns);
-  const Rows& shared = rows;
+  static thread_local std::vector<int32_t> offsets;  // (parts, 2, count * groups)
+  rows.resize(count, columns);
+  const int64_t each = 2 * count * rows.groups;
+  offsets.resize(w.n * each);
+  Rows& shared = rows;
+  int32_t* starts = offsets.data();
+  const auto prepare = [&shared, starts, each, x, &w] {
+    quantize<V::most>(x, shared);
+    for (int64_t i = 0; i < w.n; ++i)
+      with_kind(w.parts[3 * i], [&](auto kind) { offsets_of<V, decltype(kind)>(shared, starts + i * each); });
+  };
+  const bool is_little = count <= 16;  // which one thread prepares before others wake up
+  if (is_little) prepare();
 #pragma omp parallel if (count * columns * to.outputs > little)
   {
+    if (!is_little) prepare();
     int64_t first = 0;
     for (int64_t i = 0; i < w.n; ++i) {
       const int64_t* part = w.parts + 3 * i;
-      with_kind(part[0], [&](auto kind) { multiply<V, decltype(kind)>(w.panels + part[1], shared, part[2], to, first); });
+      with_kind(part[0], [&](auto kind) {
+        multiply<V, decltype(kind)>(w.panels + part[1], shared, starts + i * each, part[2], to, first);
+      });
       first += part[2];
     }
   }
