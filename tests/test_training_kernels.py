@@ -72,6 +72,10 @@ CASES: dict[str, tuple[Callable[..., Outputs], list[Tensor]]] = {
         lambda q, k, v: causal_attention(q, k, v, 0.3, masked(IDS)),
         [random(2, 3, 9, 20), random(2, 3, 9, 20) + 1, random(2, 3, 9, 16)],
     ),
+    "attention, heads that share keys": (
+        lambda q, k, v: causal_attention(q, k, v, 0.3),
+        [random(2, 6, 70, 20), random(2, 3, 70, 20) + 1, random(2, 3, 70, 16)],
+    ),
     "rotate_heads": (lambda q: rotate_heads(q, *angles(3), True), [random(2, 9, 4, 14)]),
     "rotate_heads by halves": (lambda q: rotate_heads(q, *(t[:1] for t in angles(3)), False), [random(2, 9, 4, 6)]),
     "split_heads": (lambda kv, k: split_heads(kv, k, 8), [random(2, 9, 4, 13), random(2, 9, 6)]),

@@ -25,6 +25,7 @@ from finback.kernels.documents import (
 from finback.kernels.prefixes import prefixed_attention
 
 LONGEST = 512
+SHORTEST = 64  # where heads share keys
 WIDER = 8  # dimensions added for sinks, of which one is used: kernels are fastest at multiples of 8
 SCORES = 2**24  # most scores, over all heads, that a block of queries holds in memory
 
@@ -33,12 +34,14 @@ Attention = Callable[[Tensor, Tensor, Tensor, float, Mask], Tensor]
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask = None) -> Tensor:
-    """softmax(scale · q k^T, causal) v with query and key (b, h, t, d), value (b, h, t, v) -> (b, h, t, v).
+    """softmax(scale · q k^T, causal) v with query (b, h, t, d), key (b, kv, t, d), value (b, kv, t, v) -> (b, h, t, v).
 
     A mask is needed only for rows of several documents.
     """
-    dense = mask is None or isinstance(mask, Tensor)
-    if dense and query.device.type == "cpu" and query.size(2) <= LONGEST:
+    dense, length = mask is None or isinstance(mask, Tensor), query.size(2)
+    # where heads share keys, torch's kernel is as fast in fp32 and faster for few tokens
+    gains = query.size(1) == key.size(1) or (query.dtype == torch.bfloat16 and length >= SHORTEST)
+    if dense and gains and query.device.type == "cpu" and length <= LONGEST:
         return _CausalAttention.apply(query, key, value, scale, mask)
     return torch_attention(query, key, value, scale, mask)
 
@@ -125,22 +128,23 @@ class _CausalAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, attention_mask: Tensor | None
     ) -> Tensor:
-        q, k, v = (t.flatten(0, 1) for t in (query, key, value))
-        weights = _causal_softmax(torch.bmm(q, k.transpose(1, 2)), query.size(1), scale, attention_mask)
+        heads, length = query.shape[1:3]
+        k, v = key.flatten(0, 1), value.flatten(0, 1)
+        q = query.reshape(k.size(0), -1, query.size(-1))  # the queries of heads that share keys adjoin
+        scores = torch.bmm(q, k.transpose(1, 2))
+        weights = _causal_softmax(scores.view(-1, length, length), heads, scale, attention_mask).view_as(scores)
         ctx.save_for_backward(q, k, v, weights)
-        ctx.scale = scale
-        return torch.bmm(weights, v).view(*query.shape[:2], q.size(1), -1)
+        ctx.scale, ctx.shapes = scale, [t.shape for t in (query, key, value)]
+        return torch.bmm(weights, v).view(*query.shape[:3], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        shape = grads[0].shape[:2]
-        grad = grads[0].flatten(0, 1)
+        grad = grads[0].reshape(*q.shape[:2], -1)
         d_v = torch.bmm(weights.transpose(1, 2), grad)
         d_scores = _softmax_backward(torch.bmm(grad, v.transpose(1, 2)), weights, ctx.scale)
-        d_q = torch.bmm(d_scores, k)
-        d_k = torch.bmm(d_scores.transpose(1, 2), q)
-        return (*(t.unflatten(0, shape) for t in (d_q, d_k, d_v)), None, None)
+        given = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v
+        return (*(t.view(shape) for t, shape in zip(given, ctx.shapes, strict=True)), None, None)
 
 
 def _causal_softmax(scores: Tensor, heads: int, scale: float, mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Lays out MLA's queries, keys and values by head for attention over whole rows.
+"""Lays out queries, keys and values by head for attention over whole rows.
 
 Rotating, splitting, joining and transposing are one C++ pass if a kernel applies, else plain torch.
 """
@@ -37,8 +37,8 @@ def rotate_heads(q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
         return laid
     plain, rotated = q.split([q.size(-1) - 2 * cos.size(-1), 2 * cos.size(-1)], dim=-1)
     cos, sin = (t[:, :, None].to(q.dtype) for t in (cos, sin))
-    rotate = rotate_interleaved if interleaved else rotate_half
-    return torch.cat([plain, rotate(rotated, cos, sin)], dim=-1).transpose(1, 2)
+    turned = (rotate_interleaved if interleaved else rotate_half)(rotated, cos, sin)
+    return (torch.cat([plain, turned], dim=-1) if plain.size(-1) else turned).transpose(1, 2)
 
 
 def split_heads(kv: Tensor, rotated: Tensor, plain: int) -> tuple[Tensor, Tensor]:

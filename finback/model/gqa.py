@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from finback.kernels.attention import Attention, torch_attention, with_sinks
+from finback.kernels.attention import Attention, causal_attention, torch_attention, with_sinks
 from finback.kernels.documents import Mask, Windowed
-from finback.kernels.heads import rotate_half
+from finback.kernels.heads import rotate_half, rotate_heads
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, OffsetNorm, RMSNorm
@@ -26,7 +26,7 @@ class GQA(nn.Module):
     """
 
     # replaced by another form if rows are split among ranks
-    core: Attention = staticmethod(torch_attention)
+    core: Attention = staticmethod(causal_attention)
     # whether a kernel may read cached pages in place for a few new tokens
     reads_pages = True
 
@@ -60,29 +60,34 @@ class GQA(nn.Module):
         Without a cache, attention_mask may restrict which tokens see which; by default all earlier ones are visible.
         """
         c, window = self.config, self.window
-        cos, sin = (self.angles(t)[:, :, None].to(x.dtype) for t in (cos, sin))
         query, key, value = self.project(x)
         if c.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
+        query, key, value = self.by_head(query, cos, sin), self.by_head(key, cos, sin), value.transpose(1, 2)
         mask, core = attention_mask, self.core
         if cache is not None:
-            mask, core = None, torch_attention
-            cache.append(torch.cat([key.flatten(2), value.flatten(2)], dim=-1))
+            mask, core = None, causal_attention
+            cache.append(torch.cat([t.transpose(1, 2).flatten(2) for t in (key, value)], dim=-1))
             if self.reads_pages and cache.few and not cache.fresh and (window is None or x.size(1) == 1):
                 cache = cache if window is None else cache.last(window)
                 values_at = c.num_key_value_heads * c.head_dim
-                read = cache.attend(query, c.num_key_value_heads, c.head_dim, values_at, self.scale)
-                return self.out(read.flatten(2))
+                asked = query.transpose(1, 2)
+                return self.out(cache.attend(asked, c.num_key_value_heads, c.head_dim, values_at, self.scale).flatten(2))
             if not cache.fresh:
                 stored = cache.stored().to(x.dtype).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim))
-                key, value = stored.chunk(2, dim=2)
-                mask, window = cache.mask(window), None
+                key, value = stored.transpose(1, 2).chunk(2, dim=1)
+                mask, window, core = cache.mask(window), None, torch_attention
         if window is not None:
             assert not isinstance(mask, Windowed), "sliding windows are not nested"
             mask = Windowed(mask, window)
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        return self.out(self.attend(core, q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.out(self.attend(core, query, key, value, mask).transpose(1, 2).flatten(2))
+
+    def by_head(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates x (b, t, heads, head_dim) -> (b, heads, t, head_dim)."""
+        cos, sin = self.angles(cos), self.angles(sin)
+        if self.rotate is rotate_half:
+            return rotate_heads(x, cos, sin, interleaved=False)
+        return self.rotate(x, *(t[:, :, None].to(x.dtype) for t in (cos, sin))).transpose(1, 2)
 
     def attend(self, core: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         """(b, heads, t, head_dim), computed by the given form of attention."""
