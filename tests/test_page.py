@@ -533,7 +533,10 @@ def test_alerts(tmp_path: Path) -> None:
     assert alerts_of(tmp_path, ages, max_gap=0.1) == [("gap", "gap_max", 1)], (
         "an explicit limit also applies to old tokens"
     )
-    assert alerts_of(tmp_path, ages, objective={"correction": {"mode": "token_mask"}}) == []
+    masked, weighted = {"mode": "none", "off_policy_mask_threshold": 0.1}, {"mode": "token_mask"}
+    assert alerts_of(tmp_path, ages, objective={"correction": masked}) == []
+    assert alerts_of(tmp_path, ages, objective={"correction": weighted}, updates=2) == []
+    assert alerts_of(tmp_path, ages, objective={"correction": weighted}) == [("staleness", "staleness_max", 3)]
     stage = StageFolder(tmp_path / "zero", {"rollouts": {"type": "Fleet"}})
     stage.folder.mkdir()
     write(stage.folder / "metrics.jsonl", *({"step": s, "engines_idle": 0.8} for s in range(1, 30)))

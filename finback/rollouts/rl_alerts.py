@@ -53,12 +53,20 @@ def _old(config: Mapping[str, Any], table: MetricsTable, steps: Line) -> Iterato
         text = f"tokens of older weights are {kl[over[0]]:.2g} nats from the trainer's weights at step {step}, more than {MOST_KL:g}"
         yield "mismatch", "mismatch_kl", step, f"{text}: lower max_staleness or lr, or add a correction"
     correction = (config.get("objective") or {}).get("correction") or {}
-    is_corrected = correction.get("mode", "none") != "none" or correction.get("geometric_mask") is not None
+    # with these the clip is relative to the trainer's probabilities before the update, and so rests in a single one
+    is_weighted = correction.get("mode", "none") != "none" or correction.get("geometric_mask") is not None
+    is_single = config.get("updates", 1) == config.get("epochs", 1) == 1
     late = np.flatnonzero(ages > UNCORRECTED)
-    if len(late) and correction and not is_corrected:
-        step = int(steps[late[0]])
-        text = f"tokens are {ages[late[0]]:.0f} updates old from step {step} on, and nothing corrects for it"
-        yield "staleness", "staleness_max", step, f"{text}: give the objective a correction"
+    if not len(late) or not correction:
+        return
+    step = int(steps[late[0]])
+    text = f"tokens are {ages[late[0]]:.0f} updates old from step {step} on, and"
+    advice = "correction=Correction(off_policy_mask_threshold=0.1)"
+    if is_weighted and is_single:
+        text = f"{text} with this correction the clip never acts: use {advice}, which keeps it, or lower lr"
+        yield "staleness", "staleness_max", step, text
+    elif not is_weighted and correction.get("off_policy_mask_threshold") is None:
+        yield "staleness", "staleness_max", step, f"{text} nothing corrects for it: give the objective a {advice}"
 
 
 def _cut(table: MetricsTable, steps: Line) -> Iterator[Alert]:
