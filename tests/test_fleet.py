@@ -97,6 +97,28 @@ def test_an_engine_that_dies_comes_back(asked: Asked, tmp_path: Path) -> None:  
     assert r.take_tally().tokens == 6 * sum(len(c.tokens) for c in asked.answers)
 
 
+def test_an_engine_that_dies_while_it_starts_is_replaced(
+    ray: Any,
+    asked: Asked,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin, begun = RayEngine._start, list[int]()
+
+    def doomed(engine: RayEngine) -> Any:
+        actor = begin(engine)
+        begun.append(engine.number)
+        if len(begun) == 1:
+            ray.kill(actor)
+        return actor
+
+    monkeypatch.setattr(RayEngine, "_start", doomed)
+    r = connected(asked, tmp_path, fleet=Fleet(1, **QUICK))
+    r.update(0)
+    asked.ask(r)
+    assert begun == [0, 0]
+
+
 def test_random_kills_lose_nothing(asked: Asked, tmp_path: Path) -> None:  # noqa: F811
     """Kills twenty engines at random times, while prompts are answered continuously."""
     rng, r = random.Random(0), connected(asked, tmp_path, fleet=Fleet(2, **QUICK | {"tries": 50}))

@@ -1,6 +1,7 @@
 """Answers from a fleet of engines (finback's own, vLLM or SGLang) that Ray places on this machine or a cluster."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from finback.model.transformer import Transformer
 from finback.rollouts import ray_cluster
 from finback.rollouts.engine_process import EngineProgram
 from finback.rollouts.fleet_engine import pack
-from finback.rollouts.fleet_members import STARTING, FleetMember, ProgramMember, RayEngine
+from finback.rollouts.fleet_members import FleetMember, ProgramMember, RayEngine
 from finback.rollouts.generation import Backend, PolicyModel, Rollouts
 from finback.rollouts.remote import RemoteRollouts
 from finback.rollouts.weight_files import WeightFiles, merged
@@ -139,10 +140,12 @@ class FleetRollouts(RemoteRollouts):
 
     def _check(self) -> None:
         """Starts all actors at once; UserError if software versions differ from this process."""
-        calls = [(member, actor, actor.software.remote()) for member in self.members for actor in (member.begun(),)]
-        for member, _, call in calls:
+        for member in self.members:
+            with suppress(RequestFailed):  # tried again below
+                member.begun()
+        for member in self.members:
             try:
-                theirs: dict[str, str] = self.cluster.get(call, STARTING)
+                theirs = member.software()
             except RequestFailed as error:
                 remedy = "See the logs of Ray; finback must be installed on its nodes, or they must see this machine's files."
                 raise member.unfit(f"did not start: {error}", remedy) from None

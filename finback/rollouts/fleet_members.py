@@ -62,6 +62,16 @@ class FleetMember(GenerationServer):
             self._actor = self._actor or self._start()
             return self._actor
 
+    def software(self) -> dict[str, str]:
+        """The versions of its software; retries with a new actor if one is lost while it starts."""
+
+        def ask() -> dict[str, str]:
+            actor = self.begun()
+            found: dict[str, str] = self._get(actor, actor.software.remote(), STARTING)
+            return found
+
+        return self._repeated(ask)
+
     def load(self, weights: Any, version: str) -> None:
         """Retries with a new actor if it is lost meanwhile, as does `answer`."""
         self.weights, self.newest = weights, version
