@@ -93,7 +93,8 @@ def victims(kind: str, run: Run) -> list[int]:
 def disturb(run: Run, rng: random.Random, most: int) -> Counter[str]:
     """Kills up to `most` processes while a run lasts; returns how many of each kind."""
     killed: Counter[str] = Counter()
-    kind, seen, since, due = rng.choice(KINDS), -1, time.monotonic(), 0.0
+    kind, seen, since, delay = rng.choice(KINDS), -1, time.monotonic(), 0.0
+    wanted = 1  # a step after which to kill, so that a run gets on between two kills
     while run.process.poll() is None:
         time.sleep(0.02)
         now = time.monotonic()
@@ -102,7 +103,7 @@ def disturb(run: Run, rng: random.Random, most: int) -> Counter[str]:
         if now - since > LIMIT:
             os.killpg(run.process.pid, signal.SIGKILL)
             break
-        if now < due or killed.total() == most or not 1 <= seen < STEPS - 2:
+        if seen < wanted or seen >= STEPS - 2 or now < since + delay or killed.total() == most:
             continue
         if kind == "worker" and not victims(kind, run):  # Ray keeps none
             kind = "engine"
@@ -115,7 +116,7 @@ def disturb(run: Run, rng: random.Random, most: int) -> Counter[str]:
             run.start()
         else:
             psutil.Process(rng.choice(found)).kill()
-        kind, due = rng.choice(KINDS), now + rng.uniform(1, 4)
+        kind, wanted, delay = rng.choice(KINDS), seen + 1, rng.uniform(0, 1)
     run.process.wait()
     return killed
 

@@ -426,6 +426,7 @@ def test_a_long_file_is_shown_in_outline_while_it_is_read(
 ) -> None:
     monkeypatch.setattr("finback.runs.metrics_table.PIECE", 1 << 14)
     monkeypatch.setattr(watch, "OUTLINE", 50)
+    monkeypatch.setattr(watch, "AT_ONCE", 60)  # the second request reads all, however long that takes
     write(tmp_path / "runs/toy/base/metrics.jsonl", *({"step": i, "loss": i / 2} for i in range(5000)))
     ask = "/api/series?run=toy&stage=base&keys=loss&smooth=0.5"
     found = client.get(f"{ask}&soon=1").json()

@@ -44,6 +44,7 @@ MODELS = {
     "no query latent": dataclasses.replace(TINY, q_lora_rank=None, n_shared_experts=0, vocab_size=300),
     "dense mla": dataclasses.replace(TINY, n_routed_experts=0, n_shared_experts=0, num_experts_per_tok=0),
     "gqa": DENSE,
+    "heads with own keys": dataclasses.replace(DENSE, num_key_value_heads=4),
     "gqa, qk norm": dataclasses.replace(DENSE, qk_norm=True, attention_bias="qkv"),
 }
 

@@ -72,7 +72,9 @@ class GQA(nn.Module):
                 cache = cache if window is None else cache.last(window)
                 values_at = c.num_key_value_heads * c.head_dim
                 asked = query.transpose(1, 2)
-                return self.out(cache.attend(asked, c.num_key_value_heads, c.head_dim, values_at, self.scale).flatten(2))
+                return self.out(
+                    cache.attend(asked, c.num_key_value_heads, c.head_dim, values_at, self.scale).flatten(2)
+                )
             if not cache.fresh:
                 stored = cache.stored().to(x.dtype).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim))
                 key, value = stored.transpose(1, 2).chunk(2, dim=1)

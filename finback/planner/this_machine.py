@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from finback.kernels.attention import LONGEST
+from finback.kernels.attention import LONGEST, SHORTEST
 from finback.kernels.moe_gemm import BLOCK_MULTIPLE
 from finback.model.config import CSA, HCA, ModelConfig
 from finback.model.count import parameters, token_flops
@@ -151,10 +151,15 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
         saved = a * (2 * d + 3 * c.num_attention_heads * c.head_dim + 8 * c.head_dim + 6 * c.hc_mult * d)
         saved += 3 * 4 * heads * min(seen, shape.length)
     else:
-        saved = a * (2 * d + c.head_dim * (2 * heads + 2 * c.num_key_value_heads)) + 4 * (2 + heads)
+        both = heads + c.num_key_value_heads
+        saved = a * 2 * (d + c.head_dim * both) + 4 * 2
+        is_gain = heads == c.num_key_value_heads or (shape.compute == "bf16" and shape.length >= SHORTEST)
+        if is_gain and shape.length <= LONGEST:
+            saved += a * heads * shape.length
+        else:  # torch's kernel also stores its output, by head, and the normalizers
+            saved += a * c.head_dim * heads + 4 * heads
         if c.qk_norm:
-            # the keys are stored once more: split from their values and made contiguous
-            saved += a * c.head_dim * (heads + 2 * c.num_key_value_heads)
+            saved += (a * c.head_dim + 4) * both
     saved += 2 * a * d
     if not moe:
         return shape.tokens * (saved + 3 * a * c.intermediate_size)

@@ -64,13 +64,7 @@ class FleetMember(GenerationServer):
 
     def software(self) -> dict[str, str]:
         """The versions of its software; retries with a new actor if one is lost while it starts."""
-
-        def ask() -> dict[str, str]:
-            actor = self.begun()
-            found: dict[str, str] = self._get(actor, actor.software.remote(), STARTING)
-            return found
-
-        return self._repeated(ask)
+        return self._repeated(lambda: self._get(actor := self.begun(), actor.software.remote(), STARTING))
 
     def load(self, weights: Any, version: str) -> None:
         """Retries with a new actor if it is lost meanwhile, as does `answer`."""
