@@ -62,9 +62,11 @@ def summarise(
             for part in ("seconds", "rollout_seconds", "update_seconds"):
                 entry[f"{part}_per_step"] = record.spread(c.record[part])
             answers = c.settings["prompts"] * c.settings["group"]
-            length = prompt_tokens + statistics.mean(c.record["mean_length"])
+            new = statistics.mean(c.record["mean_length"])
+            length = prompt_tokens + new
             generated = answers * length * forward_flops(config, length / 2)
-            learnt = answers * length * training_flops(config, length / 2, mtp=False)
+            read = c.settings["prompts"] if c.settings.get("share_prompts") else answers
+            learnt = (answers * new + read * prompt_tokens) * training_flops(config, length / 2, mtp=False)
             peak = peaks[c.layout][c.settings["precision"]]["median"]
             for name, flops in (
                 ("seconds", generated + learnt),

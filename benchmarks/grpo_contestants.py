@@ -90,6 +90,7 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
         lr=LR,
         max_tokens=settings["tokens"],
         compute=settings["precision"],
+        share_prompts=settings["share_prompts"],
         max_gap=1.0,
         patience=0,
     )
@@ -237,13 +238,18 @@ def _trl_arguments(settings: Settings) -> Any:
 
 
 def finback_contestants(common: Settings) -> list[Contestant]:
-    """One-thread ranks and one process with all threads, in either precision; fp32 ranks are the default."""
-    layouts = dict.fromkeys([(CORES, 1), (1, CORES)])
-    return [
-        Contestant(f"finback {p} {r}x{t}", finback_worker, common | {"precision": p}, r, t)
-        for p in ("fp32", "bf16")
-        for r, t in layouts
-    ]
+    """One-thread ranks and one process with all threads, in either precision; fp32 ranks are the default.
+
+    Ranks also with prompts that the update reads once per group.
+    """
+    found = []
+    for precision in ("fp32", "bf16"):
+        settings = common | {"precision": precision, "share_prompts": False}
+        for ranks, threads in dict.fromkeys([(CORES, 1), (1, CORES)]):
+            found.append(Contestant(f"finback {precision} {ranks}x{threads}", finback_worker, settings, ranks, threads))
+        name, shared = f"finback {precision} shared prompts {CORES}x1", settings | {"share_prompts": True}
+        found.append(Contestant(name, finback_worker, shared, CORES, 1))
+    return found
 
 
 def trl_alone(common: Settings) -> list[Contestant]:
