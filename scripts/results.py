@@ -85,6 +85,21 @@ def road(report: Report) -> Rows:
     )
 
 
+def staleness(report: Report) -> Rows:
+    runs = report["seeds"]
+    numbers = ", ".join(str(run["seed"]) for run in runs)
+    what = (
+        f"R1-Zero of a tiny mixture of experts through two engines on Ray: sampled accuracy, seeds {numbers}, answers"
+    )
+    for name, age in (
+        ("staleness-0", "as new as the weights"),
+        ("staleness-1", "1 update old, V3.2's mask"),
+        ("staleness-4", "4 updates old, V3.2's mask"),
+        ("staleness-4-uncorrected", "4 updates old, uncorrected"),
+    ):
+        yield f"{what} {age}", percents([run[name]["sampled"] for run in runs], 1) + " %"
+
+
 def sparse_roads(report: Report) -> Rows:
     runs = report["seeds"]
 
