@@ -116,7 +116,7 @@ def disturb(run: Run, rng: random.Random, most: int) -> Counter[str]:
             run.start()
         else:
             psutil.Process(rng.choice(found)).kill()
-        kind, wanted, delay = rng.choice(KINDS), seen + 1, rng.uniform(0, 1)
+        kind, wanted, delay = rng.choice(KINDS), seen + 1, rng.uniform(0, 0.4)
     run.process.wait()
     return killed
 
@@ -138,8 +138,8 @@ def main(root: Path, kills: int, seed: int) -> dict[str, Any]:
         wrong += [f"run {number}: {fault}" for fault in run.faults()]
         print(f"run {number}: {dict(killed)}, {len(wrong)} faults", file=sys.stderr, flush=True)
     ray.shutdown()
-    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(root) in " ".join(p.info["cmdline"] or [])]
-    wrong += [f"{len(left) - 1} processes were left"] if len(left) > 1 else []
+    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(root / "run-") in " ".join(p.info["cmdline"] or [])]
+    wrong += [f"{len(left)} trainers were left"] if left else []
     seconds = round(time.monotonic() - begin)
     return {"killed": killed, "runs": number, "steps": number * STEPS, "seconds": seconds, "wrong": wrong}
 
