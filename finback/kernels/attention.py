@@ -38,12 +38,17 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
     A mask is needed only for rows of several documents.
     """
-    dense, length = mask is None or isinstance(mask, Tensor), query.size(2)
-    # where heads share keys, torch's kernel is as fast in fp32 and faster for few tokens
-    gains = query.size(1) == key.size(1) or (query.dtype == torch.bfloat16 and length >= SHORTEST)
-    if dense and gains and query.device.type == "cpu" and length <= LONGEST:
+    dense = mask is None or isinstance(mask, Tensor)
+    if dense and query.device.type == "cpu" and stores_scores(query.dtype, query.size(2), query.size(1) != key.size(1)):
         return _CausalAttention.apply(query, key, value, scale, mask)
     return torch_attention(query, key, value, scale, mask)
+
+
+def stores_scores(dtype: torch.dtype, length: int, is_shared: bool) -> bool:
+    """Whether rows of this length take the form that stores scores, on a CPU; is_shared: several heads share a key."""
+    # where heads share keys, torch's kernel is as fast in fp32 and faster for few tokens
+    gains = not is_shared or (dtype == torch.bfloat16 and length >= SHORTEST)
+    return gains and length <= LONGEST
 
 
 def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask = None) -> Tensor:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from finback.kernels.attention import LONGEST, SHORTEST
+from finback.kernels.attention import LONGEST, stores_scores
 from finback.kernels.moe_gemm import BLOCK_MULTIPLE
 from finback.model.config import CSA, HCA, ModelConfig
 from finback.model.count import parameters, token_flops
@@ -20,6 +20,7 @@ from finback.model.recompute import Policy
 from finback.planner.workload import Optimizer
 from finback.train.loss import CHUNK
 from finback.train.optim import MUON_FORMS, MuonForm
+from finback.train.precision import dtype_of
 
 # bytes of one compiled product, measured: torch 2.13 on an EPYC, 0.7 to 1.0 MB
 COMPILED = 0.75e6
@@ -153,8 +154,7 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
     else:
         both = heads + c.num_key_value_heads
         saved = a * 2 * (d + c.head_dim * both) + 4 * 2
-        is_gain = heads == c.num_key_value_heads or (shape.compute == "bf16" and shape.length >= SHORTEST)
-        if is_gain and shape.length <= LONGEST:
+        if stores_scores(dtype_of(shape.compute), shape.length, heads != c.num_key_value_heads):
             saved += a * heads * shape.length
         else:  # torch's kernel also stores its output, by head, and the normalizers
             saved += a * c.head_dim * heads + 4 * heads
