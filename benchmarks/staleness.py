@@ -79,7 +79,8 @@ def reinforcement(name: str, options: argparse.Namespace) -> list[Stage]:
     program: dict[str, Any] = {}
     if options.engine == "vllm":
         env = tuple(f"{key}={value}" for key, value in ENVIRONMENT.items())
-        program = {"python": options.python, "flags": FLAGS, "env": env, "reload_method": "reload_experts"}
+        program = {"python": options.python, "flags": FLAGS, "env": env, "concurrency": 128}
+        program["reload_method"] = "reload_experts"
     rl = SlowGRPO(
         name=name,
         start="base",

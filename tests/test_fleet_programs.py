@@ -15,14 +15,16 @@ import pytest
 
 from finback.client import RequestFailed
 from finback.config import UserError
+from finback.parallel import launch
 from finback.parallel.launch import free_port
 from finback.parallel.mesh import World
 from finback.rollouts.answer_journal import AnswerJournal
 from finback.rollouts.engine_process import EngineProcess, EngineProgram
 from finback.rollouts.fleet import Fleet
 from finback.rollouts.fleet_members import ProgramMember
+from finback.rollouts.program_engine import ProgramEngine
 from finback.rollouts.servers import Servers
-from finback.runs import provenance
+from finback.runs import processor, provenance
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
 from finback.runs.ledger import cost
@@ -279,6 +281,21 @@ def test_commands_of_programs() -> None:
     environment = given.environment({"VLLM_SERVER_DEV_MODE": "1"})
     assert environment["X"] == "a=b" and environment["VLLM_MLA_DISABLE"] == environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert "PYTHONPATH" not in environment
+
+
+def test_engines_have_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two on one machine would otherwise take a thread per core each. The user's own number counts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert ProgramEngine(EngineProgram("vllm", "p"), (), 3).environment()["OMP_NUM_THREADS"] == "3"
+    given = EngineProgram("vllm", "p", env=("OMP_NUM_THREADS=5",))
+    assert ProgramEngine(given, (), 3).environment()["OMP_NUM_THREADS"] == "5"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(launch, "gpus", lambda: 0)
+    monkeypatch.setattr(processor, "usable_cores", lambda: 9)
+    assert launch.share(1, 2) == {"OMP_NUM_THREADS": "4"} and launch.share(11, 12) == {"OMP_NUM_THREADS": "1"}
+    assert launch.share(0, 1) == {}
+    monkeypatch.setattr(launch, "gpus", lambda: 4)
+    assert launch.share(1, 2) == {"CUDA_VISIBLE_DEVICES": "2,3"}
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,7 @@ class Served:
         more: dict[str, str] = {"FINBACK_API_KEY": key}
         if o.engine == "finback":
             words += ["--dtype", o.dtype]
-            threads = max(1, (os.cpu_count() or 1) // o.replicas)
-            more |= {"OMP_NUM_THREADS": str(threads)} | launch.gpu_share(number, o.replicas)
+            more |= launch.share(number, o.replicas)
         else:
             words += ["--engine", o.engine, "--replicas", str(o.replicas), "--engine-python", o.engine_python]
             words += [f"--engine-flag={flag}" for flag in o.engine_flags]

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from finback.runs import processor
+
 INTERRUPTED = 130
 # exit codes of a rank that was asked to stop: at a safe point, or before it handled signals
 LEFT = (INTERRUPTED, -signal.SIGTERM)
@@ -32,18 +34,19 @@ def gpus() -> int:
     return there if asked is None else min(there, len([name for name in asked.split(",") if name.strip()]))
 
 
-def gpu_share(number: int, of: int) -> dict[str, str]:
-    """The variable with the GPUs of one of several processes; {} if each may use all."""
+def share(number: int, of: int) -> dict[str, str]:
+    """The variable with one of several processes' GPUs, or without GPUs its number of threads; {} if each may use all."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     visible = visible or [str(i) for i in range(gpus())]
-    share = len(visible) // of
-    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[number * share : (number + 1) * share])} if share else {}
+    if each := len(visible) // of:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(visible[number * each : (number + 1) * each])}
+    # more threads than cores wait for each other most of the time (docs/log.md)
+    return {"OMP_NUM_THREADS": str(max(1, processor.usable_cores() // of))} if of > 1 and not visible else {}
 
 
 def core_ranks(limit: int = 8) -> int:
     """The number of ranks on a CPU, a power of two: one single-threaded rank per core is faster than threads (docs/log.md)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 << min(cores, limit).bit_length() - 1
+    return 1 << min(processor.usable_cores(), limit).bit_length() - 1
 
 
 def threads(ranks: int) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,11 +81,6 @@ def site(calibration: dict[str, Any], ranks: int, precision: str) -> Site:
     known = {"reserve": calibration["process_bytes"], "efficiency": rate / here.peak(precision)}
     known["launch"] = 0.0  # measured steps already include it
     return Site(here, ranks, ASSUMPTIONS | {name: Fact(value, source) for name, value in known.items()})
-
-
-def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def doubts(calibration: dict[str, Any], torch_version: str | None = None) -> list[str]:

@@ -1,7 +1,6 @@
 """`finback doctor`: what this machine and installation can do, what is missing, and how to install it."""
 
 import importlib
-import os
 import platform
 import shutil
 import sys
@@ -65,8 +64,8 @@ def text(found: list[Finding]) -> str:
 def _machine() -> Iterator[Finding]:
     versions = f"{platform.python_version()}, torch {torch.__version__} ({sys.executable})"
     yield Finding("Python", True, versions)
-    memory, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    amount = f"{cores} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free"
+    memory = psutil.virtual_memory()
+    amount = f"{processor.usable_cores()} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free"
     yield Finding("processor", True, f"{processor.name()}; {amount}")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     low = "" if free >= 2 else "Runs need room for checkpoints: free some space, or use another folder with --runs."

@@ -220,7 +220,7 @@ class ProgramMember(FleetMember):
         knobs = self.fleet.fleet
         program = knobs.program
         flags = training_flags(program.engine, self.fleet.dtypes[1], self.model, knobs.colocated)
-        return self.cluster.actor(self.number, ProgramEngine, (program, flags))
+        return self.cluster.actor(self.number, ProgramEngine, (program, flags, knobs.num_cpus))
 
     def _connect(self, actor: Any, url: str) -> GenerationServer:
         knobs = self.fleet.fleet

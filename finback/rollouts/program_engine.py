@@ -11,9 +11,9 @@ from finback.runs import provenance
 class ProgramEngine:
     """Starts the program on the worker's machine, within the resources Ray has reserved; it ends with the worker."""
 
-    def __init__(self, program: EngineProgram, flags: tuple[str, ...]) -> None:
-        """flags: flags for training, which come before the user's own."""
-        self.program, self.flags = program, flags
+    def __init__(self, program: EngineProgram, flags: tuple[str, ...], threads: int) -> None:
+        """flags: flags for training, which come before the user's own. threads: number of CPU threads."""
+        self.program, self.flags, self.threads = program, flags, threads
         self._process: EngineProcess | None = None
         self._has_weights = False
 
@@ -29,8 +29,7 @@ class ProgramEngine:
         """Starts it with the model in a folder. Returns its address once it answers."""
         host, port = ray_cluster.node_address(), free_port()
         command = self.program.command(model, host, port, self.flags)
-        environment = self.program.environment(TRAINING_ENVIRONMENT[self.program.engine])
-        process = EngineProcess(command, environment, f"http://{host}:{port}")
+        process = EngineProcess(command, self.environment(), f"http://{host}:{port}")
         try:
             process.wait(STARTING)
         except BaseException:
@@ -38,6 +37,11 @@ class ProgramEngine:
             raise
         self._process = process
         return process.url
+
+    def environment(self) -> dict[str, str]:
+        """The program's environment. Without a number of threads, each engine of a machine would take one per core."""
+        threads = {"OMP_NUM_THREADS": str(self.threads)}
+        return self.program.environment(TRAINING_ENVIRONMENT[self.program.engine] | threads)
 
     def announce(self) -> None:
         """Makes it visible to other ranks, once it has the current weights."""

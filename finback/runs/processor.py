@@ -1,5 +1,6 @@
 """This machine's processor: name, features, and the faster precision. Does not import torch."""
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,11 @@ def name() -> str:
 def cores() -> int | None:
     """Number of cores, None if unknown."""
     return len(fields().get("processor", [])) or None
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def features() -> frozenset[str]:

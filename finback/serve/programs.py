@@ -45,7 +45,7 @@ def opened(options: ServeOptions) -> Iterator[tuple[UpstreamEngine, Tokenizer]]:
 
 
 def _started(options: ServeOptions, source: Path, stack: ExitStack) -> list[str]:
-    """Addresses of newly started programs, which end with the context or this process; each gets an equal share of the GPUs."""
+    """Addresses of newly started programs, which end with the context or this process; each gets an equal share of the GPUs, or else of the cores."""
     assert options.engine != "finback", "not an external program"
     program = EngineProgram(options.engine, options.engine_python, options.engine_flags, options.engine_env)
     program.check("--engine")
@@ -53,7 +53,7 @@ def _started(options: ServeOptions, source: Path, stack: ExitStack) -> list[str]
     processes = []
     for number in range(options.replicas):
         port = launch.free_port()
-        environment = program.environment(launch.gpu_share(number, options.replicas))
+        environment = program.environment(launch.share(number, options.replicas))
         command = program.command(str(model), HOST, port, flags)
         processes.append(EngineProcess(command, environment, f"http://{HOST}:{port}"))
         stack.callback(processes[-1].close)
