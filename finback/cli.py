@@ -106,14 +106,14 @@ def run(
     settings: Settings = (),
     seed: Annotated[int, "Seed of all random numbers."] = 0,
     ranks: Annotated[int, "Processes; 0 means one per GPU or, without any, per core."] = 0,
-    ray: Annotated[str, "Ray's address for all fleets, e.g. auto or HOST:6379; default: the recipe's."] = "",
+    ray: Annotated[str, "Address of a Ray, e.g. auto or HOST:6379, for all fleets and for --ranks N above 1."] = "",
     as_json: Json = False,
 ) -> None:
     """Run a recipe, or continue it: finished stages are reused, an interrupted stage resumes."""
-    plan = on_ray(recipes.load(recipe, settings), ray)
+    plan = on_ray(recipes.load(recipe, settings), ray, ranks)
     root = runs / plan.name
     try:
-        if not execute(plan, root, seed, ranks or launch.default_ranks(), sys.argv[1:]):
+        if not execute(plan, root, seed, ranks or launch.default_ranks(), sys.argv[1:], ray if ranks else ""):
             return
     except RankFailed as error:
         raise typer.Exit(error.code) from None

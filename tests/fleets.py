@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finback.client import RequestFailed
-from finback.rollouts import ray_cluster
+from finback.parallel import ray_cluster
 from finback.rollouts.fleet_engine import FleetEngine
 from finback.rollouts.program_engine import ProgramEngine
 from tests.engine_servers import FakeEngineServer, engine_server

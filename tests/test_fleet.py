@@ -34,7 +34,7 @@ def ray() -> Iterator[Any]:
     """One Ray for all tests, whose workers can import this package."""
     found = pytest.importorskip("ray")
     os.environ["PYTHONPATH"] = str(ROOT)
-    found.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", namespace="finback")
+    found.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR", namespace="finback")
     yield found
     found.shutdown()
 
@@ -202,7 +202,7 @@ def test_a_silent_engine_is_replaced(asked: Asked, tmp_path: Path) -> None:  # n
     ("fleet", "text"),
     [
         (Fleet(1, num_gpus=1.0), r"zero\.rollouts\.num_gpus = 1\.0: 1 engines with 1 GPUs each need 1, but Ray has 0"),
-        (Fleet(64), r"zero\.rollouts\.num_cpus = 1: 64 engines with 1 CPUs each need 64, but Ray has 3"),
+        (Fleet(64), r"zero\.rollouts\.num_cpus = 1: 64 engines with 1 CPUs each need 64, but Ray has 4"),
     ],
 )
 def test_too_little_of_ray_is_said(fleet: Fleet, text: str, asked: Asked, tmp_path: Path) -> None:  # noqa: F811

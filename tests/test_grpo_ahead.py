@@ -205,8 +205,8 @@ def test_a_fleet_without_ray_says_so_and_an_address_reaches_all_fleets(
         reinforcement(tmp_path, rollouts=Fleet(2))
     stages = [GRPO(name=name, start=str(tmp_path / "base"), task=Chains(2, 3)) for name in ("one", "two")]
     recipe = Recipe("r", (stages[0], replace(stages[1], rollouts=Fleet(2))))
-    assert on_ray(recipe, "") is recipe
-    one, two = on_ray(recipe, "10.0.0.5:6379").stages
+    assert on_ray(recipe, "", 0) is recipe
+    one, two = on_ray(recipe, "10.0.0.5:6379", 1).stages
     assert one == stages[0] and two.rollouts == Fleet(2, address="10.0.0.5:6379")  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="no stage generates on a fleet"):
-        on_ray(Recipe("r", (stages[0],)), "auto")
+        on_ray(Recipe("r", (stages[0],)), "auto", 1)

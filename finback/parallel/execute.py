@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finback.config import UserError, as_json
 from finback.parallel import launch
+from finback.parallel.ray_ranks import launch_ranks
 from finback.runs import contents, lock, provenance
 from finback.runs import recipe as recipes
 from finback.runs.files import MANIFEST, disk_trouble
@@ -38,11 +39,14 @@ class RankFailed(Exception):
         self.code = code
 
 
-def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Sequence[str] | None = None) -> bool:
+def execute(
+    recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Sequence[str] | None = None, ray: str = ""
+) -> bool:
     """Runs the unfinished stages of a recipe and writes its summary; returns whether this process should show it.
 
-    Without `arguments` it runs in this process, with them in `ranks` processes `python -m finback <arguments>`. On Ctrl-C it
-    stops at a safe point and raises Interrupted; the same call continues. RankFailed: a rank it started has failed.
+    Without `arguments` it runs in this process, with them in `ranks` processes `python -m finback <arguments>`, which the
+    Ray at the address `ray` places if one is given. On Ctrl-C it stops at a safe point and raises Interrupted; the same call
+    continues. RankFailed: a rank it started has failed.
     """
     if ranks < 0:
         raise UserError("ranks", ranks, "negative", "Use 0 for one per GPU or core, or a number of processes.")
@@ -50,6 +54,10 @@ def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Se
         _join(recipe, root, seed)
         if "FINBACK_PARENT" in os.environ or os.environ["RANK"] != "0":
             return False
+    elif ray and ranks > 1 and arguments is not None:
+        # the ranks claim the folder, since this machine may not be one of theirs; rank 0 shows the summary
+        _demand_success(launch_ranks(recipe.stages, arguments, ranks, ray))
+        return False
     else:
         prepare_folder(root)
         with lock.locked(root) as handle:
@@ -58,22 +66,30 @@ def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Se
                 pass
             elif arguments is None:
                 _here(recipe, root, seed)
-            elif code := launch.launch(arguments, ranks, (handle,)):
-                if code == launch.INTERRUPTED:
-                    print("interrupted; run the same command to continue", file=sys.stderr)
-                    raise Interrupted
-                raise RankFailed(code)
+            else:
+                _demand_success(launch.launch(arguments, ranks, (handle,)))
     recipes.write_summary(recipe, root, seed)  # also for a finished run, which may have been killed before writing it
     return True
 
 
-def on_ray(recipe: Recipe, address: str) -> Recipe:
-    """The recipe with its fleets connected to the Ray cluster at `address`, unchanged if that is empty; UserError: no fleets."""
+def _demand_success(code: int) -> None:
+    """Raises Interrupted or RankFailed unless all ranks have succeeded."""
+    if code == launch.INTERRUPTED:
+        print("interrupted; run the same command to continue", file=sys.stderr)
+        raise Interrupted
+    if code:
+        raise RankFailed(code)
+
+
+def on_ray(recipe: Recipe, address: str, ranks: int) -> Recipe:
+    """The recipe with its fleets connected to the Ray cluster at `address`, unchanged if that is empty.
+
+    UserError: it has no fleets, and its ranks are not placed by Ray either.
+    """
     fleets = [stage.name for stage in recipe.stages if hasattr(getattr(stage, "rollouts", None), "address")]
-    if address and not fleets:
-        raise UserError(
-            "--ray", address, "no stage generates on a fleet", "Set rollouts=Fleet(2) in a stage, or drop --ray."
-        )
+    if address and not fleets and ranks < 2:
+        remedy = "Set rollouts=Fleet(2) in a stage, place ranks there with --ranks N, or drop --ray."
+        raise UserError("--ray", address, "no stage generates on a fleet", remedy)
     settings = [f"{name}.rollouts.address={address}" for name in fleets if address]
     return dataclasses.replace(recipe, stages=recipes.overridden(recipe.stages, settings)) if settings else recipe
 

@@ -9,10 +9,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any, Protocol
 
 from finback.runs import processor
 
@@ -54,17 +55,61 @@ def threads(ranks: int) -> int:
     return max(1, core_ranks(64) // ranks) if gpus() or ranks == 1 else 1
 
 
-def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()) -> int:
-    """Runs `python -m finback <arguments>` as `ranks` processes that find each other as under torchrun.
+class Child(Protocol):
+    """A rank that was started, with the methods of subprocess.Popen that supervise it."""
 
-    Returns 0 when all succeed, otherwise the exit code of the first that fails; the others are then stopped. SIGTERM and
-    the first Ctrl-C ask the ranks to stop at a safe point, the second Ctrl-C kills them. `keep_open` file descriptors are
-    inherited, so that a lock lives as long as the last rank.
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        ...
+
+    def send_signal(self, number: int, /) -> None:
+        """Sends it a signal, if it still runs."""
+        ...
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        ...
+
+    def wait(self) -> int:
+        """Waits for its end, and returns its exit code."""
+        ...
+
+
+def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()) -> int:
+    """Runs `python -m finback <arguments>` as `ranks` processes that find each other as under torchrun; see `supervise`.
+
+    `keep_open` file descriptors are inherited, so that a lock lives as long as the last rank.
     """
-    port, presses, asked = free_port(), 0, False
-    children: list[subprocess.Popen[bytes]] = []
-    # Only rank 0 writes to the terminal; another rank's output is shown if that rank is the one that failed.
-    output = [tempfile.TemporaryFile() for _ in range(1, ranks)]  # noqa: SIM115 - read at the end
+    port = free_port()
+    with ExitStack() as stack:
+        # Only rank 0 writes to the terminal; another rank's output is shown if that rank is the one that failed.
+        output = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, ranks)]
+
+        def begin(rank: int) -> Child:
+            command, environment = [sys.executable, "-m", "finback", *arguments], _environment(rank, ranks, port)
+            own: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
+            shown = output[rank - 1] if rank else sys.stderr
+            return subprocess.Popen(command, env=environment, stdout=shown, pass_fds=keep_open, **own)
+
+        def written(rank: int) -> bytes:
+            if not rank:
+                return b""
+            output[rank - 1].seek(0)
+            return output[rank - 1].read()
+
+        return supervise(begin, ranks, written)
+
+
+def supervise(begin: Callable[[int], Child], ranks: int, written: Callable[[int], bytes]) -> int:
+    """Starts ranks and waits for them. Returns 0 when all succeed, otherwise the exit code of the first that fails.
+
+    The others are then stopped. SIGTERM and the first Ctrl-C ask the ranks to stop at a safe point, the second Ctrl-C kills
+    them. begin: starts one. written: output of one that has not been shown yet.
+    """
+    presses, asked = 0, False
+    children: list[Child] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal presses, asked
@@ -77,12 +122,7 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
 
     previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for rank, stream in enumerate([None, *output]):
-            command, environment = [sys.executable, "-m", "finback", *arguments], _environment(rank, ranks, port)
-            own: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
-            shown = stream or sys.stderr
-            process = subprocess.Popen(command, env=environment, stdout=shown, pass_fds=keep_open, **own)
-            children.append(process)
+        children.extend(map(begin, range(ranks)))
         failed = wait(children)
     finally:
         for child in children:
@@ -91,27 +131,21 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
                 child.wait()
         for s, handler in previous.items():
             signal.signal(s, handler)
-    try:
-        if presses > 1 or (failed is None and (asked or any(child.returncode for child in children))):
-            return INTERRUPTED
-        return _failure(failed, children[failed].returncode, output) if failed is not None else 0
-    finally:
-        for each in output:
-            each.close()
+    if presses > 1 or (failed is None and (asked or any(child.returncode for child in children))):
+        return INTERRUPTED
+    return _failure(failed, children[failed].wait(), written) if failed is not None else 0
 
 
-def _failure(rank: int, code: int, output: Sequence[IO[bytes]]) -> int:
+def _failure(rank: int, code: int, written: Callable[[int], bytes]) -> int:
     """Prints the output of the rank that failed, and the signal if one killed it. Returns the exit code."""
-    if rank:
-        output[rank - 1].seek(0)
-        sys.stderr.write(output[rank - 1].read().decode(errors="replace"))
+    sys.stderr.write(written(rank).decode(errors="replace"))
     if code < 0:
         print(f"rank {rank} was killed (signal {-code}); run the same command to continue", file=sys.stderr)
         return 1
     return code
 
 
-def wait(children: list[subprocess.Popen[bytes]]) -> int | None:
+def wait(children: Sequence[Child]) -> int | None:
     """Waits until all ranks have succeeded or stopped at a safe point. Returns the first rank that failed, or None.
 
     A rank that stopped at a safe point has not failed: another may still be writing the checkpoint of that point. A rank
@@ -154,10 +188,10 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def follow_parent() -> None:
-    """Ends this rank soon after the launcher or torchrun agent that started it has ended."""
+    """Ends this rank soon after the launcher, torchrun agent or Ray worker that started it has ended."""
     if "FINBACK_PARENT" in os.environ:
         die_with_parent(int(os.environ["FINBACK_PARENT"]))
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
+    elif "TORCHELASTIC_RUN_ID" in os.environ or "FINBACK_JOB" in os.environ:
         die_with_parent(os.getppid())
 
 
@@ -191,8 +225,10 @@ def dismiss_agent(is_asked: bool) -> None:
 
 
 def job() -> str:
-    """A name for this rank's job that stays the same when its ranks are restarted; "" outside torchrun and Slurm."""
+    """A name for this rank's job that stays the same when its ranks are restarted; "" outside Ray, torchrun and Slurm."""
     get = os.environ.get
+    if get("FINBACK_JOB"):
+        return os.environ["FINBACK_JOB"]
     if get("TORCHELASTIC_RUN_ID", "none") != "none":
         return f"torchrun {get('TORCHELASTIC_RUN_ID')}"
     return f"slurm {get('SLURM_JOB_ID')}.{get('SLURM_STEP_ID')}" if get("SLURM_JOB_ID") else ""

@@ -12,7 +12,7 @@ from finback.client import RequestFailed
 from finback.config import UserError, check_fields, check_not_negative, check_positive
 from finback.engine.request import SamplingParams
 from finback.model.transformer import Transformer
-from finback.rollouts import ray_cluster
+from finback.parallel import ray_cluster
 from finback.rollouts.engine_process import EngineProgram
 from finback.rollouts.fleet_engine import pack
 from finback.rollouts.fleet_members import FleetMember, ProgramMember, RayEngine

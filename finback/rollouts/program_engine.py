@@ -2,8 +2,8 @@
 
 import os
 
+from finback.parallel import ray_cluster
 from finback.parallel.launch import free_port
-from finback.rollouts import ray_cluster
 from finback.rollouts.engine_process import STARTING, TRAINING_ENVIRONMENT, EngineProcess, EngineProgram
 from finback.runs import provenance
 

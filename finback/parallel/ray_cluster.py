@@ -1,18 +1,20 @@
-"""What a fleet needs from Ray: joining it, reserving resources, calls with a timeout, and errors. The only file that uses Ray.
+"""What ranks and fleets need from Ray: joining it, reserving resources, calls with a timeout, and errors. The only file that uses Ray.
 
-Ray is imported when a fleet is opened, not before.
+Ray is imported when it is joined, not before. Does not import torch.
 """
 
 import os
 import signal
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finback.client import RequestFailed
 from finback.config import UserError
 from finback.extras import how_to_get
-from finback.parallel.mesh import World
+
+if TYPE_CHECKING:
+    from finback.parallel.mesh import World
 
 PLACING = 60.0  # timeout for Ray to find resources, in seconds
 THREADS = 64  # concurrent calls of an actor
@@ -122,12 +124,12 @@ class Cluster:
             self.group = None
 
 
-def join(asked: Room, field: str, world: World) -> Cluster:
+def join(asked: Room, field: str, world: "World") -> Cluster:
     """Joins Ray, or starts one for this run. Collective. UserError if there is none, or it has too few resources."""
-    ray = _imported(field)
+    ray = imported(field, "Fleet")
     address = ""
     if world.rank == 0:
-        _connect(ray, asked, field)
+        connect(ray, asked, field)
         address = ray.get_runtime_context().gcs_address
     address = world.gather(address)[0]
     if world.rank and not ray.is_initialized():
@@ -146,16 +148,25 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def _imported(field: str) -> Any:
+def reserved_gpus() -> tuple[str, ...]:
+    """Ids of the GPUs that are reserved for this worker."""
+    import ray
+
+    return tuple(str(each) for each in ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+
+
+def imported(field: str, value: str) -> Any:
+    """The module ray; UserError about a field and its value if it is not installed."""
     try:
         import ray
         import ray.util.scheduling_strategies
     except ImportError:
-        raise UserError(field, "Fleet", "Ray is not installed here", how_to_get("scale")) from None
+        raise UserError(field, value, "Ray is not installed here", how_to_get("scale")) from None
     return ray
 
 
-def _connect(ray: Any, asked: Room, field: str) -> None:
+def connect(ray: Any, asked: Room, field: str) -> None:
+    """Joins the Ray that is asked for, or starts one; does nothing if this process has joined already."""
     if ray.is_initialized():
         return
     if asked.address:
