@@ -173,6 +173,13 @@ def test_too_little_room_is_said(ray: FakeRay, tmp_path: Path) -> None:
         RankHost().start([], "/nowhere", {})
 
 
+def test_an_address_without_ray_is_said_at_once() -> None:
+    """Ray itself would try for minutes."""
+    room = ray_cluster.Room("x", 1, 1, 0, f"127.0.0.1:{launch.free_port()}")
+    with pytest.raises(UserError, match=r"x\.address = '127\.0\.0\.1:\d+': nothing answers there .*ray start --head"):
+        ray_cluster.connect(SimpleNamespace(is_initialized=lambda: False), room, "x")
+
+
 @pytest.mark.scale
 def test_two_ranks_are_stopped_killed_and_go_on(base: Path, tmp_path: Path) -> None:  # noqa: F811
     """A request to stop, a killed rank, a killed launcher: the run ends as on ranks that the command starts itself."""

@@ -5,6 +5,7 @@ Ray is imported when it is joined, not before. Does not import torch.
 
 import os
 import signal
+import socket
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 PLACING = 60.0  # timeout for Ray to find resources, in seconds
 THREADS = 64  # concurrent calls of an actor
 NAMESPACE = "finback"
+ANSWERING = 10.0  # timeout of a connection to Ray, in seconds
+JOIN = "Start it (`ray start --head`), or correct the address."
 
 
 @dataclass(frozen=True)
@@ -170,10 +173,23 @@ def connect(ray: Any, asked: Room, field: str) -> None:
     if ray.is_initialized():
         return
     if asked.address:
+        _demand_answer(asked.address, field)
         _init(ray, {"address": asked.address}, field)
     else:
         cores = max(os.cpu_count() or 1, asked.n * asked.num_cpus)
         _init(ray, {"num_cpus": cores, "include_dashboard": False}, field)
+
+
+def _demand_answer(address: str, field: str) -> None:
+    """Raises UserError if nothing listens at HOST:PORT, which Ray would try again for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWERING).close()
+    except (OSError, OverflowError) as error:
+        problem = f"nothing answers there ({error})"
+        raise UserError(f"{field}.address", address, problem, JOIN) from None
 
 
 def _init(ray: Any, options: dict[str, Any], field: str) -> None:
@@ -189,10 +205,7 @@ def _init(ray: Any, options: dict[str, Any], field: str) -> None:
         address = options.get("address", "")
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         if address:
-            problem, remedy = (
-                f"cannot join Ray there: {reason}",
-                "Start it (`ray start --head`), or correct the address.",
-            )
+            problem, remedy = (f"cannot join Ray there: {reason}", JOIN)
         else:
             problem, remedy = (
                 f"Ray does not start here: {reason}",
