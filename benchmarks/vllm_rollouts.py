@@ -53,6 +53,7 @@ FLAGS = (
     *("--dtype", "float32", "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--enforce-eager"),
     # the CPU's own rotary kernel is wrong for latent attention; its experts need another method to load new weights
     *("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}', "--worker-extension-cls", "vllm_worker.Reload"),
+    *("--scheduler-cls", "vllm_worker.Waiting"),
 )
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",

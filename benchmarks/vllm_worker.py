@@ -1,11 +1,26 @@
-"""Lets vLLM's CPU workers load new weights of a mixture of experts: --worker-extension-cls vllm_worker.Reload.
+"""What vLLM's CPU engines lack: --worker-extension-cls vllm_worker.Reload --scheduler-cls vllm_worker.Waiting.
 
 vLLM 0.32 packs experts once, when it creates its CPU kernel, and copies later weights into the packed storage without
 packing them, which corrupts the model. Here the kernels are dropped, so vLLM creates them again and packs the new
-weights. This file does not import finback: it runs in vLLM's environment.
+weights.
+
+vLLM's processes wait for each other by spinning for up to a second. With more processes than cores, the spinning ones
+hold up those that work; here they sleep. This file does not import finback: it runs in vLLM's environment.
 """
 
+import time
 from typing import Any
+
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.v1.core.sched.scheduler import Scheduler
+
+SECONDS = 0.0005  # between two looks for a message
+
+SpinCondition.wait = lambda self, timeout_ms=None: time.sleep(SECONDS)
+
+
+class Waiting(Scheduler):
+    """vLLM's scheduler; naming it imports this file into the engine's process, as Reload does in the worker's."""
 
 
 class Reload:
