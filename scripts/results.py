@@ -58,6 +58,19 @@ def seeds(report: Report) -> Rows:
     yield "router, last 100 steps of pre-training, worst seed", f"max violation {violation:.2f}, {idle} idle experts"
 
 
+def seeds_bf16(report: Report) -> Rows:
+    runs = report["seeds"]
+    pairs = [[run[when]["sampled"]["accuracy"] for when in ("before", "after")] for run in runs]
+    numbers = ", ".join(str(run["seed"]) for run in runs)
+    gained = ", ".join(f"{100 * a:.1f} -> {100 * b:.1f}" for a, b in pairs)
+    yield f"RL in bf16 with a correction: sampled accuracy before -> after, seeds {numbers}", f"{gained} %"
+    greedy = percents([run["after"]["greedy"]["accuracy"] for run in runs], 1)
+    yield "greedy accuracy after RL in bf16, the same seeds", f"{greedy} %"
+    for name, what in ("mean", "mean"), ("max", "largest"):
+        gaps = ", ".join(f"{run[f'gap_{name}']:.1e}" for run in runs)
+        yield f"{what} trainer/engine log-probability gap of a token in bf16", gaps
+
+
 def road(report: Report) -> Rows:
     runs = report["seeds"]
 
@@ -88,16 +101,16 @@ def road(report: Report) -> Rows:
 def staleness(report: Report) -> Rows:
     runs = report["seeds"]
     numbers = ", ".join(str(run["seed"]) for run in runs)
-    what = (
-        f"R1-Zero of a tiny mixture of experts through two engines on Ray: sampled accuracy, seeds {numbers}, answers"
-    )
+    engines = "two vLLM engines" if report["settings"]["engine"] == "vllm" else "two engines"
+    what = f"R1-Zero of a tiny mixture of experts through {engines} on Ray: sampled accuracy, seeds {numbers}, answers"
     for name, age in (
         ("staleness-0", "as new as the weights"),
         ("staleness-1", "1 update old, V3.2's mask"),
         ("staleness-4", "4 updates old, V3.2's mask"),
         ("staleness-4-uncorrected", "4 updates old, uncorrected"),
     ):
-        yield f"{what} {age}", percents([run[name]["sampled"] for run in runs], 1) + " %"
+        if all(name in run for run in runs):
+            yield f"{what} {age}", percents([run[name]["sampled"] for run in runs], 1) + " %"
 
 
 def sparse_roads(report: Report) -> Rows:
