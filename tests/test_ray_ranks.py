@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,7 +166,9 @@ def test_too_little_room_is_said(ray: FakeRay, tmp_path: Path) -> None:
     match = r"--ranks = 4: they need 4 CPUs and the recipe's engines 6, but Ray has 8\. Lower it"
     with pytest.raises(UserError, match=match):
         launch_ranks((fleet,), [], 4, "auto")
-    ray.resources["GPU"] = 8.0
+    ray.resources["GPU"] = 3.0
+    with pytest.raises(UserError, match=r"--ranks = 2: they need 2 GPUs and the recipe's engines 2, but Ray has 3\."):
+        launch_ranks((replace(fleet, rollouts=Fleet(2, num_gpus=1)),), [], 2, "auto")
     shared = GRPO(name="zero", start="base", task=Chains(2, 3), rollouts=Fleet(1, colocated=True))
     with pytest.raises(UserError, match=r"--ranks = 2: a fleet is colocated"):
         launch_ranks((shared,), [], 2, "auto")

@@ -148,13 +148,14 @@ def launch_ranks(stages: Sequence[Stage], arguments: Sequence[str], ranks: int, 
 
 
 def _check_room(rollouts: Sequence[Any], ranks: int, there: dict[str, float]) -> None:
-    """Raises UserError if Ray has too few CPUs for the ranks and the largest fleet together, or they want the same GPUs."""
+    """Raises UserError if Ray has too little for the ranks and the largest fleet together, or they want the same GPUs."""
     fleets = [each for each in rollouts if hasattr(each, "colocated")]
-    engines = max((each.n * each.num_cpus for each in fleets), default=0)
-    if ranks + engines > (has := there.get("CPU", 0.0)):
-        problem = f"they need {ranks} CPUs and the recipe's engines {engines}, but Ray has {has:g}"
-        remedy = "Lower it, add nodes to Ray, or use --ranks 1 for a rank outside Ray."
-        raise UserError("--ranks", ranks, problem, remedy)
+    for kind, own in ("CPU", "num_cpus"), ("GPU", "num_gpus"):
+        has, engines = there.get(kind, 0.0), max((each.n * getattr(each, own) for each in fleets), default=0)
+        if ranks + engines > has and (kind == "CPU" or has):
+            problem = f"they need {ranks} {kind}s and the recipe's engines {engines:g}, but Ray has {has:g}"
+            remedy = "Lower it, add nodes to Ray, or use --ranks 1 for a rank outside Ray."
+            raise UserError("--ranks", ranks, problem, remedy)
     if there.get("GPU") and any(each.colocated for each in fleets):
         problem = "a fleet is colocated, but Ray reserves each GPU once, for a rank or for an engine"
         raise UserError("--ranks", ranks, problem, "Start the ranks with torchrun and --ray, or leave out colocated.")
