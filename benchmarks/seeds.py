@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from record import machine
+from record import header
 
 LIMITS = {"before": 0.50, "after": 0.85, "greedy": 0.95, "growth": 1.5, "gap": 1e-4}
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/seeds.json"))
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    found = {"machine": machine(), "limits": LIMITS, "changes": arguments.changes}
+    found = header("seeds", {"changes": arguments.changes}) | {"limits": LIMITS}
     for seed in arguments.seeds:
         rows.append(measure(seed, arguments.runs, len(rows) < arguments.controls, arguments.changes))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
