@@ -28,6 +28,16 @@ def ratios(report: Report, names: dict[str, str]) -> Rows:
                 yield what, f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"
 
 
+def gains(report: Report, sampled: str, greedy: str) -> Rows:
+    runs = report["seeds"]
+    pairs = [[run[when]["sampled"]["accuracy"] for when in ("before", "after")] for run in runs]
+    numbers = ", ".join(str(run["seed"]) for run in runs)
+    gained = ", ".join(f"{100 * a:.1f} -> {100 * b:.1f}" for a, b in pairs)
+    yield f"{sampled}, seeds {numbers}", f"{gained} %"
+    after = percents([run["after"]["greedy"]["accuracy"] for run in runs], 1)
+    yield f"greedy accuracy {greedy}, the same seeds", f"{after} %"
+
+
 def seeds(report: Report) -> Rows:
     runs, first = report["seeds"], report["seeds"][0]
     controlled = next((run for run in runs if run["control"]), None)
@@ -35,12 +45,8 @@ def seeds(report: Report) -> Rows:
     def exam(when: str, name: str, value: str = "accuracy") -> list[float]:
         return [run[when][name][value] for run in runs]
 
-    pairs = zip(exam("before", "sampled"), exam("after", "sampled"), strict=True)
     lengths = exam("before", "sampled", "mean_tokens"), exam("after", "sampled", "mean_tokens")
-    gained = ", ".join(f"{100 * a:.1f} -> {100 * b:.1f}" for a, b in pairs)
-    numbers = ", ".join(str(run["seed"]) for run in runs)
-    yield f"sampled accuracy on 600 held-out sums before -> after RL, seeds {numbers}", f"{gained} %"
-    yield "greedy accuracy after RL, the same seeds", percents(exam("after", "greedy"), 1) + " %"
+    yield from gains(report, "sampled accuracy on 600 held-out sums before -> after RL", "after RL")
     yield "tokens per answer before -> after", " -> ".join(f"{min(v):.0f} to {max(v):.0f}" for v in lengths)
     if controlled:
         control = [controlled[when]["sampled"]["accuracy"] for when in ("before", "control")]
@@ -59,15 +65,9 @@ def seeds(report: Report) -> Rows:
 
 
 def seeds_bf16(report: Report) -> Rows:
-    runs = report["seeds"]
-    pairs = [[run[when]["sampled"]["accuracy"] for when in ("before", "after")] for run in runs]
-    numbers = ", ".join(str(run["seed"]) for run in runs)
-    gained = ", ".join(f"{100 * a:.1f} -> {100 * b:.1f}" for a, b in pairs)
-    yield f"RL in bf16 with a correction: sampled accuracy before -> after, seeds {numbers}", f"{gained} %"
-    greedy = percents([run["after"]["greedy"]["accuracy"] for run in runs], 1)
-    yield "greedy accuracy after RL in bf16, the same seeds", f"{greedy} %"
+    yield from gains(report, "RL in bf16 with a correction: sampled accuracy before -> after", "after RL in bf16")
     for name, what in ("mean", "mean"), ("max", "largest"):
-        gaps = ", ".join(f"{run[f'gap_{name}']:.1e}" for run in runs)
+        gaps = ", ".join(f"{run[f'gap_{name}']:.1e}" for run in report["seeds"])
         yield f"{what} trainer/engine log-probability gap of a token in bf16", gaps
 
 

@@ -173,18 +173,24 @@ def wait(children: Sequence[Child]) -> int | None:
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    return os.environ | {
+    found = rendezvous(rank, ranks, "127.0.0.1", port)
+    return os.environ | found | {"OMP_NUM_THREADS": str(threads(ranks)), "FINBACK_PARENT": str(os.getpid())}
+
+
+def rendezvous(rank: int, ranks: int, address: str, port: int) -> dict[str, str]:
+    """A rank's variables, as torchrun sets them; address: rank 0's, 127.0.0.1 if all ranks are on one machine."""
+    found = {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         # Spinning threads slow down drastically when another process is busy (docs/log.md); waiting ones do not.
-        "OMP_NUM_THREADS": str(threads(ranks)),
         "OMP_WAIT_POLICY": "passive",
-        "FINBACK_PARENT": str(os.getpid()),
     }
+    if address == "127.0.0.1":
+        found["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    return found
 
 
 def follow_parent() -> None:

@@ -178,20 +178,10 @@ def _placed(hosts: Sequence[Any], cluster: ray_cluster.Cluster) -> list[tuple[An
 
 
 def _environment(places: Sequence[Place], rank: int) -> dict[str, str]:
-    """A rank's variables, as torchrun sets them. Ranks of one machine see each other's GPUs, which NCCL needs."""
+    """A rank's variables. Ranks of one machine see each other's GPUs, which NCCL needs."""
     here = [number for number, place in enumerate(places) if place.address == places[rank].address]
     gpus = [gpu for number in here for gpu in places[number].gpus]
-    is_one_machine = len(here) == len(places)
-    found = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(len(places)),
-        "LOCAL_RANK": str(here.index(rank)),
-        "LOCAL_WORLD_SIZE": str(len(here)),
-        "MASTER_ADDR": "127.0.0.1" if is_one_machine else places[0].address,
-        "MASTER_PORT": str(places[0].port),
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-    }
-    if is_one_machine and sys.platform == "linux":
-        found["GLOO_SOCKET_IFNAME"] = "lo"
+    address = "127.0.0.1" if len(here) == len(places) else places[0].address
+    found = launch.rendezvous(rank, len(places), address, places[0].port)
+    found |= {"LOCAL_RANK": str(here.index(rank)), "LOCAL_WORLD_SIZE": str(len(here)), "OMP_NUM_THREADS": "1"}
     return found | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
