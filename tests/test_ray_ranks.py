@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from finback.rollouts.fleet import Fleet
 from finback.runs.files import read_lines
 from finback.stages.grpo import GRPO
 from finback.tasks.math import Chains
+from tests.fleets import FakeCluster
 from tests.test_rollouts import base  # noqa: F401
 from tests.toy import environment
 
@@ -53,35 +55,25 @@ class FakeRay:
         return SimpleNamespace(gcs_address="10.0.0.5:6379")
 
 
-class FakeCluster:
-    """In place of ray_cluster.Cluster: actors are objects of this process."""
+class HostCluster(FakeCluster):
+    """Hosts of ranks in this process, in place of ray_cluster.Cluster."""
 
     def __init__(self, ray: FakeRay, asked: ray_cluster.Room, field: str, is_owner: bool) -> None:
+        super().__init__(ExitStack())
         self.ray, self.asked = ray, asked
-        self.hosts: list[RankHost] = []
 
     def reserve(self) -> None:
         pass
 
-    def actor(self, number: int, kind: type, arguments: tuple[Any, ...]) -> Any:
-        made = kind(*arguments)
-        self.hosts.append(made)
-        names = ("place", "start", "look", "send_signal")
-        return SimpleNamespace(made=made, **{n: SimpleNamespace(remote=getattr(made, n)) for n in names})
-
-    def get(self, call: Any, seconds: float) -> Any:
-        return call
-
     def end(self, actor: Any) -> None:
-        actor.made._process.kill()
+        actor.made._process.kill()  # as Ray does with the children of a worker
         self.ray.ended += 1
 
     def leave(self) -> None:
-        for host in self.hosts:
-            assert host._process is not None
-            host._process.kill()  # as Ray does with the children of a worker
-            host._process.wait()
-            for each in host._written:
+        for actor in self.actors:
+            actor.made._process.kill()
+            actor.made._process.wait()
+            for each in actor.made._written:
                 each.close()
 
 
@@ -90,7 +82,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(ray_cluster, "imported", lambda field, value: fake)
     monkeypatch.setattr(ray_cluster, "connect", lambda *given: None)
-    monkeypatch.setattr(ray_cluster, "Cluster", FakeCluster)
+    monkeypatch.setattr(ray_cluster, "Cluster", HostCluster)
     monkeypatch.setattr(ray_cluster, "node_address", lambda: "10.0.0.7")
     monkeypatch.setattr(ray_cluster, "reserved_gpus", lambda: ())
     return fake
@@ -130,12 +122,10 @@ def test_ranks_are_supervised(
 def test_a_lost_machine_is_a_killed_rank(ray: FakeRay, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     programs(monkeypatch, "import time; time.sleep(60)")
 
-    def get(self: FakeCluster, call: Any, seconds: float) -> Any:
-        if isinstance(call, tuple):  # what a host says about its rank
-            raise RequestFailed("was lost")
-        return call
+    def look(self: RankHost, seen: Any) -> None:
+        raise RequestFailed("was lost")
 
-    monkeypatch.setattr(FakeCluster, "get", get)
+    monkeypatch.setattr(RankHost, "look", look)
     assert launch_ranks((), ["run", "r.py"], 2, "auto") == 1
     assert "rank 0 was killed (signal 9); run the same command to continue" in capsys.readouterr().err
 
